@@ -1,0 +1,20 @@
+# The habits: `make check` before each commit (minutes); `./launch.sh test` adds the slow tests and is what CI runs.
+PYTHON ?= $(if $(VIRTUAL_ENV),python,.venv/bin/python)
+.PHONY: check format lint types fast test
+
+check: format lint types fast
+
+format:
+	$(PYTHON) -m ruff format .
+
+lint:
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m mypy
+
+fast:
+	$(PYTHON) -m pytest -n 2 -m "not slow"
+
+test:
+	./launch.sh test

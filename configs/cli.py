@@ -1,0 +1,123 @@
+"""What the three command lines share: `CONFIG [key=value ...]` commands, exit codes, one-line errors.
+
+Exit codes: 0 done; 2 the user's mistake; 75 stopped early, the same command goes on (SIGTERM); 130 Ctrl-C; 1 ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import yaml
+
+from configs.loader import Settings, UserError, load
+
+STOPPED = 75
+
+
+class Stopped(BaseException):
+    """SIGTERM came: what is done is saved, and the same command goes on from there."""
+
+
+def parser(prog: str, says: str) -> tuple[argparse.ArgumentParser, Any]:
+    """A command line with subcommands; fill the second value with `config_command` or `add_parser`."""
+    top = argparse.ArgumentParser(prog=f"python -m {prog}", description=says, allow_abbrev=False)
+    return top, top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+
+def config_command(
+    commands: Any,
+    name: str,
+    schema: type[Settings],
+    run: Callable[[Any, argparse.Namespace], int | None],
+    *,
+    says: str,
+    example: str,
+    distributed: bool = False,
+) -> argparse.ArgumentParser:
+    """Add `NAME CONFIG [key=value ...] [--print-config]`; `run(config, args)` does the work.
+
+    Args:
+        distributed: also take --processes, --machines, --machine-rank, --main-address (the launcher passes them on, and
+            the run compares them with the world size that it finds).
+    """
+    command = commands.add_parser(
+        name,
+        help=says,
+        description=says,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. of configs/")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the YAML, e.g. seed=1")
+    command.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    if distributed:
+        command.add_argument("--processes", type=int, default=None, metavar="N", help="processes on each machine")
+        command.add_argument("--machines", type=int, default=None, metavar="M", help="number of machines")
+        command.add_argument("--machine-rank", type=int, default=None, metavar="I", help="this machine, from 0")
+        command.add_argument("--main-address", default=None, metavar="A", help="host[:port] of machine 0")
+        command.add_argument("--accelerate-config", default=None, metavar="FILE", help="an accelerate config file")
+
+    def go(args: argparse.Namespace) -> int | None:
+        config = load(schema, args.config, args.overrides)
+        if args.print_config:
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        return run(config, args)
+
+    command.set_defaults(run=go)
+    return command
+
+
+def main(top: argparse.ArgumentParser, argv: list[str] | None = None) -> NoReturn:
+    """Parse, run, and leave with the exit code that the outcome asks for."""
+    args, rest = top.parse_known_args(argv)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if hasattr(args, "overrides") and len(overrides) == len(rest):
+        args.overrides = [*args.overrides, *rest]  # argparse does not mix flags and trailing words
+    elif rest:
+        top.error(f"not understood: {' '.join(rest)}")
+    sys.exit(guard(lambda: args.run(args), signals=True))
+
+
+def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
+    """Run, and turn what went wrong into an exit code and a message of a few lines."""
+    if signals:
+        signal.signal(signal.SIGTERM, _stop)
+    try:
+        return run() or 0
+    except UserError as error:
+        return _say(str(error), 2)
+    except Stopped as stopped:
+        return _say(str(stopped) or "stopped; the same command goes on from here", STOPPED)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing half-written is left looking complete", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... | head` closed the pipe
+        return 0
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "the disk is full: free some space and run the same command again",
+            errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+            errno.EACCES: "permission denied: choose another folder with out=...",
+            errno.EROFS: "the file system is read-only: choose another folder with out=...",
+        }.get(error.errno or 0)
+        if advice is None:
+            raise
+        return _say(f"{error.filename or 'writing'}: {advice}", 2)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise Stopped("stopped by SIGTERM; the same command goes on from here")
+
+
+def _say(message: str, code: int) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:  # one process speaks for all
+        print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,1 @@
+"""Raw MIMIC tables -> features/. Imports no torch."""

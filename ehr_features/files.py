@@ -1,0 +1,148 @@
+"""Files that are whole or absent, and the record of what made them.
+
+Everything that a command writes goes to a sibling that does not carry the final name and is renamed when complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from configs import UserError
+
+PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a temporary sibling of `folder`; it takes the folder's place when the block ends without an error."""
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}{PARTIAL}-{os.getpid()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.glob(f".{folder.name}{PARTIAL}-*"):
+        if not _alive(old.name.rpartition("-")[2]):  # left by a process that was killed
+            shutil.rmtree(old, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old{PARTIAL}-{os.getpid()}")
+            folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old)
+        else:
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary sibling of `path` (same suffix); it is renamed when the block ends without an error."""
+    path = Path(path)
+    part = path.with_name(f".{path.stem}{PARTIAL}-{os.getpid()}{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON, readable by eye; NaN is refused (write None)."""
+    with new_file(path) as part:
+        part.write_text(json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON. Raises: UserError: absent or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); was it copied whole?") from None
+
+
+def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a table of a features/ folder.
+
+    Args:
+        folder: a folder that `python -m ehr_features build` wrote.
+        name: `images`, `stays`, `stay_films`, `samples/TASK`.
+        columns: those to read; all if None.
+    Raises: UserError: no features folder, no such table or column.
+    """
+    folder = Path(folder)
+    if not (folder / "provenance.json").is_file():
+        raise UserError(f"{folder}: not a features folder; write one with ./launch.sh features CONFIG out={folder}")
+    path = folder / f"{name}.parquet"
+    if not path.is_file():
+        found = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.parquet"))
+        raise UserError(f"{path}: no such table; this features folder has {', '.join(found)}")
+    try:
+        have = pq.read_schema(path).names
+        if missing := [c for c in columns or () if c not in have]:
+            raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}")
+        return pd.read_parquet(path, columns=list(columns) if columns is not None else None)
+    except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, its IO faults are OSErrors
+        raise UserError(f"{path}: damaged Parquet file ({error}); build the features again") from None
+
+
+def provenance(config: Mapping[str, Any], sources: Sequence[str | Path] = (), **more: Any) -> dict[str, Any]:
+    """What made a result: versions, source files with size and mtime, config, and whatever is passed by name."""
+    packages = ("ehr-msn", "torch", "timm", "lightly", "pandas", "ibis-framework", "duckdb", "scikit-learn")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    files = {}
+    for source in map(Path, sources):
+        if source.is_file():
+            stat = source.stat()
+            files[source.as_posix()] = {"bytes": stat.st_size, "mtime": int(stat.st_mtime)}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"written_at": now, "versions": versions, "sources": files, "config": dict(config), **more}
+
+
+def digest(value: Any) -> str:
+    """16 hex digits that change when the value (anything JSON can hold) changes."""
+    text = json.dumps(value, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """16 hex digits of a file's SHA-256."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _alive(pid: str) -> bool:
+    with contextlib.suppress(ProcessLookupError, ValueError, PermissionError):
+        os.kill(int(pid), 0)
+        return True
+    return False
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars, paths and timestamps as JSON."""
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, (Path, datetime.date, pd.Timestamp)):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")

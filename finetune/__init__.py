@@ -1,0 +1,1 @@
+"""encoder/ + features/ -> results: linear evaluation, ICU fusion, metrics, report."""
