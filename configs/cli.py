@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -90,6 +91,7 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
     """Run, and turn what went wrong into an exit code and a message of a few lines."""
     if signals:
         signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     try:
         return run() or 0
     except UserError as error:
@@ -118,6 +120,13 @@ def _stop(*_: object) -> NoReturn:
 
 
 def _say(message: str, code: int) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:  # one process speaks for all
-        print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
+    """Print the message once a run: the first process speaks; another does if the first did not fail as well."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        if code != 2:
+            return code
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends the others once one has left
+        time.sleep(2)
+        message = f"(process {rank}) {message}"
+    print(f"error: {message}" if code == 2 else message, file=sys.stderr, flush=True)
     return code

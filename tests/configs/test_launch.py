@@ -1,0 +1,67 @@
+"""The launcher: processes get their ranks, exit codes and signals come through."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RANKS = """
+import os, sys
+print(*(os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")), flush=True)
+sys.exit(int(sys.argv[1]) if os.environ["RANK"] == "1" else 0)
+"""
+WAITS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path: Path):
+    def launch(code: str, *flags: str, args: tuple[str, ...] = ()) -> subprocess.Popen:
+        (tmp_path / "worker.py").write_text(code)
+        command = [sys.executable, "-m", "configs.launch", *flags, "--", "worker", *args]
+        env = os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    return launch
+
+
+def test_each_process_gets_its_rank_and_the_world_size(launch) -> None:
+    out, _ = launch(RANKS, "--processes", "2", args=("0",)).communicate()
+    assert sorted(out.splitlines()) == ["0 0 2 127.0.0.1", "1 1 2 127.0.0.1"]
+
+
+def test_the_second_machine_counts_on_from_the_first(launch) -> None:
+    flags = ("--processes", "2", "--machines", "2", "--machine-rank", "1", "--main-address", "localhost:2345")
+    out, _ = launch(RANKS, *flags, args=("0",)).communicate()
+    assert sorted(out.splitlines()) == ["2 0 4 localhost", "3 1 4 localhost"]
+
+
+def test_the_exit_code_of_a_process_is_the_exit_code_of_the_run(launch) -> None:
+    child = launch(RANKS, "--processes", "2", args=("2",))
+    child.communicate()
+    assert child.returncode == 2
+
+
+def test_sigterm_reaches_every_process_and_75_comes_back(launch) -> None:
+    child = launch(WAITS, "--processes", "2")
+    assert [child.stdout.readline(), child.stdout.readline()] == ["ready\n", "ready\n"]
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == 75 and "Traceback" not in err
+
+
+def test_a_killed_process_takes_the_others_down_and_is_named(launch) -> None:
+    code = "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    start = time.monotonic()
+    child = launch(code, "--processes", "2")
+    _, err = child.communicate(timeout=40)
+    assert child.returncode == 1 and "process 1 was ended by SIGKILL" in err
+    assert time.monotonic() - start < 40
