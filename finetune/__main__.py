@@ -1,0 +1,47 @@
+"""`python -m finetune COMMAND`: linear evaluation, ICU fusion, scores, reports. `--help` imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+
+from configs import cli
+from finetune.config import ProbeConfig
+
+
+def _probe(config: ProbeConfig, args: argparse.Namespace) -> None:
+    from finetune.probe import probe
+
+    probe(config, args)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from finetune.score import score
+
+    score(args.labels, args.scores, groups=args.groups, samples=args.samples, seed=args.seed, out=args.out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run, and leave with an exit code."""
+    top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
+    cli.config_command(
+        commands,
+        "probe",
+        ProbeConfig,
+        _probe,
+        says="score an encoder on the findings of its films: linear, logistic, kNN",
+        example="python -m finetune probe configs/probe_linear.yaml encoder=runs/vit/encoder out=runs/probe",
+        distributed=True,
+    )
+    score = commands.add_parser("score", help="metrics with intervals for any two arrays, ours or not")
+    score.add_argument("labels", metavar="LABELS", help=".npy, .csv or .parquet: rows x labels of 0, 1 and empty")
+    score.add_argument("scores", metavar="SCORES", help="the same rows and labels; probabilities, or any scores")
+    score.add_argument("--groups", metavar="FILE", help="one subject for each row; intervals resample subjects")
+    score.add_argument("--samples", type=int, default=1000, help="resamples; 0 for none (default 1000)")
+    score.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
+    score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
+    score.set_defaults(run=_score)
+    cli.main(top, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Which subjects an encoder has seen, and whether it may be tested on these (README, decision 9).
+
+Comes in: an encoder folder and the split that it is to be tested on. Goes out: what is known, with its warnings; or a
+UserError where its pretraining saw a val or test subject. Weights of unknown films pass, named `unknown`. A column
+known only at discharge, used in pretraining on train subjects, passes too, named `outcome-supervised`, and is kept out
+of self-supervised tables; as an input of a probe or a fusion it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from configs import UserError
+from ehr_features.files import file_digest, read_json
+
+HELD_OUT = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of an encoder's pretraining: `films` is `none` | `train` | `unknown` | `leak`."""
+
+    films: str
+    supervision: str  # `none` | `self-supervised` | `outcome-supervised` | `unknown`
+    warnings: list[str]
+
+
+NOTHING = Seen("none", "none", [])  # raw pixels, random weights, metadata
+
+
+def check_encoder(
+    folder: Path, subjects: pd.DataFrame, *, features: str | Path | None = None, allow_leak: bool = False
+) -> Seen:
+    """Refuse an encoder whose pretraining saw a val or test subject of this split.
+
+    Args:
+        folder: an encoder/ folder; a run's seen_subjects.parquet is looked for beside it.
+        subjects: subject_id, split of what the encoder is to be tested on; repeated rows are fine.
+        features: the features/ folder that the split comes from.
+        allow_leak: go on all the same, with a warning for the top of the report.
+    Raises: UserError: it saw some, or its list of subjects is damaged.
+    """
+    meta = read_json(folder / "encoder.json")
+    groups = meta.get("ehr_groups") or {}
+    outcome = sorted(name for name, at in _available(groups) if at == "discharge")
+    supervision = "outcome-supervised" if outcome else "self-supervised" if "ehr_groups" in meta else "unknown"
+    warnings = []
+    if outcome:
+        warnings.append(
+            f"outcome-supervised: pretraining was conditioned on {', '.join(outcome)}, known only at discharge; "
+            "not comparable with self-supervised encoders"
+        )
+    held_out = subjects[subjects["split"].isin(HELD_OUT)]
+    films, found = _overlap(folder, meta, held_out, features)
+    if films == "leak":
+        says = f"{folder}: its pretraining saw {found} of this split's val or test subjects"
+        if not allow_leak:
+            raise UserError(
+                f"{says}; results on them would be too good. Pretrain on this split's train subjects "
+                f"(pretrain with features={features}), or set allow_leak=true, which the report shows"
+            )
+        warnings.append(f"LEAK (allow_leak=true): {says}")
+    if films == "unknown":
+        warnings.append(f"{folder}: the films of its pretraining are unknown; it may have seen val or test subjects")
+    return Seen(films, supervision, warnings)
+
+
+def refuse_discharge(groups: Iterable[str], available_at: dict[str, str]) -> None:
+    """Refuse inputs that are known only at discharge.
+
+    Args:
+        groups: EHR groups that are to be a model's input.
+        available_at: group or column -> study | admission | discharge.
+    Raises: UserError: one of them is an outcome.
+    """
+    if late := sorted(g for g in groups if available_at.get(g) == "discharge"):
+        raise UserError(
+            f"{', '.join(late)}: known only at discharge, so not an input of a prediction made before; leave it out"
+        )
+
+
+def _available(groups: object) -> list[tuple[str, str]]:
+    """(name, available_at) from {name: available_at} or {name: {available_at: ...}}."""
+    assert isinstance(groups, dict), "encoder.json: ehr_groups maps each group to its available_at"
+    return [(str(k), str(v.get("available_at") if isinstance(v, dict) else v)) for k, v in groups.items()]
+
+
+def _overlap(
+    folder: Path, meta: dict[str, object], held_out: pd.DataFrame, features: str | Path | None
+) -> tuple[str, str]:
+    """How the films seen stand to the held-out subjects, and how many of these were seen."""
+    listed = folder.parent / "seen_subjects.parquet"
+    if listed.is_file():
+        try:
+            seen = set(pq.read_table(listed, columns=["subject_id"])["subject_id"].to_pylist())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{listed}: cannot be read ({str(error).splitlines()[0]}); copy the run again") from None
+        both = seen & set(held_out["subject_id"])
+        return ("leak", f"{len(both)} of {held_out['subject_id'].nunique()}") if both else ("train", "")
+    splits = meta.get("splits_seen")
+    same = features is not None and meta.get("features_hash") == features_hash(features)
+    if not isinstance(splits, list) or not same:
+        return "unknown", ""
+    late = [split for split in splits if split in HELD_OUT]
+    return ("leak", f"all ({', '.join(late)})") if late else ("train", "")
+
+
+def features_hash(folder: str | Path) -> str:
+    """16 hex digits of a features/ folder: those of its images.parquet, which holds the split."""
+    return file_digest(Path(folder) / "images.parquet")

@@ -1,0 +1,191 @@
+"""How good predictions are, with intervals from resampled subjects.
+
+Comes in: labels and scores, one column a label. Goes out: a table, a row per label and metric, and label `macro`.
+Rules: a missing (NaN) label leaves its row out for that label. A label with one class in the sample has no value, and
+says why. A resample in which a label has one class is left out of that label's interval, and the label out of that
+resample's macro; where more than half of the resamples fall out, the interval is null. The macro is the mean over the
+labels with both classes; its interval is that of the macro of each resample. Intervals hold the middle 95% of resamples.
+The calibration intercept and slope are those of the resample's first Newton step from the whole sample's fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from configs import UserError
+from finetune.resample import PROBABILITIES, RANKS, THRESHOLDED, Floats, Label, multiplicities
+
+COLUMNS = ["label", "metric", "value", "low", "high", "n", "positives", "reason"]
+
+
+def evaluate(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    *,
+    names: Sequence[str] | None = None,
+    groups: ArrayLike | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    thresholds: ArrayLike | None = None,
+) -> pd.DataFrame:
+    """Score predictions, each label and their mean.
+
+    Args:
+        labels: (N, L) or (N,), of 0, 1 and NaN (unknown).
+        probabilities: like labels, finite; for rank metrics any scores will do.
+        names: (L,) names of the labels; 0, 1, ... if None.
+        groups: (N,) the subject of each row, resampled as a whole; each row on its own if None.
+        samples: resamples for the intervals; 0 leaves them null.
+        thresholds: (L,) decision thresholds for F1, sensitivity, specificity, chosen on other data by `f1_thresholds`.
+    Returns: label, metric, value, low, high, n (rows with a label), positives, reason (why value or interval is null).
+    Raises: UserError: shapes that differ, other labels than 0 and 1, a score that is not finite.
+    """
+    y, s, names, group = check(labels, probabilities, names, groups)
+    cut = None if thresholds is None else np.asarray(thresholds, dtype=np.float64).reshape(y.shape[1])
+    values, draws = distribution(y, s, group, samples=samples, seed=seed, thresholds=cut)
+    rows = []
+    known = ~np.isnan(y)
+    n, positives = known.sum(0), (y == 1).sum(0)
+    both = (positives > 0) & (positives < n)
+    for i, name in enumerate(names):
+        for metric in values:
+            value, drawn = values[metric][i], draws[metric][:, i]
+            reason = _reason(metric, value, both[i], int(n[i]), int(positives[i]), s[known[:, i], i])
+            rows.append([name, metric, value, *interval(drawn, value), n[i], positives[i], reason])
+    with np.errstate(invalid="ignore"):
+        for metric in values:
+            value, drawn = macro(values[metric][None], both)[0], macro(draws[metric], both)
+            reason = (
+                None if not np.isnan(value) else "no label has both classes" if not both.any() else "no label has it"
+            )
+            rows.append(
+                ["macro", metric, value, *interval(drawn, value), known.any(1).sum(), positives[both].sum(), reason]
+            )
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    lost = table["low"].isna() & table["value"].notna() & (samples > 0)
+    table.loc[lost, "reason"] = "no interval: more than half of the resamples have one class only"
+    table["reason"] = table["reason"].astype(object).where(table["reason"].notna(), None)
+    return table
+
+
+def check(
+    labels: ArrayLike, scores: ArrayLike, names: Sequence[str] | None, groups: ArrayLike | None
+) -> tuple[Floats, Floats, list[str], NDArray[np.intp]]:
+    """Labels (N, L), scores (N, L), names, and each row's group as 0 .. G - 1. Raises: UserError."""
+    y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    y, s = (a[:, None] if a.ndim == 1 else a for a in (y, s))
+    if y.shape != s.shape or y.ndim != 2 or not y.size:
+        raise UserError(
+            f"labels are {y.shape} and scores {s.shape}; wanted the same (rows, labels), at least one of each"
+        )
+    named = [str(i) for i in range(y.shape[1])] if names is None else [str(name) for name in names]
+    if len(named) != y.shape[1] or len(set(named)) != len(named):
+        raise UserError(
+            f"{len(named)} names for {y.shape[1]} labels, {len(set(named))} of them different; wanted one each"
+        )
+    if "macro" in named:
+        raise UserError("a label is called `macro`, which is the name of the mean over labels; rename it")
+    for what, bad in (
+        ("label is not 0, 1 or NaN", ~(np.isnan(y) | (y == 0) | (y == 1))),
+        ("score is not finite", ~np.isfinite(s)),
+    ):
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise UserError(f"{what}: {bad.sum()} of them, the first in row {row}, label `{named[column]}`")
+    if groups is None:
+        return y, s, named, np.arange(len(y))
+    group, _ = pd.factorize(pd.Series(np.asarray(groups)))
+    if len(group) != len(y) or (group < 0).any():
+        raise UserError(
+            f"{len(group)} groups for {len(y)} rows, {(group < 0).sum()} of them missing; wanted one for each row"
+        )
+    return y, s, named, group
+
+
+def distribution(
+    y: Floats,
+    s: Floats,
+    group: NDArray[np.intp],
+    *,
+    samples: int,
+    seed: int,
+    thresholds: Floats | None = None,
+    metrics: Sequence[str] | None = None,
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Each metric's values (L,), and its values in each resample (samples, L), NaN where undefined.
+
+    Two calls with the same groups, samples and seed see the same resamples, so that differences are paired.
+    """
+    num_groups, num_labels = int(group.max()) + 1, y.shape[1]
+    kept = metrics or [*RANKS, "prevalence", *PROBABILITIES, *(THRESHOLDED if thresholds is not None else ())]
+    values = {m: np.full(num_labels, np.nan) for m in kept}
+    draws = {m: np.full((samples, num_labels), np.nan) for m in kept}
+    plans: list[tuple[int, Label]] = []
+    for i in range(num_labels):
+        known = ~np.isnan(y[:, i])
+        if len(np.unique(y[known, i])) == 2:
+            cut = None if thresholds is None or np.isnan(thresholds[i]) else float(thresholds[i])
+            plan = Label.of(y[known, i], s[known, i], group[known], num_groups, cut)
+            plans.append((i, plan))
+            for metric, value in plan.statistics(np.ones((num_groups, 1))).items():
+                if metric in values:
+                    values[metric][i] = value[0]
+    done = 0
+    for counts in multiplicities(num_groups, samples, seed, rows=len(y)):
+        for i, plan in plans:
+            for metric, value in plan.statistics(counts).items():
+                if metric in draws:
+                    draws[metric][done : done + counts.shape[1], i] = value
+        done += counts.shape[1]
+    return values, draws
+
+
+def macro(values: Floats, both: NDArray[np.bool_]) -> Floats:
+    """Mean over the labels with both classes, (R, L) -> (R,); one undefined in a resample is left out of its mean."""
+    chosen = values[:, both]
+    count = (~np.isnan(chosen)).sum(1)
+    return np.where(count > 0, np.nansum(chosen, axis=1) / np.maximum(count, 1), np.nan)
+
+
+def interval(draws: Floats, value: float = 0.0) -> tuple[float, float]:
+    """The middle 95% of resamples; NaN where the value is, or more than half of the resamples are undefined."""
+    defined = draws[~np.isnan(draws)]
+    if np.isnan(value) or not len(defined) or len(defined) < len(draws) / 2:
+        return (np.nan, np.nan)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return (float(low), float(high))
+
+
+def f1_thresholds(labels: ArrayLike, scores: ArrayLike) -> Floats:
+    """The score from which calling 1 gives the largest F1, for each label; on validation rows, (N, L) -> (L,)."""
+    y, s, _, _ = check(labels, scores, None, None)
+    best = np.full(y.shape[1], np.nan)
+    for i in range(y.shape[1]):
+        known = ~np.isnan(y[:, i])
+        outcome, score = y[known, i], s[known, i]
+        if not 0 < outcome.sum() < len(outcome):
+            continue
+        order = np.argsort(-score, kind="stable")
+        last = np.append(np.diff(score[order]) != 0, True)  # the last row of each tied score
+        true, called = np.cumsum(outcome[order])[last], np.flatnonzero(last) + 1
+        best[i] = score[order][last][np.argmax(2 * true / (called + outcome.sum()))]
+    return best
+
+
+def _reason(metric: str, value: float, both: bool, n: int, positives: int, scores: Floats) -> Any:
+    if not np.isnan(value):
+        return None
+    if n == 0:
+        return "no row has this label"
+    if not both:
+        return f"one class only: {positives} positives of {n}"
+    if metric in PROBABILITIES and (scores.min() < 0 or scores.max() > 1):
+        return "scores outside [0, 1] are not probabilities"
+    if metric in THRESHOLDED:
+        return "no threshold: validation has one class only"
+    return "no finite fit: the scores separate the classes, or are all equal"

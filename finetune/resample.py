@@ -1,0 +1,189 @@
+"""Statistics of many weighted samples at once: the arithmetic under `metrics.evaluate`.
+
+Comes in: one label's outcomes and scores, the subject of each row, and how often each resample drew each subject.
+Goes out: each statistic for each resample. A resample is a column of multiplicities (G, R), so that every statistic is
+a few sums over the rows sorted once; nothing is sorted or copied for a resample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.special import expit, logit
+
+Floats = NDArray[np.float64]
+CHUNK = 4_000_000  # rows x resamples held at a time: 32 MB in each temporary array
+SPECIFICITY = 0.9
+BINS = 15
+RANKS = ("auroc", "auprc", "sensitivity_at_specificity_90")
+PROBABILITIES = ("brier", "calibration_error", "calibration_slope", "calibration_intercept")
+THRESHOLDED = ("f1", "sensitivity", "specificity")
+
+
+def multiplicities(num_groups: int, samples: int, seed: int, rows: int | None = None) -> Iterator[Floats]:
+    """How often each resample draws each group, `num_groups` draws with replacement.
+
+    Args:
+        rows: rows of the sample, which bound the memory; `num_groups` if None. The draws do not depend on it.
+    Yields: (num_groups, r) float64, r resamples at a time, `samples` in all.
+    """
+    rng = np.random.default_rng(seed)
+    width = max(1, CHUNK // max(rows or num_groups, 1))
+    for start in range(0, samples, width):
+        r = min(width, samples - start)
+        counts = np.empty((r, num_groups))
+        for i in range(r):
+            counts[i] = np.bincount(rng.integers(num_groups, size=num_groups), minlength=num_groups)
+        yield np.ascontiguousarray(counts.T)
+
+
+@dataclass(frozen=True)
+class Label:
+    """One label, sorted once: what every resample of it needs.
+
+    `thresholds` are the K distinct scores that a positive row has, from high to low; a rank statistic of a weighted
+    sample needs only the weight of positives at each, of negatives at or above each, and of negatives tied with each.
+    """
+
+    positives: sparse.csr_array  # (K, G): positive rows of each group at each threshold
+    negatives: (
+        sparse.csr_array
+    )  # (K + 1, G): negative rows from each threshold up to the next higher one; the last: below all
+    tied: sparse.csr_array  # (ties, G): negative rows equal to a threshold
+    tied_at: NDArray[np.intp]  # (ties,): which thresholds
+    sums: sparse.csr_array  # (S, G): what is summed over rows for the other statistics
+    fit: tuple[float, float]  # calibration intercept and slope of the whole sample
+    probabilities: bool
+    threshold: float | None
+
+    @classmethod
+    def of(cls, y: Floats, scores: Floats, group: NDArray[np.intp], num_groups: int, threshold: float | None) -> Label:
+        """Sort one label.
+
+        Args:
+            y: (n,), 0 or 1, both present.
+            scores: (n,), finite; larger means more likely 1.
+            group: (n,), 0 .. num_groups - 1.
+            threshold: `score >= threshold` predicts 1, for F1; None leaves it out.
+        """
+        positive = y > 0
+        thresholds, place = np.unique(-scores[positive], return_inverse=True)
+        at = np.searchsorted(thresholds, -scores[~positive], side="left")  # the first threshold <= the score
+        ties = np.append(thresholds, np.nan)[at] == -scores[~positive]
+        tied_at, tie_row = np.unique(at[ties], return_inverse=True)
+        probabilities = bool(scores.min() >= 0 and scores.max() <= 1)
+        fit = calibrate(y, scores) if probabilities else (np.nan, np.nan)
+
+        def count(row: NDArray[np.intp], of: NDArray[np.intp], num_rows: int) -> sparse.csr_array:
+            return sparse.coo_array((np.ones(len(row)), (row, of)), shape=(num_rows, num_groups)).tocsr()
+
+        terms = _terms(y, scores, fit, probabilities, threshold)  # (S, n)
+        rows, columns = np.nonzero(terms)
+        k = len(thresholds)
+        return cls(
+            positives=count(place, group[positive], k),
+            negatives=count(at, group[~positive], k + 1),
+            tied=count(tie_row, group[~positive][ties], len(tied_at)),
+            tied_at=tied_at,
+            sums=sparse.coo_array((terms[rows, columns], (rows, group[columns])), (len(terms), num_groups)).tocsr(),
+            fit=fit,
+            probabilities=probabilities,
+            threshold=threshold,
+        )
+
+    def statistics(self, counts: Floats) -> dict[str, Floats]:
+        """Each statistic of each resample.
+
+        Args:
+            counts: (G, R) multiplicities.
+        Returns: name -> (R,); NaN where a resample has one class only.
+        """
+        positives = self.positives @ counts  # (K, R)
+        above = np.cumsum((self.negatives @ counts), axis=0)  # (K + 1, R): negatives at or above each threshold
+        found = np.cumsum(positives, axis=0)  # (K, R)
+        p, n = found[-1], above[-1]
+        above = above[:-1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            pairs = np.einsum("kr,kr->r", positives, n - above)
+            pairs += 0.5 * np.einsum("tr,tr->r", positives[self.tied_at], self.tied @ counts)
+            precision = found / np.maximum(found + above, 1.0)
+            allowed = above <= (1 - SPECIFICITY) * n + 1e-9
+            out = {
+                "auroc": pairs / (p * n),
+                "auprc": np.einsum("kr,kr->r", positives, precision) / p,
+                "sensitivity_at_specificity_90": np.max(np.where(allowed, found, 0.0), axis=0) / p,
+                "prevalence": p / (p + n),
+            }
+            sums = self.sums @ counts  # (S, R)
+            out |= self._sums(sums, p, n)
+        defined = (p > 0) & (n > 0)
+        return {name: np.where(defined, value, np.nan) for name, value in out.items()}
+
+    def _sums(self, sums: Floats, p: Floats, n: Floats) -> dict[str, Floats]:
+        out = {}
+        if self.probabilities:
+            out["brier"] = sums[0] / (p + n)
+            gaps = sums[6 : 6 + BINS]  # (bins, R): outcomes less probabilities
+            out["calibration_error"] = np.abs(gaps).sum(0) / (p + n)
+            gradient, curvature = sums[1:3], sums[3:6]  # one Newton step from the whole sample's fit
+            determinant = curvature[0] * curvature[2] - curvature[1] ** 2
+            intercept = (curvature[2] * gradient[0] - curvature[1] * gradient[1]) / determinant
+            slope = (curvature[0] * gradient[1] - curvature[1] * gradient[0]) / determinant
+            out["calibration_intercept"] = self.fit[0] + intercept
+            out["calibration_slope"] = self.fit[1] + slope
+        if self.threshold is not None:
+            true, false = sums[-2], sums[-1]
+            out["f1"] = 2 * true / (true + false + p)
+            out["sensitivity"] = true / p
+            out["specificity"] = 1 - false / n
+        return out
+
+
+def calibrate(y: Floats, probabilities: Floats) -> tuple[float, float]:
+    """Intercept and slope of the logistic regression of outcomes on logit(probability); ideal (0, 1).
+
+    Probabilities are kept 1e-6 away from 0 and 1. NaN where no finite fit exists: one score only, or separate classes.
+    """
+    x = logit(np.clip(probabilities, 1e-6, 1 - 1e-6))
+    low, high = x[y > 0], x[y <= 0]
+    if low.min() >= high.max() or low.max() <= high.min():
+        return (np.nan, np.nan)
+    spread = x.std()
+    design = np.stack([np.ones_like(x), x / spread])  # (2, n)
+    beta = np.array([0.0, 0.0])
+
+    def loss(b: Floats) -> float:
+        z = b @ design
+        return float((np.logaddexp(0, z) - y * z).mean())
+
+    for _ in range(100):
+        mu = expit(beta @ design)
+        gradient = design @ (y - mu)
+        step = np.linalg.solve((design * mu * (1 - mu)) @ design.T, gradient)
+        size = 1.0
+        while size > 1e-6 and loss(beta + size * step) > loss(beta):
+            size /= 2
+        beta = beta + size * step
+        if np.abs(size * step).max() < 1e-10:
+            break
+    return (float(beta[0]), float(beta[1] / spread))
+
+
+def _terms(y: Floats, s: Floats, fit: tuple[float, float], probabilities: bool, threshold: float | None) -> Floats:
+    """(S, n): what each row adds to each sum."""
+    terms = []
+    if probabilities:
+        x = logit(np.clip(s, 1e-6, 1 - 1e-6))
+        mu = expit(fit[0] + fit[1] * x)
+        v = mu * (1 - mu)
+        terms += [(s - y) ** 2, y - mu, (y - mu) * x, v, v * x, v * x * x]
+        bins = np.minimum((s * BINS).astype(int), BINS - 1)
+        terms += [np.where(bins == b, y - s, 0.0) for b in range(BINS)]
+    if threshold is not None:
+        called = s >= threshold
+        terms += [(called & (y > 0)).astype(float), (called & (y <= 0)).astype(float)]
+    return np.array(terms).reshape(len(terms), len(y))

@@ -1,0 +1,140 @@
+"""results.json and predictions/: what a probe or a fusion run leaves for the report, and for anyone.
+
+results.json = {run: {task, model, encoder, seed, allow_leak, warnings, ...}, rows: [...]}; a row is one metric of one
+label, of a split, of a subset of its subjects (`all`, or `sex=F`), of a fraction of the training subjects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from configs import UserError
+from ehr_features.files import new_file, read_json, write_json
+
+COLUMNS = ["split", "label", "subset", "fraction", "metric", "value", "low", "high", "n", "positives", "reason"]
+
+
+class Run(BaseModel):
+    """What was run; a command adds keys of its own."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    task: str
+    model: str
+    encoder: str | None
+    seed: int
+    allow_leak: bool
+    warnings: list[str]
+
+
+class Row(BaseModel):
+    """One value. `reason` says why `value` or its interval is null."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    split: str
+    label: str
+    subset: str
+    fraction: float
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    positives: int
+    reason: str | None
+
+
+class Results(BaseModel):
+    """The schema of results.json."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    run: Run
+    rows: list[Row]
+
+
+def write_results(folder: str | Path, run: Mapping[str, Any], rows: pd.DataFrame) -> Path:
+    """Write FOLDER/results.json.
+
+    Args:
+        run: at least task, model, encoder, seed, allow_leak, warnings.
+        rows: `metrics.evaluate`'s columns plus split, and subset (else `all`) and fraction (else 1).
+    """
+    table = rows.copy()
+    for column, value in (("subset", "all"), ("fraction", 1.0)):
+        if column not in table:
+            table[column] = value
+    records = [{key: _plain(value) for key, value in row.items()} for row in table[COLUMNS].to_dict("records")]
+    results = Results.model_validate({"run": _plain(dict(run)), "rows": records})
+    path = Path(folder) / "results.json"
+    write_json(path, results.model_dump(mode="json"))
+    return path
+
+
+def read_results(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Read FOLDER/results.json: run, rows. Raises: UserError: absent, or not of the schema."""
+    path = Path(folder) / "results.json"
+    try:
+        results = Results.model_validate(read_json(path))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f"{path}: not the results of a probe or fusion run: `{where}` {fault['msg']}") from None
+    rows = pd.DataFrame([row.model_dump() for row in results.rows], columns=COLUMNS)
+    return results.run.model_dump(), rows.astype({"value": float, "low": float, "high": float})
+
+
+def write_predictions(
+    folder: str | Path, split: str, ids: pd.DataFrame, labels: pd.DataFrame, logits: np.ndarray
+) -> Path:
+    """Write FOLDER/predictions/SPLIT.parquet.
+
+    Args:
+        ids: (N, ...) sample_id or dicom_id, and subject_id; other columns are kept.
+        labels: (N, L), 0, 1 or missing; the columns' names are the labels.
+        logits: (N, L), before the sigmoid.
+    """
+    assert len(ids) == len(labels) == len(logits) and labels.shape == logits.shape, (
+        "rows of ids, labels and logits differ"
+    )
+    table = ids.reset_index(drop=True).copy()
+    for i, name in enumerate(labels.columns):
+        table[f"label_{name}"] = labels.iloc[:, i].to_numpy(dtype=np.float32)
+        table[f"logit_{name}"] = np.asarray(logits[:, i], dtype=np.float64)
+    path = Path(folder) / "predictions" / f"{split}.parquet"
+    with new_file(path) as part:
+        table.to_parquet(part, index=False)
+    return path
+
+
+def read_predictions(folder: str | Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Read FOLDER/predictions/SPLIT.parquet: ids, labels (N, L), logits (N, L), named by label. Raises: UserError."""
+    path = Path(folder) / "predictions" / f"{split}.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: no such predictions; a finished probe or fusion run has them")
+    table = pd.read_parquet(path)
+    columns = [str(c) for c in table.columns]
+    names = [c.removeprefix("label_") for c in columns if c.startswith("label_")]
+    if missing := [name for name in names if f"logit_{name}" not in table]:
+        raise UserError(f"{path}: column `logit_{missing[0]}` is missing")
+    ids = table[[c for c in columns if not c.startswith(("label_", "logit_"))]]
+    labels, logits = (table[[f"{kind}_{n}" for n in names]].set_axis(names, axis=1) for kind in ("label", "logit"))
+    return ids, labels, logits
+
+
+def _plain(value: Any) -> Any:
+    """numpy and NaN as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value is pd.NA or (isinstance(value, float) and math.isnan(value)) else value
