@@ -1,0 +1,301 @@
+"""`./launch.sh demo [OUT]`: from raw synthetic tables and films to report.html, on two CPU cores.
+
+Comes in: a folder. Goes out: the folder, filled by the same commands that a user types, each with its log in OUT/logs,
+and a table of what was measured beside what the generator says is possible. A step that is done is not done again, so
+the same command goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from configs import UserError
+from configs.cli import Stopped
+from ehr_features.files import digest, read_json, write_json
+
+CORES = 2
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
+
+
+@dataclass
+class Step:
+    """One command of the demo. `words` follow `python -m`; it starts when all of `after` are done."""
+
+    name: str
+    says: str
+    words: list[str]
+    after: tuple[str, ...] = ()
+    state: str = "waiting"
+    seconds: float = 0.0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+
+def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
+    """The steps in the order in which they are shown."""
+    data, features, store, runs = out / "data", out / "features", out / "store", out / "runs"
+    inputs = [f"features={features}", f"store={store}"]
+
+    def config(name: str) -> str:
+        return _short(CONFIGS / f"{name}.yaml")
+
+    def pretrain(name: str, *keys: str) -> list[str]:
+        return ["pretrain", "train", config("pretrain_vit_tiny"), *inputs, f"out={runs / name}", f"seed={seed}", *keys]
+
+    def probe(name: str, encoder: object) -> list[str]:
+        words = ["finetune", "probe", config("probe_linear"), *inputs, f"encoder={encoder}"]
+        return [*words, f"out={runs / name}", f"seed={seed}"]
+
+    def fuse(model: str, *keys: str) -> list[str]:
+        words = ["finetune", "fuse", config("fuse_mortality"), *inputs, f"model={model}", *keys]
+        return [*words, f"out={runs / ('mortality_' + model)}", f"seed={seed}"]
+
+    tables = [f"mimic_iv={data / 'mimic-iv'}", f"mimic_ed={data / 'mimic-iv-ed'}", f"mimic_cxr={data / 'mimic-cxr'}"]
+    generate = ["ehr_features", "demo", str(data), "--subjects", str(subjects), "--seed", str(seed)]
+    encoder = f"encoder={runs / 'pretrain_ehr'}"
+    both = ("features", "store")
+    return [
+        Step("data", "raw tables and films of a synthetic hospital", generate + ["--shuffled"] * shuffled),
+        Step(
+            "features",
+            "tables to cohort, linked films, hourly series",
+            ["ehr_features", "build", config("features"), *tables, f"out={features}"],
+            ("data",),
+        ),
+        Step(
+            "store",
+            "films to memory-mapped shards",
+            ["pretrain", "images", config("images"), tables[2], f"out={store}"],
+            ("data",),
+        ),
+        Step("vanilla", "pretraining: masked Siamese network", pretrain("pretrain_vanilla", "ehr.groups=[]"), both),
+        Step("ehr", "pretraining: the same, conditioned on the record", pretrain("pretrain_ehr"), both),
+        Step("probe_pixels", "linear evaluation: raw pixels", probe("probe_pixels", "pixels"), both),
+        Step("fuse_record", "mortality from the record alone", fuse("record_lstm"), both),
+        Step(
+            "probe_random",
+            "linear evaluation: random weights",
+            probe("probe_random", f"random:{runs / 'pretrain_vanilla'}"),
+            ("vanilla",),
+        ),
+        Step(
+            "probe_vanilla",
+            "linear evaluation: vanilla MSN",
+            probe("probe_vanilla", runs / "pretrain_vanilla"),
+            ("vanilla",),
+        ),
+        Step(
+            "probe_ehr", "linear evaluation: EHR-conditioned MSN", probe("probe_ehr", runs / "pretrain_ehr"), ("ehr",)
+        ),
+        Step("fuse_film", "mortality from the film alone", fuse("film_only", encoder), ("ehr",)),
+        Step("fuse_both", "mortality from record and film (MedFuse)", fuse("medfuse", encoder), ("ehr",)),
+        Step(
+            "report",
+            "one HTML page",
+            ["finetune", "report", *(str(runs / name) for name in RUNS), "--out", str(out / "report.html")],
+            ("probe_pixels", "probe_random", "probe_vanilla", "probe_ehr", "fuse_record", "fuse_film", "fuse_both"),
+        ),
+    ]
+
+
+RUNS = (
+    "pretrain_vanilla",
+    "pretrain_ehr",
+    "probe_pixels",
+    "probe_random",
+    "probe_vanilla",
+    "probe_ehr",
+    "mortality_record_lstm",
+    "mortality_film_only",
+    "mortality_medfuse",
+)
+PROBES = {
+    "raw pixels": "probe_pixels",
+    "random weights": "probe_random",
+    "vanilla MSN": "probe_vanilla",
+    "EHR-conditioned MSN": "probe_ehr",
+}
+FUSIONS = {
+    "record only (LSTM)": ("mortality_record_lstm", "record"),
+    "film only": ("mortality_film_only", "film"),
+    "fused (MedFuse)": ("mortality_medfuse", "both"),
+}
+
+
+def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path:
+    """Run what is not done yet, then print the table.
+
+    Returns: the path of report.html.
+    Raises: UserError: the folder holds something else, or a step failed (its log is named).
+    """
+    console = Console(highlight=False)
+    settings = {"subjects": subjects, "seed": seed, "shuffled": shuffled}
+    done = _open(out, settings)
+    steps = plan(out, subjects, seed, shuffled)
+    for step in steps:
+        if digest(step.words) == done.get(step.name, {}).get("words"):
+            step.state, step.seconds = "done", done[step.name]["seconds"]
+        else:
+            break  # what comes after a step that is not done rests on it
+    kept = {s.name: done[s.name] for s in steps if s.state == "done"}
+    hospital = "findings, codes and deaths shuffled: nothing can be learned" if shuffled else f"seed {seed}"
+    console.print(
+        f"[bold]EHR-MSN demo[/]  a synthetic hospital of {subjects} subjects ({hospital}) on {CORES} cores -> {out}/"
+    )
+    console.print("raw tables and films -> features -> pretraining -> linear evaluation, ICU fusion -> report.html\n")
+    start = time.monotonic()
+    try:
+        _run(steps, out, kept, settings, console)
+    finally:
+        for step in steps:
+            if step.process and step.process.poll() is None:
+                step.process.send_signal(signal.SIGTERM)
+                step.process.wait()
+    console.print()
+    console.print(table(out))
+    console.print(f"\n[bold]{out / 'report.html'}[/]   open it in a browser   ({time.monotonic() - start:.0f} s)")
+    console.print("\nYou have MIMIC? Say where it lies; the other steps follow in the README:")
+    console.print(
+        "  ./launch.sh features configs/features.yaml mimic_iv=/path/to/mimic-iv mimic_cxr=/path/to/mimic-cxr-jpg"
+    )
+    return out / "report.html"
+
+
+def table(out: Path) -> Table:
+    """What was measured on the test split, with 95% intervals over subjects, beside the best that is possible."""
+    truth = read_json(out / "data" / "truth.json")["bayes"]
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")
+    result.caption = "test split; 95% intervals from resampling subjects; possible: the generator's Bayes-optimal AUROC"
+    for name in ("", "AUROC", "95% interval", "subjects", "possible"):
+        result.add_column(name, justify="left" if not name else "right")
+    findings = [value for value in truth["findings"].values() if value is not None]
+    result.add_row("[bold]findings from the frozen film encoder (macro)[/]")
+    for says, run in PROBES.items():
+        result.add_row("  " + says, *_cells(out / "runs" / run), f"{sum(findings) / len(findings):.3f}")
+    result.add_row("[bold]death in hospital from the first 48 hours[/]")
+    for says, (run, part) in FUSIONS.items():
+        result.add_row("  " + says, *_cells(out / "runs" / run), f"{truth['mortality'][part]:.3f}")
+    return result
+
+
+def _cells(run: Path) -> tuple[str, str, str]:
+    rows = read_json(run / "results.json")["rows"]
+    wanted = [
+        r for r in rows if r["split"] == "test" and r["metric"] == "auroc" and r["label"] in ("macro", "mortality")
+    ]
+    row = next((r for r in wanted if r["label"] == "macro"), wanted[0])
+    if row["value"] is None:
+        return "-", row["reason"] or "-", f"{row['n']}"
+    return f"{row['value']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", f"{row['n']}"
+
+
+def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The steps done by an earlier call in this folder."""
+    if not out.exists() or not any(out.iterdir()):
+        return {}
+    if not (out / "demo.json").is_file():
+        raise UserError(f"{out}: not empty and no demo; give an empty or a new folder: ./launch.sh demo OUT")
+    before = read_json(out / "demo.json")
+    if before["settings"] != settings:
+        raise UserError(f"{out}: holds a demo with {before['settings']}, asked for {settings}; give another folder")
+    return dict(before["steps"])
+
+
+def _run(steps: list[Step], out: Path, kept: dict[str, Any], settings: dict[str, Any], console: Console) -> None:
+    """Start each step when its inputs are there and a core is free."""
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    write_json(out / "demo.json", {"settings": settings, "steps": kept})
+    with Live(console=console, refresh_per_second=8, transient=False) as live:
+        while any(step.state != "done" for step in steps):
+            ready = {step.name for step in steps if step.state == "done"}
+            for step in steps:
+                free = CORES - sum(s.state == "running" for s in steps)
+                if step.state == "waiting" and free and ready.issuperset(step.after):
+                    _start(step, out, alone=len(step.after) == 0)
+            for step in steps:
+                if step.state == "running":
+                    _look(step, out)
+                    if step.state == "done":
+                        kept[step.name] = {"words": digest(step.words), "seconds": round(step.seconds, 1)}
+                        write_json(out / "demo.json", {"settings": settings, "steps": kept})
+                        if not console.is_terminal:
+                            console.print(f"  {step.name:14} {step.says:52} {step.seconds:6.1f} s")
+            live.update(_show(steps) if console.is_terminal else Text())
+            time.sleep(0.1)
+
+
+def _start(step: Step, out: Path, *, alone: bool) -> None:
+    threads = str(CORES if alone else 1)
+    env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    with (out / "logs" / f"{step.name}.txt").open("wb") as log:
+        log.write(f"$ python -m {shlex.join(step.words)}\n".encode())
+        log.flush()
+        step.process = subprocess.Popen(
+            [sys.executable, "-m", *step.words], stdout=log, stderr=subprocess.STDOUT, env=env
+        )
+    step.state, step.seconds = "running", -time.monotonic()
+
+
+def _look(step: Step, out: Path) -> None:
+    assert step.process is not None
+    code = step.process.poll()
+    if code is None:
+        return
+    step.seconds += time.monotonic()
+    step.state = "done"
+    if code == 75:
+        raise Stopped("stopped; the same command goes on from here")
+    if code:
+        log = out / "logs" / f"{step.name}.txt"
+        tail = "\n".join("  " + line for line in log.read_text(errors="replace").splitlines()[-4:])
+        raise UserError(f"the step `{step.name}` failed with exit code {code}; its log is {log}, which ends:\n{tail}")
+
+
+def _show(steps: list[Step]) -> Group:
+    grid = Table.grid(padding=(0, 1))
+    for step in steps:
+        if step.state == "done":
+            grid.add_row(Text("✓", "green"), step.says, f"{step.seconds:.1f} s", "")
+        elif step.state == "running":
+            grid.add_row(Spinner("dots", style="cyan"), step.says, f"{step.seconds + time.monotonic():.0f} s", "")
+        else:
+            grid.add_row(" ", Text(step.says, "dim"), "", "")
+    return Group(grid)
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    try:
+        return path.relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return path.as_posix()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", type=Path, default=Path("demo"), help="a new folder (default: demo)"
+    )
+    parser.add_argument("--subjects", type=int, default=800, help="subjects of the synthetic hospital (default: 800)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of the training (default: 0)")
+    parser.add_argument(
+        "--shuffled", action="store_true", help="permute findings, codes and deaths: AUROCs must be 0.5"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    demo(args.out, subjects=args.subjects, seed=args.seed, shuffled=args.shuffled)
