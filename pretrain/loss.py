@@ -1,10 +1,11 @@
 """The MSN loss: anchors predict which prototypes the target belongs to.
 
 Comes in: projected anchors and targets of this process's part of the batch, and the prototypes. Goes out: scalars.
-Several processes: Sinkhorn and the mean over anchors are reduced over them, so that the mean over processes of the loss,
-and of the prototypes' gradients (what DDP computes), equals one process on the whole batch.
-Differs from lightly 1.6.0: the mean-entropy term is reduced over processes; everything is fp32 log-softmax, so that the
-value does not depend on the autocast outside; sharpening is a softmax at a lower temperature, which cannot underflow a row.
+Several processes: Sinkhorn and the mean over anchors are reduced over them, so that the mean over processes of the
+loss, and of the prototypes' gradients (what DDP computes), equals one process on the whole batch.
+Differs from lightly 1.6.0: the mean-entropy term is reduced over processes; everything is fp32 log-softmax, so that
+the value does not depend on the autocast outside; sharpening is a softmax at a lower temperature, which cannot
+underflow a row.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def msn_loss(
         sinkhorn_iterations: 0 leaves the targets unbalanced.
         me_max_weight: of the regulariser.
         prior: `uniform`: log K - H(mean); `power_law`: KL(prior || mean), prior_k ~ k^-0.25.
-    Returns: scalars: `loss`; detached parts `cross_entropy`, `me_max`, `target_entropy`, `target_max` (mean over targets
-        of the largest probability), `anchor_entropy`.
+    Returns: scalars: `loss`; detached parts `cross_entropy`, `me_max`, `target_entropy`, `target_max` (the largest
+        probability, mean over targets), `anchor_entropy`.
     Raises: ValueError: shapes or temperatures that cannot be right.
     Source: MSN, arXiv:2204.07141, section 3; power law: PMSN, arXiv:2210.07277.
     """
@@ -116,8 +117,8 @@ def _sum_over_processes(value: Tensor) -> Tensor:
 def _mean_over_processes(value: Tensor) -> Tensor:
     """The mean over processes, whose gradient is that of the local value.
 
-    The loss f(mean_r v_r) is the same on all processes, and gradients are averaged after it: (1/n) sum_r f'(mean) dv_r is the
-    gradient on the whole batch exactly if each process passes f'(mean) back to its own v_r unscaled.
+    The loss f(mean_r v_r) is the same on all processes, and gradients are averaged after it: (1/n) sum_r f'(mean) dv_r
+    is the gradient on the whole batch exactly if each process passes f'(mean) back to its own v_r unscaled.
     """
     if _num_processes() == 1:
         return value

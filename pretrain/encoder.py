@@ -1,0 +1,296 @@
+"""Image encoders: any timm VisionTransformer, DenseNet or ResNet, tokens dropped or not, saved under timm's own keys.
+
+Comes in: normalised views (B, C, H, W). Goes out: features (B, D), or tokens (B, N, D) / a map (B, D, h, w).
+encoder/ holds encoder.safetensors, which loads strictly into `timm.create_model` with none of our code, and
+encoder.json. Differs from lightly's MaskedVisionTransformerTIMM: nothing is re-initialised, positions stay trainable,
+dropped tokens are not computed, and interpolating positions for smaller views is one cached matrix (timm's bicubic).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.densenet import DenseNet
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs import UserError
+from ehr_features.files import new_folder, read_json, write_json
+from pretrain.preprocess import Preprocess
+
+POOLS = {"vit": ("cls", "avg"), "conv": ("avg", "max")}
+
+
+class Encoder(nn.Module):
+    """A timm network that can leave out tokens.
+
+    Attributes:
+        net: the timm model without a classifier; its state_dict is what is saved.
+        meta: what encoder.json says (arch, model_args, in_chans, width, image_size, pool, preprocess, ...).
+        width: D.
+        preprocess: uint8 films -> input.
+    """
+
+    net: Any  # nn.Module's own attribute types would hide timm's
+
+    def __init__(self, net: nn.Module, meta: dict[str, Any], preprocess: Preprocess) -> None:
+        super().__init__()
+        self.net = net
+        self.meta = meta
+        self.preprocess = preprocess
+        self.width = int(self.net.num_features)
+        self.is_vit = isinstance(net, VisionTransformer)
+        self.checkpointing = False  # recompute blocks in the backward pass: less memory, more time
+        self._resample: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        return POOLS["vit" if self.is_vit else "conv"]
+
+    def forward(self, x: Tensor, pool: str | None = None, keep: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, D).
+
+        Args:
+            x: normalised by `preprocess`.
+            pool: `cls` or `avg` (mean of patch tokens) of a ViT; `avg` or `max` of a map; None: encoder.json's.
+            keep: (B, n) indices of the patches to compute; a ViT only.
+        """
+        return self.pool(self.features(x, keep), pool)
+
+    def pool(self, features: Tensor, pool: str | None = None) -> Tensor:
+        """Tokens or map -> (B, D)."""
+        pool = pool or self.meta["pool"]
+        if pool not in self.pools:
+            raise UserError(f"pool `{pool}` is not one of {self.meta['arch']}'s: {', '.join(self.pools)}")
+        if not self.is_vit:
+            return features.mean(dim=(2, 3)) if pool == "avg" else features.amax(dim=(2, 3))
+        return features[:, 0] if pool == "cls" else features[:, self.net.num_prefix_tokens :].mean(dim=1)
+
+    def features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, N, D), class token first, after the last norm; or the last map (B, D, h, w)."""
+        if not self.is_vit:
+            assert keep is None, "tokens can be dropped from a ViT only; a convolutional net masks its input"
+            return self.net.forward_features(x)
+        net = self.net
+        tokens = self._embed(x)  # (B, N, D)
+        prefix, patches = self._positions((x.shape[-2] // self.patch, x.shape[-1] // self.patch))
+        tokens = tokens + patches
+        if keep is not None:
+            tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))  # (B, n, D)
+        if prefix is not None:
+            tokens = torch.cat([prefix.expand(len(x), -1, -1), tokens], dim=1)
+        tokens = net.norm_pre(net.pos_drop(tokens))
+        for block in net.blocks:
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+        return net.norm(tokens)
+
+    @property
+    def patch(self) -> int:
+        """Pixels of a patch's side (ViT), else of a cell of the last map."""
+        return self.net.patch_embed.patch_size[0] if self.is_vit else 32
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """The patch embedding as one matrix product: the convolution's kernel and stride are equal."""
+        size, side = self.patch, x.shape[-2:]
+        if side[0] % size or side[1] % size:
+            raise UserError(
+                f"a view of {side[0]} x {side[1]} pixels is not whole patches of {size} of {self.meta['arch']}"
+            )
+        proj = self.net.patch_embed.proj
+        x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, h, p, w, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C*p*p)
+        return self.net.patch_embed.norm(nn.functional.linear(x, proj.weight.flatten(1), proj.bias))
+
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | float]:
+        """Prefix tokens with their positions (1, P, D), and positions (1, N, D) of a grid's patches."""
+        net = self.net
+        prefix = [token for token in (net.cls_token, net.reg_token) if token is not None]
+        tokens = torch.cat(prefix, dim=1) if prefix else None
+        positions = net.pos_embed
+        if positions is None:
+            return tokens, 0.0
+        if not net.no_embed_class and tokens is not None:
+            own, positions = positions[:, : tokens.shape[1]], positions[:, tokens.shape[1] :]
+            tokens = tokens + own
+        native = tuple(net.patch_embed.grid_size)
+        if grid == native:
+            return tokens, positions
+        key = (grid, positions.device)
+        if key not in self._resample:  # (n, N): timm's interpolation is linear in the positions
+            unit = torch.eye(native[0] * native[1]).unsqueeze(0)
+            self._resample[key] = resample_abs_pos_embed(unit, list(grid), list(native), 0)[0].to(positions.device)
+        return tokens, (self._resample[key] @ positions[0].float()).unsqueeze(0)
+
+
+def create(
+    arch: str,
+    *,
+    in_chans: int = 1,
+    image_size: int = 224,
+    model_args: dict[str, Any] | None = None,
+    preprocess: Preprocess | None = None,
+    pool: str | None = None,
+    positions: str = "timm",
+) -> Encoder:
+    """A freshly initialised encoder.
+
+    Args:
+        arch: a timm name: a VisionTransformer (vit_*, deit*), densenet* or resnet*.
+        image_size: pixels of a side of the largest view; sets the number of positions of a ViT.
+        model_args: passed to timm (depth, embed_dim, num_heads, ...).
+        positions: `timm`: its own initialisation; `sincos`: sine-cosine, trainable all the same.
+    Raises: UserError: timm has no such model, refuses the arguments, or it is of another family.
+    """
+    args = dict(model_args or {})
+    if arch.startswith(("vit", "deit")):
+        args = {"img_size": image_size, "dynamic_img_size": True, **args}
+    try:
+        net = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=in_chans, **args)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        near = ", ".join(timm.list_models(f"*{arch.partition('_')[0]}*")[:5]) or "vit_tiny_patch16_224, densenet121"
+        raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {error}. Near it: {near}") from None
+    if not isinstance(net, (VisionTransformer, DenseNet, ResNet)) or hasattr(net, "dist_token"):
+        raise UserError(
+            f"encoder.arch: `{arch}` is a {type(net).__name__}; wanted a VisionTransformer, DenseNet or ResNet"
+        )
+    is_vit = isinstance(net, VisionTransformer)
+    if is_vit and positions == "sincos":
+        _sincos(net)
+    meta = {
+        "arch": arch,
+        "model_args": args,
+        "in_chans": in_chans,
+        "width": int(net.num_features),
+        "image_size": image_size,
+        "pool": pool or POOLS["vit" if is_vit else "conv"][0],
+    }
+    preprocess = preprocess or Preprocess(image_size)
+    return Encoder(net, meta, dataclasses.replace(preprocess, size=image_size, in_chans=in_chans))
+
+
+def save(folder: str | Path, encoder: Encoder, meta: dict[str, Any] | None = None, card: str | None = None) -> Path:
+    """Write encoder/, whole or not at all: weights under timm's keys, encoder.json, MODEL_CARD.md from `card`."""
+    folder = Path(folder)
+    with new_folder(folder) as part:
+        state = {key: value.detach().cpu().contiguous().clone() for key, value in encoder.net.state_dict().items()}
+        save_file(state, part / "encoder.safetensors", metadata={"format": "pt"})
+        about = {**encoder.meta, "preprocess": encoder.preprocess.to_json(), **(meta or {})}
+        write_json(part / "encoder.json", about)
+        if card is not None:
+            (part / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def load(folder: str | Path) -> Encoder:
+    """The encoder that `save` wrote, in eval mode, on the CPU.
+
+    Raises: UserError: no encoder there, damaged, or weights of another architecture than encoder.json names.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    encoder = create(
+        meta["arch"],
+        in_chans=meta["in_chans"],
+        image_size=meta["image_size"],
+        model_args=meta["model_args"],
+        preprocess=Preprocess.from_json(meta["preprocess"], meta["in_chans"]),
+        pool=meta["pool"],
+    )
+    encoder.meta = meta
+    _fill(encoder.net, folder / "encoder.safetensors", f"encoder.json names {meta['arch']} {meta['model_args']}")
+    return encoder.eval()
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """encoder.json, checked. Raises: UserError: absent, damaged, or without a key that is needed."""
+    path = Path(folder) / "encoder.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: not an encoder folder (no encoder.json); give the encoder/ of a pretraining run")
+    meta = read_json(path)
+    wanted = ("arch", "model_args", "in_chans", "width", "image_size", "pool", "preprocess")
+    if not isinstance(meta, dict) or (missing := [key for key in wanted if key not in meta]):
+        raise UserError(f"{path}: keys missing: {', '.join(missing if isinstance(meta, dict) else wanted)}")
+    return meta
+
+
+@torch.inference_mode()
+def embed(
+    folder: str | Path | Encoder,
+    films: Sequence[str | Path] | np.ndarray | Tensor,
+    *,
+    pool: str | None = None,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Frozen features of films.
+
+    Args:
+        folder: encoder/, or a loaded encoder.
+        films: paths of film files, or uint8 (N, H, W).
+    Returns: (N, D) float32 on the CPU.
+    """
+    encoder = folder if isinstance(folder, Encoder) else load(folder)
+    encoder = encoder.to(device).eval()
+    parts = [encoder(batch.to(device), pool).float().cpu() for batch in _batches(encoder.preprocess, films, batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0, encoder.width)
+
+
+def _batches(preprocess: Preprocess, films: Any, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(films), size):
+        part = films[start : start + size]
+        if isinstance(part, (np.ndarray, Tensor)):
+            yield preprocess(part)
+        else:
+            from pretrain.store import read_film  # here, as the store needs image decoders that encoders do not
+
+            yield torch.cat([preprocess(read_film(Path(path))) for path in part])
+
+
+def _fill(net: nn.Module, path: Path, context: str) -> None:
+    """Load weights strictly, or say which keys and shapes differ."""
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the encoder folder is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy or export it again") from None
+    faults = differences(net.state_dict(), state)
+    if faults:
+        raise UserError(f"{path}: these weights are not of the model that {context}: {faults}")
+    net.load_state_dict(state)
+
+
+def differences(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """Missing, unexpected and differently shaped keys in a few words; empty if there are none."""
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    shapes = [
+        f"{key} {(*found[key].shape,)} instead of {(*wanted[key].shape,)}"
+        for key in wanted.keys() & found.keys()
+        if wanted[key].shape != found[key].shape
+    ]
+    parts = (("missing", missing), ("unexpected", extra), ("of another shape", sorted(shapes)))
+    return "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in parts if keys)
+
+
+@torch.no_grad()
+def _sincos(net: Any) -> None:
+    """Sine-cosine positions of the patches; the class token's stay as they are."""
+    height, width = net.patch_embed.grid_size
+    quarter = net.embed_dim // 4
+    rates = 10000 ** -(torch.arange(quarter) / quarter)
+    rows = torch.arange(height).repeat_interleave(width)[:, None] * rates  # (N, D/4)
+    columns = torch.arange(width).repeat(height)[:, None] * rates
+    table = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
+    net.pos_embed[0, -height * width :, : table.shape[1]] = table

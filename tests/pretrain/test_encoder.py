@@ -1,0 +1,147 @@
+"""Encoders: the same numbers as timm, tokens really dropped, weights that load elsewhere."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from configs import UserError
+from pretrain import encoder as enc
+from pretrain.preprocess import Preprocess
+
+TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    return enc.create("vit_tiny_patch16_224", image_size=64, model_args=TINY, **more)
+
+
+@pytest.mark.parametrize(
+    "arch, size, args",
+    [
+        ("vit_tiny_patch16_224", 64, TINY),
+        ("vit_small_patch14_dinov2", 56, {"depth": 2}),  # layer scale
+        ("vit_small_patch14_reg4_dinov2", 56, {"depth": 2}),  # registers, positions of patches only
+        ("densenet121", 64, {}),
+        ("resnet34", 64, {}),
+    ],
+)
+def test_gives_what_timm_gives_and_loads_there_strictly(tmp_path, arch, size, args):
+    torch.manual_seed(0)
+    encoder = enc.create(arch, image_size=size, model_args=args).eval()
+    folder = enc.save(tmp_path / "encoder", encoder, {"step": 1})
+    meta = json.loads((folder / "encoder.json").read_text())
+    net = timm.create_model(meta["arch"], num_classes=0, in_chans=meta["in_chans"], **meta["model_args"]).eval()
+    net.load_state_dict(load_file(folder / "encoder.safetensors"))
+    x = torch.randn(2, 1, size, size)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.features(x), net.forward_features(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder(x), net(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(enc.load(folder)(x), encoder(x))
+
+
+def test_smaller_views_get_timms_interpolated_positions():
+    encoder = tiny().eval()
+    x = torch.randn(2, 1, 32, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.features(x), encoder.net.forward_features(x), rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_patches_do_not_matter_and_are_not_computed():
+    encoder = tiny().eval()
+    keep = torch.tensor([[0, 5, 7], [3, 5, 15]])
+    x = torch.randn(2, 1, 64, 64)
+    changed = x.clone()
+    changed[0, :, 0:16, 16:32] = 9.0  # patch 1, which film 0 drops
+    changed[0, :, 48:64, 48:64] = 9.0  # patch 15: the bottom right one, dropped here, kept by film 1
+    with torch.inference_mode():
+        tokens = encoder.features(x, keep)
+        assert tokens.shape == (2, 1 + 3, 24)
+        torch.testing.assert_close(encoder.features(changed, keep), tokens)
+        changed[1, :, 48:64, 48:64] = 9.0
+        assert not torch.allclose(encoder.features(changed, keep)[1], tokens[1])
+
+
+def test_keeping_all_patches_is_no_mask():
+    encoder = tiny().eval()
+    x = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(x, keep=torch.arange(16).repeat(2, 1)), encoder(x))
+
+
+def test_recomputing_activations_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        encoder = tiny()
+        encoder.checkpointing = checkpointing
+        encoder(torch.ones(2, 1, 64, 64)).square().sum().backward()
+        gradients.append(encoder.net.blocks[0].mlp.fc1.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_pools():
+    encoder = tiny().eval()
+    x = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        tokens = encoder.features(x)
+        torch.testing.assert_close(encoder(x), tokens[:, 0])
+        torch.testing.assert_close(encoder(x, "avg"), tokens[:, 1:].mean(dim=1))
+        with pytest.raises(UserError, match="pool `max`"):
+            encoder(x, "max")
+
+
+def test_embed_reads_preprocess_from_the_folder(tmp_path):
+    films = np.random.default_rng(0).integers(0, 255, (3, 80, 80), dtype=np.uint8)
+    features = {}
+    for mode in ("crop", "dataset"):
+        encoder = tiny(preprocess=Preprocess(64, normalise=mode, mean=0.3, std=0.2))
+        folder = enc.save(tmp_path / mode, encoder)
+        features[mode] = enc.embed(folder, films, batch_size=2)
+        assert features[mode].shape == (3, encoder.width)
+        assert enc.load(folder).preprocess == encoder.preprocess
+    assert not torch.allclose(features["crop"], features["dataset"])
+
+
+def test_black_film_is_finite_and_padding_keeps_the_whole_film():
+    preprocess = Preprocess(32)
+    assert torch.isfinite(preprocess(np.zeros((1, 40, 30), np.uint8))).all()
+    film = np.zeros((64, 32), np.uint8)
+    film[-2:, :] = 255  # the costophrenic angles are at the bottom
+    assert preprocess(film)[0, 0, -1].max() > preprocess(film)[0, 0, 0].max()
+
+
+def test_floats_are_refused():
+    with pytest.raises(UserError, match="uint8"):
+        Preprocess(32)(np.full((1, 32, 32), np.nan, np.float32))
+
+
+@pytest.mark.parametrize(
+    "break_it, says",
+    [
+        (lambda f: (f / "encoder.json").unlink(), "not an encoder folder"),
+        (lambda f: (f / "encoder.json").write_text('{"arch": "resnet34"}'), "keys missing: model_args"),
+        (lambda f: (f / "encoder.safetensors").unlink(), "incomplete"),
+        (lambda f: (f / "encoder.safetensors").write_bytes(b"no"), "damaged"),
+        (
+            lambda f: (f / "encoder.json").write_text(
+                (f / "encoder.json").read_text().replace('"depth": 2', '"depth": 3')
+            ),
+            "missing, e.g. blocks.2",
+        ),
+    ],
+)
+def test_a_broken_folder_is_refused_by_name(tmp_path, break_it, says):
+    folder = enc.save(tmp_path / "encoder", tiny())
+    break_it(folder)
+    with pytest.raises(UserError, match=says):
+        enc.load(folder)
+
+
+@pytest.mark.parametrize("arch, says", [("vit_tinny", "vit_"), ("swin_tiny_patch4_window7_224", "SwinTransformer")])
+def test_other_architectures_are_refused(arch, says):
+    with pytest.raises(UserError, match=says):
+        enc.create(arch)
