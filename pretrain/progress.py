@@ -1,0 +1,59 @@
+"""A progress bar with rate and ETA on a terminal; elsewhere (a log file, CI) a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+QUIET_SECONDS = 30.0  # between two lines where there is no terminal
+
+
+class Bar:
+    """`with Bar("packing", total, "films") as bar: bar.advance(n)`; writes to stderr.
+
+    Args:
+        what: the word before the bar.
+        total: number of units; unit: their name, in the plural.
+        shown: False for silence (all processes but the first).
+    """
+
+    def __init__(self, what: str, total: int, unit: str, *, shown: bool = True) -> None:
+        self.what, self.total, self.unit, self.shown = what, total, unit, shown
+        self.done, self.note = 0, ""
+        self._began = self._spoke = time.monotonic()
+        rich = shown and sys.stderr.isatty()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._rich = (
+            Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) if rich else None
+        )
+
+    def __enter__(self) -> Self:
+        if self._rich is not None:
+            self._rich.start()
+            self._task = self._rich.add_task(self.what, total=self.total, note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the bar was made."""
+        return self.done / max(time.monotonic() - self._began, 1e-9)
+
+    def advance(self, number: int = 1, note: str = "") -> None:
+        """Count `number` more units; `note` stands at the end of the line, e.g. the loss."""
+        self.done += number
+        self.note = note or self.note
+        if self._rich is not None:
+            self._rich.update(self._task, completed=self.done, note=f"{self.rate:.1f} {self.unit}/s {self.note}")
+        elif self.shown and time.monotonic() - self._spoke > QUIET_SECONDS:
+            self._spoke = time.monotonic()
+            left = (self.total - self.done) / self.rate
+            text = f"{self.what}: {self.done} of {self.total} {self.unit}, {self.rate:.1f}/s, {left:.0f} s left"
+            print(text, self.note, file=sys.stderr, flush=True)
