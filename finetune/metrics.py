@@ -4,7 +4,7 @@ Comes in: labels and scores, one column a label. Goes out: a table, a row per la
 Rules: a missing (NaN) label leaves its row out for that label. A label with one class in the sample has no value, and
 says why. A resample in which a label has one class is left out of that label's interval, and the label out of that
 resample's macro; where more than half of the resamples fall out, the interval is null. The macro is the mean over the
-labels with both classes; its interval is that of the macro of each resample. Intervals hold the middle 95% of resamples.
+labels with both classes; its interval is that of the macro of each resample. Intervals are the middle 95% of these.
 The calibration intercept and slope are those of the resample's first Newton step from the whole sample's fit.
 """
 
