@@ -1,0 +1,234 @@
+"""Every table that is read and written: column, type, unit, group, available_at.
+
+`READ`: the raw columns that are used, with ibis types; a column that a release lacks by right is in `optional` or
+`renamed`. `WRITTEN`: the columns of features/. Source: MIT-LCP/mimic-code, buildmimic/postgres/create.sql.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+INT, TEXT, REAL, TIME, DATE = "int64", "string", "float64", "timestamp", "date"
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A raw table. `places`: paths without suffix below its root, newest layout first."""
+
+    root: Literal["mimic_iv", "mimic_ed", "mimic_cxr"]
+    places: tuple[str, ...]
+    columns: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    renamed: Mapping[str, str] = field(default_factory=dict)  # our name -> name in MIMIC-IV 1.0
+    rows: Mapping[str, int] = field(default_factory=dict)  # known row counts by release
+
+
+FINDINGS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Enlarged Cardiomediastinum",
+    "Fracture",
+    "Lung Lesion",
+    "Lung Opacity",
+    "No Finding",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Pneumonia",
+    "Pneumothorax",
+    "Support Devices",
+)
+_IDS = {"subject_id": INT, "hadm_id": INT, "stay_id": INT}
+_EVENT = {"charttime": TIME, "storetime": TIME, "itemid": INT, "value": TEXT, "valuenum": REAL}
+_VITALS = {name: REAL for name in ("temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp")}
+
+
+def _rows(v10: int | None, v22: int | None, v31: int | None, demo: int | None) -> dict[str, int]:
+    known = {"1.0": v10, "2.2": v22, "3.1": v31, "demo": demo}
+    return {release: rows for release, rows in known.items() if rows is not None}
+
+
+def _moved(name: str) -> tuple[str, str]:
+    return f"hosp/{name}", f"core/{name}"
+
+
+def _ed(name: str) -> tuple[str, str]:
+    return f"ed/{name}", name
+
+
+READ: dict[str, Raw] = {
+    "patients": Raw(
+        "mimic_iv",
+        _moved("patients"),
+        {
+            "subject_id": INT,
+            "gender": TEXT,
+            "anchor_age": INT,
+            "anchor_year": INT,
+            "anchor_year_group": TEXT,
+            "dod": DATE,
+        },
+        rows=_rows(None, 299_712, 364_627, 100),
+    ),
+    "admissions": Raw(
+        "mimic_iv",
+        _moved("admissions"),
+        {
+            "subject_id": INT,
+            "hadm_id": INT,
+            "admittime": TIME,
+            "dischtime": TIME,
+            "deathtime": TIME,
+            "admission_type": TEXT,
+            "discharge_location": TEXT,
+            "insurance": TEXT,
+            "language": TEXT,
+            "race": TEXT,
+            "edregtime": TIME,
+            "edouttime": TIME,
+            "hospital_expire_flag": INT,
+        },
+        optional=frozenset({"admission_type", "discharge_location", "insurance", "language"}),
+        renamed={"race": "ethnicity"},
+        rows=_rows(None, 431_231, 546_028, 275),
+    ),
+    "icustays": Raw(
+        "mimic_iv",
+        ("icu/icustays",),
+        {**_IDS, "first_careunit": TEXT, "last_careunit": TEXT, "intime": TIME, "outtime": TIME, "los": REAL},
+        rows=_rows(76_540, 73_181, 94_458, 140),
+    ),
+    "diagnoses_icd": Raw(
+        "mimic_iv",
+        ("hosp/diagnoses_icd",),
+        {"subject_id": INT, "hadm_id": INT, "seq_num": INT, "icd_code": TEXT, "icd_version": INT},
+        rows=_rows(5_280_351, 4_756_326, 6_364_488, 4_506),
+    ),
+    "chartevents": Raw(
+        "mimic_iv",
+        ("icu/chartevents",),
+        {**_IDS, **_EVENT},
+        rows=_rows(329_499_788, 313_645_063, 432_997_491, 668_862),
+    ),
+    "labevents": Raw(
+        "mimic_iv",
+        ("hosp/labevents",),
+        {"subject_id": INT, "hadm_id": INT, **_EVENT},
+        rows=_rows(122_103_667, 118_171_367, 158_374_764, 107_727),
+    ),
+    "d_items": Raw("mimic_iv", ("icu/d_items",), {"itemid": INT, "label": TEXT}, rows=_rows(None, 4_014, 4_095, 4_014)),
+    "d_labitems": Raw(
+        "mimic_iv",
+        ("hosp/d_labitems",),
+        {"itemid": INT, "label": TEXT, "fluid": TEXT},
+        optional=frozenset({"fluid"}),
+        rows=_rows(1_630, 1_622, 1_650, 1_622),
+    ),
+    "edstays": Raw(
+        "mimic_ed",
+        _ed("edstays"),
+        {**_IDS, "intime": TIME, "outtime": TIME, "gender": TEXT, "arrival_transport": TEXT},
+        optional=frozenset({"gender", "arrival_transport"}),  # since MIMIC-IV-ED 2.0
+        rows=_rows(None, 425_087, None, None),
+    ),
+    "triage": Raw(
+        "mimic_ed",
+        _ed("triage"),
+        {"subject_id": INT, "stay_id": INT, **_VITALS, "pain": TEXT, "acuity": REAL, "chiefcomplaint": TEXT},
+        rows=_rows(None, 425_087, None, None),
+    ),
+    "vitalsign": Raw(
+        "mimic_ed",
+        _ed("vitalsign"),
+        {"subject_id": INT, "stay_id": INT, "charttime": TIME, **_VITALS},
+        rows=_rows(None, 1_564_610, None, None),
+    ),
+    "cxr_metadata": Raw(
+        "mimic_cxr",
+        ("mimic-cxr-2.0.0-metadata", "mimic-cxr-2.1.0-metadata"),
+        {
+            "dicom_id": TEXT,
+            "subject_id": INT,
+            "study_id": INT,
+            "PerformedProcedureStepDescription": TEXT,
+            "ViewPosition": TEXT,
+            "Rows": INT,
+            "Columns": INT,
+            "StudyDate": INT,
+            "StudyTime": REAL,
+            "ViewCodeSequence_CodeMeaning": TEXT,
+            "PatientOrientationCodeSequence_CodeMeaning": TEXT,
+        },
+        optional=frozenset({"PerformedProcedureStepDescription", "Rows", "Columns"}),
+        rows={"2.0.0": 377_110, "2.1.0": 377_110},
+    ),
+    "cxr_split": Raw(
+        "mimic_cxr",
+        ("mimic-cxr-2.0.0-split", "mimic-cxr-2.1.0-split"),
+        {"dicom_id": TEXT, "study_id": INT, "subject_id": INT, "split": TEXT},
+        rows={"2.0.0": 377_110, "2.1.0": 377_110},
+    ),
+    "cxr_chexpert": Raw(
+        "mimic_cxr",
+        ("mimic-cxr-2.0.0-chexpert", "mimic-cxr-2.1.0-chexpert"),
+        {"subject_id": INT, "study_id": INT, **dict.fromkeys(FINDINGS, REAL)},
+        rows={"2.0.0": 227_827, "2.1.0": 227_827},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A written column.
+
+    `available_at`: study (known when the film is taken, or at the prediction time), admission, discharge.
+    """
+
+    type: str
+    unit: str = ""
+    group: str = "id"
+    available_at: Literal["study", "admission", "discharge"] = "study"
+
+
+STAYS: dict[str, Column] = {
+    "stay_id": Column(INT),
+    "hadm_id": Column(INT),
+    "subject_id": Column(INT),
+    "intime": Column(TIME, group="time"),
+    "outtime": Column(TIME, group="time", available_at="discharge"),
+    "los_hours": Column(REAL, "hours", "outcome", "discharge"),
+    "age_years": Column(INT, "years", "age", "admission"),
+    "age_capped": Column("boolean", group="age", available_at="admission"),
+    "sex": Column(TEXT, group="sex", available_at="admission"),
+    "race": Column(TEXT, group="subgroup", available_at="admission"),
+    "anchor_year_group": Column(TEXT, group="subgroup", available_at="admission"),
+    "split": Column(TEXT, group="split"),
+}
+STAY_FILMS: dict[str, Column] = {  # written by linking.py
+    "stay_id": Column(INT),
+    "dicom_id": Column(TEXT),
+    "hours_from_intime": Column(REAL, "hours", "time"),
+    "view": Column(TEXT, group="view"),
+}
+IMAGES: dict[str, Column] = {}  # written by linking.py and static.py
+SAMPLES: dict[str, Column] = {
+    "sample_id": Column(TEXT),
+    "stay_id": Column(INT),
+    "subject_id": Column(INT),
+    "split": Column(TEXT, group="split"),
+    "predict_at_hours": Column(REAL, "hours since intime", "time"),
+    "dicom_id": Column(TEXT),
+    "code_status": Column(TEXT, group="subgroup"),
+}
+TABLES = {"stays": STAYS, "stay_films": STAY_FILMS, "images": IMAGES}
+
+
+def described(columns: Mapping[str, Column]) -> dict[str, dict[str, Any]]:
+    """The entry of a table in schema.json."""
+    return {
+        name: {"type": c.type, "unit": c.unit, "group": c.group, "available_at": c.available_at}
+        for name, c in columns.items()
+    }

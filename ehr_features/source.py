@@ -1,0 +1,283 @@
+"""Find and open raw tables: MIMIC-IV 1.0, 2.x, 3.x, MIMIC-IV-ED, MIMIC-CXR(-JPG); csv, csv.gz, parquet; local or a URL.
+
+Comes in: the root folders of a FeaturesConfig. Goes out: a `Source` whose `table(name)` is an ibis expression with the
+columns of `schema.READ`, selected and cast by name. CSV is read as text under its header: an inserted column shifts nothing and "None" stays a value. Text that does not cast becomes null; whoever needs the value counts what that drops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import re
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import ibis
+import ibis.expr.types as ir
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs import UserError
+from ehr_features.config import FeaturesConfig
+from ehr_features.schema import READ, Raw
+
+SUFFIXES = (".parquet", ".csv", ".csv.gz")
+LAYOUTS = ("1.0", "2.0", "2.2")
+_HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
+
+
+class Source:
+    """The raw tables of one place, opened on one engine.
+
+    Attributes:
+        con: the ibis backend. files: table name -> path or URL. columns: table name -> columns found there.
+        layout: `1.0` (core/, ethnicity), `2.0` (hosp/, race), `2.2` (also caregiver_id; 2.2 to 3.1).
+    """
+
+    def __init__(self, con: Any, files: Mapping[str, str], columns: Mapping[str, list[str]], layout: str) -> None:
+        self.con, self.files, self.columns, self.layout = con, dict(files), dict(columns), layout
+        self._tables: dict[str, ir.Table] = {}
+        self._absent: dict[str, str] = {}
+
+    @classmethod
+    def from_frames(cls, frames: Mapping[str, pd.DataFrame], engine: str = "duckdb", layout: str = "2.2") -> Source:
+        """A source of small tables held in memory (for tests); columns left out are null."""
+        source = cls(connect(engine), {}, {}, layout)
+        for name, frame in frames.items():
+            raw = READ[name]
+            table = pa.Table.from_pandas(frame[[c for c in raw.columns if c in frame]], preserve_index=False)
+            for at, f in enumerate(table.schema):
+                if pa.types.is_null(f.type):
+                    table = table.set_column(at, f.name, table[f.name].cast(pa.string()))
+            opened = source.con.create_table(f"raw_{name}", table)
+            cast = {
+                c: _cast(opened[c] if c in table.column_names else ibis.null("string"), t)
+                for c, t in raw.columns.items()
+            }
+            source._tables[name] = opened.select(**cast)
+        return source
+
+    def has(self, name: str) -> bool:
+        """Whether the table is there."""
+        return name in self._tables or name in self.files
+
+    def table(self, name: str) -> ir.Table:
+        """A raw table with the columns and types of schema.READ.
+
+        Raises: UserError: the table is absent, empty, damaged, or lacks a column.
+        """
+        if name not in self._tables:
+            if name not in self.files:
+                raise UserError(self._absent.get(name, f"table `{name}` is not there"))
+            self._tables[name] = self._open(name)
+        return self._tables[name]
+
+    def _open(self, name: str) -> ir.Table:
+        raw, path, found = READ[name], self.files[name], self.columns[name]
+        check_columns(name, path, found, self.layout)
+        with readable(path):
+            opened = read(self.con, path, found)
+        names = {c: (raw.renamed.get(c, c) if self.layout == "1.0" else c) for c in raw.columns}
+        cast = {c: _cast(opened[names[c]] if names[c] in found else ibis.null("string"), raw.columns[c]) for c in names}
+        return opened.select(**cast)
+
+
+def open_source(config: FeaturesConfig) -> Source:
+    """Find the tables of a config, read their headers, and connect the engine.
+
+    Raises: UserError: a wrong folder, a table that every build needs is absent, files of two layouts in one folder.
+    """
+    roots = {"mimic_iv": config.mimic_iv, "mimic_ed": config.mimic_ed, "mimic_cxr": config.mimic_cxr}
+    files: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    for key, root in roots.items():
+        tables = {name: raw for name, raw in READ.items() if raw.root == key}
+        if root is None:
+            absent |= {name: f"table `{name}` is needed here, but the config has no `{key}`" for name in tables}
+            continue
+        found = {name: path for name, raw in tables.items() if (path := _find(root, raw))}
+        if not found:
+            raise UserError(f"{key}: {_wrong_folder(root, key)}")
+        files |= found
+        for name in tables.keys() - found.keys():
+            path = f"{root.rstrip('/')}/{tables[name].places[0]}"
+            absent[name] = f"{path}{{{','.join(SUFFIXES)}}}: no such file; `{key}` needs its table `{name}` here"
+    columns = {name: header(path) for name, path in files.items()}
+    layout = _layout(config.mimic_iv, files, columns)
+    config.cache_folder.mkdir(parents=True, exist_ok=True)
+    con = connect(config.engine, memory=config.memory, threads=config.threads, spill=config.cache_folder)
+    for protocol in {path.partition("://")[0] for path in files.values() if "://" in path}:
+        if config.engine == "duckdb":
+            con.register_filesystem(fsspec.filesystem(protocol))
+    source = Source(con, files, columns, layout)
+    source._absent = absent
+    return source
+
+
+def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path | None = None) -> Any:
+    """An ibis backend; `memory` bounds it, and DuckDB spills what does not fit below `spill`."""
+    if engine == "pyspark":
+        return _spark(memory, threads)
+    con = ibis.duckdb.connect()
+    number, unit = re.fullmatch(r"([\d.]+)\s*([MGT]B)", memory).groups()  # type: ignore[union-attr]
+    size = float(number) * {"MB": 1, "GB": 1000, "TB": 1_000_000}[unit]
+    settings = {
+        "memory_limit": f"{int(max(size * 0.6, size - 1500))}MB",  # the rest: Python, CSV buffers, the series' pages
+        "threads": threads,
+        "preserve_insertion_order": False,
+        "enable_progress_bar": False,
+        "TimeZone": "UTC",
+        "temp_directory": str(spill or tempfile.gettempdir()),
+    }
+    for name, value in settings.items():
+        con.con.execute(f"SET {name} = {value!r}")
+    return con
+
+
+def _spark(memory: str, threads: int) -> Any:
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError:
+        raise UserError("engine=pyspark: pyspark is not installed; pip install 'ehr-msn[spark]', and Java 17") from None
+    session = (
+        SparkSession.builder.master(f"local[{threads}]")
+        .appName("ehr_features")
+        .config("spark.driver.memory", memory.replace(" ", "").removesuffix("B").lower())
+        .config("spark.sql.session.timeZone", "UTC")
+        .config("spark.sql.shuffle.partitions", 2 * threads)
+        .config("spark.ui.enabled", False)
+        .config("spark.ui.showConsoleProgress", False)
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("ERROR")
+    return ibis.pyspark.connect(session)
+
+
+def read(con: Any, path: str, columns: list[str]) -> ir.Table:
+    """Open one file; every CSV column is text."""
+    if path.endswith(".parquet"):
+        return con.read_parquet(path)
+    if con.name == "duckdb":
+        text = dict.fromkeys(columns, "VARCHAR")
+        return con.read_csv(path, columns=text, header=True, auto_detect=False, delim=",", quote='"', escape='"')
+    return con.read_csv(path, header=True, inferSchema=False, multiLine=True, escape='"')
+
+
+def _cast(column: ir.Value, to: str) -> ir.Value:
+    if to == "string":
+        return column.cast("string").nullif("")
+    return column.try_cast(to) if column.type().is_string() else column.cast(to)
+
+
+def _exists(path: str) -> bool:
+    if "://" not in path:
+        return Path(path).is_file()
+    try:
+        filesystem, inner = fsspec.url_to_fs(path)
+        return filesystem.isfile(inner)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _find(root: str, raw: Raw) -> str | None:
+    root = root.removeprefix("file://").rstrip("/")
+    for place in raw.places:
+        for suffix in SUFFIXES:
+            if _exists(path := f"{root}/{place}{suffix}"):
+                return path
+    return None
+
+
+def _wrong_folder(root: str, key: str) -> str:
+    wanted = f"wanted the folder that holds {_HOLDS[key]}"
+    try:
+        filesystem, inner = fsspec.url_to_fs(root)
+        if not filesystem.isdir(inner):
+            return f"{root}: no such folder; {wanted}"
+        below = sorted(Path(p).name for p in filesystem.ls(inner, detail=False))
+    except (OSError, ValueError, ImportError) as error:
+        return f"{root}: cannot be listed ({error}); {wanted}"
+    tables = [raw for raw in READ.values() if raw.root == key]
+    inside = [name for name in below[:50] if any(_find(f"{root.rstrip('/')}/{name}", raw) for raw in tables)]
+    hint = f"; did you mean {root.rstrip('/')}/{inside[-1]}?" if inside else ""
+    return f"{root}: none of its tables is there; found {below[:8]}; {wanted}{hint}"
+
+
+def header(path: str) -> list[str]:
+    """The column names of a table. Raises: UserError: empty, no gzip file, damaged."""
+    with readable(path):
+        if path.endswith(".parquet"):
+            with fsspec.open(path, "rb") as file:
+                return list(pq.read_schema(file).names)
+        zipped = "gzip" if path.endswith(".gz") else None
+        with fsspec.open(path, "rt", encoding="utf-8-sig", compression=zipped) as file:
+            line = file.readline()
+    if not line.strip():
+        raise UserError(f"{path}: the file is empty; download it again")
+    return next(csv.reader([line.strip()]))
+
+
+def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
+    """Refuse a table that lacks a column which it should have."""
+    raw = READ[name]
+    for column in raw.columns:
+        wanted = raw.renamed.get(column, column) if layout == "1.0" else column
+        if wanted in found or column in raw.optional:
+            continue
+        whose = f"MIMIC-IV {layout}" if raw.root == "mimic_iv" else raw.root.upper().replace("_", "-")
+        also = (
+            f" (`{raw.renamed[column]}` in 1.0, `{column}` since 2.0)"
+            if column in raw.renamed
+            else " (every release has it)"
+        )
+        raise UserError(
+            f"{path}: column `{wanted}` is missing; found {found}. The layout is that of {whose}, whose `{name}` has "
+            f"`{wanted}`{also}; is this file `{name}`, and whole?"
+        )
+
+
+def _layout(root: str, files: Mapping[str, str], columns: Mapping[str, list[str]]) -> str:
+    """1.0, 2.0 or 2.2, by the folders and columns; contradictions are refused."""
+    signs: dict[str, str] = {}  # what was seen -> the layout that has it
+    for name in ("patients", "admissions"):
+        places = [p for p in ("core", "hosp") if any(_exists(f"{root.rstrip('/')}/{p}/{name}{s}") for s in SUFFIXES)]
+        signs |= {f"{place}/{name}": "1.0" if place == "core" else ">=2" for place in places}
+    if "admissions" in columns:
+        found = columns["admissions"]
+        signs |= {f"admissions.{c}": v for c, v in (("ethnicity", "1.0"), ("race", ">=2")) if c in found}
+    if "caregiver_id" in columns.get("chartevents", []):
+        signs["chartevents.caregiver_id"] = ">=2"
+    if len(set(signs.values())) > 1:
+        seen = "; ".join(f"{sign} is {'1.0' if v == '1.0' else '2.0 or later'}" for sign, v in signs.items())
+        raise UserError(f"{root}: files of two MIMIC-IV layouts are mixed here: {seen}. Keep one release in a folder")
+    if "1.0" in signs.values():
+        return "1.0"
+    return "2.2" if "chartevents.caregiver_id" in signs or "chartevents" not in columns else "2.0"
+
+
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turn what a damaged file makes the readers raise into a message for the user."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
+    except Exception as error:
+        if (says := _damage(error)) is None:
+            raise
+        raise UserError(f"{path}: {says}; is the file whole? Download it again") from None
+
+
+def _damage(error: BaseException) -> str | None:
+    """The first line of an engine's complaint about a file; None if it is something else."""
+    text = str(error).strip()
+    if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "pyspark", "py4j"):
+        return None
+    marks = ("GZIP", "gzip", "CSV Error", "Parquet", "EOFException", "ZipException", "Unexpected end", "No magic bytes")
+    return text.splitlines()[0][:300] if any(mark in text for mark in marks) else None
