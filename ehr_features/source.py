@@ -1,7 +1,8 @@
 """Find and open raw tables: MIMIC-IV 1.0, 2.x, 3.x, MIMIC-IV-ED, MIMIC-CXR(-JPG); csv, csv.gz, parquet; local or a URL.
 
 Comes in: the root folders of a FeaturesConfig. Goes out: a `Source` whose `table(name)` is an ibis expression with the
-columns of `schema.READ`, selected and cast by name. CSV is read as text under its header: an inserted column shifts nothing and "None" stays a value. Text that does not cast becomes null; whoever needs the value counts what that drops.
+columns of `schema.READ`, selected and cast by name. CSV is read as text under its header: an inserted column shifts nothing, and
+"None" stays a value. Text that does not cast becomes null; whoever needs the value counts what that drops.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Source:
             for at, f in enumerate(table.schema):
                 if pa.types.is_null(f.type):
                     table = table.set_column(at, f.name, table[f.name].cast(pa.string()))
-            opened = source.con.create_table(f"raw_{name}", table)
+            opened = hold(source.con, f"raw_{name}", table)
             cast = {
                 c: _cast(opened[c] if c in table.column_names else ibis.null("string"), t)
                 for c, t in raw.columns.items()
@@ -167,6 +168,14 @@ def read(con: Any, path: str, columns: list[str]) -> ir.Table:
         text = dict.fromkeys(columns, "VARCHAR")
         return con.read_csv(path, columns=text, header=True, auto_detect=False, delim=",", quote='"', escape='"')
     return con.read_csv(path, header=True, inferSchema=False, multiLine=True, escape='"')
+
+
+def hold(con: Any, name: str, table: pa.Table) -> ir.Table:
+    """Give the engine a small table of ours."""
+    if con.name == "duckdb":  # ibis 12's create_table writes SQL that DuckDB 2.0 refuses
+        con.con.register(name, table)
+        return con.table(name)
+    return con.create_table(name, table, overwrite=True)
 
 
 def _cast(column: ir.Value, to: str) -> ir.Value:
