@@ -213,7 +213,62 @@ STAY_FILMS: dict[str, Column] = {  # written by linking.py
     "hours_from_intime": Column(REAL, "hours", "time"),
     "view": Column(TEXT, group="view"),
 }
-IMAGES: dict[str, Column] = {}  # written by linking.py and static.py
+
+
+def _link(name: str) -> dict[str, Column]:
+    return {
+        name: Column(INT, group="link"),
+        f"{name}_link": Column(TEXT, "inside, before, after", "link"),
+        f"{name}_gap_hours": Column(REAL, "hours", "link"),
+    }
+
+
+_VITAL_UNITS = {
+    "ed_acuity": "ESI 1 to 5",
+    "ed_temperature_c": "C",
+    "ed_heart_rate": "1/min",
+    "ed_resp_rate": "1/min",
+    "ed_o2sat": "%",
+    "ed_sbp": "mmHg",
+    "ed_dbp": "mmHg",
+}
+IMAGES: dict[str, Column] = {  # written by linking.py and film_record.py
+    "dicom_id": Column(TEXT),
+    "study_id": Column(INT),
+    "subject_id": Column(INT),
+    "path": Column(TEXT, "below mimic_cxr"),
+    "taken_at": Column(TIME, group="time"),
+    "view": Column(TEXT, group="view"),
+    "view_source": Column(TEXT, "ViewPosition, ViewCodeSequence", "link"),
+    "position": Column(TEXT, group="position"),
+    "split": Column(TEXT, group="split"),
+    **_link("hadm_id"),
+    **_link("stay_id"),
+    **_link("ed_stay_id"),
+    "sex": Column(TEXT, "M, F", "sex"),
+    "age_years": Column(REAL, "years", "age"),
+    "age_capped": Column("boolean", "above 89", "age"),
+    "in_icu": Column(INT, "0, 1", "icu"),
+    "icu_los_days": Column(REAL, "days", "outcome", "discharge"),
+    "died_in_hospital": Column(INT, "0, 1", "mortality", "discharge"),
+    "race": Column(TEXT, group="subgroup", available_at="admission"),
+    "insurance": Column(TEXT, group="subgroup", available_at="admission"),
+    "language": Column(TEXT, group="subgroup", available_at="admission"),
+    "anchor_year_group": Column(TEXT, group="subgroup"),
+    **{name: Column(REAL, unit, "ed_triage") for name, unit in _VITAL_UNITS.items()},
+    "arrival_transport": Column(TEXT, group="arrival"),
+    "hours_since_ed_arrival": Column(REAL, "hours", "arrival"),
+    "hours_since_hospital_arrival": Column(REAL, "hours", "arrival"),
+    "hours_since_icu_arrival": Column(REAL, "hours", "arrival"),
+    "num_prior_studies": Column(REAL, "studies", "prior_films"),
+    "hours_since_prior_study": Column(REAL, "hours", "prior_films"),
+    "num_prior_admissions": Column(REAL, "admissions", "prior_diagnoses"),
+    "msn_died": Column(INT, "0, 1, by calendar date", "mortality (msn)", "discharge"),
+    "msn_in_icu": Column(
+        INT, "0, 1, by calendar date: also a stay that begins later that day", "icu (msn)", "discharge"
+    ),
+    **{name: Column(REAL, "1, 0, -1 uncertain", "finding") for name in FINDINGS},
+}
 SAMPLES: dict[str, Column] = {
     "sample_id": Column(TEXT),
     "stay_id": Column(INT),

@@ -1,0 +1,231 @@
+"""Film -> study -> hospital admission, ICU stay, emergency stay.
+
+Comes in: the film tables and the record's tables. Goes out: a row per film of the metadata table, with the ids that it
+was linked to, how, and by what gap; and the films of each ICU stay.
+
+Film times have a resolution of one second (the fraction of StudyTime is dropped). What cannot be true is counted and
+listed by id: a film listed twice is kept once, a study of two subjects is left out, a film with an impossible date
+keeps no time. All joins are range joins on named keys, so that they run on any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import ibis
+from ibis import _
+from ibis.util import gen_name
+
+from ehr_features.source import hold
+
+if TYPE_CHECKING:
+    from ehr_features.attrition import Attrition
+    from ehr_features.source import Source
+
+YEARS = (1950, 2300)  # shifted MIMIC dates lie in 2100-2215, the films of others in their own decades
+AGES = (0, 120)
+VIEW_CODES = {"antero-posterior": "AP", "postero-anterior": "PA", "lateral": "LATERAL"}
+KEYS = ("hadm_id", "stay_id", "ed_stay_id")
+
+
+def link_films(
+    source: Source, attrition: Attrition, *, preset: str = "default", ed_tolerance_hours: float = 6.0
+) -> ibis.Table:
+    """Link every film of the metadata table to the record.
+
+    Args:
+        source: the raw tables.
+        attrition: takes the counts.
+        preset: `medfuse` takes the view from ViewPosition alone; `default` fills an empty one from ViewCodeSequence.
+        ed_tolerance_hours: how far outside an emergency visit a film may lie.
+    Returns: dicom_id, study_id, subject_id, path, taken_at, view, view_source, position; hadm_id, stay_id, ed_stay_id,
+        each with *_link (inside | before | after | null) and *_gap_hours (0 inside). stay_id may be a stay outside the
+        cohort.
+    """
+    films = _possible(source, _films(source, preset), attrition)
+    linked = films
+    for key, intervals in _intervals(source).items():
+        found = nearest(films, intervals, key, tolerance_hours=ed_tolerance_hours if key == "ed_stay_id" else 0.0)
+        linked = linked.left_join(found, "dicom_id").drop("dicom_id_right")
+    linked = held(source, linked)
+    _count(linked, attrition)
+    return linked.drop(*(f"{key}_candidates" for key in KEYS))
+
+
+def stay_films(films: ibis.Table, stays: ibis.Table) -> ibis.Table:
+    """Every film taken in [intime, outtime] of a stay.
+
+    Args:
+        films: dicom_id, subject_id, taken_at, view, ...
+        stays: the cohort: stay_id, subject_id, intime, outtime, ...
+    Returns: stay_id, dicom_id, hours_from_intime, view. A film of two overlapping stays is listed with both.
+    """
+    films = films.select("dicom_id", "subject_id", "taken_at", "view")
+    stays = stays.select("stay_id", "subject_id", "intime", "outtime")
+    pairs = films.join(
+        stays,
+        [films.subject_id == stays.subject_id, films.taken_at >= stays.intime, films.taken_at <= stays.outtime],
+    )
+    return pairs.select("stay_id", "dicom_id", hours_from_intime=hours(_.intime, _.taken_at), view=_["view"])
+
+
+def last_film(samples: ibis.Table, stay_films: ibis.Table, *, views: Sequence[str] = ("AP",)) -> ibis.Table:
+    """The last film of an eligible view at or before each prediction; never a later one.
+
+    Args:
+        samples: sample_id, stay_id, predict_at_hours, ...
+        stay_films: as `stay_films` gives.
+    Returns: sample_id, dicom_id; samples without such a film have no row. Of films of one time the largest dicom_id.
+    """
+    films = stay_films.filter(stay_films["view"].isin(views)).select("stay_id", "dicom_id", "hours_from_intime")
+    samples = samples.select("sample_id", "stay_id", "predict_at_hours")
+    pairs = samples.join(films, [samples.stay_id == films.stay_id, films.hours_from_intime <= samples.predict_at_hours])
+    order = [_.hours_from_intime.desc(), _.dicom_id.desc()]
+    return first(pairs, ["sample_id"], order).select("sample_id", "dicom_id")
+
+
+def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hours: float = 0.0) -> ibis.Table:
+    """The interval that holds each film, else the nearest within a tolerance.
+
+    Of several: the smallest gap, then one that began before the film, then the latest start, then the largest id.
+
+    Args:
+        films: dicom_id, subject_id, taken_at, ...
+        intervals: `key`, subject_id, start, end (timestamps; rows that end before they start hold nothing).
+    Returns: dicom_id, KEY, KEY_link (inside | before | after), KEY_gap_hours, KEY_candidates (how many were equally
+        inside, or equally outside but within the tolerance); linked films only.
+    """
+    films = films.select("dicom_id", "subject_id", at=_.taken_at.epoch_seconds())
+    intervals = intervals.select("subject_id", key, start=_.start.epoch_seconds(), end=_.end.epoch_seconds()).filter(
+        _.end >= _.start
+    )
+    margin = round(tolerance_hours * 3600)
+    pairs = films.join(
+        intervals,
+        [
+            films.subject_id == intervals.subject_id,
+            films.at >= intervals.start - margin,
+            films.at <= intervals.end + margin,
+        ],
+    ).mutate(
+        gap=ibis.greatest(_.start - _.at, _.at - _.end, 0),
+        link=ibis.cases((_.at < _.start, "before"), (_.at > _.end, "after"), else_="inside"),
+    )
+    pairs = pairs.mutate(candidates=_.count().over(group_by=["dicom_id", _.link == "inside"]))
+    best = first(pairs, ["dicom_id"], [_.gap, _.start > _.at, _.start.desc(), _[key].desc()])
+    columns = {f"{key}_link": _.link, f"{key}_gap_hours": _.gap / 3600.0, f"{key}_candidates": _.candidates}
+    return best.select("dicom_id", key, **columns)
+
+
+def held(source: Source, table: ibis.Table) -> ibis.Table:
+    """Compute a table of at most one row per film once, and keep it in memory."""
+    return hold(source.con, gen_name("films"), table.to_pyarrow())
+
+
+def first(table: ibis.Table, by: Sequence[str], order: Sequence) -> ibis.Table:
+    """The first row of each group."""
+    return table.mutate(_at=ibis.row_number().over(group_by=list(by), order_by=order)).filter(_._at == 0).drop("_at")
+
+
+def hours(start: ibis.Value, end: ibis.Value) -> ibis.Value:
+    """Hours from one timestamp to another (to the second)."""
+    return (end.epoch_seconds() - start.epoch_seconds()) / 3600.0
+
+
+def where(condition: ibis.Value, value: ibis.Value) -> ibis.Value:
+    """The value where the condition holds, else null."""
+    return ibis.cases((condition, value))
+
+
+def timestamp(date: ibis.Value, time: ibis.Value) -> ibis.Value:
+    """StudyDate YYYYMMDD and StudyTime HHMMSS.fff as numbers (500.0 is 00:05:00) -> timestamp; null if impossible."""
+    day, clock = date.floor().cast("int64"), time.floor().cast("int64")
+
+    def two(value: ibis.Value) -> ibis.Value:
+        return value.cast("string").lpad(2, "0")
+
+    ymd = (day // 10000).cast("string") + "-" + two(day // 100 % 100) + "-" + two(day % 100)
+    hms = two(clock // 10000) + ":" + two(clock // 100 % 100) + ":" + two(clock % 100)
+    possible = (day // 10000).between(*YEARS) & (clock < 240000)
+    return where(possible, (ymd + " " + hms).try_cast("timestamp"))
+
+
+def _intervals(source: Source) -> dict[str, ibis.Table]:
+    """subject_id, id, start, end of admissions, ICU stays and emergency stays."""
+    admissions = source.table("admissions").select(
+        "subject_id",
+        "hadm_id",
+        start=ibis.least(_.admittime, _.edregtime.coalesce(_.admittime)),
+        end=_.dischtime,
+    )
+    stays = source.table("icustays").select("subject_id", "stay_id", start=_.intime, end=_.outtime)
+    if source.has("edstays"):
+        visits = source.table("edstays").select("subject_id", ed_stay_id=_.stay_id, start=_.intime, end=_.outtime)
+    else:
+        visits = stays.filter(ibis.literal(False)).rename(ed_stay_id="stay_id")
+    return {"hadm_id": admissions, "stay_id": stays, "ed_stay_id": visits}
+
+
+def _films(source: Source, preset: str) -> ibis.Table:
+    """The metadata table with a path, a time, a view and a position for each film."""
+    raw = source.table("cxr_metadata")
+    named = raw.ViewPosition.strip().nullif("")
+    meaning = raw.ViewCodeSequence_CodeMeaning.strip().lower()
+    code = ibis.cases(*((meaning == text, view) for text, view in VIEW_CODES.items()))
+    if preset == "medfuse":
+        code = ibis.null("string")
+    subject, study = raw.subject_id.cast("string"), raw.study_id.cast("string")
+    return raw.select(
+        "dicom_id",
+        "study_id",
+        "subject_id",
+        path="files/p" + subject.substr(0, 2) + "/p" + subject + "/s" + study + "/" + raw.dicom_id + ".jpg",
+        taken_at=timestamp(raw.StudyDate, raw.StudyTime),
+        view=named.coalesce(code),
+        view_source=ibis.cases((named.notnull(), "ViewPosition"), (code.notnull(), "ViewCodeSequence")),
+        position=raw.PatientOrientationCodeSequence_CodeMeaning.strip().nullif(""),
+    )
+
+
+def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.Table:
+    """Drop films listed twice and studies of two subjects; take the time from films whose date cannot be true."""
+    listed = films.count().execute()
+    twice = _ids(films.group_by("dicom_id").agg(n=_.count()).filter(_.n > 1).dicom_id)
+    if twice:
+        films = first(films, ["dicom_id"], [_.subject_id, _.study_id])
+    once = films.count().execute() if twice else listed
+    attrition.add("films", "listed twice in the metadata (one row kept)", listed, once, twice)
+    torn = _ids(films.group_by("study_id").agg(n=_.subject_id.nunique()).filter(_.n > 1).study_id)
+    if torn:
+        films = films.filter(_.study_id.notin(torn))
+    whole = films.count().execute() if torn else once
+    attrition.add("films", "study of two subjects", once, whole, torn)
+    patients = source.table("patients").select("subject_id", born=_.anchor_year - _.anchor_age)
+    films = films.left_join(patients, "subject_id").drop("subject_id_right")
+    age = films.taken_at.year() - films.born
+    true = films.taken_at.notnull() & age.between(*AGES).fill_null(True)
+    films = films.mutate(taken_at=where(true, films.taken_at)).drop("born")
+    films = held(source, films)
+    untimed = _ids(films.filter(_.taken_at.isnull()).dicom_id)
+    why = "impossible StudyDate or StudyTime (the film is kept, without time or link)"
+    attrition.add("films with a time", why, whole, whole - len(untimed), untimed)
+    return films
+
+
+def _count(linked: ibis.Table, attrition: Attrition) -> None:
+    """What was linked, and what had more than one answer."""
+    sums = {f"{key}_none": _[key].isnull().sum() for key in KEYS}
+    sums |= {f"{key}_several": (_[f"{key}_candidates"] > 1).fill_null(False).sum() for key in KEYS}
+    sums["view_none"] = _["view"].isnull().sum()
+    sums["view_code"] = (_.view_source == "ViewCodeSequence").fill_null(False).sum()
+    n = linked.agg(films=_.count(), **sums).execute().iloc[0].fillna(0).astype(int)
+    for key, what in {"hadm_id": "hospital admission", "stay_id": "ICU stay", "ed_stay_id": "emergency stay"}.items():
+        attrition.add(f"films in or near a {what}", "no link", n.films, n.films - n[f"{key}_none"])
+        attrition.note(f"films with more than one {what} to choose from", n[f"{key}_several"])
+    attrition.note("films whose empty ViewPosition was resolved from ViewCodeSequence", n.view_code)
+    attrition.note("films without a view", n.view_none)
+
+
+def _ids(column: ibis.Value) -> list:
+    return sorted(column.execute().tolist())

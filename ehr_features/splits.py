@@ -1,0 +1,123 @@
+"""One split for films and stays: train / val / test by subject.
+
+Comes in: the subjects, the official film split where there is one. Goes out: a split for each subject, whoever else is
+in the
+cohort: the hash of a subject depends on the seed and on nothing else, so adding or removing tables moves nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from configs import UserError
+
+SPLITS = ("train", "val", "test")
+METHODS = ("hash", "official", "temporal")  # or the path of a file of subject_id, split
+FRACTIONS = (0.7, 0.1, 0.2)
+OFFICIAL = {"train": "train", "validate": "val", "test": "test"}
+
+
+def assign(
+    subjects: pd.DataFrame, official: pd.DataFrame | None = None, *, method: str = "hash", seed: int = 0
+) -> pd.DataFrame:
+    """Put each subject into train, val or test.
+
+    Args:
+        subjects: subject_id (repeats are fine) and, for `temporal`, anchor_year_group (null where unknown).
+        official: subject_id, split (train | validate | test) of the film tables; one row per film is fine.
+        method: `hash`: official validate / test subjects are pinned to val / test, the others go 70 / 10 / 20 by
+            sha256(seed, subject_id); `official`: official train subjects stay in train too, and subjects without films
+            go by hash; `temporal`: the last anchor_year_group is test, the one before it val, the others and subjects
+            without a group train; else the path of a .csv, .csv.gz or .parquet file of subject_id, split.
+        seed: of the hash.
+    Returns: subject_id, split; a row per subject, sorted.
+    Raises: UserError: a subject in two splits, a name that is no split, a file that leaves subjects out.
+    """
+    ids = pd.Index(sorted(subjects["subject_id"].unique()), name="subject_id")
+    pinned = _official(official)
+    hashed = pd.Series([by_hash(s, seed) for s in ids], index=ids, dtype=object)
+    if method == "hash":
+        kept = pinned[pinned != "train"].reindex(ids)
+        split = kept.where(kept.notna(), hashed)
+    elif method == "official":
+        if pinned.empty:
+            raise UserError("split=official: there is no official film split; set mimic_cxr, or take split=hash")
+        kept = pinned.reindex(ids)
+        split = kept.where(kept.notna(), hashed)
+    elif method == "temporal":
+        split = _temporal(subjects, ids)
+    else:
+        split = _from_file(Path(method), ids)
+    return pd.DataFrame({"subject_id": ids, "split": split.to_numpy(object)})
+
+
+def by_hash(subject_id: int, seed: int) -> str:
+    """The split of one subject: 70 / 10 / 20 by the first 8 bytes of sha256("SEED:SUBJECT_ID")."""
+    digest = hashlib.sha256(f"{seed}:{int(subject_id)}".encode()).digest()
+    at = int.from_bytes(digest[:8], "big") / 2**64
+    return SPLITS[(at >= FRACTIONS[0]) + (at >= FRACTIONS[0] + FRACTIONS[1])]
+
+
+def _official(official: pd.DataFrame | None) -> pd.Series:
+    if official is None:
+        return pd.Series(dtype=object)
+    known = official[["subject_id", "split"]].drop_duplicates()
+    return _one_each(known.assign(split=_names(known["split"], OFFICIAL, "the official film split")), "official split")
+
+
+def _temporal(subjects: pd.DataFrame, ids: pd.Index) -> pd.Series:
+    if "anchor_year_group" not in subjects or subjects["anchor_year_group"].isna().all():
+        raise UserError("split=temporal: no subject has an anchor_year_group; it needs the patients table")
+    known = subjects[["subject_id", "anchor_year_group"]].dropna().drop_duplicates()
+    group = _one_each(known.rename(columns={"anchor_year_group": "split"}), "anchor_year_group").reindex(ids)
+    names = sorted(group.dropna().unique())  # "2008 - 2010" sorts by its year
+    if len(names) < 3:
+        raise UserError(
+            f"split=temporal: wanted three or more anchor_year_groups, found {len(names)} ({', '.join(names)}); "
+            "take split=hash"
+        )
+    return group.map({names[-1]: "test", names[-2]: "val"}).fillna("train")
+
+
+def _from_file(path: Path, ids: pd.Index) -> pd.Series:
+    if not path.is_file():
+        raise UserError(f"split={path}: no such file, and no method either; methods: {', '.join(METHODS)}")
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as a split file ({str(error).splitlines()[0]})") from None
+    if missing := {"subject_id", "split"} - set(frame):
+        raise UserError(f"{path}: column {sorted(missing)} missing; found {list(frame)}; wanted subject_id, split")
+    split = _one_each(frame.assign(split=_names(frame["split"], OFFICIAL | {"val": "val"}, str(path))), str(path))
+    try:
+        split.index = split.index.astype("int64")
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: subject_id must be whole numbers") from None
+    if missing := set(ids) - set(split.index):
+        some = sorted(missing)[:3]
+        raise UserError(f"{path}: {len(missing)} of {len(ids)} subjects have no row there, e.g. {some}; add them")
+    return split.reindex(ids)
+
+
+def _names(split: pd.Series, names: dict[str, str], where: str) -> pd.Series:
+    if unknown := sorted(set(split.astype(str)) - set(names)):
+        raise UserError(f"{where}: {unknown[:3]} is not a split; wanted {', '.join(names)}")
+    return split.map(names)
+
+
+def _one_each(frame: pd.DataFrame, where: str) -> pd.Series:
+    """subject_id -> split; a subject with two is refused."""
+    frame = frame[["subject_id", "split"]].drop_duplicates()
+    both = _repeated(frame["subject_id"])
+    if both:
+        raise UserError(f"{where}: {len(both)} subjects are in two splits, e.g. {both[:3]}; a subject needs one")
+    return frame.set_index("subject_id")["split"]
+
+
+def _repeated(values: Iterable[int]) -> list[int]:
+    series = pd.Series(values)
+    return sorted(series[series.duplicated()].unique().tolist())
