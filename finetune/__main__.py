@@ -20,6 +20,20 @@ def _score(args: argparse.Namespace) -> None:
     score(args.labels, args.scores, groups=args.groups, samples=args.samples, seed=args.seed, out=args.out)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from finetune.report import report
+
+    print(f"reading {len(args.runs)} folders")
+    out = report(args.runs, args.out, with_films=args.with_films, truth=args.truth)
+    print(f"{out}\nopen it in a browser")
+
+
+def _runs(args: argparse.Namespace) -> None:
+    from finetune.report_runs import show
+
+    show(args.folder)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and leave with an exit code."""
     top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
@@ -40,6 +54,15 @@ def main(argv: list[str] | None = None) -> None:
     score.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
     score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     score.set_defaults(run=_score)
+    report = commands.add_parser("report", help="one HTML page for any set of runs")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a folder that holds runs")
+    report.add_argument("--out", metavar="FILE", default="report.html", help="default report.html")
+    report.add_argument("--with-films", action="store_true", help="show films too; such a page must not leave the house")
+    report.add_argument("--truth", metavar="FILE", help="truth.json of a synthetic hospital, if it was moved")
+    report.set_defaults(run=_report)
+    runs = commands.add_parser("runs", help="list the runs in a folder with their key numbers")
+    runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default runs")
+    runs.set_defaults(run=_runs)
     cli.main(top, argv)
 
 

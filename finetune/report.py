@@ -1,0 +1,192 @@
+"""`python -m finetune report RUN [RUN ...] --out FILE`: one self-contained HTML page for any set of runs.
+
+Comes in: run folders of pretraining, probes and fusion, and the features folder that their configs name. Goes out: a
+file that loads nothing, needs no script, prints, and fits a phone. A part without data is left out, or says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ehr_features.files import new_file, read_json
+from finetune import report_cohort, report_results, report_training
+from finetune.report_data import Run, read_runs
+from finetune.report_html import Html, interval, join, number, page, section, table, tag
+
+
+def report(
+    runs: Sequence[str | Path], out: str | Path, *, with_films: bool = False, truth: str | Path | None = None
+) -> Path:
+    """Write the page.
+
+    Args:
+        runs: run folders, or folders that hold run folders.
+        out: the .html file.
+        with_films: also show films (never for a page that leaves the institution: MIMIC must not).
+        truth: truth.json of a synthetic hospital; looked for beside the tables if None.
+    Returns: out.
+    Raises: UserError: a folder is no run, or a file in it is damaged.
+    """
+    read = read_runs(runs)
+    known = _truth(read, truth)
+    sections = [("summary", "Summary", _summary(read, known)), ("data", "Data", report_cohort.cohort_section(read))]
+    sections.append(("pretraining", "Pretraining", report_training.curves_section(read)))
+    sections += [
+        (f"task-{task}", _short(task), _task(task, chosen, known))
+        for task, chosen in report_results.by_task(read).items()
+    ]
+    sections.append(("provenance", "Provenance", _provenance(read)))
+    made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
+    foot = f"Made {made} by EHR-MSN from {len(read)} runs. Nothing in this file is loaded from elsewhere."
+    text = page("EHR-MSN report", _head(read, known), sections, foot)
+    with new_file(out) as part:
+        part.write_text(text, encoding="utf-8")
+    return Path(out)
+
+
+def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
+    """The generator's own account of a synthetic hospital; {} for real data."""
+    if given is not None:
+        return dict(read_json(given))
+    for folder in report_cohort.folders(runs):
+        config = read_json(folder / "provenance.json").get("config", {})
+        for key in ("mimic_iv", "mimic_cxr"):
+            beside = Path(str(config.get(key) or "")).parent / "truth.json"
+            for path in (beside, *(parent / beside for parent in folder.resolve().parents)):
+                if config.get(key) and path.is_file():
+                    return dict(read_json(path))
+    return {}
+
+
+def _head(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+    counts = {
+        "pretrained encoder": len(report_training.pretrained(runs)),
+        "probe": sum(run.task == "findings" for run in runs),
+        "fusion run": sum(run.kind == "evaluation" and run.task != "findings" for run in runs),
+    }
+    what = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n) or "no finished run"
+    data = (
+        "Synthetic data: nothing here says anything about patients."
+        if truth
+        else "Results on the test split, read once."
+    )
+    return tag(
+        "header",
+        tag("p", "EHR-MSN report", class_="kicker"),
+        tag("h1", what[0].upper() + what[1:]),
+        tag("p", f"{data} Intervals are 95%, from resampling subjects.", class_="lead"),
+        _tiles(runs, truth),
+        _alerts(runs),
+    )
+
+
+def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
+    """The best run of each task as one large number."""
+    tiles = []
+    for task, chosen in report_results.by_task(runs).items():
+        scored = [(head["value"], run, head) for run in chosen if (head := run.headline())]
+        for value, run, head in sorted(scored, key=lambda item: -item[0])[:1]:
+            best = report_results.possible(truth, task, str(head["label"]), run)
+            what = "macro AUROC" if head["label"] == "macro" else "AUROC"
+            says = f"{_short(task)}: {what} of {run.name}, the highest of {len(scored)}"
+            of = f"{number(head['low'])}–{number(head['high'])}" + (f" · possible {number(best)}" if best else "")
+            tiles.append(
+                tag("div", tag("b", number(value)), tag("span", of, class_="of"), tag("span", says), class_="tile")
+            )
+    return tag("div", tiles, class_="tiles") if tiles else None
+
+
+def _alerts(runs: Sequence[Run]) -> Html:
+    """What a reader must know before the numbers."""
+    found: list[tuple[str, str, str]] = []
+    for run in runs:
+        if run.result.get("allow_leak"):
+            found.append(
+                ("stop", run.name, "the guard against leaks was overridden (allow_leak); its numbers may be too good.")
+            )
+        found += [
+            ("stop" if "leak" in str(w).lower() else "care", run.name, str(w)) for w in run.result.get("warnings", [])
+        ]
+        found += [("stop", run.name, f"{says}.") for says in report_training.collapse(run)]
+        if few := report_results.few_positives(run):
+            found.append(
+                ("care", run.name, f"fewer than {report_results.FEW} of one class in the test split: {', '.join(few)}.")
+            )
+        if run.kind == "empty":
+            found.append(("care", run.name, "holds no results and no curves yet."))
+    if not found:
+        return tag(
+            "p", "No warnings: no leak override, no collapse, enough of both classes for every label.", class_="fine"
+        )
+    merged: dict[tuple[str, str], list[str]] = {}
+    for kind, name, says in found:
+        merged.setdefault((kind, says), []).append(name)
+    items = [
+        tag("li", tag("strong", ", ".join(dict.fromkeys(names))), tag("span", f": {says}"), class_=kind)
+        for (kind, says), names in sorted(merged.items(), key=lambda item: item[0][0] != "stop")
+    ]
+    return tag("ul", items, class_="alerts", aria_label="Warnings")
+
+
+def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+    rows = []
+    for run in runs:
+        head = run.headline() or {}
+        precision = run.headline("auprc") or {}
+        rows.append(
+            [
+                tag("strong", run.name),
+                run.task or run.kind,
+                str(run.result.get("model") or run.encoder.get("arch") or "–"),
+                report_results.encoder_of(run) if run.kind == "evaluation" else "–",
+                interval(head.get("value"), head.get("low"), head.get("high")),
+                interval(precision.get("value"), precision.get("low"), precision.get("high")),
+                number(head.get("n")),
+            ]
+        )
+    columns = ["run", "task", "model", "encoder", "AUROC", "AUPRC", "n"]
+    return section(
+        "summary",
+        "Summary",
+        table(columns, rows),
+        lead="Every run in this report; macro values where a task has several labels.",
+    )
+
+
+def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+    parts = [
+        report_results.overview_figure(task, runs, truth),
+        report_results.labels_figure(task, runs, truth),
+        report_results.fraction_figure(task, runs),
+        *[report_results.subgroup_figure(task, run) for run in runs],
+    ]
+    return section(f"task-{task}", report_results.title(task), parts)
+
+
+def _provenance(runs: Sequence[Run]) -> Html:
+    """What made each run: versions, time, commit, and its config."""
+    rows, configs = [], []
+    for run in runs:
+        versions = run.provenance.get("versions", {})
+        shown = ", ".join(f"{k} {versions[k]}" for k in ("python", "torch", "timm", "ehr-msn") if k in versions)
+        rows.append(
+            [
+                tag("strong", run.name),
+                run.provenance.get("written_at", "–"),
+                number(run.result.get("seed", run.config.get("seed"))),
+                shown or "–",
+            ]
+        )
+        lines = "\n".join(f"{key}: {value}" for key, value in run.config.items())
+        configs.append(tag("details", tag("summary", f"config of {run.name}"), tag("pre", tag("code", lines))))
+    lead = "What made these runs. The same config and seed on the same versions give the same numbers."
+    return section(
+        "provenance", "Provenance", table(["run", "written", "seed", "versions"], rows), join(configs), lead=lead
+    )
+
+
+def _short(task: str) -> str:
+    return {"findings": "Linear evaluation", "mortality": "Mortality"}.get(task, task.replace("_", " ").capitalize())

@@ -1,0 +1,159 @@
+"""The report's data part: who is in it, who fell out and why, and how much of the series was measured.
+
+Comes in: the features folder that the runs' configs name. Goes out: one section.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+from configs import UserError
+from ehr_features.files import read_json, read_table
+from finetune.report_data import Run
+from finetune.report_forest import bars, flow
+from finetune.report_html import Html, figure, frame, number, section, table, tag
+
+SPLITS = ("train", "val", "test")
+
+
+def folders(runs: Sequence[Run]) -> list[Path]:
+    """The features folders of the runs, each once."""
+    found = {run.features.resolve(): run.features for run in runs if run.features}
+    return list(found.values())
+
+
+def cohort_section(runs: Sequence[Run]) -> Html:
+    """Cohort flow, splits and missingness, for each features folder."""
+    found = folders(runs)
+    if not found:
+        named = sorted({str(run.config["features"]) for run in runs if run.config.get("features")})
+        where = f"The features folder {', '.join(named)} is not here" if named else "No run names a features folder"
+        return section("data", "Data", tag("p", f"{where}: no cohort, splits or missingness.", class_="muted"))
+    parts: list[Any] = []
+    for i, folder in enumerate(found):
+        key = "" if i == 0 else f"-{i + 1}"
+        parts.append(tag("p", "Features: ", tag("code", folder.name), class_="muted") if len(found) > 1 else None)
+        parts += [splits_figure(folder, key), flow_figure(folder, key), missing_figure(folder, key)]
+    return section("data", "Data", parts, lead="Who is in it, who fell out and why, and how much was measured.")
+
+
+def attrition(folder: Path) -> list[tuple[str, int, int, str]]:
+    """(what is counted, before, after, why) of each exclusion in attrition.json."""
+    path = folder / "attrition.json"
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    records = content if isinstance(content, list) else next((v for v in content.values() if isinstance(v, list)), [])
+    steps = []
+    for record in records:
+        names = [record.get(k) for k in ("table", "what", "of", "step", "name") if record.get(k)]
+        why = next((str(record[k]) for k in ("why", "reason", "rule") if record.get(k)), "")
+        before, after = (_count(record, k) for k in ("before", "after"))
+        if before is not None and after is not None:
+            steps.append((str(names[0]) if names else why, before, after, why))
+    return steps
+
+
+def _count(record: dict[str, Any], which: str) -> int | None:
+    for key in (which, f"rows_{which}", f"num_{which}", f"n_{which}"):
+        if isinstance(record.get(key), int):
+            return int(record[key])
+    return None
+
+
+def flow_figure(folder: Path, key: str) -> Html | None:
+    """Each exclusion as a bar that shortens."""
+    steps = attrition(folder)
+    if not steps:
+        return None
+    numbers = frame(pd.DataFrame(steps, columns=["what", "before", "after", "why"]))
+    caption = (
+        "What is left after each rule (dark), and what the rule took out (light). Counts of rows, never of values."
+    )
+    return figure(f"flow{key}", "Who fell out, and why", flow(steps), caption, numbers)
+
+
+def splits_figure(folder: Path, key: str) -> Html | None:
+    """Subjects, films and stays by split, and the outcomes' prevalence in each."""
+    rows = []
+    for name, id_ in (("images", "dicom_id"), ("stays", "stay_id")):
+        if (folder / f"{name}.parquet").is_file():
+            data = read_table(folder, name, [id_, "subject_id", "split"])
+            counts = {s: data[data["split"] == s] for s in SPLITS}
+            shown = {"images": "films", "stays": "ICU stays"}[name]
+            rows.append(
+                [
+                    f"subjects with {shown}",
+                    *[d["subject_id"].nunique() for d in counts.values()],
+                    data["subject_id"].nunique(),
+                ]
+            )
+            rows.append([shown, *[len(d) for d in counts.values()], len(data)])
+    rows += _samples(folder)
+    if not rows:
+        return None
+    caption = "One split for films and stays, by subject: no person stands in two columns."
+    return figure(f"splits{key}", "Splits", table(["", *SPLITS, "all"], rows), caption)
+
+
+def _samples(folder: Path) -> list[list[Any]]:
+    rows = []
+    for path in sorted((folder / "samples").glob("*.parquet")):
+        try:
+            data = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged Parquet file ({error}); build the features again") from None
+        if "split" not in data:
+            continue
+        task = path.stem.replace("_", " ")
+        counts = [data[data["split"] == s] for s in SPLITS]
+        rows.append([f"samples: {task}", *[len(d) for d in counts], len(data)])
+        if "dicom_id" in data:
+            rows.append(
+                [
+                    "… with a film",
+                    *[int(d["dicom_id"].notna().sum()) for d in counts],
+                    int(data["dicom_id"].notna().sum()),
+                ]
+            )
+        if path.stem in data:
+            rows.append(
+                [f"… with {task}", *[int((d[path.stem] == 1).sum()) for d in counts], int((data[path.stem] == 1).sum())]
+            )
+    return rows
+
+
+def missing_figure(folder: Path, key: str) -> Html | None:
+    """The share of hours in which each variable was measured."""
+    path = folder / "series.safetensors"
+    if not path.is_file():
+        return None
+    observed = load_file(path)["observed"]  # (ΣT, 17)
+    if not len(observed):
+        return None
+    names = _variables(folder, observed.shape[1])
+    share = np.asarray(observed != 0).mean(axis=0)
+    order = np.argsort(-share)
+    rows = [(names[i], float(share[i]), f"{100 * share[i]:.1f}% of hours") for i in order]
+    caption = f"Share of the {len(observed):,} hours in which each variable was measured; the others are imputed."
+    numbers = table(
+        ["variable", "hours measured", "share"],
+        [[names[i], int((observed[:, i] != 0).sum()), number(float(share[i]))] for i in order],
+    )
+    return figure(f"missing{key}", "How much of the series was measured", bars(rows), caption, numbers)
+
+
+def _variables(folder: Path, count: int) -> list[str]:
+    path = folder / "series.json"
+    columns = json.loads(path.read_text(encoding="utf-8")).get("columns", []) if path.is_file() else []
+    names = [
+        str(c).removeprefix("mask->").removeprefix("observed_").removesuffix("_observed") for c in columns[-count:]
+    ]
+    return names if len(names) == count else [f"variable {i + 1}" for i in range(count)]

@@ -1,0 +1,170 @@
+"""Read run folders and the features they were made from, for the report and for `runs`.
+
+Comes in: folders of design section 4 (a run, or a folder of runs). Goes out: `Run` records; what a run does not have
+is empty, what is damaged is named in a UserError. Nothing is computed here but what the files say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from configs import UserError
+from ehr_features.files import read_json
+from finetune.results import COLUMNS, read_results
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    metrics: pd.DataFrame  # a row per step that was logged
+    watched: pd.DataFrame  # probe.jsonl: a row per probed encoder
+    encoder: dict[str, Any]  # encoder/encoder.json
+    result: dict[str, Any]  # results.json: run
+    rows: pd.DataFrame  # results.json: rows
+
+    @property
+    def kind(self) -> str:
+        if not self.rows.empty:
+            return "evaluation"
+        return "pretraining" if self.encoder or not self.metrics.empty else "empty"
+
+    @property
+    def task(self) -> str:
+        return str(self.result.get("task", ""))
+
+    @cached_property
+    def features(self) -> Path | None:
+        """The features folder that the config names, wherever the report is made from."""
+        given = self.config.get("features")
+        places = [Path(), *self.folder.resolve().parents]
+        found = [place / str(given) for place in places if given and (place / str(given) / "provenance.json").is_file()]
+        return found[0] if found else None
+
+    def predictions(self, split: str = "test") -> pd.DataFrame | None:
+        """The run's predictions: id, subject_id, label_*, logit_*; None where there are none."""
+        path = self.folder / "predictions" / f"{split}.parquet"
+        if not path.is_file():
+            return None
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged Parquet file ({error}); run the evaluation again") from None
+
+    def row(self, label: str = "macro", metric: str = "auroc", split: str = "test") -> dict[str, Any] | None:
+        """One number of results.json: whole split, all labelled subjects; None where it is absent or has no value."""
+        rows = plain(self.rows, split)
+        rows = (
+            rows[(rows["label"] == label) & (rows["metric"] == metric) & rows["value"].notna()] if len(rows) else rows
+        )
+        return None if rows.empty else {str(key): value for key, value in rows.iloc[0].items()}
+
+    def headline(self, metric: str = "auroc") -> dict[str, Any] | None:
+        """The macro, or the only label's number."""
+        rows = plain(self.rows, "test")
+        labels = list(dict.fromkeys(rows["label"])) if len(rows) else []
+        single = [label for label in labels if label != "macro"]
+        return self.row("macro", metric) or (self.row(single[0], metric) if len(single) == 1 else None)
+
+
+def plain(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Rows of a whole split: no subgroup, and the largest fraction of labelled subjects there is."""
+    if rows.empty:
+        return rows
+    rows = rows[(rows["split"] == split) & (rows["subset"] == "all")]
+    return rows[rows["fraction"] == rows["fraction"].max()] if len(rows) else rows
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read runs; a folder that holds run folders stands for all of them.
+
+    Raises: UserError: no such folder, not a run, or a damaged file.
+    """
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give run folders, e.g. runs/pretrain runs/probe")
+        inside = [folder] if is_run(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and is_run(p))
+        if not inside:
+            raise UserError(
+                f"{folder}: neither a run (config.yaml beside results.json or metrics.jsonl) nor a folder of runs"
+            )
+        found += [path for path in inside if path.resolve() not in {f.resolve() for f in found}]
+    return [_read(path, name) for path, name in zip(found, _names(found), strict=True)]
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max((len(p) for p in parts), default=1) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [folder.as_posix() for folder in folders]
+
+
+def _read(folder: Path, name: str) -> Run:
+    result, rows = read_results(folder) if (folder / "results.json").is_file() else ({}, pd.DataFrame(columns=COLUMNS))
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / 'config.yaml'}: not readable YAML ({type(error).__name__})") from None
+    return Run(
+        folder=folder,
+        name=name,
+        config=config if isinstance(config, dict) else {},
+        provenance=_json(folder / "provenance.json"),
+        metrics=read_lines(folder / "metrics.jsonl"),
+        watched=read_lines(folder / "probe.jsonl"),
+        encoder=_json(folder / "encoder" / "encoder.json"),
+        result=result,
+        rows=rows,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where the file is absent."""
+    value = read_json(path) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: wanted a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_lines(path: Path) -> pd.DataFrame:
+    """JSON lines as a table, an object a row; nested objects become `a/b`. The last line may be cut short by a kill."""
+    if not path.is_file():
+        return pd.DataFrame()
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    records = []
+    for i, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if i < len(lines) - 1:
+                raise UserError(f"{path}: line {i + 1} is not JSON; was the file edited?") from None
+    return pd.json_normalize([r for r in records if isinstance(r, dict)], sep="/") if records else pd.DataFrame()
+
+
+def column(metrics: pd.DataFrame, *names: str) -> str | None:
+    """The column whose path ends in one of the names, the first that is there."""
+    for name in names:
+        for key in metrics.columns:
+            if str(key) == name or str(key).split("/")[-1] == name or str(key).endswith("/" + name):
+                return str(key)
+    return None

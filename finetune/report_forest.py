@@ -1,0 +1,133 @@
+"""Rows of numbers as pictures: forest plots as SVG; bars and a cohort's flow as plain HTML that wraps on a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.report_figures import COLOURS, Scale, mark, span, svg, tick_text
+from finetune.report_html import Html, join, number, tag
+
+LETTER = 6.4  # pixels of a letter, about
+GAP, TOP = 14, 26
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a forest plot: its name, a remark such as `31 of 402`, and a point for each series."""
+
+    name: str
+    points: Sequence[tuple[int, float, float | None, float | None]]  # series, value, low, high
+    remark: str = ""
+    best: float | None = None  # what a perfect reader would reach
+    strong: bool = False
+
+
+def forest(
+    rows: Sequence[Row],
+    names: dict[int, str],
+    width: int,
+    *,
+    chance: float | None = 0.5,
+    x_label: str = "AUROC",
+) -> Html:
+    """Points with intervals: a block for each row, in it a line for each series.
+
+    Args:
+        names: series -> its name, for tips.
+        width: pixels; above 500 the numbers are written out at the right.
+        chance: where the dashed line stands.
+    """
+    wide = width > 500
+    step = 17 if max(len(row.points) for row in rows) <= 4 else 14
+    left = min(max(len(text) for row in rows for text in (row.name, row.remark)) * LETTER + 12, 210 if wide else 122)
+    values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
+    values += [row.best for row in rows if row.best is not None] + ([chance] if chance is not None else [])
+    x = Scale(*span([values], pad=0.04), left, width - (132 if wide else 40))
+    stripes: list[Any] = []
+    blocks: list[Any] = []
+    y = float(TOP)
+    for i, row in enumerate(rows):
+        tall = max(len(row.points) * step, 34 if row.remark else 17)
+        if i % 2 == 0:
+            stripes.append(tag("rect", x=0, y=y - GAP / 2, width=width, height=tall + GAP, rx=4, class_="stripe"))
+        blocks.append(_name(row, y + tall / 2, int((left - 8) / LETTER)))
+        blocks.append(_points(row, names, x, y, tall, step, width))
+        y += tall + GAP
+    bottom = y - GAP / 2
+    ground = _ground(x, bottom, chance, x_label, width)
+    return svg(width, bottom + 42, f"{x_label} of {', '.join(names.values())}", stripes, ground, blocks)
+
+
+def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: int) -> Html:
+    """Grid, chance and the axis under the rows."""
+    ticks = x.ticks(5 if width > 500 else 3)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.1
+    lines = [tag("line", x1=x(t), x2=x(t), y1=TOP - GAP / 2, y2=bottom, class_="grid") for t in ticks]
+    if chance is not None:
+        lines.append(tag("line", x1=x(chance), x2=x(chance), y1=TOP - GAP / 2, y2=bottom, class_="reference"))
+    texts = [tag("text", tick_text(t, step), x=x(t), y=bottom + 16, text_anchor="middle", class_="tick") for t in ticks]
+    name = tag("text", x_label, x=(x.start + x.end) / 2, y=bottom + 34, text_anchor="middle", class_="axis-name")
+    head = f"{x_label} (95% interval)" if width > 500 else None
+    return join([lines, texts, name, tag("text", head, x=width - 4, y=12, text_anchor="end", class_="tiny")])
+
+
+def _name(row: Row, middle: float, letters: int) -> Html:
+    name = row.name if len(row.name) <= letters else row.name[: letters - 1] + "…"
+    at = middle - 3 if row.remark else middle + 4
+    full = tag("title", row.name) if name != row.name else None
+    text = tag("text", full, name, x=6, y=at, class_="row-name strong" if row.strong else "row-name")
+    return join([text, tag("text", row.remark, x=6, y=at + 14, class_="tiny") if row.remark else None])
+
+
+def _points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, step: int, width: int) -> Html:
+    """The points and intervals of a row, and their numbers at the right."""
+    parts: list[Any] = []
+    if row.best is not None:
+        tip = tag("title", f"best possible {number(row.best)}")
+        parts.append(tag("line", tip, x1=x(row.best), x2=x(row.best), y1=y - 4, y2=y + tall + 4, class_="best"))
+    line = y + tall / 2 - step * (len(row.points) - 1) / 2
+    for index, value, low, high in row.points:
+        text: str = number(value, 2)
+        says = f"{names.get(index, '')}: {number(value)}"
+        if low is not None and high is not None and np.isfinite(low) and np.isfinite(high):
+            parts.append(tag("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))
+            says += f" ({number(low)} to {number(high)})"
+            text = f"{number(value)} ({number(low)}–{number(high)})" if width > 500 else text
+        parts.append(mark(index, x(value), line, 4.4, says))
+        parts.append(tag("text", text, x=width - 4, y=line + 4, text_anchor="end", class_="value"))
+        line += step
+    return join(parts)
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, top: float = 1.0) -> Html:
+    """Horizontal bars (name, share of `top`, what to write beside it) that wrap by themselves."""
+    items = []
+    for name, value, says in rows:
+        bar = tag("span", tag("i", style=f"width:{100 * min(max(value / top, 0), 1):.1f}%"), class_="bar")
+        items.append(tag("li", tag("span", name, class_="bar-name"), bar, tag("span", says, class_="bar-value")))
+    return tag("ul", items, class_="bars")
+
+
+def flow(steps: Sequence[tuple[str, int, int, str]]) -> Html:
+    """A cohort's flow: (what is counted, rows before, rows after, why rows left), a line for each exclusion."""
+    items = []
+    most = max([s[1] for s in steps] + [1])
+    for name, before, after, why in steps:
+        lost = before - after
+        bar = tag(
+            "span",
+            tag("i", style=f"width:{100 * after / most:.1f}%"),
+            tag("b", style=f"width:{100 * lost / most:.1f}%"),
+            class_="bar",
+        )
+        left = (
+            tag("span", f"−{lost:,} ", tag("em", why), class_="flow-lost")
+            if lost
+            else tag("span", why, class_="flow-lost")
+        )
+        items.append(tag("li", tag("span", name, class_="bar-name"), bar, tag("strong", f"{after:,}"), left))
+    return tag("ol", items, class_="flow")

@@ -1,0 +1,185 @@
+"""The report's pretraining part: loss and collapse signals, probes taken while it trained, what conditioning hid.
+
+Comes in: runs whose metrics.jsonl has a loss. Goes out: sections, and the warnings that the curves give in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from finetune.report_data import Run, column
+from finetune.report_figures import Frame, Series, legend, panel
+from finetune.report_html import Html, figure, frame, join, number, section, table, tag
+
+POINTS = 240  # of a curve that is drawn: more than its pixels
+PANELS = (
+    ("loss", ("loss",), "Loss"),
+    ("rank", ("effective_rank", "rank"), "Effective rank of the features"),
+    ("prototypes", ("prototypes_used", "prototypes_in_use", "num_prototypes_used"), "Prototypes in use"),
+    ("target", ("max_target_probability", "mean_max_target", "target_max"), "Largest target probability"),
+    ("entropy", ("entropy", "mean_entropy"), "Entropy of the mean assignment"),
+    ("grad", ("grad_norm",), "Gradient norm"),
+    ("lr", ("lr", "learning_rate"), "Learning rate"),
+    ("films", ("films_per_second", "films_per_s", "films/s"), "Films per second"),
+)
+RANK_FLOOR = 4.0
+PROTOTYPE_FLOOR = 0.05
+
+
+def pretrained(runs: Sequence[Run]) -> list[Run]:
+    """The runs that are pretraining: a logged loss, no evaluation rows."""
+    return [run for run in runs if run.kind == "pretraining" and column(run.metrics, "loss") is not None]
+
+
+def curve(run: Run, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one logged quantity; empty where it was not logged."""
+    key = column(run.metrics, *names)
+    if key is None or "step" not in run.metrics:
+        return np.array([]), np.array([])
+    data = run.metrics[["step", key]].apply(pd.to_numeric, errors="coerce").dropna()
+    return data["step"].to_numpy(float), data[key].to_numpy(float)
+
+
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over neighbours, so that a long curve has as many points as its drawing."""
+    if len(x) <= POINTS:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), POINTS)
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """A running median over a fiftieth of the curve, centred."""
+    half = len(y) // 100
+    return np.array([np.median(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]) if half else y
+
+
+def collapse(run: Run) -> list[str]:
+    """What the last tenth of the curves says against the run, in words."""
+    says = []
+    _, loss = curve(run, ("loss",))
+    if len(loss) and not np.isfinite(loss).all():
+        says.append("the loss was not finite")
+    _, rank = curve(run, dict((k, n) for k, n, _ in PANELS)["rank"])
+    if len(rank) and (last := float(np.median(rank[-max(1, len(rank) // 10) :]))) < RANK_FLOOR:
+        says.append(
+            f"the features span {last:.1f} dimensions (effective rank under {RANK_FLOOR:g}): they have collapsed"
+        )
+    _, used = curve(run, dict((k, n) for k, n, _ in PANELS)["prototypes"])
+    total = _total_prototypes(run) or (float(used.max()) if len(used) else 0.0)
+    if (
+        len(used)
+        and total > 1
+        and (last := float(np.median(used[-max(1, len(used) // 10) :]))) < PROTOTYPE_FLOOR * total
+    ):
+        says.append(f"{last:.0f} of {total:.0f} prototypes are in use: most films fall into the same few")
+    return says
+
+
+def _total_prototypes(run: Run) -> float | None:
+    for place in (run.config, run.config.get("msn"), run.config.get("loss"), run.config.get("method")):
+        for key in ("num_prototypes", "prototypes"):
+            if isinstance(place, dict) and isinstance(place.get(key), (int, float)):
+                return float(place[key])
+    return None
+
+
+def curves_section(runs: Sequence[Run]) -> Html:
+    """Loss and collapse signals of each pretraining."""
+    chosen = pretrained(runs)
+    if not chosen:
+        return Html("")
+    panels, last = [], []
+    for _, names, title in PANELS:
+        lines = []
+        for i, run in enumerate(chosen):
+            x, y = curve(run, names)
+            if len(x):
+                steps, values = thin(x, smooth(y))
+                lines.append(Series(run.name, list(steps), list(values), i))
+                last.append((title, run.name, float(y[0]), float(np.median(y[-max(1, len(y) // 10) :])), int(x[-1])))
+        if lines:
+            panels.append(panel(lines, Frame(x_label="optimizer step"), title))
+    numbers = frame(pd.DataFrame(last, columns=["signal", "run", "first", "median of the last tenth", "last step"]))
+    key = legend([(i, run.name) for i, run in enumerate(chosen)]) if len(chosen) > 1 else None
+    verdict = "; ".join(f"{run.name}: {', '.join(says)}" for run in chosen if (says := collapse(run)))
+    caption = (
+        "A healthy run loses loss early and keeps its effective rank and its prototypes; a rank that falls to a few "
+        "dimensions is a collapse, which the mean entropy does not show. Lines are running medians."
+    )
+    drawing = join([key, tag("div", panels, class_="panels")])
+    note = f"Signs of collapse. {verdict}." if verdict else "No sign of collapse in the last tenth of any run."
+    return section(
+        "pretraining",
+        "Pretraining",
+        figure("pretraining", "Loss and signs of collapse", drawing, caption, numbers, note=note),
+        watch_figure(chosen),
+        hidden_figure(runs),
+    )
+
+
+def watch_figure(runs: Sequence[Run]) -> Html | None:
+    """Probes of the encoders that a run exported while it trained, beside its loss."""
+    chosen = [run for run in runs if len(run.watched) and "step" in run.watched]
+    if not chosen:
+        return None
+    panels, rows = [], []
+    keys = [
+        k
+        for k in chosen[0].watched.columns
+        if "auroc" in str(k) and pd.api.types.is_numeric_dtype(chosen[0].watched[k])
+    ]
+    for key in keys[:3]:
+        lines = []
+        for i, run in enumerate(chosen):
+            if key in run.watched:
+                data = run.watched[["step", key]].dropna().sort_values("step")
+                lines.append(Series(run.name, list(data["step"]), list(data[key]), i, marks=True))
+                rows += [(run.name, str(key), int(s), float(v)) for s, v in data.itertuples(index=False)]
+        panels.append(
+            panel(lines, Frame(x_label="optimizer step", marks_y=[(0.5, "chance")]), str(key).replace("_", " "))
+        )
+    losses = []
+    for i, run in enumerate(chosen):
+        x, y = thin(*curve(run, ("loss",)))
+        losses.append(Series(run.name, list(x), list(y), i))
+    panels.append(panel(losses, Frame(x_label="optimizer step"), "Loss"))
+    caption = (
+        "Probes of train and validation films only; where the loss falls and they stay flat, it learned something else."
+    )
+    numbers = frame(pd.DataFrame(rows, columns=["run", "probe", "step", "value"]))
+    return figure("watch", "Probing while it trained", tag("div", panels, class_="panels"), caption, numbers)
+
+
+def hidden_figure(runs: Sequence[Run]) -> Html | None:
+    """How well each conditioned column is still linearly readable from the frozen features."""
+    rows = [(run.name, *row) for run in runs for row in readability(run)]
+    if not rows:
+        return None
+    data = pd.DataFrame(rows, columns=["run", "column", "metric", "value", "chance"])
+    cells = [[tag("strong", c), r, m, number(v), number(b)] for r, c, m, v, b in rows]
+    caption = (
+        "A conditioned anchor may read these columns from the record instead of the film; a value near chance means "
+        "that the film encoder has become blind to them."
+    )
+    return figure(
+        "hidden",
+        "What conditioning hid",
+        table(["column", "run", "metric", "value", "chance"], cells),
+        caption,
+        frame(data),
+    )
+
+
+def readability(run: Run) -> list[tuple[str, str, float, float | None]]:
+    """(column, metric, value, chance) from encoder.json or the last line of metrics.jsonl."""
+    found = run.encoder.get("readable") or run.encoder.get("readability") or {}
+    rows = []
+    for name, value in found.items() if isinstance(found, dict) else []:
+        detail = value if isinstance(value, dict) else {"value": value}
+        if isinstance(detail.get("value"), (int, float)):
+            rows.append((str(name), str(detail.get("metric", "")), float(detail["value"]), detail.get("chance")))
+    return rows

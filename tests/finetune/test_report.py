@@ -1,0 +1,233 @@
+"""The report, on run folders written from the contract."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors.numpy import save_file
+from scipy.special import expit
+
+from configs import UserError
+from ehr_features.files import provenance, write_json
+from finetune.metrics import evaluate
+from finetune.report import report
+from finetune.report_data import read_runs
+from finetune.results import write_predictions, write_results
+
+FINDINGS = ["Cardiomegaly", "Edema", "Pleural Effusion", "Pneumothorax", "Support Devices"]
+HOSTILE = "<script>alert('x')</script>"
+
+
+def make_features(folder: Path, rng: np.random.Generator, subjects: int = 240) -> pd.DataFrame:
+    """A small features/ folder of the contract; its films."""
+    folder.mkdir(parents=True)
+    split = pd.Series(rng.choice(["train", "val", "test"], subjects, p=[0.5, 0.15, 0.35]), name="split")
+    people = pd.DataFrame({"subject_id": np.arange(subjects) + 10_000_000, "split": split})
+    films = people.loc[np.repeat(people.index, 3)].reset_index(drop=True)
+    films["dicom_id"] = [f"film{i:05d}" for i in range(len(films))]
+    for column, values in {"sex": ["F", "M"], "view": ["AP", "PA"]}.items():
+        films[column] = rng.choice(values, len(films))
+    films["age_years"] = rng.integers(20, 90, len(films)).astype(float)
+    films.to_parquet(folder / "images.parquet")
+    stays = people.assign(stay_id=np.arange(subjects) + 30_000_000)
+    stays.to_parquet(folder / "stays.parquet")
+    (folder / "samples").mkdir()
+    samples = stays.assign(sample_id=np.arange(subjects), mortality=(rng.random(subjects) < 0.3).astype(int))
+    samples["dicom_id"] = [f"film{3 * i:05d}" if i % 3 else None for i in range(subjects)]
+    samples.to_parquet(folder / "samples" / "mortality.parquet")
+    observed = (rng.random((5000, 4)) < np.array([0.9, 0.6, 0.2, 0.02])).astype(np.uint8)
+    save_file({"observed": observed}, folder / "series.safetensors")
+    names = ["Heart Rate", "Glucose", "pH", "Height"]
+    write_json(folder / "series.json", {"columns": ["a", "b", *[f"mask->{n}" for n in names]]})
+    steps = [
+        {"table": "icu stays", "before": 300, "after": 260, "why": "age under 18 at intime", "ids": 40},
+        {"table": "icu stays", "before": 260, "after": subjects, "why": f"outtime before intime {HOSTILE}", "ids": 20},
+    ]
+    write_json(folder / "attrition.json", steps)
+    write_json(folder / "provenance.json", provenance({"mimic_iv": str(folder.parent / "data" / "mimic-iv")}))
+    return films
+
+
+def make_run(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    write_json(folder / "provenance.json", provenance(config))
+    return folder
+
+
+def make_pretraining(folder: Path, features: Path, rng: np.random.Generator, collapsed: bool = False) -> Path:
+    make_run(folder, {"features": str(features), "seed": 0, "num_prototypes": 128})
+    steps = np.arange(10, 2001, 10)
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for step in steps:
+            rank = 1.7 if collapsed else 20 + 20 * (1 - np.exp(-step / 400))
+            line = {
+                "step": int(step),
+                "train/loss": float(5.2 - 1.6 * (1 - np.exp(-step / 500)) + 0.05 * rng.standard_normal()),
+                "train/effective_rank": float(rank + 0.3 * rng.standard_normal()),
+                "train/prototypes_used": float(min(128, 60 + step / 20)),
+                "train/grad_norm": float(1 + rng.random()),
+                "train/lr": float(1e-3 * min(1, step / 200)),
+            }
+            file.write(json.dumps(line) + "\n")
+    with (folder / "probe.jsonl").open("w", encoding="utf-8") as file:
+        for step in range(400, 2001, 400):
+            values = {"linear": 0.6 + step / 12000, "knn": 0.58 + step / 14000}
+            file.write(json.dumps({"step": step, "val/auroc": {"macro": values}}) + "\n")
+    (folder / "encoder").mkdir()
+    write_json(folder / "encoder" / "encoder.json", {"arch": "vit_tiny_patch16_224", "width": 96, "pool": "cls"})
+    return folder
+
+
+def make_evaluation(
+    folder: Path, features: Path, rows: pd.DataFrame, names: list[str], skill: float, **run: Any
+) -> Path:
+    """An evaluation whose scores carry `skill` of the labels; the same labels for the same rows."""
+    make_run(folder, {"features": str(features), "encoder": str(run.get("encoder")), "seed": 0})
+    truth, noise = np.random.default_rng(5), np.random.default_rng(abs(hash(folder.name)) % 1000)
+    prevalence = np.linspace(0.35, 0.1, len(names))
+    labels = (truth.random((len(rows), len(names))) < prevalence).astype(float)
+    logits = skill * (labels - 0.5) + noise.standard_normal(labels.shape) - 1.0
+    tables = []
+    subjects = rows["subject_id"].to_numpy()
+    for subset, chosen in {"all": np.full(len(rows), True), **subsets(rows)}.items():
+        result = evaluate(labels[chosen], expit(logits[chosen]), names=names, groups=subjects[chosen], samples=50)
+        tables.append(result.assign(split="test", subset=subset, fraction=1.0))
+    for fraction in (0.01, 0.1) if run["task"] == "findings" else ():
+        weak = expit(logits + (0.5 - fraction) * 2 * noise.standard_normal(labels.shape))
+        result = evaluate(labels, weak, names=names, groups=subjects, samples=50)
+        tables.append(result.assign(split="test", subset="all", fraction=fraction))
+    about = {"model": "linear", "seed": 0, "allow_leak": False, "warnings": [], "encoder": None, **run}
+    write_results(folder, about, pd.concat(tables))
+    id_ = "dicom_id" if run["task"] == "findings" else "sample_id"
+    write_predictions(folder, "test", rows[[id_, "subject_id"]], pd.DataFrame(labels, columns=names), logits)
+    return folder
+
+
+def subsets(rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    return {f"sex={v}": (rows["sex"] == v).to_numpy() for v in ("F", "M")} if "sex" in rows else {}
+
+
+def make_runs(folder: Path) -> list[Path]:
+    """Two pretrainings, four probes, three fusions on one features folder with a truth.json."""
+    rng = np.random.default_rng(0)
+    features, runs = folder / "features", folder / "runs"
+    films = make_features(features, rng)
+    bayes = {
+        "findings": dict.fromkeys(FINDINGS, 0.93),
+        "mortality": {"record": 0.84, "film": 0.75, "both": 0.9},
+    }
+    write_json(folder / "data" / "truth.json", {"bayes": bayes})
+    test = films[films["split"] == "test"].reset_index(drop=True)
+    stays = pd.read_parquet(features / "samples" / "mortality.parquet")
+    stays = stays[stays["split"] == "test"].reset_index(drop=True)
+    made = [
+        make_pretraining(runs / "vanilla", features, rng),
+        make_pretraining(runs / "ehr", features, rng, collapsed=True),
+    ]
+    for name, skill in {"pixels": 0.8, "random": 0.5, "probe_vanilla": 1.4, "probe_ehr": 1.6}.items():
+        encoder = {"pixels": "pixels", "random": "random:vit_tiny_patch16_224"}.get(name, f"runs/{name[6:]}/encoder")
+        made.append(make_evaluation(runs / name, features, test, FINDINGS, skill, task="findings", encoder=encoder))
+    for name, skill in {"record_lstm": 1.4, "film_only": 1.0, "medfuse": 1.9}.items():
+        about: dict[str, Any] = {"task": "mortality", "model": name, "encoder": "runs/ehr/encoder"}
+        if name == "medfuse":
+            about |= {"allow_leak": True, "warnings": [f"LEAK (allow_leak=true): 3 subjects {HOSTILE}"]}
+        made.append(make_evaluation(runs / name, features, stays, ["mortality"], skill, **about))
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return make_runs(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def html(runs: list[Path]) -> str:
+    return report(runs, runs[0].parents[1] / "report.html").read_text(encoding="utf-8")
+
+
+def figures(html: str) -> list[str]:
+    return re.findall(r'<figure id="figure-([^"]+)">', html)
+
+
+def test_every_part_of_a_full_set_of_runs_is_there(html: str) -> None:
+    wanted = {"flow", "splits", "missing", "pretraining", "watch", "overview-findings", "labels-findings"}
+    assert wanted | {"fractions-findings", "overview-mortality", "subgroups-findings-probe_ehr"} <= set(figures(html))
+    assert len(figures(html)) == len(set(figures(html)))
+
+
+def test_each_figure_has_its_numbers_as_a_table(html: str) -> None:
+    for body in html.split("<figure")[1:]:
+        assert "<table>" in body.split("</figure>")[0]
+
+
+def test_nothing_is_loaded_and_no_script_runs(html: str) -> None:
+    assert "default-src 'none'" in html.replace("&#x27;", "'")
+    assert not re.search(r"<(script|link|iframe|object)\b", html)
+    assert not re.search(r"""(src|href)=["'](?!#|data:)""", html) and "@import" not in html
+
+
+def test_text_from_data_is_escaped(html: str) -> None:
+    assert HOSTILE not in html and "&lt;script&gt;" in html
+
+
+def test_numbers_are_those_of_results_json(runs: list[Path], html: str) -> None:
+    for run in read_runs(runs):
+        if head := run.headline():
+            assert f"{head['value']:.3f} ({head['low']:.3f}–{head['high']:.3f})" in html
+
+
+def test_warnings_stand_above_every_section(html: str) -> None:
+    top = html[: html.index("<section")]
+    assert "allow_leak" in top and "collapsed" in top
+
+
+def test_a_healthy_run_has_no_warning_of_collapse(runs: list[Path], tmp_path: Path) -> None:
+    html = report(runs[:1], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "No warnings" in html and "No sign of collapse" in html
+
+
+def test_a_part_without_data_says_so_or_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "empty", {"features": "nowhere"})
+    html = report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "is not here" in html and not figures(html) and "no results and no curves" in html
+
+
+def test_a_folder_of_runs_stands_for_its_runs(runs: list[Path]) -> None:
+    assert {run.folder.name for run in read_runs([runs[0].parent])} == {run.name for run in runs}
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    made = [make_run(tmp_path / seed / "probe", {}) for seed in ("a", "b")]
+    assert [run.name for run in read_runs(made)] == ["a/probe", "b/probe"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("results.json", "{"), ("metrics.jsonl", "x\n{}\n"), ("config.yaml", "a: [")]
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str) -> None:
+    run = make_run(tmp_path / "run", {})
+    (run / file).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=file):
+        report([run], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a run"):
+        report([tmp_path], tmp_path / "r.html")
+    with pytest.raises(UserError, match="no such folder"):
+        report([tmp_path / "none"], tmp_path / "r.html")
+
+
+def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path, runs: list[Path]) -> None:
+    run = make_run(tmp_path / "run", {})
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
+    assert len(read_runs([run])[0].metrics) == 1
