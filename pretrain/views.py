@@ -1,0 +1,200 @@
+"""Target, random and focal views of films, cut from uint8 tensors.
+
+Comes in: films (B, S, S) uint8 and a plan of boxes. Goes out: views (V*B, 1, size, size) in [0, 1], view-major.
+Everything random is a hash of (seed, epoch, film, what for), so that a film's views do not depend on the batch, the
+workers or the processes, and need no generator's state in a checkpoint.
+Differs from lightly's MSNTransform: boxes are clipped to the film rather than drawn up to ten times; no colour of RGB;
+intensity changes and flips are drawn for each view; on a GPU the whole batch is cut there, as two matrix products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BRUTE_SIDE = 160  # films up to this side are cut as matrix products on a CPU too: one call instead of one a box
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """How one kind of view is drawn.
+
+    Args:
+        count: views a film.
+        size: pixels of a side.
+        scale: range of the share of the film's area.
+        ratio: range of width / height.
+        flip: probability of a left-right flip; 0 by default, as the heart is on the left.
+        brightness, contrast, gamma: largest relative change; 0 is none.
+    """
+
+    count: int
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    gamma: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where views of a batch are cut: all (V, B), float32 (boxes and changes) or bool."""
+
+    size: int
+    boxes: Tensor  # (V, B, 4): top, left, height, width, whole pixels
+    flip: Tensor
+    changes: Tensor | None  # (V, B, 3): brightness added, contrast factor, gamma; None: none of them
+
+    def to(self, device: torch.device | str) -> Plan:
+        changes = None if self.changes is None else self.changes.to(device, non_blocking=True)
+        return Plan(
+            self.size, self.boxes.to(device, non_blocking=True), self.flip.to(device, non_blocking=True), changes
+        )
+
+    def pin_memory(self) -> Plan:
+        changes = None if self.changes is None else self.changes.pin_memory()
+        return Plan(self.size, self.boxes.pin_memory(), self.flip.pin_memory(), changes)
+
+
+def film_keys(dicom_ids: Sequence[str]) -> np.ndarray:
+    """(N,) uint64, one for each film, the same in every run."""
+    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in dicom_ids)
+    return np.frombuffer(digests, dtype="<u8")
+
+
+def uniforms(keys: np.ndarray, count: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
+    """(B, count) float64 in [0, 1): a hash of (seed, epoch, purpose, key, column).
+
+    Source: splitmix64 (Steele, Lea, Flood 2014), counted rather than chained.
+    """
+    salt = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
+    start = _mix(keys.astype(np.uint64) ^ np.frombuffer(salt, dtype="<u8"))
+    return (_mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _STEP) >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw(views: Views, keys: np.ndarray, side: int, seed: int, epoch: int, purpose: str) -> Plan:
+    """Boxes and changes of `views.count` views of each film of side `side`."""
+    u = uniforms(keys, 8 * views.count, seed, epoch, purpose).reshape(len(keys), views.count, 8).transpose(1, 0, 2)
+    area = views.scale[0] + u[..., 0] * (views.scale[1] - views.scale[0])
+    low, high = np.log(views.ratio)
+    ratio = np.exp(low + u[..., 1] * (high - low))
+    width = np.clip(np.rint(np.sqrt(area * ratio) * side), 1, side)
+    height = np.clip(np.rint(np.sqrt(area / ratio) * side), 1, side)
+    top, left = np.floor(u[..., 2] * (side - height + 1)), np.floor(u[..., 3] * (side - width + 1))
+    boxes = torch.from_numpy(np.stack([top, left, height, width], -1)).float()
+    most = np.array([views.brightness, views.contrast, views.gamma])
+    changes = torch.from_numpy([0, 1, 1] + (2 * u[..., 5:] - 1) * most).float() if most.any() else None
+    return Plan(views.size, boxes, torch.from_numpy(u[..., 4] < views.flip), changes)
+
+
+def draw_keep(
+    keys: np.ndarray, num_views: int, num_patches: int, mask_ratio: float, seed: int, epoch: int, purpose: str
+) -> Tensor:
+    """Indices (V*B, n) of the patches that stay, in order; each patch is as likely as any other to go."""
+    num_keep = max(1, num_patches - int(num_patches * mask_ratio))
+    u = uniforms(keys, num_views * num_patches, seed, epoch, purpose).reshape(len(keys), num_views, num_patches)
+    keep = np.sort(np.argsort(u, axis=-1)[..., :num_keep], axis=-1)
+    return torch.from_numpy(keep.transpose(1, 0, 2).reshape(-1, num_keep).copy())
+
+
+def cut(films: Tensor, plan: Plan) -> Tensor:
+    """Cut and resize (bilinear, antialiased), flip, change intensities.
+
+    Args:
+        films: (B, S, S) uint8, on the device where the views are wanted.
+    Returns: (V*B, 1, size, size) float32 in [0, 1], view-major.
+    """
+    if films.device.type != "cpu" or films.shape[-1] <= BRUTE_SIDE:
+        views = _cut_by_products(films, plan)
+    else:
+        views = _cut_one_by_one(films, plan)
+    return (views if plan.changes is None else _change(views, plan.changes.flatten(0, 1))).unsqueeze(1)
+
+
+def _cut_by_products(films: Tensor, plan: Plan) -> Tensor:
+    """rows @ film @ columns: resizing is linear and separable."""
+    rows = _weights(plan.boxes[..., 0], plan.boxes[..., 2], films.shape[1], plan.size)
+    columns = _weights(plan.boxes[..., 1], plan.boxes[..., 3], films.shape[2], plan.size)
+    columns = torch.where(plan.flip[..., None, None], columns.flip(2), columns)
+    return (rows @ (films.float() / 255) @ columns.transpose(2, 3)).flatten(0, 1).clamp_(0, 1)
+
+
+def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
+    """(V, B) boxes -> (V, B, size, side): a triangle as wide as the reduction, within the box, rows sum to 1."""
+    scale = (length / size)[..., None, None]
+    centre = start[..., None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    pixel = torch.arange(side, device=start.device) + 0.5
+    weights = (1 - (pixel - centre).abs() / scale.clamp_min(1)).clamp_min(0)
+    start, end = start[..., None, None], (start + length)[..., None, None]
+    weights = weights * ((pixel > start) & (pixel < end))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _cut_one_by_one(films: Tensor, plan: Plan) -> Tensor:
+    num_views, num_films = plan.flip.shape
+    views = torch.empty(num_views * num_films, plan.size, plan.size, dtype=torch.uint8)
+    boxes = plan.boxes.int().tolist()
+    for v in range(num_views):
+        for b in range(num_films):
+            top, left, height, width = boxes[v][b]
+            box = films[None, None, b, top : top + height, left : left + width]
+            resized = F.interpolate(box, size=(plan.size, plan.size), mode="bilinear", antialias=True)
+            views[v * num_films + b] = resized[0, 0]
+    flipped = plan.flip.flatten()
+    if flipped.any():
+        views[flipped] = views[flipped].flip(2)
+    return views.float().div_(255)
+
+
+def _change(views: Tensor, changes: Tensor) -> Tensor:
+    """Contrast around the view's mean, brightness, then gamma."""
+    brightness, contrast, gamma = (changes[:, i, None, None] for i in range(3))
+    mean = views.mean(dim=(1, 2), keepdim=True)
+    return ((views - mean) * contrast + mean + brightness).clamp_(0, 1) ** gamma
+
+
+def mask_cells(views: Tensor, keep: Tensor, cell: int, fill: str, keys: np.ndarray, seed: int, epoch: int) -> Tensor:
+    """Mask the input of a network without tokens: cells of `cell` pixels that are not kept are filled.
+
+    Args:
+        views: (V*B, C, H, W), normalised, view-major.
+        keep: (V*B, n) indices of kept cells, row by row.
+        fill: `noise`: N(0, 1), the same in all channels; `mean`: 0; `film`: the next film of the batch.
+        keys: (B,) film keys, which seed the noise.
+    Source: cells of 32 px and noise: arXiv:2309.12757; the ratio and the other fills are choices.
+    """
+    rows, columns = views.shape[2] // cell, views.shape[3] // cell
+    kept = torch.zeros(len(views), rows * columns, dtype=torch.bool, device=views.device)
+    kept = kept.scatter_(1, keep, True).view(-1, 1, rows, columns)
+    kept = kept.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
+    kept = F.pad(kept, (0, views.shape[3] - kept.shape[3], 0, views.shape[2] - kept.shape[2]), value=True)
+    if fill == "mean":
+        return views * kept
+    by_view = views.unflatten(0, (-1, len(keys)))  # (V, B, C, H, W)
+    if fill == "film":
+        filler = by_view.roll(1, dims=1).flatten(0, 1)
+    else:
+        seeds = (uniforms(keys, 1, seed, epoch, "noise")[:, 0] * 2**53).astype(np.int64).tolist()
+        shape = (len(by_view), 1, *views.shape[2:])
+        noise = [torch.randn(shape, generator=_generator(views.device, s), device=views.device) for s in seeds]
+        filler = torch.stack(noise, dim=1).flatten(0, 1).to(views.dtype)
+    return torch.where(kept, views, filler)
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
