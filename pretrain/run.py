@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fcntl
 import json
 import math
 import os
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,13 +37,13 @@ import yaml
 
 from configs import Settings, UserError
 from ehr_features.files import PARTIAL, file_digest, new_file, provenance, read_json, write_json
+from pretrain.lock import lock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
 OURS = ("config.yaml", "provenance.json", "metrics.jsonl", "log.txt", "checkpoints", "encoder", "seen_subjects.parquet")
-_locks: dict[Path, int] = {}  # folder -> descriptor; held until the process ends
 
 
 def is_main() -> bool:
@@ -142,7 +140,8 @@ def open_run(
     folder = Path(out)
 
     def open_it() -> None:
-        _lock(folder)
+        _no_stranger(folder)
+        lock(folder)
         for stale in [*folder.glob(f".*{PARTIAL}-*"), *folder.glob(f"checkpoints/.*{PARTIAL}-*")]:
             if stale.is_file():
                 stale.unlink()  # left by a process that was killed: the lock is ours
@@ -161,31 +160,13 @@ def open_run(
     return folder
 
 
-def _lock(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file of that name exists; choose another folder with out=...")
+def _no_stranger(folder: Path) -> None:
     if folder.is_dir() and not (folder / "config.yaml").exists():
         foreign = sorted(p.name for p in folder.iterdir() if p.name not in OURS and not p.name.startswith("."))
         if foreign:
             raise UserError(
                 f"{folder}: not a run folder; it holds {', '.join(foreign[:5])}. Choose another with out=..."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    key = folder.resolve()
-    if key in _locks and os.path.exists(key / ".lock"):
-        return
-    handle = os.open(key / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-        os.close(handle)
-        raise UserError(
-            f"{folder}: another command works in this folder ({holder}); wait for it or choose another with out=..."
-        ) from None
-    os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    _locks[key] = handle
 
 
 def _same_config(folder: Path, given: dict[str, Any], free: set[str]) -> None:

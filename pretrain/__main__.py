@@ -1,0 +1,38 @@
+"""`python -m pretrain COMMAND`: pack films, pretrain, export. `--help` imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from configs import UserError, cli
+from pretrain.config import ImagesConfig
+
+
+def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
+    from pretrain.pack import pack
+
+    part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if part is None:
+        raise UserError(f"--shard {args.shard}: wanted i/n, e.g. 1/4 on the first of four machines")
+    out = pack(config, (int(part[1]), int(part[2])))
+    print(f"{out}\nnext: ./launch.sh pretrain configs/pretrain_vit_small.yaml features=features store={out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run, and leave with an exit code."""
+    top, commands = cli.parser("pretrain", "Pack chest films, and pretrain an encoder on them. No label is read.")
+    images = cli.config_command(
+        commands,
+        "images",
+        ImagesConfig,
+        _images,
+        says="films (JPEG, PNG, DICOM) -> store/",
+        example="python -m pretrain images configs/images.yaml mimic_cxr=/data/mimic-cxr-jpg out=store",
+    )
+    images.add_argument("--shard", metavar="i/n", default="1/1", help="pack the i-th of n parts, on n machines at once")
+    cli.main(top, argv)
+
+
+if __name__ == "__main__":
+    main()

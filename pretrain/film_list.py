@@ -1,0 +1,114 @@
+"""Which films a store holds: the metadata table of MIMIC-CXR, a folder, or a list -> one row a film."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pandas as pd
+
+from configs import UserError
+from ehr_features.files import digest
+from pretrain.config import ImagesConfig
+from pretrain.films import SUFFIXES
+
+METADATA = "mimic-cxr-2.0.0-metadata"
+FRONTAL = ("AP", "PA")
+CODES = {"antero-posterior": "AP", "postero-anterior": "PA", "lateral": "LATERAL"}
+
+
+def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
+    """List the films to pack, in the order in which they are packed.
+
+    Returns: a row a film (dicom_id, path), and the number of films by what became of them, e.g. `packed AP`.
+    Raises: UserError: no such folder or table, columns missing, two films of one dicom_id, nothing left.
+    """
+    if config.mimic_cxr is not None:
+        films, counts = _mimic(Path(config.mimic_cxr), config)
+    else:
+        films = _folder_or_list(Path(str(config.films)))
+        counts = {"packed": len(films)}
+    if films.empty:
+        raise UserError(f"{config.mimic_cxr or config.films}: no film to pack ({_say(counts)})")
+    twice = films[films.dicom_id.duplicated(keep=False)].sort_values("dicom_id", kind="stable")
+    if len(twice):
+        first, second = twice.path.iloc[0], twice.path.iloc[1]
+        raise UserError(
+            f"{twice.dicom_id.nunique()} dicom_ids stand for more than one film, e.g. {twice.dicom_id.iloc[0]}: "
+            f"{first} and {second}; a film's id is its file's stem: rename one, or give a list with a column dicom_id"
+        )
+    return films.reset_index(drop=True), counts
+
+
+def _say(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {what}" for what, number in counts.items()) or "none found"
+
+
+def _mimic(root: Path, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
+    table = _metadata(root)
+    view = table.ViewPosition.str.strip().str.upper().replace("", None)
+    view = view.fillna(table.ViewCodeSequence_CodeMeaning.str.strip().str.lower().map(CODES)).fillna("unknown view")
+    keep = view.isin(FRONTAL) if config.views == "frontal" else pd.Series(True, index=table.index)
+    capped = pd.Series(False, index=table.index)
+    if config.per_subject_cap is not None:
+        drawn = table.dicom_id.map(lambda i: hashlib.sha256(f"{config.seed} {i}".encode()).hexdigest())
+        order = drawn[keep].sort_values().index
+        capped.loc[order] = table.loc[order].groupby("subject_id").cumcount() >= config.per_subject_cap
+    counts = {f"packed {name}": int(n) for name, n in view[keep & ~capped].value_counts().items()}
+    counts |= {f"left out {name} (views: frontal)": int(n) for name, n in view[~keep].value_counts().items()}
+    if capped.any():
+        counts[f"left out by per_subject_cap: {config.per_subject_cap}"] = int(capped.sum())
+    films = table[keep & ~capped].sort_values(["subject_id", "study_id", "dicom_id"])
+    folder = "files/p" + films.subject_id.str[:2] + "/p" + films.subject_id + "/s" + films.study_id + "/"
+    return pd.DataFrame({"dicom_id": films.dicom_id, "path": f"{root}/" + folder + films.dicom_id + ".jpg"}), counts
+
+
+def _metadata(root: Path) -> pd.DataFrame:
+    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition", "ViewCodeSequence_CodeMeaning"]
+    for suffix in (".csv.gz", ".csv", ".parquet"):
+        path = root / f"{METADATA}{suffix}"
+        if path.is_file():
+            break
+    else:
+        raise UserError(
+            f"{root}: no {METADATA}.csv.gz here; mimic_cxr is the folder of MIMIC-CXR-JPG that holds files/"
+        )
+    table = _read(path)
+    if missing := [c for c in columns if c not in table]:
+        raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(table.columns)}")
+    if table.empty:
+        raise UserError(f"{path}: no rows")
+    return table[columns].fillna("")
+
+
+def _folder_or_list(path: Path) -> pd.DataFrame:
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        return pd.DataFrame({"dicom_id": [p.stem for p in paths], "path": [p.as_posix() for p in paths]}, dtype=str)
+    if not path.is_file():
+        raise UserError(f"{path}: no such folder or file; films is a folder of films, or a list (.txt, .csv, .parquet)")
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        table = pd.DataFrame({"path": [line.strip() for line in lines if line.strip()]}, dtype=str)
+    else:
+        table = _read(path)
+    if "path" not in table:
+        raise UserError(f"{path}: no column `path`; found {', '.join(table.columns)}")
+    names = table.path.fillna("").map(Path)
+    ids = table.dicom_id if "dicom_id" in table else names.map(lambda p: p.stem)
+    return pd.DataFrame({"dicom_id": ids, "path": names.map(lambda p: (path.parent / p).as_posix())})
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """A table, every column as text."""
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str)
+    except (OSError, EOFError, ValueError) as error:  # gzip, pandas and pyarrow each raise their own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read as a table ({first}); was it copied whole?") from None
+    return table.astype("string").astype(object)
+
+
+def films_digest(films: pd.DataFrame) -> str:
+    """16 hex digits of the ids in their order."""
+    return digest(films.dicom_id.tolist())

@@ -1,0 +1,180 @@
+"""A film file (JPEG, PNG or DICOM) -> uint8 grayscale; what cannot be read whole raises BadFilm with its reason.
+
+No crop anywhere: the costophrenic angles lie at the border of the film.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from configs import UserError
+
+Dicom = Literal["mimic-jpg", "window"]
+MAX_PIXELS = 100_000_000  # the largest detectors have about 25 million; more is damage or a decompression bomb
+MIN_SIDE = 8
+SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
+
+
+class BadFilm(ValueError):
+    """This film cannot be used; the message is the reason, in a few words, and holds no patient's values."""
+
+
+def decode(path: str | Path, *, dicom: Dicom = "mimic-jpg", near: int | None = None) -> np.ndarray:
+    """Read one film.
+
+    Args:
+        path: a file; its content says what it is, not its name.
+        dicom: how DICOM pixels become 8 bits: `mimic-jpg` as MIMIC-CXR-JPG was made, `window` by the file's own window.
+        near: the film may come smaller than it is (JPEG decodes faster so), its longer side at least `near` px.
+    Returns: (H, W) uint8; air is dark, bone is bright. More than 8 bits are scaled from the film's lowest to its
+        highest value; transparent pixels are black; colours become luminance.
+    Raises: BadFilm: absent, empty, truncated, of another kind, without content; UserError: DICOM without pydicom.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise BadFilm("absent") from None
+    except OSError as error:
+        raise BadFilm(f"cannot be read: {error.strerror}") from None
+    if not data:
+        raise BadFilm("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # decoders warn of oddities that do no harm
+            if data[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom"):
+                film = _dicom(data, dicom)
+            elif data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+                film = _picture(data, near)
+            else:
+                raise BadFilm("not a JPEG, PNG or DICOM file")
+    except (BadFilm, UserError):
+        raise
+    except Exception as error:  # damaged bytes make the decoders raise almost anything
+        says = (str(error).strip().splitlines() or [""])[0]
+        truncated = "truncated" in says.lower() or "unexpected end" in says.lower() or isinstance(error, EOFError)
+        raise BadFilm("truncated" if truncated else f"damaged ({type(error).__name__})") from None
+    low, high = int(film.min()), int(film.max())
+    if low == high:
+        raise BadFilm(f"blank: every pixel is {low}")
+    return film
+
+
+def fit(film: np.ndarray, size: int) -> np.ndarray:
+    """Resize (H, W) uint8 so that its longer side is `size`, then pad it with black to (size, size), centred."""
+    height, width = film.shape
+    scale = size / max(height, width)
+    new_height, new_width = (max(1, round(side * scale)) for side in (height, width))
+    if (new_height, new_width) != (height, width):
+        how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR  # BOX: the mean over the area
+        film = np.asarray(Image.fromarray(film).resize((new_width, new_height), how))
+    square = np.zeros((size, size), np.uint8)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    square[top : top + new_height, left : left + new_width] = film
+    return square
+
+
+def _check_sides(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadFilm(f"{height} x {width} px: more than {MAX_PIXELS // 1_000_000} million")
+    if min(height, width) < MIN_SIDE:
+        raise BadFilm(f"{height} x {width} px: smaller than {MIN_SIDE} px")
+
+
+# ---- JPEG and PNG ---------------------------------------------------------------------------------------------------
+def _picture(data: bytes, near: int | None) -> np.ndarray:
+    # libjpeg fills what is missing with grey and says nothing if the end of the file is zeros: look for the end mark,
+    # which cannot occur inside a scan, after the start of the last scan.
+    if data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise BadFilm("truncated")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+    except Image.DecompressionBombError:
+        raise BadFilm(f"more than {MAX_PIXELS // 1_000_000} million px") from None
+    _check_sides(image.height, image.width)
+    if near is not None and max(image.size) > near:
+        scale = near / max(image.size)
+        image.draft("L", (round(image.width * scale), round(image.height * scale)))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(np.asarray(image))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.array(image.convert("L"))
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Scale from the lowest to the highest value to 0..255, truncated."""
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadFilm("not a number in a pixel")
+    values -= values.min()
+    return (values / (values.max() or 1.0) * 255).astype(np.uint8)
+
+
+# ---- DICOM ----------------------------------------------------------------------------------------------------------
+def _dicom(data: bytes, mode: Dicom) -> np.ndarray:
+    try:
+        import pydicom
+        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    except ImportError:
+        raise UserError("DICOM films need pydicom: pip install 'ehr-msn[dicom]'") from None
+    try:
+        ds = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")
+    except Exception as error:
+        raise BadFilm(f"not a whole DICOM file ({type(error).__name__})") from None
+    if "PixelData" not in ds or "Rows" not in ds or "Columns" not in ds:
+        raise BadFilm("DICOM without pixels")
+    if int(ds.get("NumberOfFrames") or 1) > 1:
+        raise BadFilm(f"DICOM of {ds.NumberOfFrames} frames")
+    _check_sides(int(ds.Rows), int(ds.Columns))
+    pixels = pixel_array(ds)
+    kind = str(ds.get("PhotometricInterpretation", "MONOCHROME2"))
+    if kind == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, ds)
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3] @ np.array([0.299, 0.587, 0.114])
+    if mode == "mimic-jpg":
+        film = _eight_bits(pixels)
+        return equalise(255 - film if kind == "MONOCHROME1" else film)
+    film = _window(apply_modality_lut(pixels, ds) if kind.startswith("MONO") else pixels, ds)
+    return 255 - film if kind == "MONOCHROME1" else film
+
+
+def _window(values: np.ndarray, ds: Any) -> np.ndarray:
+    """The grey window of the file (DICOM PS3.3, C.11.2), else a table of it, else lowest to highest value."""
+    if "WindowCenter" not in ds or "WindowWidth" not in ds:
+        from pydicom.pixels import apply_voi_lut
+
+        return _eight_bits(apply_voi_lut(values, ds) if "VOILUTSequence" in ds else values)
+    first = [
+        v[0] if isinstance(v, (list, tuple)) or hasattr(v, "append") else v for v in (ds.WindowCenter, ds.WindowWidth)
+    ]
+    centre, width = float(first[0]), max(float(first[1]), 1e-6)
+    shape = str(ds.get("VOILUTFunction") or "LINEAR").upper()
+    values = values.astype(np.float64)
+    if shape == "SIGMOID":
+        part = 1 / (1 + np.exp(-4 * (values - centre) / width))
+    elif shape == "LINEAR_EXACT" or width <= 1:
+        part = (values - centre) / width + 0.5
+    else:
+        part = (values - (centre - 0.5)) / (width - 1) + 0.5
+    return (np.clip(part, 0, 1) * 255).round().astype(np.uint8)
+
+
+def equalise(film: np.ndarray) -> np.ndarray:
+    """Histogram equalisation as OpenCV's equalizeHist does it, which MIMIC-CXR-JPG was made with (uint8 -> uint8)."""
+    counts = np.bincount(film.ravel(), minlength=256)
+    first = int(np.flatnonzero(counts)[0])
+    rest = film.size - int(counts[first])
+    if rest == 0:
+        return film.copy()
+    counts[first] = 0  # the lowest value becomes 0
+    return np.round(np.cumsum(counts) * (255.0 / rest)).clip(0, 255).astype(np.uint8)[film]

@@ -1,0 +1,39 @@
+"""One command at a time in a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from configs import UserError
+
+_held: dict[Path, int] = {}  # lock file -> descriptor; kept until the process ends
+
+
+def lock(folder: Path, name: str = ".lock") -> None:
+    """Make the folder if need be and hold a lock in it until this process ends, however it ends.
+
+    Raises: UserError: another process holds it, or a file has the folder's name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file of that name exists; choose another folder with out=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / name
+    if path in _held:
+        if path.exists() and os.fstat(_held[path]).st_ino == path.stat().st_ino:
+            return
+        os.close(_held.pop(path))  # the folder was removed and made again
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+        os.close(handle)
+        raise UserError(
+            f"{folder}: another command works in this folder ({holder}); wait for it or choose another with out=..."
+        ) from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held[path] = handle

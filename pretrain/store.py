@@ -1,0 +1,106 @@
+"""Reads store/: films packed once into memory-mapped shards of equal squares, without decoding or copying.
+
+store/: shard-NNNNN.arrow (Arrow IPC, one record batch: dicom_id, height, width, encoding raw | jpeg, bytes),
+index.parquet (dicom_id, shard, row, height, width), rejected.parquet (dicom_id, path, reason), store.json.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from PIL import Image
+
+from configs import UserError
+from ehr_features.files import read_json
+from pretrain.pack import FORMAT, pack, shard_name
+
+__all__ = ["Store", "pack"]
+
+
+class Store:
+    """Reads a store/; cheap to pickle and to fork: each process maps the shards when it first reads them.
+
+    Attributes:
+        index: DataFrame dicom_id, shard, row, height, width.
+        size: side of the squares; hash: 16 hex digits of what is stored; preprocess: how the films were made.
+    Raises: UserError: not a store, unfinished, or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "store.json").is_file():
+            if (self.folder / "packing.json").is_file():
+                raise UserError(
+                    f"{self.folder}: not all films are packed; run the same ./launch.sh images command again"
+                )
+            raise UserError(f"{self.folder}: not a store; write one with ./launch.sh images CONFIG out={self.folder}")
+        about = read_json(self.folder / "store.json")
+        if about.get("format") != FORMAT:
+            raise UserError(
+                f"{self.folder}: store format {about.get('format')}, this version reads {FORMAT}; pack it again"
+            )
+        for name, size in about["shards"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise UserError(f"{path}: {'damaged' if path.is_file() else 'absent'}; was the store copied whole?")
+        self.size: int = about["size"]
+        self.hash: str = about["hash"]
+        self.preprocess: dict[str, Any] = about["preprocess"]
+        self.index = pd.read_parquet(self.folder / "index.parquet")
+        self._places = dict(zip(self.index.dicom_id, zip(self.index.shard, self.index.row, strict=True), strict=True))
+        self._shards: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __contains__(self, dicom_id: object) -> bool:
+        return dicom_id in self._places
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}  # maps do not travel between processes
+
+    def __getitem__(self, dicom_id: str) -> np.ndarray:
+        """One film, (size, size) uint8; of raw shards a view of the file, which cannot be written to."""
+        try:
+            shard, row = self._places[dicom_id]
+        except KeyError:
+            raise UserError(f"{self.folder}: film {dicom_id} is not in this store (see its rejected.parquet)") from None
+        films = self._shards.get(shard)
+        if films is None:
+            films = self._shards[shard] = _map(self.folder / shard_name(shard), self.size)
+        return films[row] if isinstance(films, np.ndarray) else _unpack(films[row].as_buffer())
+
+    def read(self, dicom_ids: Sequence[str]) -> np.ndarray:
+        """Films in the order asked for: (N, size, size) uint8, a copy."""
+        if absent := [i for i in dicom_ids if i not in self._places]:
+            raise UserError(
+                f"{self.folder}: {len(absent)} of {len(dicom_ids)} films are not in this store, e.g. {absent[0]}; "
+                f"its rejected.parquet says why, or it was packed with other views"
+            )
+        films = np.empty((len(dicom_ids), self.size, self.size), np.uint8)
+        for place, dicom_id in enumerate(dicom_ids):
+            films[place] = self[dicom_id]
+        return films
+
+
+def _map(path: Path, size: int) -> Any:
+    """A raw shard as an array (n, size, size) over the mapped file; a jpeg shard as its column of bytes."""
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); was the store copied whole?") from None
+    column = batch.column("bytes")
+    if len(batch) and batch.column("encoding")[0].as_py() == "raw":
+        assert column.offset == 0
+        return np.frombuffer(column.buffers()[2], np.uint8, len(batch) * size * size).reshape(len(batch), size, size)
+    return column
+
+
+def _unpack(data: Any) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",)))
