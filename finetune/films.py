@@ -1,0 +1,118 @@
+"""Films with labels: which there are, of whom, in which split, and what an uncertain or empty finding counts as.
+
+Comes in: features/images.parquet. Goes out: `Films`, with labels as the source has them: 1, 0, -1 (uncertain), empty.
+Evaluation has one policy whatever the training's, so that runs compare: uncertain is left out, empty is negative (a
+report names what is there, and CheXpert's labels are read from reports).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from configs import UserError
+from ehr_features.files import read_table
+from ehr_features.schema import FINDINGS
+
+SPLITS = ("train", "val", "test")
+FRONTAL = ("AP", "PA")
+KEYS = ["dicom_id", "study_id", "subject_id", "split", "view"]
+
+
+@dataclass(frozen=True)
+class Films:
+    """N films.
+
+    Attributes:
+        table: dicom_id, study_id, subject_id, split, view, and whatever subgroups need; index 0 .. N - 1.
+        labels: (N, L) 1, 0, -1, NaN, columns named.
+        left_out: why films of the source are not here -> how many.
+    """
+
+    table: pd.DataFrame
+    labels: pd.DataFrame
+    left_out: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def names(self) -> list[str]:
+        return [str(name) for name in self.labels.columns]
+
+    def rows(self, split: str) -> NDArray[np.intp]:
+        return np.flatnonzero(self.table["split"].to_numpy() == split)
+
+    def keep(self, wanted: NDArray[np.bool_], why: str) -> Films:
+        """Only the films wanted; the others are counted under `why`."""
+        if wanted.all():
+            return self
+        table, labels = (part[wanted].reset_index(drop=True) for part in (self.table, self.labels))
+        return replace(self, table=table, labels=labels, left_out={**self.left_out, why: int((~wanted).sum())})
+
+    def in_store(self, store: Container[str]) -> Films:
+        """Only the films that were packed. Raises: UserError: none was."""
+        found = self.keep(np.array([film in store for film in self.table["dicom_id"]], dtype=bool), "not in the store")
+        if not len(found):
+            raise UserError(f"none of {len(self)} films is in the store; pack the films that features/ was made from")
+        return found
+
+
+def read_films(features: str | Path, *, labels: Sequence[str] = (), views: str = "frontal") -> Films:
+    """The labelled films of a features/ folder.
+
+    Args:
+        labels: finding columns; all if empty.
+        views: `frontal` (AP and PA) or `all`.
+    Raises: UserError: an unknown label, no film left, a split without films.
+    """
+    table = read_table(features, "images")
+    known = [name for name in FINDINGS if name in table]
+    if missing := [c for c in KEYS if c not in table]:
+        raise UserError(f"{features}/images.parquet: columns missing: {', '.join(missing)}; build the features again")
+    for name in labels:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"{features}/images.parquet: no finding `{name}`; {hint}")
+    names = list(labels) or known
+    values = table[names].astype(np.float64)
+    films = Films(table.drop(columns=known).reset_index(drop=True), values.reset_index(drop=True), {})
+    if views == "frontal":
+        films = films.keep(films.table["view"].isin(FRONTAL).to_numpy(dtype=bool), "not frontal")
+    return films.keep(films.labels.notna().any(axis=1).to_numpy(), "no labels")
+
+
+def check_splits(films: Films) -> None:
+    """Each split has films and no subject is in two. Raises: UserError."""
+    for split in SPLITS:
+        if not len(films.rows(split)):
+            raise UserError(f"no film of split {split} is left of {len(films)}; left out: {films.left_out or 'none'}")
+    splits = films.table.groupby("subject_id")["split"].nunique()
+    if (splits > 1).any():
+        some = splits.index[splits > 1].tolist()
+        raise UserError(f"{len(some)} subjects are in two splits, e.g. {some[:3]}; split by subject_id")
+
+
+def training_labels(labels: pd.DataFrame, *, uncertain: str = "ignore", missing: str = "zeros") -> NDArray[np.float32]:
+    """(N, L) 1, 0, NaN (not counted in the loss).
+
+    Args:
+        uncertain: what -1 becomes: `ignore` (NaN), `zeros`, `ones`.
+        missing: what an empty label becomes: `zeros`, `ignore`.
+    """
+    values = labels.to_numpy(np.float32)
+    doubt, empty = values == -1, np.isnan(values)
+    values = np.where(doubt, {"ignore": np.nan, "zeros": 0.0, "ones": 1.0}[uncertain], values)
+    return np.where(empty, {"ignore": np.nan, "zeros": 0.0}[missing], values).astype(np.float32)
+
+
+def evaluation_labels(labels: pd.DataFrame) -> NDArray[np.float32]:
+    """(N, L) 1, 0, NaN: uncertain is left out, empty is negative; the same for every run."""
+    return training_labels(labels, uncertain="ignore", missing="zeros")

@@ -1,0 +1,120 @@
+"""Frozen features of films, computed once and kept on disk under the hashes of what made them.
+
+Comes in: an encoder's name (a folder, `random:...`, `pixels`), a store, film ids. Goes out: (N, D) a pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ehr_features.files import digest, new_file
+from finetune.net import file_weights, open_encoder
+from pretrain.progress import Bar
+
+if TYPE_CHECKING:
+    from pretrain.store import Store
+
+Features = dict[str, NDArray[np.float32]]  # pool -> (N, D)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What turns films into features.
+
+    Attributes:
+        name: for tables: the folder, `pixels`, `random:...`.
+        key: changes when anything that the features depend on does.
+        encode: uint8 (B, S, S) -> {pool: (B, D)}.
+        folder: encoder/ whose pretraining the guard looks into; None where nothing was learned.
+        about: parameters, input size, films seen: what every row of a comparison carries.
+    """
+
+    name: str
+    key: str
+    encode: Callable[[NDArray[np.uint8]], Features]
+    folder: Path | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_frozen(spec: str, *, seed: int = 0, pixels: int = 16, device: str | torch.device = "cpu") -> Frozen:
+    """The frozen encoder that a config names.
+
+    Args:
+        spec: an encoder/ folder, a run with one, `random:ARCH`, `random:FOLDER`, or `pixels`.
+        seed: of random weights.
+        pixels: side of the raw-pixel baseline.
+    Raises: UserError: no such encoder.
+    """
+    if spec == "pixels":
+
+        def shrink(films: NDArray[np.uint8]) -> Features:
+            small = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(films)[:, None].float() / 255, pixels)
+            return {"avg": small.flatten(1).numpy()}
+
+        about = {"parameters": 0, "image_size": pixels, "films_seen": 0, "weights": "none"}
+        return Frozen(f"pixels {pixels}x{pixels}", f"pixels{pixels}", shrink, None, about)
+    encoder, folder = open_encoder(spec, seed)
+    encoder = encoder.to(device).eval()
+
+    @torch.inference_mode()
+    def encode(films: NDArray[np.uint8]) -> Features:
+        features = encoder.features(encoder.preprocess(films).to(device))
+        return {pool: encoder.pool(features, pool).float().cpu().numpy() for pool in encoder.pools if pool != "max"}
+
+    weights = {name: file_weights(value) for name, value in encoder.net.state_dict().items()}
+    about = {
+        "parameters": sum(p.numel() for p in encoder.net.parameters()),
+        "image_size": encoder.meta["image_size"],
+        "arch": encoder.meta["arch"],
+        "films_seen": 0 if folder is None else encoder.meta.get("films_seen"),
+        "weights": "random, timm's initialisation" if folder is None else f"step {encoder.meta.get('step')}",
+    }
+    key = digest([weights, encoder.meta["arch"], encoder.meta["model_args"], encoder.preprocess.to_json()])
+    return Frozen(spec, key, encode, folder, about)
+
+
+def film_features(
+    frozen: Frozen, store: Store, films: Sequence[str], *, cache: Path | None = None, batch_size: int = 128
+) -> Features:
+    """Features of films, read from `cache` where they were computed before.
+
+    Args:
+        films: M dicom_ids, all in the store.
+    Returns: pool -> (M, D) float32, rows as `films`.
+    """
+    wanted = sorted(set(films))
+    path = None if cache is None else cache / f"films_{digest([frozen.key, store.hash, wanted])}.safetensors"
+    found = _read(path)
+    if found is None:
+        parts: list[Features] = []
+        with Bar(f"features of {frozen.name}", len(wanted), "films") as bar:
+            for start in range(0, len(wanted), batch_size):
+                part = wanted[start : start + batch_size]
+                parts.append(frozen.encode(store.read(part)))
+                bar.advance(len(part))
+        found = {pool: np.concatenate([part[pool] for part in parts]).astype(np.float32) for pool in parts[0]}
+        if path is not None:
+            with new_file(path) as file:
+                save_file({pool: np.ascontiguousarray(value) for pool, value in found.items()}, file)
+    place = {film: i for i, film in enumerate(wanted)}
+    rows = np.array([place[film] for film in films], dtype=np.intp)
+    return {pool: value[rows] for pool, value in found.items()}
+
+
+def _read(path: Path | None) -> Features | None:
+    """What is in the cache; a damaged file counts as absent and is written anew."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        return None

@@ -1,0 +1,245 @@
+"""The probes on films with planted findings."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from configs import UserError, load
+from ehr_features.files import write_json
+from finetune import classic, heads
+from finetune.config import ProbeConfig
+from finetune.films import check_splits, evaluation_labels, read_films, training_labels
+from finetune.frozen import film_features, open_frozen
+from finetune.probe import probe
+from finetune.results import read_predictions, read_results
+from pretrain import encoder as encoders
+
+World = Callable[..., Path]
+TINY = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+
+
+def config(folder: Path, **more: object) -> ProbeConfig:
+    given = {"features": str(folder / "features"), "store": "memory", "encoder": "pixels", "pixels": 4}
+    given |= {"out": str(folder / "runs/probe"), "epochs": 30, "samples": 100, **more}
+    return ProbeConfig.model_validate(given)
+
+
+def tiny_encoder(folder: Path, **meta: object) -> Path:
+    torch.manual_seed(0)
+    encoder = encoders.create("vit_tiny_patch16_224", image_size=32, model_args=TINY)
+    return encoders.save(folder / "pretrain/encoder", encoder, {"ehr_groups": {}, **meta})
+
+
+def macro(folder: Path, column: str = "value", split: str = "test") -> float:
+    rows = read_results(folder)[1]
+    chosen = (rows["label"] == "macro") & (rows["metric"] == "auroc") & (rows["split"] == split)
+    return rows[chosen][column].item()
+
+
+@pytest.mark.parametrize("method", ["linear", "logistic", "knn"])
+def test_each_method_finds_planted_findings(make_world: World, method: str) -> None:
+    folder = make_world()
+    out = probe(config(folder, method=method))
+    assert macro(out, "low") > 0.8
+    run, rows = read_results(out)
+    assert run["model"] == method and run["encoder"] == "pixels 4x4" and run["warnings"] == []
+    assert set(rows["split"]) == {"val", "test"} and (rows["fraction"] == 1).all()
+
+
+@pytest.mark.parametrize("method", ["linear", "logistic", "knn"])
+def test_shuffled_findings_stay_at_one_half(make_world: World, method: str) -> None:
+    out = probe(config(make_world(shuffled=True, subjects=250), method=method))
+    assert macro(out, "low") < 0.5 < macro(out, "high")
+
+
+def test_the_results_are_those_of_the_predictions(make_world: World) -> None:
+    folder = make_world()
+    out = probe(config(folder))
+    ids, labels, logits = read_predictions(out, "test")
+    per_label = [
+        roc_auc_score(labels.loc[known, n], logits.loc[known, n]) for n in labels for known in [labels[n].notna()]
+    ]
+    assert macro(out) == pytest.approx(np.mean(per_label), abs=1e-12)
+    images = pd.read_parquet(folder / "features/images.parquet").set_index("dicom_id")
+    assert (images.loc[ids["dicom_id"], "split"] == "test").all()
+    assert (images.loc[ids["dicom_id"], "subject_id"].to_numpy() == ids["subject_id"].to_numpy()).all()
+    assert labels["Edema"].isna().to_numpy().tolist() == (images.loc[ids["dicom_id"], "Edema"] == -1).tolist()
+
+
+def test_lateral_films_are_left_out_and_counted(make_world: World) -> None:
+    folder = make_world()
+    run, _ = read_results(probe(config(folder)))
+    images = pd.read_parquet(folder / "features/images.parquet")
+    assert run["left_out"]["not frontal"] == (images["view"] == "LATERAL").sum()
+    all_views, _ = read_results(probe(config(folder, views="all", out=str(folder / "runs/all"))))
+    assert sum(s["films"] for s in all_views["splits"].values()) > sum(s["films"] for s in run["splits"].values())
+
+
+def test_cached_features_give_the_same_result_as_uncached(make_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_world()
+    encoder = tiny_encoder(folder)
+    first = probe(config(folder, encoder=str(encoder), out=str(folder / "runs/a"), epochs=5))
+    assert len(list((folder / "runs/cache").glob("films_*.safetensors"))) == 1
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the encoder ran although its features were cached")
+
+    monkeypatch.setattr("pretrain.encoder.Encoder.features", fail)
+    second = probe(config(folder, encoder=str(encoder), out=str(folder / "runs/b"), epochs=5))
+    pd.testing.assert_frame_equal(read_results(first)[1], read_results(second)[1])
+
+
+def test_other_weights_or_films_are_not_taken_from_the_cache(make_world: World) -> None:
+    folder = make_world()
+    store = __import__("finetune.probe").probe.Store("memory")
+    ids = sorted(store.films)[:6]
+    cache = folder / "cache"
+    made = {seed: open_frozen("random:vit_tiny_patch16_224", seed=seed) for seed in (0, 1)}
+    assert made[0].key != made[1].key
+    a = film_features(open_frozen("pixels", pixels=4), store, ids, cache=cache)["avg"]
+    b = film_features(open_frozen("pixels", pixels=8), store, ids, cache=cache)["avg"]
+    assert a.shape == (6, 16) and b.shape == (6, 64)
+    reordered = film_features(open_frozen("pixels", pixels=4), store, ids[::-1], cache=cache)["avg"]
+    np.testing.assert_array_equal(reordered, a[::-1])
+
+
+def test_an_encoder_that_saw_test_subjects_is_refused(make_world: World) -> None:
+    folder = make_world()
+    encoder = tiny_encoder(folder)
+    images = pd.read_parquet(folder / "features/images.parquet")
+    images[["subject_id"]].drop_duplicates().to_parquet(folder / "pretrain/seen_subjects.parquet")
+    with pytest.raises(UserError, match=r"its pretraining saw .* val or test subjects.*allow_leak=true"):
+        probe(config(folder, encoder=str(encoder)))
+    assert not (folder / "runs/probe").exists()
+    out = probe(config(folder, encoder=str(encoder), allow_leak=True, epochs=2))
+    run, _ = read_results(out)
+    assert run["allow_leak"] and run["pretraining_films"] == "leak" and "LEAK" in run["warnings"][0]
+
+
+def test_an_encoder_of_the_train_subjects_passes_and_one_of_unknown_films_is_named(make_world: World) -> None:
+    folder = make_world()
+    encoder = tiny_encoder(folder)
+    run, _ = read_results(probe(config(folder, encoder=str(encoder), epochs=2, out=str(folder / "runs/unknown"))))
+    assert run["pretraining_films"] == "unknown" and "unknown" in run["warnings"][0]
+    images = pd.read_parquet(folder / "features/images.parquet").query("split == 'train'")
+    images[["subject_id"]].drop_duplicates().to_parquet(folder / "pretrain/seen_subjects.parquet")
+    run, _ = read_results(probe(config(folder, encoder=str(folder / "pretrain"), epochs=2)))
+    assert run["pretraining_films"] == "train" and run["warnings"] == []
+
+
+def test_the_heads_of_the_grid_do_not_touch_each_other() -> None:
+    rng = np.random.default_rng(0)
+    x = {"cls": rng.normal(size=(60, 5)).astype(np.float32), "avg": rng.normal(size=(60, 5)).astype(np.float32)}
+    y = (x["avg"][:, :2] + 0.5 * rng.normal(size=(60, 2)) > 0).astype(np.float32)
+    y[::7, 0] = np.nan
+    train, val = (
+        heads.Data({k: v[rows] for k, v in x.items()}, y[rows]) for rows in (np.arange(40), np.arange(40, 60))
+    )
+    more = {"epochs": 12, "patience": 12, "batch_size": 16, "seed": 3}
+    predict, chosen = heads.linear(
+        train, val, pools=["cls", "avg", "both"], lrs=[1e-3, 1e-2], weight_decays=[0.0, 0.1], **more
+    )
+    assert chosen["pool"] in ("avg", "both") and chosen["heads"] == 12
+    alone, again = heads.linear(
+        train, val, pools=[chosen["pool"]], lrs=[chosen["lr"]], weight_decays=[chosen["weight_decay"]], **more
+    )
+    assert again["epoch"] == chosen["epoch"]
+    np.testing.assert_allclose(alone(x), predict(x), atol=1e-5)
+
+
+def test_a_linear_head_is_adamw_on_the_mean_cross_entropy() -> None:
+    rng = np.random.default_rng(1)
+    x = {"avg": rng.normal(size=(32, 4)).astype(np.float32)}
+    y = (x["avg"] @ np.array([[1.0], [0.5], [0], [-1]]) + rng.normal(size=(32, 1)) > 0).astype(np.float32)
+    data = heads.Data(x, y)
+    predict, _ = heads.linear(
+        data, data, pools=["avg"], lrs=[0.05], weight_decays=[0.1], epochs=1, patience=1, batch_size=32, seed=0
+    )
+    scaled = torch.from_numpy(heads.Scale(x)(x))
+    layer = torch.nn.Linear(4, 1)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    groups = [{"params": [layer.weight], "weight_decay": 0.1}, {"params": [layer.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.05)
+    torch.nn.functional.binary_cross_entropy_with_logits(layer(scaled), torch.from_numpy(y)).backward()
+    optimizer.step()
+    np.testing.assert_allclose(predict(x), layer(scaled).detach().numpy(), atol=1e-5)
+
+
+def test_the_quick_macro_auroc_equals_scikit_learn_with_ties_and_unknown_labels() -> None:
+    rng = np.random.default_rng(0)
+    y = (rng.random((50, 3)) < 0.4).astype(np.float32)
+    y[rng.random(y.shape) < 0.2] = np.nan
+    y[:, 2] = 0  # one class: left out
+    scores = np.round(rng.normal(size=(50, 4, 3)), 1)
+    for h, value in enumerate(heads.macro_auroc(y, scores)):
+        wanted = [
+            roc_auc_score(y[k, i], scores[k, h, i]) for i in range(2) for k in [np.flatnonzero(~np.isnan(y[:, i]))]
+        ]
+        assert value == pytest.approx(np.mean(wanted), abs=1e-12)
+    with pytest.raises(UserError, match="both classes"):
+        heads.macro_auroc(np.zeros((5, 2), np.float32), np.zeros((5, 1, 2)))
+
+
+def test_knn_votes_of_a_hand_worked_table() -> None:
+    similar = np.array([[1.0, 0.5, -1.0]])
+    labels = np.array([[1.0, np.nan], [0.0, np.nan], [0.0, 1.0]])
+    near, half = 1.0, np.exp(-0.5 / 0.5)
+    got = classic._vote(similar, labels, 2, 0.5, np.array([0.1, 0.2]))
+    np.testing.assert_allclose(got, [[near / (near + half), 0.2]])
+
+
+def test_what_uncertain_and_empty_findings_become() -> None:
+    raw = pd.DataFrame({"Edema": [1.0, 0.0, -1.0, np.nan]})
+    nan = np.nan
+    for uncertain, missing, wanted in (
+        ("ignore", "zeros", [1, 0, nan, 0]),
+        ("zeros", "ignore", [1, 0, 0, nan]),
+        ("ones", "zeros", [1, 0, 1, 0]),
+    ):
+        np.testing.assert_array_equal(training_labels(raw, uncertain=uncertain, missing=missing)[:, 0], wanted)
+    np.testing.assert_array_equal(evaluation_labels(raw)[:, 0], [1, 0, nan, 0])
+
+
+def test_a_subject_in_two_splits_is_refused(make_world: World) -> None:
+    folder = make_world()
+    path = folder / "features/images.parquet"
+    images = pd.read_parquet(path)
+    images.loc[images.index[:1], "split"] = "test" if images["split"].iloc[0] != "test" else "val"
+    images["subject_id"] = images["subject_id"].where(images.index > 1, 100)
+    images.loc[images.index[1], "split"] = "train"
+    images.to_parquet(path)
+    with pytest.raises(UserError, match="subjects are in two splits"):
+        check_splits(read_films(folder / "features", views="all"))
+
+
+def test_an_unknown_finding_names_the_nearest(make_world: World) -> None:
+    with pytest.raises(UserError, match="no finding `Edma`; did you mean `Edema`"):
+        probe(config(make_world(), labels=["Edma"]))
+
+
+def test_a_finished_probe_is_not_done_again(make_world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_world()
+    probe(config(folder, epochs=2))
+    before = (folder / "runs/probe/results.json").stat().st_mtime_ns
+    probe(config(folder, epochs=2))
+    assert (folder / "runs/probe/results.json").stat().st_mtime_ns == before
+    assert "complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another config"):
+        probe(config(folder, epochs=3))
+
+
+def test_a_damaged_results_file_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "results.json", {"run": {}, "rows": []})
+    with pytest.raises(UserError, match=r"results.json: .* `run.task`"):
+        read_results(tmp_path)
+
+
+def test_the_shipped_configs_load() -> None:
+    for path in ("configs/probe_linear.yaml", "configs/demo/probe_linear.yaml"):
+        assert load(ProbeConfig, Path(__file__).parents[2] / path).method == "linear"
