@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 
 from configs import cli
-from finetune.config import ProbeConfig
+from finetune.config import FuseConfig, ProbeConfig
 
 
 def _probe(config: ProbeConfig, args: argparse.Namespace) -> None:
     from finetune.probe import probe
 
     probe(config, args)
+
+
+def _fuse(config: FuseConfig, args: argparse.Namespace) -> None:
+    from finetune.train import fuse
+
+    fuse(config, args)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -44,6 +50,15 @@ def main(argv: list[str] | None = None) -> None:
         _probe,
         says="score an encoder on the findings of its films: linear, logistic, kNN",
         example="python -m finetune probe configs/probe_linear.yaml encoder=runs/vit/encoder out=runs/probe",
+        distributed=True,
+    )
+    cli.config_command(
+        commands,
+        "fuse",
+        FuseConfig,
+        _fuse,
+        says="train a model of the record and the film on an ICU task, and evaluate it",
+        example="python -m finetune fuse configs/fuse_mortality.yaml encoder=runs/vit/encoder out=runs/medfuse",
         distributed=True,
     )
     score = commands.add_parser("score", help="metrics with intervals for any two arrays, ours or not")

@@ -1,0 +1,313 @@
+"""ICU fusion models: a record (hourly series) and the films taken before the prediction, to logits. A small class each.
+
+Every model is called as `model(series, lengths, film, has_image, hours)` and returns an `Output`:
+
+    series     (B, T, F)  normalised, zero after a stay's end
+    lengths    (B,)       hours that count, >= 1
+    film       (B, D)     the encoder's features of the last film, zero where there is none
+    has_image  (B,)       bool
+    hours      (B,)       hours between the film and the prediction, 0 where there is none
+
+A model with `many_films` gets the last K films in time order from the left: (B, K, D), (B, K), (B, K).
+
+Nothing depends on what stands after a stay's end, in the place of a missing film, or in another row.
+
+Differs from MedFuse (arXiv:2207.07027): means over time leave the padding out (there they depend on batch mates); a
+batch of one works; DAFT and MMTM take stays without a film (scale 1, shift 0; gate 1); each branch keeps its own
+head, for a loss on the parts (`part_weight`) that keeps both alive.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model needs to know to be built; the defaults are the published ones."""
+
+    inputs: int  # F, columns of the series
+    film: int  # D, width of a film's features
+    labels: int  # L, logits
+    hidden: int = 256  # width of the record's LSTM, and of a projected film
+    layers: int = 2
+    joint: int = 512  # width of MedFuse's second LSTM
+    dropout: float = 0.3
+    missing: Literal["zero", "learnable"] = "learnable"  # concat's token for an absent film
+    film_labels: int | None = None  # the film branch's own head, if it was trained on other labels
+    films: int = 5  # the most films that medfuse_time looks at
+
+
+class Output(NamedTuple):
+    """logits (B, L); parts: the branches' own logits; weights (B, 2) of record and film, where a model has such."""
+
+    logits: Tensor
+    parts: dict[str, Tensor] = {}
+    weights: Tensor | None = None
+
+
+class RecordLSTM(nn.Module):
+    """LSTMs over the hourly series; the last hour's state, dropout, a linear head. 874,777 weights for 76 -> 25."""
+
+    uses_film = False
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        widths = [sizes.inputs, *[sizes.hidden] * sizes.layers]
+        self.layers = nn.ModuleList(nn.LSTM(a, b, batch_first=True) for a, b in pairwise(widths))
+        self.drop = nn.Dropout(sizes.dropout)
+        self.head = nn.Linear(sizes.hidden, sizes.labels)
+        for name, weight in self.layers.named_parameters():
+            {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_}.get(
+                name.split(".")[1][:9], nn.init.zeros_
+            )(weight)
+
+    def encode(self, series: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, F) -> (B, hidden)"""
+        for layer in self.layers:
+            series, _ = layer(series)
+        return self.drop(last_hour(series, lengths))
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        return Output(self.head(self.encode(series, lengths)))
+
+
+class RecordTransformer(nn.Module):
+    """A pre-norm transformer over the hours, mean over the hours of the stay."""
+
+    uses_film = False
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        width = sizes.hidden
+        self.embed = nn.Linear(sizes.inputs, width)
+        layer = nn.TransformerEncoderLayer(
+            width, max(1, width // 32), 2 * width, sizes.dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, sizes.layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.drop = nn.Dropout(sizes.dropout)
+        self.head = nn.Linear(width, sizes.labels)
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        tokens = self.embed(series)  # (B, T, F) -> (B, T, hidden)
+        tokens = tokens + wave(torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[2])
+        padding = ~within(lengths, tokens.shape[1])
+        return Output(self.head(self.drop(mean_hours(self.layers(tokens, src_key_padding_mask=padding), lengths))))
+
+
+class FilmOnly(nn.Module):
+    """A linear head on the film's features."""
+
+    needs_film = True
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(sizes.dropout)
+        self.head = nn.Linear(sizes.film, sizes.film_labels or sizes.labels)
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        return Output(self.head(self.drop(film)))
+
+
+class _Fusion(nn.Module):
+    """The two branches with their own heads, and the film projected to the record's width."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.record = RecordLSTM(sizes)
+        self.film = FilmOnly(sizes)
+        self.project = nn.Linear(sizes.film, sizes.hidden)
+        self.same_labels = sizes.film_labels in (None, sizes.labels)
+
+    def parts(self, record: Tensor, film: Tensor) -> dict[str, Tensor]:
+        """The logits of each branch by itself: record (B, hidden) and film (B, D) -> (B, L) each."""
+        parts = {"record": self.record.head(record)}
+        if self.same_labels:
+            parts["film"] = self.film.head(self.film.drop(film))
+        return parts
+
+
+class MedFuse(_Fusion):
+    """An LSTM over [record token, film token]; it ends after the first where there is no film."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.fuse = nn.LSTM(sizes.hidden, sizes.joint, batch_first=True)
+        self.head = nn.Linear(sizes.joint, sizes.labels)
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        record = self.record.encode(series, lengths)
+        tokens = torch.stack([record, self.project(film)], dim=1)  # (B, 2, hidden)
+        states, _ = self.fuse(tokens)
+        return Output(self.head(last_hour(states, 1 + has_image.long())), self.parts(record, film))
+
+
+class MedFuseTime(_Fusion):
+    """An LSTM over [record, films in time order]; a film's token holds its age and its change to the film before."""
+
+    many_films = True
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.project = nn.Linear(2 * sizes.film + 1, sizes.hidden)
+        self.fuse = nn.LSTM(sizes.hidden, sizes.joint, batch_first=True)
+        self.head = nn.Linear(sizes.joint, sizes.labels)
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        record = self.record.encode(series, lengths)
+        change = torch.cat(
+            [torch.zeros_like(film[:, :1]), film[:, 1:] - film[:, :-1]], dim=1
+        )  # films stand at the left
+        age = torch.log1p(hours.clamp(min=0))[..., None] / 4
+        films = self.project(torch.cat([film, change, age], dim=2))  # (B, K, 2 D + 1) -> (B, K, hidden)
+        states, _ = self.fuse(torch.cat([record[:, None], films], dim=1))
+        count = has_image.sum(1)
+        return Output(self.head(last_hour(states, 1 + count)), self.parts(record, last_hour(film, count.clamp(min=1))))
+
+
+class Concat(_Fusion):
+    """A linear head on [record, projected film], zeros or a learned token in a missing film's place."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.token = nn.Parameter(torch.zeros(sizes.hidden), requires_grad=sizes.missing == "learnable")
+        self.head = nn.Linear(2 * sizes.hidden, sizes.labels)
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        record = self.record.encode(series, lengths)
+        token = torch.where(has_image[:, None], self.project(film), self.token)
+        return Output(self.head(torch.cat([record, token], dim=1)), self.parts(record, film))
+
+
+class Attention(_Fusion):
+    """Weighs record and film for each stay by learned scores; a missing film has weight 0."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.score = nn.Sequential(nn.Linear(sizes.hidden, sizes.hidden), nn.Tanh(), nn.Linear(sizes.hidden, 1))
+        self.head = nn.Linear(sizes.hidden, sizes.labels)
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        record = self.record.encode(series, lengths)
+        tokens = torch.stack([record, self.project(film)], dim=1)  # (B, 2, hidden)
+        present = torch.stack([torch.ones_like(has_image), has_image], dim=1)
+        weights = self.score(tokens)[..., 0].masked_fill(~present, -math.inf).softmax(dim=1)
+        fused = (weights[..., None] * tokens).sum(1)
+        return Output(self.head(fused), self.parts(record, film), weights)
+
+
+class Late(_Fusion):
+    """The two branches trained apart; their logits are averaged with a weight that is chosen on validation."""
+
+    share: Tensor
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        del self.project
+        self.register_buffer("share", torch.tensor(0.5))  # of the film
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        parts = self.parts(self.record.encode(series, lengths), film)
+        share = self.share * has_image[:, None]
+        logits = torch.lerp(parts["record"], parts["film"], share.expand_as(parts["film"]))
+        return Output(logits.detach(), parts)
+
+
+class DAFT(_Fusion):
+    """Film and record together scale and shift the record's states; the film speaks only through the record.
+
+    Source: the direction is MedFuse's; the DAFT paper (arXiv:2107.09311) modulates the image by the table.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        del self.project
+        bottleneck = max(1, (sizes.film + sizes.hidden) // 7)
+        self.squeeze = nn.Linear(sizes.film + sizes.hidden, bottleneck, bias=False)
+        self.scale = nn.Linear(bottleneck, sizes.hidden, bias=False)
+        self.shift = nn.Linear(bottleneck, sizes.hidden, bias=False)
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        first, *others = self.record.layers
+        states, _ = first(series)  # (B, T, hidden)
+        joint = functional.relu(self.squeeze(torch.cat([film, mean_hours(states, lengths)], dim=1)))
+        present = has_image[:, None]
+        states = states * (1 + present * self.scale(joint))[:, None] + (present * self.shift(joint))[:, None]
+        for layer in others:
+            states, _ = layer(states)
+        record = self.record.drop(last_hour(states, lengths))
+        return Output(self.record.head(record), {k: v for k, v in self.parts(record, film).items() if k == "film"})
+
+
+class MMTM(_Fusion):
+    """Film and record gate each other's channels after their last common layer; a head on both.
+
+    The film's side is the mean over its last map or patch tokens: gating channels and averaging places commute, so that
+    the map itself need not be kept. Source: arXiv:1911.08670.
+    """
+
+    pool = "avg"
+
+    def __init__(self, sizes: Sizes, ratio: int = 4) -> None:
+        super().__init__(sizes)
+        squeezed = 2 * (sizes.film + sizes.hidden) // ratio
+        self.squeeze = nn.Linear(sizes.film + sizes.hidden, squeezed)
+        self.gate_record = nn.Linear(squeezed, sizes.hidden)
+        self.gate_film = nn.Linear(squeezed, sizes.film)
+        self.head = nn.Linear(2 * sizes.hidden, sizes.labels)
+
+    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+        first, *others = self.record.layers
+        states, _ = first(series)
+        joint = functional.relu(self.squeeze(torch.cat([film, mean_hours(states, lengths)], dim=1)))
+        gate = torch.where(has_image[:, None], 2 * self.gate_record(joint).sigmoid(), 1.0)
+        states = states * gate[:, None]
+        for layer in others:
+            states, _ = layer(states)
+        record = self.record.drop(last_hour(states, lengths))
+        film = film * 2 * self.gate_film(joint).sigmoid()
+        token = self.project(film) * has_image[:, None]
+        return Output(self.head(torch.cat([record, token], dim=1)), self.parts(record, film))
+
+
+MODELS: dict[str, type[nn.Module]] = {
+    "record_lstm": RecordLSTM,
+    "record_transformer": RecordTransformer,
+    "film_only": FilmOnly,
+    "medfuse": MedFuse,
+    "medfuse_time": MedFuseTime,
+    "concat": Concat,
+    "attention": Attention,
+    "late": Late,
+    "daft": DAFT,
+    "mmtm": MMTM,
+}
+
+
+def last_hour(states: Tensor, lengths: Tensor) -> Tensor:
+    """The state at the last step that counts: (B, T, H), (B,) >= 1 -> (B, H)."""
+    return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+
+def within(lengths: Tensor, steps: int) -> Tensor:
+    """True where a step counts: (B,) -> (B, T)."""
+    return torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+def mean_hours(states: Tensor, lengths: Tensor) -> Tensor:
+    """The mean over the steps that count: (B, T, H) -> (B, H)."""
+    return (states * within(lengths, states.shape[1])[..., None]).sum(1) / lengths[:, None]
+
+
+def wave(steps: Tensor, width: int) -> Tensor:
+    """Sines and cosines of the hour: (T,) -> (T, width)."""
+    rates = torch.exp(torch.arange(0, width, 2, device=steps.device) * (-math.log(1e4) / width))
+    angles = steps[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]

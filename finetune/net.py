@@ -1,0 +1,140 @@
+"""What stands around a fusion model: the film encoder, frozen or tuned, and the scale of its features.
+
+Comes in: batches of `Samples.batch`. Goes out: the `Output` of the model. A film that is not there never reaches the
+encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from configs import UserError
+from finetune.fusion import Output
+from pretrain import encoder as encoders
+from pretrain.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from pretrain.encoder import Encoder
+
+
+class Net(nn.Module):
+    """Films -> features -> model.
+
+    Args:
+        model: one of fusion.MODELS, built for film features of width D (+ context).
+        width: D of the encoder; 0 for a model of the record alone.
+        encoder: to be tuned; None where batches bring the features of a frozen one.
+        pool: of the encoder; `both` puts its two first ones side by side.
+        context: append the film's view and age.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        width: int,
+        *,
+        encoder: Encoder | None = None,
+        pool: str | None = None,
+        context: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model, self.encoder, self.pool, self.context = model, encoder, pool, context
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    def forward(self, batch: dict[str, Tensor]) -> Output:
+        present = batch["has_image"]  # (B, K)
+        if "images" in batch:
+            assert self.encoder is not None, "a batch of films needs an encoder"
+            film = torch.zeros(*present.shape, len(self.mean), device=present.device)
+            if len(batch["images"]):
+                film[present] = pooled(self.encoder, batch["images"], self.pool).float()
+        else:
+            film = batch.get("film", torch.zeros(*present.shape, len(self.mean), device=present.device))
+        film = (film - self.mean) / self.deviation
+        if self.context:
+            film = torch.cat([film, batch["context"]], dim=2)
+        film = torch.where(present[..., None], film, 0.0)
+        hours = batch["hours"]
+        if not getattr(self.model, "many_films", False):
+            film, present, hours = film[:, 0], present[:, 0], hours[:, 0]
+        output: Output = self.model(batch["series"], batch["lengths"], film, present, hours)
+        return output
+
+    def train(self, mode: bool = True) -> Net:
+        """Batch norm of a pretrained encoder keeps its statistics: a batch may hold one film."""
+        super().train(mode)
+        for module in self.encoder.modules() if self.encoder is not None else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def pooled(encoder: Encoder, films: Tensor | NDArray[np.uint8], pool: str | None) -> Tensor:
+    """Films uint8 (P, S, S) -> features (P, D), or (P, 2 D) for pool `both`."""
+    features = encoder.features(encoder.preprocess(films).to(next(encoder.parameters()).device))
+    if pool == "both":
+        return torch.cat([encoder.pool(features, name) for name in encoder.pools], dim=1)
+    return encoder.pool(features, pool)
+
+
+def open_encoder(spec: str, seed: int = 0) -> tuple[Encoder, Path | None]:
+    """The encoder that a config names, and its folder (None for random weights).
+
+    Args:
+        spec: an encoder/ folder, a run folder that has one, or `random:ARCH`, `random:FOLDER` (that one, new weights).
+        seed: of random weights.
+    Raises: UserError: no such encoder.
+    """
+    rest = spec.removeprefix("random:")
+    folder = Path(rest)
+    folder = folder / "encoder" if (folder / "encoder" / "encoder.json").is_file() else folder
+    if not spec.startswith("random:"):
+        return encoders.load(folder), folder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if not folder.is_dir():
+            return encoders.create(rest, in_chans=1), None
+        meta = encoders.read_meta(folder)
+        keys = ("in_chans", "image_size", "model_args", "pool")
+        preprocess = Preprocess.from_json(meta["preprocess"], meta["in_chans"])
+        return encoders.create(meta["arch"], preprocess=preprocess, **{key: meta[key] for key in keys}), None
+
+
+def file_weights(value: Tensor) -> str:
+    """A few hex digits of a tensor's content."""
+    return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def load_branch(model: nn.Module, folder: str | Path) -> None:
+    """Put the weights of a finished `record_lstm` run into the record branch; every name must fit.
+
+    Raises: UserError: no such run, another branch, another shape.
+    """
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a finished `fuse model=record_lstm` run")
+    state = {k.removeprefix("model."): v for k, v in load_file(path).items() if k.startswith("model.")}
+    branch = getattr(model, "record", model)
+    if faults := encoders.differences(branch.state_dict(), state):
+        raise UserError(f"{path}: these weights are not of this model's record branch: {faults}")
+    branch.load_state_dict(state)
+
+
+def fit_scale(features: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of (M, D) train films; a constant column keeps deviation 1."""
+    deviation = features.std(0)
+    return torch.from_numpy(features.mean(0)), torch.from_numpy(
+        np.where(deviation > 1e-6, deviation, 1).astype(np.float32)
+    )

@@ -1,0 +1,261 @@
+"""features/ -> batches: the hourly series, the films before the prediction, the labels.
+
+Comes in: samples/TASK.parquet, series.safetensors, stay_films.parquet, and the ids of the films that can be read.
+Goes out: `Samples`, all of a task in memory (the series once a stay, however many predictions it has), which gathers a
+batch with one index operation; and the order of batches, by length, so that little is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from configs import UserError
+from ehr_features import series
+from ehr_features.files import read_json, read_table
+
+if TYPE_CHECKING:
+    from pretrain.store import Store
+
+SPLITS = ("train", "val", "test")
+VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for another or an unknown view
+KEYS = ("sample_id", "stay_id", "subject_id", "split", "predict_at_hours", "dicom_id")
+CONTEXT = len(VIEWS) + 1  # columns of `Samples.context`
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Predictions to make; rows of `table` and of every array of length N agree."""
+
+    table: pd.DataFrame  # N rows: KEYS
+    labels: NDArray[np.float32]  # (N, L), NaN where unknown
+    names: list[str]  # (L,)
+    values: NDArray[np.float32]  # (all stays' hours, F), normalised
+    start: NDArray[np.int64]  # (N,) first row of the sample's stay in `values`
+    length: NDArray[np.int64]  # (N,) hours that may be read, 0 where none is complete
+    film_ids: list[str]  # M films
+    films: NDArray[np.int64]  # (N, K) rows of `film_ids` in time order from the left, -1 behind the last
+    hours: NDArray[np.float32]  # (N, K) between film and prediction
+    views: NDArray[np.float32]  # (M, len(VIEWS)) one-hot
+    features: NDArray[np.float32] | None = None  # (M, D) of a frozen encoder
+    store: Store | None = None  # the films, for an encoder that is tuned
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def has_image(self) -> NDArray[np.bool_]:
+        return self.films[:, 0] >= 0
+
+    @property
+    def num_inputs(self) -> int:
+        return self.values.shape[1]
+
+    def rows(self, split: str, pairing: str = "partial") -> NDArray[np.int64]:
+        """Row numbers of a split: all (`partial`) or those with a film (`paired`), each once."""
+        keep = self.table["split"].to_numpy() == split
+        return np.flatnonzero(keep & self.has_image if pairing == "paired" else keep)
+
+    def batch(self, rows: NDArray[np.int64], images: bool = False) -> dict[str, torch.Tensor]:
+        """Gather rows.
+
+        Returns: series (B, T, F), lengths (B,), has_image and hours (B, K), context (B, K, CONTEXT), labels (B, L),
+            rows (B,); and film (B, K, D) features, or if `images` the films that there are, row by row, uint8
+            (P, S, S).
+        """
+        lengths = np.maximum(self.length[rows], 1)  # a stay without a complete hour shows one hour of zeros
+        steps = np.arange(lengths.max())
+        inside = steps < self.length[rows][:, None]  # (B, T)
+        values = self.values[np.where(inside, self.start[rows][:, None] + steps, 0)]
+        values[~inside] = 0
+        films, hours = self.films[rows], self.hours[rows]
+        present = films >= 0
+        context = np.concatenate([self.views[films], np.log1p(np.maximum(hours, 0))[..., None] / 4], axis=2)
+        batch = {
+            "series": values,
+            "lengths": lengths,
+            "has_image": present,
+            "hours": hours,
+            "context": np.where(present[..., None], context, 0).astype(np.float32),
+            "labels": self.labels[rows],
+            "rows": rows,
+        }
+        if images:
+            assert self.store is not None, "films are read from a store"
+            batch["images"] = self.store.read([self.film_ids[i] for i in films[present]])
+        elif self.features is not None and len(self.features):
+            batch["film"] = np.where(present[..., None], self.features[films], np.float32(0))
+        return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
+
+
+def load(
+    folder: str | Path,
+    task: str,
+    *,
+    readable: Collection[str] | None = None,
+    films: int = 1,
+    max_hours: int | None = None,
+) -> Samples:
+    """Read all predictions of a task.
+
+    Args:
+        folder: a features/ folder.
+        task: a table of its samples/.
+        readable: dicom_id of the films that a store has; others count as absent; None: all are there.
+        films: K, the last films before the prediction to give; the sample's own film is the last of them.
+        max_hours: read no more than the last so many hours before the prediction; all if None.
+    Raises: UserError: no such task, a stay without a series.
+    """
+    table = read_table(folder, f"samples/{task}").sort_values("sample_id", ignore_index=True)
+    names = [c for c in table if c not in KEYS and pd.api.types.is_numeric_dtype(table[c])]
+    if missing := [c for c in KEYS if c not in table] or ([] if names else ["a label"]):
+        raise UserError(
+            f"{folder}/samples/{task}.parquet: no column {', '.join(missing)}; found {', '.join(map(str, table))}"
+        )
+    if table.empty:
+        raise UserError(f"{folder}/samples/{task}.parquet: no samples; attrition.json says what fell out and why")
+    step = float(read_json(Path(folder) / "series.json").get("step_hours", 1))
+    loaded = series.load(folder, stay_ids=table["stay_id"].unique())
+    ids = np.array(list(loaded))
+    size = np.array([len(loaded[i]) for i in ids])
+    order = pd.Series(np.arange(len(ids)), index=ids)
+    if len(lost := table.loc[~table["stay_id"].isin(order.index), "stay_id"]):
+        raise UserError(f"{folder}: {lost.nunique()} stays of samples/{task} have no series; build the features again")
+    at = order[table["stay_id"]].to_numpy()
+    start = (np.cumsum(size) - size)[at]
+    los = read_table(folder, "stays", ["stay_id", "los_hours"]).set_index("stay_id")["los_hours"]
+    length = complete_steps(
+        table["predict_at_hours"].to_numpy(float), table["stay_id"].map(los).to_numpy(float), step, size[at]
+    )
+    if max_hours is not None:
+        cut = np.maximum(length - round(max_hours / step), 0)
+        start, length = start + cut, length - cut
+    linked, film_hours, film_ids, views = _films(folder, table, readable, films)
+    return Samples(
+        table=table[list(KEYS)],
+        labels=table[names].to_numpy(np.float32),
+        names=[str(name) for name in names],
+        values=np.concatenate([loaded[i] for i in ids]).astype(np.float32, copy=False),
+        start=start.astype(np.int64),
+        length=length.astype(np.int64),
+        film_ids=film_ids,
+        films=linked,
+        hours=film_hours,
+        views=views,
+    )
+
+
+def complete_steps(
+    predict_at_hours: NDArray[np.float64], los_hours: NDArray[np.float64], step: float, size: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Steps of a series that end at or before the prediction; all `size` of them when it is made at the stay's end."""
+    steps = np.floor(predict_at_hours / step + 1e-6).astype(np.int64)
+    return np.where(predict_at_hours >= los_hours - 1e-6, size, np.clip(steps, 0, size))
+
+
+def batches(
+    lengths: NDArray[np.int64], batch_size: int, rng: np.random.Generator | None = None
+) -> list[NDArray[np.int64]]:
+    """Put rows of like length together.
+
+    Args:
+        lengths: (N,).
+        rng: shuffles the rows among their like, and the batches; in order of length if None.
+    Returns: arrays of row numbers, each row once; only one batch may be short.
+    """
+    jitter = 1.0 if rng is None else rng.uniform(0.9, 1.1, len(lengths))
+    order = np.argsort(lengths * jitter, kind="stable")
+    cut = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
+
+
+def padding(lengths: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> float:
+    """The share of all steps of all batches that are padding."""
+    steps = sum(len(rows) * int(lengths[rows].max()) for rows in parts)
+    return 1 - int(lengths.sum()) / steps if steps else 0.0
+
+
+def another_film(samples: Samples, seed: int = 0) -> Samples:
+    """Give each prediction with a film the film of another subject: same view, same split; a control.
+
+    Its age and view stay those of the prediction's own film, so nothing but the picture changes.
+    """
+    rng = np.random.default_rng(seed)
+    films = samples.films.copy()
+    view = samples.views[films[:, 0]].argmax(1) + samples.views[films[:, 0]].any(1)
+    last = (films >= 0).sum(1) - 1
+    groups = samples.table.assign(view=view, row=np.arange(len(samples)))[samples.has_image].groupby(["split", "view"])
+    for _, group in groups:
+        rows, subject = group["row"].to_numpy(), group["subject_id"].to_numpy()
+        own = samples.films[rows, last[rows]]
+        for i, row in enumerate(rows):
+            others = own[subject != subject[i]]
+            films[row, : last[row] + 1] = rng.choice(others) if len(others) else -1
+    return replace(samples, films=films)
+
+
+def _films(
+    folder: str | Path, table: pd.DataFrame, readable: Collection[str] | None, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str], NDArray[np.float32]]:
+    """The last `count` readable films up to each sample's own: rows and hours (N, count), ids (M,), views (M, 4)."""
+    rows = np.full((len(table), count), -1, np.int64)
+    hours = np.zeros((len(table), count), np.float32)
+    taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime", "view"])
+    taken = taken.drop_duplicates(["stay_id", "dicom_id"]).sort_values("hours_from_intime", kind="stable")
+    own = table.loc[table["dicom_id"].notna(), ["stay_id", "dicom_id", "predict_at_hours"]]
+    if readable is not None:
+        own, taken = (part[part["dicom_id"].isin(set(readable))] for part in (own, taken))
+    pairs = own.reset_index(names="row").merge(taken, on=["stay_id", "dicom_id"], how="left", validate="m:1")
+    if len(lost := pairs[pairs["hours_from_intime"].isna()]):
+        raise UserError(
+            f"{folder}: {len(lost)} films of the samples are not in stay_films.parquet; build the features again"
+        )
+    late = pairs["hours_from_intime"] > pairs["predict_at_hours"] + 1e-6
+    if late.any():
+        raise UserError(
+            f"{folder}: {late.sum()} samples have a film from after the prediction; build the features again"
+        )
+    if count > 1:
+        earlier = pairs.merge(taken, on="stay_id", suffixes=("_own", ""))
+        keep = (earlier["hours_from_intime"] < earlier["hours_from_intime_own"]) & (earlier["hours_from_intime"] >= 0)
+        keep &= earlier["view"].isin(["AP", "PA"]) | ~earlier["view_own"].isin(["AP", "PA"])  # frontal with frontal
+        columns = ["row", "dicom_id", "predict_at_hours", "hours_from_intime", "view"]
+        pairs = pd.concat([earlier.loc[keep, columns], pairs[columns]])
+        pairs = pairs.sort_values(["row", "hours_from_intime"], kind="stable").groupby("row").tail(count)
+    ids = pd.Index(pairs["dicom_id"].unique())
+    place = pairs.groupby("row").cumcount()
+    rows[pairs["row"], place] = ids.get_indexer(pairs["dicom_id"])
+    hours[pairs["row"], place] = pairs["predict_at_hours"] - pairs["hours_from_intime"]
+    view = pairs.drop_duplicates("dicom_id").set_index("dicom_id")["view"].reindex(ids)
+    one_hot = (view.to_numpy(object)[:, None] == np.array(VIEWS, object)).astype(np.float32)
+    return rows, hours, [str(i) for i in ids], one_hot if len(ids) else np.zeros((1, len(VIEWS)), np.float32)
+
+
+class Gather(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Batches as a dataset, so that a DataLoader's workers can read films ahead."""
+
+    def __init__(self, samples: Samples, parts: Sequence[NDArray[np.int64]], images: bool) -> None:
+        self.samples, self.parts, self.images = samples, parts, images
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return self.samples.batch(self.parts[i], self.images)
+
+
+def stream(
+    samples: Samples, parts: Sequence[NDArray[np.int64]], workers: int = 0, images: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The batches one after another; `workers` processes read ahead."""
+    if not workers:
+        return (samples.batch(rows, images) for rows in parts)
+    data = Gather(samples, parts, images)
+    return iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers))
