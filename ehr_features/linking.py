@@ -20,7 +20,7 @@ from ibis.util import gen_name
 from ehr_features.source import hold
 
 if TYPE_CHECKING:
-    from ehr_features.attrition import Attrition
+    from ehr_features.cohort import Attrition
     from ehr_features.source import Source
 
 YEARS = (1950, 2300)  # shifted MIMIC dates lie in 2100-2215, the films of others in their own decades
@@ -192,40 +192,37 @@ def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.T
     """Drop films listed twice and studies of two subjects; take the time from films whose date cannot be true."""
     listed = films.count().execute()
     twice = _ids(films.group_by("dicom_id").agg(n=_.count()).filter(_.n > 1).dicom_id)
+    once = listed
     if twice:
         films = first(films, ["dicom_id"], [_.subject_id, _.study_id])
-    once = films.count().execute() if twice else listed
-    attrition.add("films", "listed twice in the metadata (one row kept)", listed, once, twice)
+        once = films.count().execute()
+    attrition.add("films", "listed twice in the metadata; one row kept", listed, once, twice)
     torn = _ids(films.group_by("study_id").agg(n=_.subject_id.nunique()).filter(_.n > 1).study_id)
+    whole = once
     if torn:
         films = films.filter(_.study_id.notin(torn))
-    whole = films.count().execute() if torn else once
-    attrition.add("films", "study of two subjects", once, whole, torn)
+        whole = films.count().execute()
+    attrition.add("films", "study of two subjects (the ids are studies)", once, whole, torn)
     patients = source.table("patients").select("subject_id", born=_.anchor_year - _.anchor_age)
     films = films.left_join(patients, "subject_id").drop("subject_id_right")
     age = films.taken_at.year() - films.born
     true = films.taken_at.notnull() & age.between(*AGES).fill_null(True)
-    films = films.mutate(taken_at=where(true, films.taken_at)).drop("born")
-    films = held(source, films)
+    films = held(source, films.mutate(taken_at=where(true, films.taken_at)).drop("born"))
     untimed = _ids(films.filter(_.taken_at.isnull()).dicom_id)
-    why = "impossible StudyDate or StudyTime (the film is kept, without time or link)"
+    why = "impossible StudyDate or StudyTime; the film stays in images.parquet, without time or link"
     attrition.add("films with a time", why, whole, whole - len(untimed), untimed)
     return films
 
 
 def _count(linked: ibis.Table, attrition: Attrition) -> None:
     """What was linked, and what had more than one answer."""
-    sums = {f"{key}_none": _[key].isnull().sum() for key in KEYS}
-    sums |= {f"{key}_several": (_[f"{key}_candidates"] > 1).fill_null(False).sum() for key in KEYS}
-    sums["view_none"] = _["view"].isnull().sum()
-    sums["view_code"] = (_.view_source == "ViewCodeSequence").fill_null(False).sum()
-    n = linked.agg(films=_.count(), **sums).execute().iloc[0].fillna(0).astype(int)
-    for key, what in {"hadm_id": "hospital admission", "stay_id": "ICU stay", "ed_stay_id": "emergency stay"}.items():
-        attrition.add(f"films in or near a {what}", "no link", n.films, n.films - n[f"{key}_none"])
-        attrition.note(f"films with more than one {what} to choose from", n[f"{key}_several"])
-    attrition.note("films whose empty ViewPosition was resolved from ViewCodeSequence", n.view_code)
-    attrition.note("films without a view", n.view_none)
+    sums = {f"{key}_linked": _[key].notnull().sum() for key in KEYS}
+    sums |= {f"{key}_ambiguous": (_[f"{key}_candidates"] > 1).sum() for key in KEYS}
+    sums["view_from_ViewCodeSequence"] = (_.view_source == "ViewCodeSequence").sum()
+    sums["without_view"] = _["view"].isnull().sum()
+    counts = linked.agg(films=_.count(), **sums).to_pyarrow().to_pylist()[0]
+    attrition.note("linking", {name: int(n or 0) for name, n in counts.items()})
 
 
 def _ids(column: ibis.Value) -> list:
-    return sorted(column.execute().tolist())
+    return sorted(column.to_pyarrow().to_pylist())

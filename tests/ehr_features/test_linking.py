@@ -1,0 +1,227 @@
+"""Film -> admission, ICU stay, emergency stay, against loops over rows."""
+
+from typing import Any
+
+import ibis
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ibis.util import gen_name
+
+from ehr_features import linking
+from ehr_features.cohort import Attrition
+from ehr_features.source import Source, connect, hold
+
+CON = connect("duckdb")
+START = pd.Timestamp("2150-01-01")
+HOURS = st.integers(0, 60)
+SUBJECTS = st.integers(1, 2)
+INTERVALS = st.lists(st.tuples(SUBJECTS, HOURS, st.integers(-3, 30)), max_size=8)
+FILMS = st.lists(st.tuples(SUBJECTS, st.none() | HOURS), min_size=1, max_size=8)
+
+
+def table(frame: pd.DataFrame, times: list[str]) -> ibis.Table:
+    fields = {"subject_id": pa.int64(), "stay_id": pa.int64(), "predict_at_hours": pa.float64()}
+    fields |= dict.fromkeys(times, pa.timestamp("us"))
+    schema = pa.schema([(c, fields.get(c, pa.string())) for c in frame])
+    return hold(CON, gen_name("t"), pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
+
+
+def films_frame(films: list[tuple[int, int | None]], views: str = "AP") -> pd.DataFrame:
+    frame = pd.DataFrame(films, columns=["subject_id", "hour"])
+    frame["dicom_id"] = [f"film{i}" for i in range(len(films))]
+    frame["taken_at"] = pd.to_datetime([None if h is None else START + pd.Timedelta(hours=h) for _, h in films])
+    return frame.drop(columns="hour").assign(view=views)
+
+
+def intervals_frame(intervals: list[tuple[int, int, int]], start: str = "start", end: str = "end") -> pd.DataFrame:
+    frame = pd.DataFrame(intervals, columns=["subject_id", "begin", "long"], dtype="int64")
+    frame["stay_id"] = range(100, 100 + len(intervals))
+    frame[start] = START + pd.to_timedelta(frame["begin"], unit="h")
+    frame[end] = frame[start] + pd.to_timedelta(frame["long"], unit="h")
+    return frame.drop(columns=["begin", "long"])
+
+
+def naive_nearest(films: pd.DataFrame, intervals: pd.DataFrame, tolerance: float) -> dict[str, tuple[int, str, float]]:
+    """Look at every interval of every film."""
+    found = {}
+    for film in films.itertuples():
+        choices = []
+        for one in intervals.itertuples():
+            if one.subject_id != film.subject_id or pd.isna(film.taken_at) or one.end < one.start:
+                continue
+            if one.start <= film.taken_at <= one.end:
+                gap, link = 0.0, "inside"
+            elif film.taken_at < one.start:
+                gap, link = (one.start - film.taken_at).total_seconds() / 3600, "before"
+            else:
+                gap, link = (film.taken_at - one.end).total_seconds() / 3600, "after"
+            if gap <= tolerance:
+                later = one.start > film.taken_at
+                choices.append((gap, later, -one.start.value, -one.stay_id, one.stay_id, link))
+        if choices:
+            gap, _, _, _, stay, link = min(choices)
+            found[film.dicom_id] = (stay, link, gap)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(FILMS, INTERVALS, st.sampled_from([0.0, 6.0, 24.0]))
+def test_nearest_interval_equals_a_loop_over_all(
+    films: list[tuple[int, int | None]], intervals: list[tuple[int, int, int]], tolerance: float
+) -> None:
+    film, stay = films_frame(films), intervals_frame(intervals)
+    tables = table(film, ["taken_at"]), table(stay, ["start", "end"])
+    got = linking.nearest(*tables, "stay_id", tolerance_hours=tolerance).to_pandas()
+    rows = zip(got.dicom_id, got.stay_id, got.stay_id_link, got.stay_id_gap_hours, strict=True)
+    assert got["dicom_id"].is_unique
+    assert {d: (s, link, gap) for d, s, link, gap in rows} == naive_nearest(film, stay, tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(FILMS, INTERVALS, st.lists(HOURS, min_size=1, max_size=4), st.data())
+def test_last_film_is_eligible_and_never_later_than_the_prediction(
+    films: list[tuple[int, int | None]], intervals: list[tuple[int, int, int]], hours: list[int], data: st.DataObject
+) -> None:
+    film, stay = films_frame(films), intervals_frame(intervals, "intime", "outtime")
+    film["view"] = [data.draw(st.sampled_from(["AP", "PA", "LATERAL"])) for _ in film.index]
+    samples = pd.DataFrame(
+        [(s, float(h)) for s in stay["stay_id"] for h in hours], columns=["stay_id", "predict_at_hours"]
+    )
+    samples.insert(0, "sample_id", [str(i) for i in samples.index])
+    pairs = linking.stay_films(table(film, ["taken_at"]), table(stay, ["intime", "outtime"]))
+    last = linking.last_film(table(samples, []), pairs).to_pandas()
+    expected = {}
+    for one in samples.itertuples():
+        own = stay.set_index("stay_id").loc[one.stay_id]
+        inside = film[
+            film["taken_at"].between(own["intime"], own["outtime"]) & (film["subject_id"] == own["subject_id"])
+        ]
+        until = own["intime"] + pd.Timedelta(hours=one.predict_at_hours)
+        eligible = inside[(inside["view"] == "AP") & (inside["taken_at"] <= until)].sort_values(
+            ["taken_at", "dicom_id"]
+        )
+        if len(eligible):
+            expected[one.sample_id] = eligible["dicom_id"].iloc[-1]
+    assert dict(zip(last["sample_id"], last["dicom_id"], strict=True)) == expected
+
+
+# --- worked tables ---------------------------------------------------------------------------------------------------
+
+FILM = {"dicom_id": "a", "subject_id": 10, "study_id": 50, "StudyDate": 21500101, "StudyTime": "120000.0"}
+FILM |= {"ViewPosition": "AP", "ViewCodeSequence_CodeMeaning": "antero-posterior"}
+FILM |= {"PatientOrientationCodeSequence_CodeMeaning": "Erect"}
+
+
+def source(films: list[dict[str, Any]], **tables: list[dict[str, Any]]) -> Source:
+    frames: dict[str, list[dict[str, Any]]] = {
+        "patients": [{"subject_id": 10, "gender": "F", "anchor_age": 60, "anchor_year": 2149}],
+        "admissions": [
+            {"subject_id": 10, "hadm_id": 20, "admittime": "2149-12-31 10:00:00", "dischtime": "2150-01-09"}
+        ],
+        "icustays": [{"subject_id": 10, "stay_id": 30, "intime": "2150-01-01", "outtime": "2150-01-05", "los": 4.0}],
+    }
+    frames |= {"cxr_metadata": [FILM | film for film in films]} | tables
+    return Source.from_frames({name: pd.DataFrame(rows) for name, rows in frames.items()})
+
+
+def link(films: list[dict[str, Any]], **kwargs: Any) -> tuple[pd.DataFrame, Attrition]:
+    attrition = Attrition()
+    options = {k: kwargs.pop(k) for k in ("preset", "ed_tolerance_hours") if k in kwargs}
+    linked = linking.link_films(source(films, **kwargs), attrition, **options).to_pandas()
+    return linked.set_index("dicom_id").sort_index(), attrition
+
+
+def excluded(attrition: Attrition, why: str) -> dict[str, Any]:
+    (one,) = [e for e in attrition.exclusions if why in e["why"]]
+    return one
+
+
+def test_film_finds_study_admission_and_stay() -> None:
+    linked, _ = link([{}])
+    film = linked.loc["a"]
+    assert (film.hadm_id, film.stay_id) == (20, 30) and pd.isna(film.ed_stay_id)
+    assert (film.hadm_id_link, film.stay_id_link, film.stay_id_gap_hours) == ("inside", "inside", 0)
+    assert film.path == "files/p10/p10/s50/a.jpg"
+
+
+def test_admission_reaches_back_to_the_registration_in_the_emergency_department() -> None:
+    admission = {"subject_id": 10, "hadm_id": 20, "admittime": "2150-01-02", "dischtime": "2150-01-09"}
+    assert link([{}], admissions=[admission])[0]["hadm_id"].isna().all()
+    admission["edregtime"] = "2150-01-01 11:59:59"
+    assert link([{}], admissions=[admission])[0]["hadm_id"].tolist() == [20]
+
+
+def test_study_time_without_leading_zeros_is_read_from_the_right() -> None:
+    linked, _ = link([{"StudyTime": "500.0"}, {"dicom_id": "b", "StudyTime": "235959.875"}])
+    assert linked["taken_at"].tolist() == [pd.Timestamp("2150-01-01 00:05"), pd.Timestamp("2150-01-01 23:59:59")]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"StudyDate": 19000101},
+        {"StudyDate": 21500231},
+        {"StudyDate": 0},
+        {"StudyTime": "250000"},
+        {"StudyTime": "-1"},
+        {"StudyTime": "noon"},
+        {"StudyDate": 20400101},  # before the subject was born
+    ],
+    ids=str,
+)
+def test_film_with_an_impossible_date_is_kept_without_time_and_counted(bad: dict[str, Any]) -> None:
+    linked, attrition = link([{}, {"dicom_id": "b"} | bad])
+    assert pd.isna(linked.loc["b", "taken_at"]) and pd.isna(linked.loc["b", "stay_id"])
+    assert linked.loc["a", "stay_id"] == 30
+    assert excluded(attrition, "impossible StudyDate") | {"table": 0, "why": 0} == {
+        "table": 0, "why": 0, "before": 2, "after": 1, "num_ids": 1, "ids": ["b"]
+    }  # fmt: skip
+
+
+def test_study_of_two_subjects_is_left_out_and_listed() -> None:
+    films = [{}, {"dicom_id": "b", "study_id": 51}, {"dicom_id": "c", "study_id": 51, "subject_id": 11}]
+    linked, attrition = link(films)
+    assert linked.index.tolist() == ["a"]
+    assert excluded(attrition, "two subjects")["ids"] == [51]
+    assert excluded(attrition, "two subjects")["after"] == 1
+
+
+def test_film_listed_twice_is_kept_once() -> None:
+    linked, attrition = link([{}, {}])
+    assert linked.index.tolist() == ["a"] and excluded(attrition, "listed twice")["ids"] == ["a"]
+
+
+def test_empty_view_is_resolved_from_its_code_where_it_can_be() -> None:
+    codes = {"a": "postero-anterior", "b": "Lateral", "c": "oblique", "d": None}
+    films = [{"dicom_id": d, "ViewPosition": None, "ViewCodeSequence_CodeMeaning": c} for d, c in codes.items()]
+    films.append({"dicom_id": "e", "ViewPosition": "LL", "ViewCodeSequence_CodeMeaning": "lateral"})
+    linked, attrition = link(films)
+    assert linked["view"].fillna("").to_dict() == {"a": "PA", "b": "LATERAL", "c": "", "d": "", "e": "LL"}
+    assert linked["view_source"].fillna("").tolist() == ["ViewCodeSequence"] * 2 + ["", "", "ViewPosition"]
+    assert (
+        attrition.counts["linking"] | {"view_from_ViewCodeSequence": 2, "without_view": 2}
+        == attrition.counts["linking"]
+    )
+    assert link(films, preset="medfuse")[0]["view"].fillna("").tolist() == ["", "", "", "", "LL"]
+
+
+def test_two_stays_at_once_are_counted_and_the_later_one_taken() -> None:
+    stay = {"subject_id": 10, "intime": "2150-01-01", "outtime": "2150-01-05", "los": 4.0}
+    later = stay | {"stay_id": 31, "intime": "2150-01-01 12:00:00"}
+    linked, attrition = link([{}], icustays=[stay | {"stay_id": 32}, later])
+    assert linked["stay_id"].tolist() == [31]
+    assert attrition.counts["linking"]["stay_id_ambiguous"] == 1
+
+
+@pytest.mark.parametrize(("tolerance", "link_"), [(6.0, None), (24.0, "after")])
+def test_emergency_stay_is_found_within_the_tolerance(tolerance: float, link_: str | None) -> None:
+    visit = {"subject_id": 10, "stay_id": 40, "intime": "2150-01-01 00:00:00", "outtime": "2150-01-01 04:00:00"}
+    linked, _ = link([{}], edstays=[visit], ed_tolerance_hours=tolerance)  # 8 hours after the visit
+    film = linked.loc["a"]
+    if link_ is None:
+        assert pd.isna(film.ed_stay_id) and pd.isna(film.ed_stay_id_link)
+    else:
+        assert (film.ed_stay_id, film.ed_stay_id_link, film.ed_stay_id_gap_hours) == (40, link_, 8.0)
