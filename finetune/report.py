@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ehr_features.files import new_file, read_json
-from finetune import report_cohort, report_results, report_training
+from finetune import report_cohort, report_curves, report_results, report_training
 from finetune.report_data import Run, read_runs
 from finetune.report_html import Html, interval, join, number, page, section, table, tag
 
@@ -32,7 +32,7 @@ def report(
     """
     read = read_runs(runs)
     known = _truth(read, truth)
-    sections = [("summary", "Summary", _summary(read, known)), ("data", "Data", report_cohort.cohort_section(read))]
+    sections = [("summary", "Summary", _summary(read)), ("data", "Data", report_cohort.cohort_section(read))]
     sections.append(("pretraining", "Pretraining", report_training.curves_section(read)))
     sections += [
         (f"task-{task}", _short(task), _task(task, chosen, known))
@@ -115,8 +115,8 @@ def _alerts(runs: Sequence[Run]) -> Html:
             found.append(
                 ("care", run.name, f"fewer than {report_results.FEW} of one class in the test split: {', '.join(few)}.")
             )
-        if run.kind == "empty":
-            found.append(("care", run.name, "holds no results and no curves yet."))
+        if run.kind == "unfinished":
+            found.append(("care", run.name, "holds no results yet."))
     if not found:
         return tag(
             "p", "No warnings: no leak override, no collapse, enough of both classes for every label.", class_="fine"
@@ -131,35 +131,28 @@ def _alerts(runs: Sequence[Run]) -> Html:
     return tag("ul", items, class_="alerts", aria_label="Warnings")
 
 
-def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+def _summary(runs: Sequence[Run]) -> Html:
+    """A line for each run that has numbers, task by task."""
     rows = []
-    for run in runs:
-        head = run.headline() or {}
-        precision = run.headline("auprc") or {}
-        rows.append(
-            [
-                tag("strong", run.name),
-                run.task or run.kind,
-                str(run.result.get("model") or run.encoder.get("arch") or "–"),
-                report_results.encoder_of(run) if run.kind == "evaluation" else "–",
-                interval(head.get("value"), head.get("low"), head.get("high")),
-                interval(precision.get("value"), precision.get("low"), precision.get("high")),
-                number(head.get("n")),
-            ]
-        )
-    columns = ["run", "task", "model", "encoder", "AUROC", "AUPRC", "n"]
-    return section(
-        "summary",
-        "Summary",
-        table(columns, rows),
-        lead="Every run in this report; macro values where a task has several labels.",
-    )
+    for task, chosen in report_results.by_task(runs).items():
+        for run in chosen:
+            head, precision = run.headline() or {}, run.headline("auprc") or {}
+            about = f"{_short(task)} · {run.result.get('model')} · {report_results.encoder_of(run)}"
+            name = tag("span", tag("strong", run.name), tag("small", about), class_="two")
+            values = [interval(h.get("value"), h.get("low"), h.get("high")) for h in (head, precision)]
+            rows.append([name, *values, number(head.get("n")), number(head.get("positives"))])
+    if not rows:
+        return Html("")
+    lead = "Every evaluated run: its task, model and encoder, and macro values where the task has several labels."
+    columns = ["run", "AUROC (95%)", "AUPRC (95%)", "n", "positive"]
+    return section("summary", "Summary", tag("div", table(columns, rows), class_="card"), lead=lead)
 
 
 def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
     parts = [
         report_results.overview_figure(task, runs, truth),
         report_results.labels_figure(task, runs, truth),
+        report_curves.curves_figure(task, runs),
         report_results.fraction_figure(task, runs),
         *[report_results.subgroup_figure(task, run) for run in runs],
     ]

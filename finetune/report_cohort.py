@@ -61,6 +61,14 @@ def attrition(folder: Path) -> list[tuple[str, int, int, str]]:
     return steps
 
 
+def notes(folder: Path) -> str | None:
+    """What attrition.json notes without excluding a row."""
+    content = read_json(folder / "attrition.json")
+    listed = content.get("notes", []) if isinstance(content, dict) else []
+    told = [f"{n['count']:,} {n['what']}" for n in listed if isinstance(n, dict) and n.get("count") and n.get("what")]
+    return f"Also counted, and kept: {'; '.join(told)}." if told else None
+
+
 def _count(record: dict[str, Any], which: str) -> int | None:
     for key in (which, f"rows_{which}", f"num_{which}", f"n_{which}"):
         if isinstance(record.get(key), int):
@@ -77,7 +85,7 @@ def flow_figure(folder: Path, key: str) -> Html | None:
     caption = (
         "What is left after each rule (dark), and what the rule took out (light). Counts of rows, never of values."
     )
-    return figure(f"flow{key}", "Who fell out, and why", flow(steps), caption, numbers)
+    return figure(f"flow{key}", "Who fell out, and why", flow(steps), caption, numbers, note=notes(folder))
 
 
 def splits_figure(folder: Path, key: str) -> Html | None:
@@ -141,7 +149,7 @@ def missing_figure(folder: Path, key: str) -> Html | None:
     names = _variables(folder, observed.shape[1])
     share = np.asarray(observed != 0).mean(axis=0)
     order = np.argsort(-share)
-    rows = [(names[i], float(share[i]), f"{100 * share[i]:.1f}% of hours") for i in order]
+    rows = [(names[i], float(share[i]), f"{100 * share[i]:.1f}%") for i in order]
     caption = f"Share of the {len(observed):,} hours in which each variable was measured; the others are imputed."
     numbers = table(
         ["variable", "hours measured", "share"],

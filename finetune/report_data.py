@@ -37,9 +37,11 @@ class Run:
 
     @property
     def kind(self) -> str:
+        """`evaluation` (has results), `pretraining` (has an encoder or curves), `unfinished`."""
         if not self.rows.empty:
             return "evaluation"
-        return "pretraining" if self.encoder or not self.metrics.empty else "empty"
+        evaluates = "method" in self.config or "model" in self.config
+        return "unfinished" if evaluates or (not self.encoder and self.metrics.empty) else "pretraining"
 
     @property
     def task(self) -> str:
@@ -72,11 +74,10 @@ class Run:
         return None if rows.empty else {str(key): value for key, value in rows.iloc[0].items()}
 
     def headline(self, metric: str = "auroc") -> dict[str, Any] | None:
-        """The macro, or the only label's number."""
+        """The only label's number, or the macro of several."""
         rows = plain(self.rows, "test")
-        labels = list(dict.fromkeys(rows["label"])) if len(rows) else []
-        single = [label for label in labels if label != "macro"]
-        return self.row("macro", metric) or (self.row(single[0], metric) if len(single) == 1 else None)
+        single = [label for label in dict.fromkeys(rows["label"]) if label != "macro"] if len(rows) else []
+        return self.row(single[0] if len(single) == 1 else "macro", metric)
 
 
 def plain(rows: pd.DataFrame, split: str) -> pd.DataFrame:

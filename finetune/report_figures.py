@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.report_html import Html, join, tag
+from finetune.report_html import Html, both_widths, join, tag
 
 COLOURS = 8
 DASHES = (None, "6 3", "2 3", "8 3 2 3")
@@ -30,6 +30,7 @@ class Series:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     marks: bool = False
+    whiskers: bool = False  # low and high as bars, and no line
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def legend(names: Sequence[tuple[int, str]]) -> Html:
     return tag("ul", items, class_="legend")
 
 
-def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 350, height: int = 230) -> Html:
+def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 250, height: int = 190) -> Html:
     """Lines over a common axis."""
     lines = [s for s in series if len(s.x)]
     if not lines:
@@ -118,7 +119,7 @@ def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 
     x_range = frame.x_range or span([s.x for s in lines], pad=0.0)
     y_range = frame.y_range or span([v for s in lines for v in (s.y, s.low, s.high) if v is not None], pad=0.06)
     right = 12 + (max(len(s.name) for s in lines) * 6.3 if frame.labels else 0)
-    x = Scale(*x_range, 46, width - min(right, width * 0.36), log=frame.log_x)
+    x = Scale(*x_range, 44, width - min(right, width * 0.36), log=frame.log_x)
     y = Scale(*y_range, height - 40, 30 if title else 12)
     parts = [_axes(x, y, frame, width, height, title)]
     if frame.diagonal:
@@ -134,6 +135,17 @@ def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 
     return svg(width, height, f"{title or frame.y_label} against {frame.x_label}", parts)
 
 
+def panels(specs: Sequence[tuple[Sequence[Series], Frame, str]], *, columns: int = 3) -> Html:
+    """Several line panels, three or two beside each other on a page, one under the other on a phone."""
+    css = "panels two-columns" if columns == 2 else "panels"
+
+    def draw(width: int) -> Html:
+        size = (320, 210) if width < 500 else (360, 240) if columns == 2 else (250, 185)
+        return tag("div", [panel(lines, frame, title, *size) for lines, frame, title in specs if lines], class_=css)
+
+    return both_widths(draw)
+
+
 def span(values: Sequence[Sequence[float]], pad: float) -> tuple[float, float]:
     """Lowest and highest of all finite values, with room on both sides."""
     flat = np.concatenate([np.asarray(v, dtype=float) for v in values])
@@ -144,7 +156,7 @@ def span(values: Sequence[Sequence[float]], pad: float) -> tuple[float, float]:
 
 
 def _axes(x: Scale, y: Scale, frame: Frame, width: int, height: int, title: str) -> Html:
-    parts: list[Any] = [tag("text", title, x=x.start - 34, y=16, class_="panel-title") if title else None]
+    parts: list[Any] = [tag("text", title, x=2, y=15, class_="panel-title") if title else None]
     rows = y.ticks(4)
     for value in rows:
         parts.append(tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid"))
@@ -152,7 +164,7 @@ def _axes(x: Scale, y: Scale, frame: Frame, width: int, height: int, title: str)
         parts.append(
             tag("text", tick_text(value, step), x=x.start - 6, y=y(value) + 4, text_anchor="end", class_="tick")
         )
-    columns = x.ticks(max(2, int((x.end - x.start) // 60)))
+    columns = x.ticks(max(2, int((x.end - x.start) // 55)))
     for value in columns:
         step = columns[1] - columns[0] if len(columns) > 1 else 1.0
         text = f"{value:g}" if x.log else tick_text(value, step)
@@ -169,17 +181,23 @@ def _axes(x: Scale, y: Scale, frame: Frame, width: int, height: int, title: str)
 
 
 def _line(s: Series, x: Scale, y: Scale) -> Html:
-    points = [(x(a), y(b)) for a, b in zip(s.x, s.y, strict=True) if np.isfinite(b)]
+    """One series; what lies outside the axes is left out."""
+    room = 1e-6 * (y.high - y.low)
+    kept = [i for i, v in enumerate(s.y) if y.low - room <= v <= y.high + room]
+    points = [(x(s.x[i]), y(s.y[i])) for i in kept]
     css = f"c{s.index % COLOURS}"
-    parts = []
+    parts: list[Html] = []
     if s.low is not None and s.high is not None:
-        band = [(x(a), y(b)) for a, b in zip(s.x, s.high, strict=True) if np.isfinite(b)]
-        band += [(x(a), y(b)) for a, b in reversed(list(zip(s.x, s.low, strict=True))) if np.isfinite(b)]
-        parts.append(tag("polygon", points=_points(band), class_=f"band {css}"))
-    dash = DASHES[(s.index // COLOURS) % len(DASHES)]
-    parts.append(
-        tag("polyline", tag("title", s.name), points=_points(points), class_=f"line {css}", stroke_dasharray=dash)
-    )
+        ends = [(x(s.x[i]), y(min(s.high[i], y.high)), y(max(s.low[i], y.low))) for i in kept]
+        if s.whiskers:
+            parts += [tag("line", x1=a, x2=a, y1=high, y2=low, class_=f"whisker {css}") for a, high, low in ends]
+        else:
+            band = [(a, high) for a, high, _ in ends] + [(a, low) for a, _, low in reversed(ends)]
+            parts.append(tag("polygon", points=_points(band), class_=f"band {css}"))
+    if not s.whiskers:
+        dash = DASHES[(s.index // COLOURS) % len(DASHES)]
+        name = tag("title", s.name)
+        parts.append(tag("polyline", name, points=_points(points), class_=f"line {css}", stroke_dasharray=dash))
     if s.marks or len(points) == 1:
         parts += [mark(s.index, a, b, 3.5) for a, b in points]
     return join(parts)

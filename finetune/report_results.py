@@ -13,7 +13,7 @@ import pandas as pd
 from finetune.report_data import Run, plain
 from finetune.report_figures import Frame, Series, legend, panel
 from finetune.report_forest import Row, forest
-from finetune.report_html import Html, both_widths, figure, frame, interval, join, number
+from finetune.report_html import Html, both_widths, figure, frame, interval, join, number, tag
 
 FEW = 20  # positives (or negatives) under which an AUROC says little
 SIDE_BY_SIDE = 8  # runs in one block of a forest
@@ -203,7 +203,7 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
     caption = (
         "What each encoder reaches with few labels: the higher on the left, the less it needs. Bands are 95% intervals."
     )
-    names = legend([(line.index, line.name) for line in lines]) if len(lines) > 1 else None
+    names = tag("div", legend([(line.index, line.name) for line in lines]), class_="narrow")
     numbers = frame(pd.DataFrame(cells, columns=["run", "labelled subjects", "AUROC", "n"]))
     return figure(f"fractions-{task}", "With few labels", join([names, drawing]), caption, numbers)
 

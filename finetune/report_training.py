@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from finetune.report_data import Run, column
-from finetune.report_figures import Frame, Series, legend, panel
+from finetune.report_figures import Frame, Series, legend, panels
 from finetune.report_html import Html, figure, frame, join, number, section, table, tag
 
 POINTS = 240  # of a curve that is drawn: more than its pixels
@@ -43,12 +43,12 @@ def curve(run: Run, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return data["step"].to_numpy(float), data[key].to_numpy(float)
 
 
-def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
     """Means over neighbours, so that a long curve has as many points as its drawing."""
     if len(x) <= POINTS:
-        return x, y
+        return x.tolist(), y.tolist()
     parts = np.array_split(np.arange(len(x)), POINTS)
-    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+    return [float(x[p].mean()) for p in parts], [float(y[p].mean()) for p in parts]
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
@@ -92,17 +92,16 @@ def curves_section(runs: Sequence[Run]) -> Html:
     chosen = pretrained(runs)
     if not chosen:
         return Html("")
-    panels, last = [], []
+    drawn, last = [], []
     for _, names, title in PANELS:
         lines = []
         for i, run in enumerate(chosen):
             x, y = curve(run, names)
             if len(x):
-                steps, values = thin(x, smooth(y))
-                lines.append(Series(run.name, list(steps), list(values), i))
+                lines.append(Series(run.name, *thin(x, smooth(y)), i))
                 last.append((title, run.name, float(y[0]), float(np.median(y[-max(1, len(y) // 10) :])), int(x[-1])))
         if lines:
-            panels.append(panel(lines, Frame(x_label="optimizer step"), title))
+            drawn.append((lines, Frame(x_label="optimizer step"), title))
     numbers = frame(pd.DataFrame(last, columns=["signal", "run", "first", "median of the last tenth", "last step"]))
     key = legend([(i, run.name) for i, run in enumerate(chosen)]) if len(chosen) > 1 else None
     verdict = "; ".join(f"{run.name}: {', '.join(says)}" for run in chosen if (says := collapse(run)))
@@ -110,7 +109,7 @@ def curves_section(runs: Sequence[Run]) -> Html:
         "A healthy run loses loss early and keeps its effective rank and its prototypes; a rank that falls to a few "
         "dimensions is a collapse, which the mean entropy does not show. Lines are running medians."
     )
-    drawing = join([key, tag("div", panels, class_="panels")])
+    drawing = join([key, panels(drawn)])
     note = f"Signs of collapse. {verdict}." if verdict else "No sign of collapse in the last tenth of any run."
     return section(
         "pretraining",
@@ -123,35 +122,27 @@ def curves_section(runs: Sequence[Run]) -> Html:
 
 def watch_figure(runs: Sequence[Run]) -> Html | None:
     """Probes of the encoders that a run exported while it trained, beside its loss."""
-    chosen = [run for run in runs if len(run.watched) and "step" in run.watched]
+    chosen = [(i, run) for i, run in enumerate(runs) if len(run.watched) and "step" in run.watched]
     if not chosen:
         return None
-    panels, rows = [], []
-    keys = [
-        k
-        for k in chosen[0].watched.columns
-        if "auroc" in str(k) and pd.api.types.is_numeric_dtype(chosen[0].watched[k])
-    ]
-    for key in keys[:3]:
+    probes = dict.fromkeys(k for _, run in chosen for k in run.watched.select_dtypes("number") if "auroc" in str(k))
+    drawn, rows = [], []
+    for probe in list(probes)[:5]:
         lines = []
-        for i, run in enumerate(chosen):
-            if key in run.watched:
-                data = run.watched[["step", key]].dropna().sort_values("step")
-                lines.append(Series(run.name, list(data["step"]), list(data[key]), i, marks=True))
-                rows += [(run.name, str(key), int(s), float(v)) for s, v in data.itertuples(index=False)]
-        panels.append(
-            panel(lines, Frame(x_label="optimizer step", marks_y=[(0.5, "chance")]), str(key).replace("_", " "))
-        )
-    losses = []
-    for i, run in enumerate(chosen):
-        x, y = thin(*curve(run, ("loss",)))
-        losses.append(Series(run.name, list(x), list(y), i))
-    panels.append(panel(losses, Frame(x_label="optimizer step"), "Loss"))
+        for i, run in chosen:
+            if probe in run.watched:
+                data = run.watched[["step", probe]].dropna().sort_values("step")
+                lines.append(Series(run.name, list(data["step"]), list(data[probe]), i, marks=True))
+                rows += [(run.name, str(probe), int(s), float(v)) for s, v in data.itertuples(index=False)]
+        drawn.append((lines, Frame(x_label="optimizer step", marks_y=[(0.5, "chance")]), str(probe)))
+    losses = [Series(run.name, *thin(*curve(run, ("loss",))), i) for i, run in chosen]
+    drawn.append((losses, Frame(x_label="optimizer step"), "Loss"))
+    names = legend([(i, run.name) for i, run in chosen]) if len(chosen) > 1 else None
     caption = (
         "Probes of train and validation films only; where the loss falls and they stay flat, it learned something else."
     )
     numbers = frame(pd.DataFrame(rows, columns=["run", "probe", "step", "value"]))
-    return figure("watch", "Probing while it trained", tag("div", panels, class_="panels"), caption, numbers)
+    return figure("watch", "Probing while it trained", join([names, panels(drawn)]), caption, numbers)
 
 
 def hidden_figure(runs: Sequence[Run]) -> Html | None:

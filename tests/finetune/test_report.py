@@ -50,7 +50,7 @@ def make_features(folder: Path, rng: np.random.Generator, subjects: int = 240) -
         {"table": "icu stays", "before": 300, "after": 260, "why": "age under 18 at intime", "ids": 40},
         {"table": "icu stays", "before": 260, "after": subjects, "why": f"outtime before intime {HOSTILE}", "ids": 20},
     ]
-    write_json(folder / "attrition.json", steps)
+    write_json(folder / "attrition.json", {"exclusions": steps, "notes": [{"what": "films before birth", "count": 3}]})
     write_json(folder / "provenance.json", provenance({"mimic_iv": str(folder.parent / "data" / "mimic-iv")}))
     return films
 
@@ -197,7 +197,7 @@ def test_a_healthy_run_has_no_warning_of_collapse(runs: list[Path], tmp_path: Pa
 def test_a_part_without_data_says_so_or_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "empty", {"features": "nowhere"})
     html = report([run], tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "is not here" in html and not figures(html) and "no results and no curves" in html
+    assert "is not here" in html and not figures(html) and "no results yet" in html
 
 
 def test_a_folder_of_runs_stands_for_its_runs(runs: list[Path]) -> None:
