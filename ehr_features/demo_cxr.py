@@ -1,0 +1,131 @@
+"""Write the synthetic studies as MIMIC-CXR-JPG 2.0.0: metadata, split, chexpert, and the films that it draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from ehr_features.demo_films import SHAPES, draw
+from ehr_features.demo_people import People, Plan
+from ehr_features.demo_tables import write_csv
+from ehr_features.demo_truth import NAMES, Array, amounts, auroc
+
+FINDINGS = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity",
+    "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
+)  # fmt: skip
+DRAWN = {
+    "Atelectasis": "atelectasis", "Cardiomegaly": "heart", "Consolidation": "consolidation", "Edema": "edema",
+    "Enlarged Cardiomediastinum": "mediastinum", "Lung Lesion": "lesion", "Pleural Effusion": "effusion",
+    "Pneumothorax": "pneumothorax", "Support Devices": "device",
+}  # fmt: skip
+NOT_DRAWN = {"Fracture": 0.04, "Pleural Other": 0.03}  # no film shows them: best possible AUROC .5
+METADATA = ["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning", "PatientOrientationCodeSequence_CodeMeaning"]
+# how a label is written: of what is there and of what is not, the parts written 1, -1, 0 (the rest is left empty)
+PRESENT, ABSENT = (0.90, 0.05, 0.01), (0.01, 0.02, 0.22)
+
+
+def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd.DataFrame, pd.DataFrame]:
+    """Write everything; returns row counts, the films table (with what was drawn), and a study table of P(finding)."""
+    rng = np.random.default_rng([plan.seed, 5])
+    studies = people.studies
+    shown = amounts(studies[[f"x_{name}" for name in NAMES]].to_numpy(float))
+    true = present(shown)
+    labels = pd.DataFrame(_labels(rng, true), columns=FINDINGS)
+    if plan.shuffled:
+        labels = pd.DataFrame(np.roll(labels.to_numpy(), len(labels) // 2, axis=0), columns=FINDINGS)
+    chexpert = pd.concat([studies[["subject_id", "study_id"]], labels], axis=1)
+    chexpert = chexpert[rng.random(len(chexpert)) >= 0.003]  # a few studies have no labels at all
+    films = _films(rng, people, plan)
+    films[list(NAMES)] = shown[films["study"]]
+    counts = {
+        "cxr/metadata": write_csv(films[METADATA], out / "mimic-cxr-2.0.0-metadata.csv.gz"),
+        "cxr/split": write_csv(
+            films[["dicom_id", "study_id", "subject_id", "split"]], out / "mimic-cxr-2.0.0-split.csv.gz"
+        ),
+        "cxr/chexpert": write_csv(chexpert, out / "mimic-cxr-2.0.0-chexpert.csv.gz"),
+    }
+    paths = [
+        f"p{str(s)[:2]}/p{s}/s{t}/{d}.jpg"
+        for s, t, d in zip(films["subject_id"], films["study_id"], films["dicom_id"], strict=True)
+    ]
+    for folder in {Path(path).parent for path in paths}:
+        (out / "files" / folder).mkdir(parents=True, exist_ok=True)
+    looks = films[["male", "age", "view", "recumbent", *NAMES]]
+    for rows, drawn in draw(looks, plan.film_size, np.random.default_rng([plan.seed, 6])):
+        for row, film in zip(rows, drawn, strict=True):
+            Image.fromarray(film).save(out / "files" / paths[row], quality=90)
+    counts["cxr/films"] = len(films)
+    return counts, films, pd.DataFrame(true, columns=FINDINGS).assign(study_id=studies["study_id"])
+
+
+def present(shown: Array) -> Array:
+    """P(finding is there | drawn amounts), (studies, 14): 0 or 1 where drawn, else a share."""
+    there = pd.DataFrame(shown > 0, columns=NAMES).astype(float)
+    table = pd.DataFrame({name: there[drawn] for name, drawn in DRAWN.items()})
+    table["Pneumonia"] = 0.65 * there["consolidation"] + 0.03 * (1 - there["consolidation"])
+    table["Lung Opacity"] = there[["consolidation", "edema", "lesion"]].max(axis=1)
+    table["Lung Opacity"] = table["Lung Opacity"].where(table["Lung Opacity"] > 0, 0.4 * there["atelectasis"])
+    for name, share in NOT_DRAWN.items():
+        table[name] = share
+    abnormal = there.drop(columns=["device", "hyper"]).max(axis=1)
+    table["No Finding"] = 1.0 - abnormal
+    return table[list(FINDINGS)].to_numpy()
+
+
+def written(probability: Array) -> tuple[Array, Array]:
+    """P(label is written 1) and P(label is written -1) from P(there)."""
+    return tuple(probability * PRESENT[k] + (1 - probability) * ABSENT[k] for k in (0, 1))  # type: ignore[return-value]
+
+
+def best_auroc(films: pd.DataFrame, true: pd.DataFrame) -> dict[str, float | None]:
+    """Expected AUROC of a reader who knows what was drawn: 1 against 0 and empty, -1 left out, one row a frontal film."""
+    frontal = films.loc[films["view"].isin(["AP", "PA"]), "study"]
+    best = {}
+    for name in FINDINGS:
+        one, unsure = written(true[name].to_numpy()[frontal])
+        share = one / (1 - unsure)
+        best[name] = auroc(share, share)
+    return best
+
+
+def _labels(rng: np.random.Generator, true: Array) -> Array:
+    there = rng.random(true.shape) < true
+    share = np.where(there[..., None], PRESENT, ABSENT).cumsum(-1)
+    place = (rng.random(true.shape)[..., None] > share).sum(-1)
+    return np.array([1.0, -1.0, 0.0, np.nan])[place]
+
+
+def _films(rng: np.random.Generator, people: People, plan: Plan) -> pd.DataFrame:
+    """A row a film: the frontal of each study, a lateral beside most PA and some AP outside the ICU, a few repeats."""
+    studies = people.studies.assign(study=np.arange(len(people.studies)), order=0)
+    inside = studies["stay_id"].notna().to_numpy()
+    lateral = studies[~inside & (rng.random(len(studies)) < np.where(studies["view"] == "PA", 0.8, 0.25))]
+    lateral = lateral.assign(order=1, recumbent=False, view=rng.choice(["LATERAL", "LL"], len(lateral), p=[0.7, 0.3]))
+    again = studies[inside & (rng.random(len(studies)) < 0.10)].assign(order=2)
+    films = pd.concat([studies, lateral, again]).sort_values(["study", "order"], ignore_index=True)
+    count = len(films)
+    raw = rng.integers(0, 2**32, (count, 5), dtype=np.uint64)
+    films["dicom_id"] = ["-".join(f"{part:08x}" for part in row) for row in raw]
+    films["split"] = films["subject_id"].map(people.subjects.set_index("subject_id")["pinned"])
+    kind = films["view"].replace("LL", "LATERAL")
+    films["Rows"] = kind.map({name: round(plan.film_size * high) for name, (high, _) in SHAPES.items()})
+    films["Columns"] = kind.map({name: round(plan.film_size * wide) for name, (_, wide) in SHAPES.items()})
+    films["StudyDate"] = films["time"].dt.strftime("%Y%m%d").astype(int)
+    clock = films["time"].dt.hour * 10000 + films["time"].dt.minute * 100 + films["time"].dt.second
+    films["StudyTime"] = clock + np.where(rng.random(count) < 0.6, rng.integers(1, 999, count) / 1000, 0.0)
+    portable = films["view"] == "AP"
+    films["PerformedProcedureStepDescription"] = np.where(portable, "CHEST (PORTABLE AP)", "CHEST (PA AND LAT)")
+    films["ProcedureCodeSequence_CodeMeaning"] = films["PerformedProcedureStepDescription"]
+    films["ViewCodeSequence_CodeMeaning"] = films["view"].map(
+        {"AP": "antero-posterior", "PA": "postero-anterior", "LATERAL": "lateral", "LL": "left lateral"}
+    )
+    shown, unsaid = rng.random(count) >= 0.05, rng.random(count) < 0.01
+    films["ViewPosition"] = films["view"].where(shown)
+    films["ViewCodeSequence_CodeMeaning"] = films["ViewCodeSequence_CodeMeaning"].where(~unsaid)
+    position = np.where(films["recumbent"], "Recumbent", "Erect")
+    films["PatientOrientationCodeSequence_CodeMeaning"] = np.where(rng.random(count) < 0.11, None, position)
+    return films
