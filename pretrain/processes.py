@@ -1,0 +1,158 @@
+"""The processes of a run: as many as were asked for, one that writes, and a stop signal that all of them agree on."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from configs import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+PATIENCE_SECONDS = 300.0  # for process 0 to answer
+
+
+def is_main() -> bool:
+    """Whether this is process 0 of the run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accelerator:
+    """Make the Accelerator of a run, once the number of processes is known to be what was asked for.
+
+    Args:
+        args: the command line's, with `processes` (on each machine) and `machines`; None: nothing was asked for.
+        options: passed on to accelerate.Accelerator, e.g. mixed_precision, log_with, project_dir.
+    Raises: UserError: another world size than --processes x --machines, or more processes than GPUs.
+    """
+    world = check_world(args)
+    if world > 1 and not is_main():
+        _reach(os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500"), PATIENCE_SECONDS)
+    from accelerate import Accelerator
+
+    cpu = options.pop("cpu", False) or not torch.accelerator.is_available()
+    made = Accelerator(cpu=cpu, **options)
+    atexit.register(_leave)
+    if made.num_processes != world:
+        raise UserError(
+            f"{world} processes were started but accelerate joined {made.num_processes}; start the run with "
+            f"./launch.sh ... --processes N (accelerate launch --cpu, for one, starts a single process)"
+        )
+    return made
+
+
+def check_world(args: argparse.Namespace | None) -> int:
+    """Compare the processes that run with those asked for. Returns: the world size. Raises: UserError: they differ."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    processes, machines = getattr(args, "processes", None), getattr(args, "machines", None)
+    for flag, number in (("--processes", processes), ("--machines", machines)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag} {number}: wanted at least 1")
+    steps = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if world == 1 and steps > 1 and processes is None:
+        raise UserError(
+            f"SLURM started {steps} tasks, and each of them is a run of its own: start one task a machine "
+            f"(--ntasks-per-node=1) with `srun ./launch.sh ...`, or say --processes 1 if that is meant"
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    wanted = (processes or local) * (machines or max(1, world // local))
+    if world != wanted:
+        asked = " ".join(f"{f} {n}" for f, n in (("--processes", processes), ("--machines", machines)) if n is not None)
+        raise UserError(
+            f"asked for {wanted} processes ({asked}; --processes counts those of each machine), found {world}; "
+            f"start the run with ./launch.sh, on every machine with the same flags and its own --machine-rank"
+        )
+    gpus = torch.cuda.device_count()
+    if gpus and local > gpus and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
+        raise UserError(f"{local} processes on a machine with {gpus} GPUs; start at most {gpus} (--processes {gpus})")
+    return world
+
+
+def _reach(host: str, port: str, patience: float) -> None:
+    """Wait until process 0 answers: torch itself would wait for half an hour, and then fail without a word of why."""
+    where, began, told = f"{host}:{port}", time.monotonic(), False
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=5):
+                return
+        except (OSError, ValueError) as error:
+            waited = time.monotonic() - began
+            if isinstance(error, (socket.gaierror, ValueError)) or waited > patience:
+                raise UserError(
+                    f"process 0 does not answer at {where} ({error}); is --main-address right and the same on all "
+                    f"machines, does machine 0 run, and may this machine reach that port?"
+                ) from None
+        if waited > 15 and not told and os.environ.get("LOCAL_RANK", "0") == "0":
+            told = True
+            print(f"waiting for process 0 at {where}", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def _leave() -> None:
+    """Without this, gloo's threads now and then abort a process that has done its work."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """Do `action` in process 0; the others wait, and raise if it raised there. Returns: its value; elsewhere None."""
+    if not distributed():
+        return action() if is_main() else None
+    value, failure = None, None
+    if dist.get_rank() == 0:
+        try:
+            value = action()
+        except BaseException as error:
+            failure = error
+    told = [None if failure is None else f"process 0: {failure}"]
+    dist.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[0] is not None:
+        raise UserError(told[0])
+    return value
+
+
+class stopping:
+    """A flag that SIGTERM sets (preemption), in place of an exception in the middle of a step.
+
+    `with stopping() as stop:` in every process, `stop.agreed()` at the same steps in all of them.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGTERM, self._set)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _set(self, *_: object) -> None:
+        self.requested = True
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; a small all-reduce, so the answer is the same in all of them."""
+        if not distributed():
+            return self.requested
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag = torch.tensor(int(self.requested), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
