@@ -27,15 +27,15 @@ GENERATOR_VERSION = 1  # raise it with any change of what is written: seeds 1-3 
 
 Truth = dict[str, Any]
 NOTES = [
-    "Bayes AUROCs condition on the latents themselves, so they are upper bounds: readers see hourly values with noise and "
-    "gaps, and noisy films. both: the probability that the label was drawn from; record: averaged over film parts given "
-    "age and sex; film: averaged over record parts given age and sex; last_film: as film, without the change between films.",
-    "AUROCs are expected ones (a row counts as positive with its probability p, as negative with 1 - p); `realised` uses "
-    "the labels that were drawn.",
-    "mortality.{record,film,both}: stays of 48 h and more whose patient is alive then and who have an AP film before 48 h; "
-    "mortality.all: all stays of 48 h and more (both = record where there is no film).",
-    "findings: one row per frontal film, label 1 against 0 and empty, -1 left out; the reader knows what was drawn; what "
-    "is missing to 1 is label noise. Fracture and Pleural Other are not drawn.",
+    "Bayes AUROCs condition on the latents themselves, so they are upper bounds: readers see hourly values with noise "
+    "and gaps, and noisy films. both: the probability that the label was drawn from; record: averaged over film parts "
+    "given age and sex; film: averaged over record parts given age and sex; last_film: film without the change.",
+    "AUROCs are expected ones (a row counts as positive with its probability p, as negative with 1 - p); `realised` "
+    "uses the labels that were drawn.",
+    "mortality.{record,film,both}: stays of 48 h and more whose patient is alive then and who have an AP film before "
+    "48 h; mortality.all: all stays of 48 h and more (both = record where there is no film).",
+    "findings: one row per frontal film, label 1 against 0 and empty, -1 left out; the reader knows what was drawn; "
+    "what is missing to 1 is label noise. Fracture and Pleural Other are not drawn.",
     "shuffled: findings, ICD codes and death belong to other subjects: 0.5 whatever is read.",
 ]
 
@@ -168,7 +168,7 @@ def _truth(plan: Plan, rows: dict[str, int], stays: pd.DataFrame, findings: dict
     mortality["all"] = {"record": best(chosen, "death", "record"), "both": best(mixed, "death", "mixed")}
     mortality["all"] |= {"n": len(chosen), "positives": int(chosen["died"].sum())}
     groups = {str(g): {reader: best(stays, f"phenotype_{g}", reader) for reader in readers} for g in PHENOTYPES}
-    macro = {reader: float(np.mean([row[reader] for row in groups.values()])) for reader in readers}  # type: ignore[arg-type]
+    macro = {reader: float(np.mean([row[reader] for row in groups.values()])) for reader in readers}
     if plan.shuffled:
         findings = dict.fromkeys(findings, 0.5)
     options = {

@@ -10,12 +10,12 @@ from PIL import Image
 
 from ehr_features.demo_films import SHAPES, draw
 from ehr_features.demo_people import People, Plan
-from ehr_features.demo_tables import write_csv
+from ehr_features.demo_tables import columns, write_csv
 from ehr_features.demo_truth import NAMES, Array, amounts, auroc
 
 FINDINGS = (
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity",
-    "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion",
+    "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
 )  # fmt: skip
 DRAWN = {
     "Atelectasis": "atelectasis", "Cardiomegaly": "heart", "Consolidation": "consolidation", "Edema": "edema",
@@ -23,7 +23,10 @@ DRAWN = {
     "Pneumothorax": "pneumothorax", "Support Devices": "device",
 }  # fmt: skip
 NOT_DRAWN = {"Fracture": 0.04, "Pleural Other": 0.03}  # no film shows them: best possible AUROC .5
-METADATA = ["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning", "PatientOrientationCodeSequence_CodeMeaning"]
+METADATA = columns(
+    "dicom_id subject_id study_id PerformedProcedureStepDescription ViewPosition Rows Columns StudyDate StudyTime "
+    "ProcedureCodeSequence_CodeMeaning ViewCodeSequence_CodeMeaning PatientOrientationCodeSequence_CodeMeaning"
+)
 # how a label is written: of what is there and of what is not, the parts written 1, -1, 0 (the rest is left empty)
 PRESENT, ABSENT = (0.90, 0.05, 0.01), (0.01, 0.02, 0.22)
 
@@ -82,7 +85,7 @@ def written(probability: Array) -> tuple[Array, Array]:
 
 
 def best_auroc(films: pd.DataFrame, true: pd.DataFrame) -> dict[str, float | None]:
-    """Expected AUROC of a reader who knows what was drawn: 1 against 0 and empty, -1 left out, one row a frontal film."""
+    """Expected AUROC for one who knows what was drawn: 1 against 0 and empty, -1 left out, a row a frontal film."""
     frontal = films.loc[films["view"].isin(["AP", "PA"]), "study"]
     best = {}
     for name in FINDINGS:
@@ -127,5 +130,5 @@ def _films(rng: np.random.Generator, people: People, plan: Plan) -> pd.DataFrame
     films["ViewPosition"] = films["view"].where(shown)
     films["ViewCodeSequence_CodeMeaning"] = films["ViewCodeSequence_CodeMeaning"].where(~unsaid)
     position = np.where(films["recumbent"], "Recumbent", "Erect")
-    films["PatientOrientationCodeSequence_CodeMeaning"] = np.where(rng.random(count) < 0.11, None, position)
+    films["PatientOrientationCodeSequence_CodeMeaning"] = pd.Series(position).mask(rng.random(count) < 0.11)
     return films

@@ -53,7 +53,7 @@ def write_events(people: People, plan: Plan, hosp: Path, icu: Path) -> dict[str,
 
 
 def _levels(rng: np.random.Generator, people: People, plan: Plan, stay: Array, hours: Array) -> dict[str, Array]:
-    """Level of each channel at each hour: latents, slow waves of the patient's own, and a rise before death in the ICU."""
+    """Level of each channel at each hour: latents, slow waves, and a rise before death in the ICU."""
     level = channel_levels(people.record[people.stays["admission"].to_numpy()[stay]], hours)
     count = len(people.stays)
     for k in range(len(CHANNELS)):
@@ -176,7 +176,7 @@ def _bodies(rng: np.random.Generator, rows: _Rows, people: People) -> None:
 
 
 def _oddities(rng: np.random.Generator, rows: _Rows, people: People, stay: Array, hour: Array) -> None:
-    """What real charts hold: impossible values, rows before intime and after outtime, Fahrenheit in the Celsius item."""
+    """What real charts hold: impossible values, rows outside the stay, Fahrenheit in the Celsius item."""
     count, hours = len(people.stays), people.stays["hours"].to_numpy()
 
     def pick(number: int) -> Array:
@@ -291,8 +291,8 @@ def _labs(rng: np.random.Generator, people: People, stay: Array, hour: Array, le
     nothing = rng.random(len(table)) < 0.005
     table["valuenum"] = table["valuenum"].mask(nothing)
     table["value"] = table["value"].mask(nothing, "HEMOLYZED")
-    high = (table["valuenum"] > table["ref_range_upper"]) | (table["valuenum"] < table["ref_range_lower"])
-    table["flag"] = np.where(high, "abnormal", None)
+    beyond = (table["valuenum"] > table["ref_range_upper"]) | (table["valuenum"] < table["ref_range_lower"])
+    table["flag"] = pd.Series("abnormal", table.index).where(beyond)
     table["subject_id"] = keys["subject_id"]
     outside = rng.random(len(stay))[table["row"]] < 0.05
     table["hadm_id"] = keys["hadm_id"].astype("Int64").mask(outside)
@@ -300,5 +300,5 @@ def _labs(rng: np.random.Generator, people: People, stay: Array, hour: Array, le
     table["order_provider_id"] = None
     table["priority"] = rng.choice(["ROUTINE", "STAT"], len(table))
     note = 'Fasting? "Not known", ranges for adults.\nSee the handbook, page 3.'
-    table["comments"] = np.where(rng.random(len(table)) < 0.02, note, None)
+    table["comments"] = pd.Series(note, table.index).where(rng.random(len(table)) < 0.02)
     return table[LAB]

@@ -7,13 +7,14 @@ amounts of `demo_truth.NAMES` in [0, 1], sex, age, view and position; goes out: 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]  # float32
 Film = NDArray[np.uint8]
 SHAPES = {"PA": (1.0, 0.86), "AP": (0.86, 1.0), "LATERAL": (1.0, 0.80)}  # height and width, as parts of the size
 
@@ -78,7 +79,7 @@ class _Canvas:
         self.found, self.male, self.recumbent = column, column["male"], column["recumbent"]
         self.age = (column["age"] - 65) / 15
         y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-        angle, zoom = self.normal(0.045), 1.0 + self.normal(0.06)
+        angle, zoom = self.normal(0.045), 1.06 + self.normal(0.06)
         x, y = x[None].astype(np.float32) - self.normal(0.05), y[None].astype(np.float32) - self.normal(0.05)
         self.x = (x * np.cos(angle) + y * np.sin(angle)) / zoom
         self.y = (y * np.cos(angle) - x * np.sin(angle)) / zoom
@@ -121,32 +122,29 @@ class _Canvas:
         lung = _step(outer - ax, 0.05) * _step(ax - inner, 0.05) * _step(bottom - y, 0.035) * _step(y - top, 0.05)
         lobe = lung * (0.75 + 0.25 * np.clip(1 - ((ax - middle) / half) ** 2, 0, 1))
         air = (0.43 + 0.05 * found["hyper"] + self.normal(0.025)) * (1 - 0.10 * self.recumbent)
-        density = density - air * lobe
-        density = density + self._bones(x, y, ax, broad, lung, portable)
-        density = density + self._heart(x, y, floor, lung, portable)
+        heart, hila = self._heart(x, y, floor, portable)
+        density = density - air * lobe * (1 - heart) + 0.07 * heart + hila * lung
+        density = density + self._bones(x, y, ax, broad, portable)
         vessels = self.textures.lungs(self.rng, self.count, self.height, self.width)
-        density = density + (0.11 + 0.16 * found["edema"]) * vessels * lung + 0.012 * self.grain(0) * lung
-        density = density + self._diseases(x, y, ax, lung, bottom, outer, top)
+        density = density + (0.10 + 0.08 * found["edema"]) * vessels * lung + 0.012 * self.grain(0) * lung
+        density = density + self._diseases(x, y, ax, lung * (1 - 0.85 * heart), bottom, outer, top)
         return density + self._devices(x, y, floor)
 
     def _body(self, x: Array, y: Array, ax: Array, broad: Array) -> Array:
-        neck = 0.22 + 0.04 * self.male + np.exp(np.clip((y + 0.70) / 0.10, -9, 4)).clip(0, 1.2) * 0.75
-        trunk = 0.90 + broad + 0.03 * y - 0.07 * np.exp(-(((y + 0.25) / 0.3) ** 2)) + self.normal(0.03)
-        edge = np.minimum(neck + 0.02, trunk)
+        shoulder = np.clip((y + 0.98 - 0.28 * np.clip(ax - 0.2, 0, 1)) / 0.16, 0, 1) ** 0.7
+        neck = 0.21 + 0.04 * self.male
+        trunk = 0.93 + broad + 0.22 * _step(-0.32 - y, 0.22) + 0.05 * np.clip(y, 0, 1) + self.normal(0.03)
+        edge = neck + (trunk - neck) * shoulder
         thick = np.sqrt(np.clip(1 - (ax / edge) ** 2, 0, 1))
-        arms = 0.40 * np.sqrt(np.clip(1 - ((ax - 1.10) / 0.17) ** 2, 0, 1)) * _step(y + 0.45 + 0.3 * (1.1 - ax), 0.08)
-        belly = 0.12 * _step(y - 0.55, 0.30)
-        breast = (1 - self.male) * self.uniform(0.04, 0.12)
-        lower = ((ax - 0.46) / 0.30) ** 2 + ((y - 0.28) / 0.30) ** 2
-        return (
-            0.30 * (thick > 0)
-            + 0.42 * thick**0.7
-            + np.maximum(arms * (thick <= 0), 0)
-            + belly * (thick > 0)
-            + breast * np.sqrt(np.clip(1 - lower, 0, 1))
-        )
+        inside = _step(edge - ax, 0.02)
+        arm = np.sqrt(np.clip(1 - ((ax - 1.16 - 0.05 * y) / 0.17) ** 2, 0, 1)) * _step(y + 0.45, 0.12)
+        belly = 0.36 * _step(y - 0.58, 0.22)
+        breast = (1 - self.male) * self.uniform(0.03, 0.11)
+        lower = np.clip(1 - ((ax - 0.46) / 0.30) ** 2 - ((y - 0.28) / 0.30) ** 2, 0, 1)
+        soft = 0.34 + 0.40 * thick**0.7 + belly + breast * np.sqrt(lower)
+        return inside * soft + (1 - inside) * (0.42 * arm + 0.03)
 
-    def _bones(self, x: Array, y: Array, ax: Array, broad: Array, lung: Array, portable: bool) -> Array:
+    def _bones(self, x: Array, y: Array, ax: Array, broad: Array, portable: bool) -> Array:
         bone = (1.0 - 0.12 * self.age + self.normal(0.08)) * (0.9 + 0.2 * self.male)
         slope = self.normal(0.04, 0.55 if portable else 0.42)
         spacing = self.normal(0.010, 0.152)
@@ -170,8 +168,8 @@ class _Canvas:
         )
         return bone * (ribs * cage + spine + clavicle + blade) + windpipe
 
-    def _heart(self, x: Array, y: Array, floor: Array, lung: Array, portable: bool) -> Array:
-        """Heart on the patient's left (image right), aortic knob, hila."""
+    def _heart(self, x: Array, y: Array, floor: Array, portable: bool) -> tuple[Array, Array]:
+        """Where heart and great vessels take the place of air, in [0, 1]: on the patient's left (image right); hila."""
         large = 0.15 * self.found["heart"] + 0.02 * self.age * (1 - self.found["heart"]) * 0.5 + self.normal(0.013)
         size = (1.10 if portable else 1.0) * (1 + large * 1.7)
         cx, cy = 0.12 + 0.10 * large, floor - 0.10
@@ -180,14 +178,10 @@ class _Canvas:
         right = np.sqrt(np.clip(1 - ((x + 0.08) / (0.15 * size)) ** 2 - ((y - cy + 0.02) / (0.26 * size)) ** 2, 0, 1))
         vascular = np.sqrt(np.clip(1 - ((x - 0.03) / 0.17) ** 2 - ((y + 0.22) / 0.42) ** 2, 0, 1))
         age = np.clip(1 + 0.25 * self.age, 0.5, 2)
-        knob = np.sqrt(np.clip(1 - ((x - 0.165) / 0.075) ** 2 - ((y + 0.40) / 0.085) ** 2, 0, 1))
+        knob = np.sqrt(np.clip(1 - ((x - 0.15) / 0.085) ** 2 - ((y + 0.38) / 0.12) ** 2, 0, 1))
         hila = np.exp(-(((np.abs(x) - 0.215) / 0.075) ** 2) - ((y + 0.10) / 0.14) ** 2)
-        return (
-            0.40 * np.maximum(heart, 0.8 * right) ** 0.75
-            + 0.14 * vascular
-            + 0.11 * age * knob
-            + (0.10 + 0.10 * self.found["edema"]) * hila
-        )
+        solid = np.maximum(np.maximum(heart, 0.9 * right) ** 0.55, np.maximum(0.8 * vascular, 0.75 * age * knob) ** 0.6)
+        return np.minimum(solid, 1), (0.10 + 0.08 * self.found["edema"]) * hila
 
     def _diseases(self, x: Array, y: Array, ax: Array, lung: Array, bottom: Array, outer: Array, top: Array) -> Array:
         found, total = self.found, np.zeros_like(x)
@@ -270,15 +264,18 @@ class _Canvas:
             -(((x + 0.60 + broad - 0.10 * np.clip(-y, 0, 1)) / 0.035) ** 2)
         ) * _step(0.3 - y, 0.1)
         density = density + bone * 0.035 * np.clip(np.cos(2 * np.pi * (y + 0.55 * x) / 0.17), 0, 1) * lung
-        arms = 0.30 * np.sqrt(np.clip(1 - ((y + 0.92 - 0.3 * x) / 0.16) ** 2, 0, 1)) * (y < -0.6)
+        arms = 0.22 * np.sqrt(np.clip(1 - ((y + 0.92 - 0.3 * x) / 0.16) ** 2, 0, 1)) * (y < -0.6)
         large = 1 + 0.26 * found["heart"] + self.normal(0.02)
-        u, v = (x + 0.20) * 0.85 + (y - floor + 0.20) * 0.5, (y - floor + 0.20) * 0.85 - (x + 0.20) * 0.5
-        heart = np.sqrt(np.clip(1 - (u / (0.33 * large)) ** 2 - (v / (0.25 * large)) ** 2, 0, 1))
-        arch = np.exp(-(((np.hypot(x - 0.12, y + 0.22) - 0.20) / 0.06) ** 2)) * (y < -0.1)
-        hila = np.exp(-(((x - 0.06) / 0.10) ** 2) - ((y + 0.05) / 0.13) ** 2)
-        density = density + arms + 0.25 * heart + 0.07 * arch * np.clip(1 + 0.25 * self.age, 0.5, 2) + 0.10 * hila
+        u, v = (x + 0.22) * 0.85 + (y - floor + 0.16) * 0.5, (y - floor + 0.16) * 0.85 - (x + 0.22) * 0.5
+        heart = np.sqrt(np.clip(1 - (u / (0.40 * large)) ** 2 - (v / (0.29 * large)) ** 2, 0, 1))
+        ring = np.hypot(x - 0.12, y + 0.24) - 0.20
+        arch = np.exp(-((ring / 0.07) ** 2)) * _step(-0.15 - y, 0.1)
+        hila = np.exp(-(((x - 0.06) / 0.12) ** 2) - ((y + 0.05) / 0.15) ** 2)
+        density = density + arms + 0.24 * heart * lung
+        lung = lung * (1 - 0.75 * heart)
+        density = density + lung * (0.06 * arch * np.clip(1 + 0.25 * self.age, 0.5, 2) + 0.11 * hila)
         fine, cloud = self.grain(1), self.grain(3)
-        density += lung * (0.012 * self.grain(0) + 0.02 * fine)
+        density += lung * 0.014 * (self.grain(0) + fine)
         density += found["edema"] * lung * (0.14 * np.exp(-((x / 0.4) ** 2) - ((y - 0.05) / 0.45) ** 2) + 0.03 * fine)
         q = ((x - self.uniform(-0.3, 0.35)) / 0.2) ** 2 + ((y - self.uniform(-0.4, 0.3)) / 0.18) ** 2
         density += found["consolidation"] * 0.18 * lung * np.clip(1.15 - q + 0.35 * fine + 0.25 * cloud, 0, 1)
@@ -343,14 +340,14 @@ def _vessels(rng: np.random.Generator, size: int) -> Array:
     picture = Image.new("L", (size // 2 * scale, size * scale))
     pen = ImageDraw.Draw(picture)
     width, height = picture.size
-    stems = [(0.42, 0.46, angle, 5.0) for angle in rng.uniform(-1.35, 1.35, 9)]
+    stems = [(0.20, 0.44, angle, 4.5) for angle in rng.uniform(-1.4, 1.4, 10)]
     while stems:
         x, y, angle, thick = stems.pop()
         length = rng.uniform(0.05, 0.10)
         nx, ny = x + 2 * length * np.cos(angle) * 0.9, y + length * np.sin(angle)
         shade = int(255 * min(1.0, thick / 5))
         pen.line((x * width, y * height, nx * width, ny * height), fill=shade, width=max(1, round(thick * size / 160)))
-        if thick > 1.1 and 0.3 < nx < 0.95 and 0.08 < ny < 0.85:
+        if thick > 1.1 and 0.15 < nx < 0.82 and 0.08 < ny < 0.85:
             stems += [(nx, ny, angle + rng.normal(0.0, 0.22), thick * 0.80)]
             if rng.random() < 0.55:
                 stems += [(nx, ny, angle + rng.choice([-1, 1]) * rng.uniform(0.35, 0.8), thick * 0.62)]

@@ -1,7 +1,8 @@
 """Who is in the synthetic MIMIC: subjects, admissions, ICU stays, emergency visits and studies, with their latents.
 
-Comes in: `Plan`. Goes out: `People`, tables that `demo_tables` and `demo_films` write out. Whether and when a film is taken, and how long
-a stay lasts up to 48 h, do not depend on the latents: that a film was ordered says nothing here.
+Comes in: `Plan`. Goes out: `People`, tables that `demo_tables`, `demo_events`, `demo_visits` and `demo_cxr` write out.
+Whether and when a film is taken, and how long a stay lasts up to 48 h, do not depend on the latents: that a film was
+ordered says nothing here.
 """
 
 from __future__ import annotations
@@ -281,6 +282,6 @@ def _icu_studies(rng: np.random.Generator, plan: Plan, stays: pd.DataFrame, film
 
 
 def channel_levels(record: Array, hours: Array) -> Array:
-    """(N, 9) level of each channel at `hours` (N,) after intime: severity, still rising before 48 h, plus its offset."""
+    """(N, 9) level of each channel at `hours` (N,): severity, rising until 48 h, plus its offset."""
     severity = record[:, 0] + record[:, 1] * (np.minimum(hours, 48) / 48 - 1)
     return severity[:, None] + record[:, 2 : 2 + len(CHANNELS)]

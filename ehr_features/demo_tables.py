@@ -13,9 +13,22 @@ import pyarrow.csv
 from ehr_features.demo_people import HOUR, People, Plan
 from ehr_features.demo_truth import PHENOTYPES
 
-ADMISSIONS = ["subject_id", "hadm_id", "admittime", "dischtime", "deathtime", "admission_type", "admit_provider_id", "admission_location", "discharge_location", "insurance", "language", "marital_status", "race", "edregtime", "edouttime", "hospital_expire_flag"]
-CHART = ["subject_id", "hadm_id", "stay_id", "caregiver_id", "charttime", "storetime", "itemid", "value", "valuenum", "valueuom", "warning"]
-LAB = ["labevent_id", "subject_id", "hadm_id", "specimen_id", "itemid", "order_provider_id", "charttime", "storetime", "value", "valuenum", "valueuom", "ref_range_lower", "ref_range_upper", "flag", "priority", "comments"]
+
+def columns(names: str) -> list[str]:
+    """Column names out of one line."""
+    return names.split()
+
+
+ADMISSIONS = columns(
+    "subject_id hadm_id admittime dischtime deathtime admission_type admit_provider_id admission_location "
+    "discharge_location insurance language marital_status race edregtime edouttime hospital_expire_flag"
+)
+CHART = columns("subject_id hadm_id stay_id caregiver_id charttime storetime itemid value valuenum valueuom warning")
+LAB = columns(
+    "labevent_id subject_id hadm_id specimen_id itemid order_provider_id charttime storetime value valuenum valueuom "
+    "ref_range_lower ref_range_upper flag priority comments"
+)
+D_ITEMS = columns("itemid label abbreviation linksto category unitname param_type lownormalvalue highnormalvalue")
 
 # chart item: label, unit, category
 ITEMS: dict[int, tuple[str, str, str]] = {
@@ -182,7 +195,7 @@ def write_icu(people: People, plan: Plan, out: Path) -> dict[str, int]:
             )
             for item, (label, unit, category) in ITEMS.items()
         ],
-        columns=["itemid", "label", "abbreviation", "linksto", "category", "unitname", "param_type", "lownormalvalue", "highnormalvalue"],
+        columns=D_ITEMS,
     )
     return {
         "icu/icustays": write_csv(table, out / "icustays.csv.gz"),

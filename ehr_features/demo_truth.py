@@ -14,11 +14,12 @@ noisy 128-px film. An AUROC is the expected one, positives weighted by p and neg
 from __future__ import annotations
 
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]  # float64 unless said
 
 CHANNELS = ("hr", "rr", "bp", "spo2", "temp", "gcs", "fio2", "glucose", "ph")
 # a drawn finding: (prevalence in the ICU, outside it, age, common factor of the severely ill)

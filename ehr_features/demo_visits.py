@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ehr_features.demo_people import People, Plan
-from ehr_features.demo_tables import write_csv
+from ehr_features.demo_tables import columns, write_csv
 from ehr_features.demo_truth import Array
 
 # chief complaints: those that say nothing about the chest, and those about what the visit's film shows
@@ -120,14 +120,14 @@ def write_ed(people: People, plan: Plan, out: Path) -> dict[str, int]:
     tables = {
         "edstays": stays,
         "triage": triage[
-            ["subject_id", "stay_id", "temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp", "pain", "acuity", "chiefcomplaint"]
+            columns("subject_id stay_id temperature heartrate resprate o2sat sbp dbp pain acuity chiefcomplaint")
         ],
         "vitalsign": vital[
-            ["subject_id", "stay_id", "charttime", "temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp", "rhythm", "pain"]
+            columns("subject_id stay_id charttime temperature heartrate resprate o2sat sbp dbp rhythm pain")
         ],
-        "medrecon": recon[["subject_id", "stay_id", "charttime", "name", "gsn", "ndc", "etc_rn", "etccode", "etcdescription"]],
-        "pyxis": pyxis[["subject_id", "stay_id", "charttime", "med_rn", "name", "gsn_rn", "gsn"]],
-        "diagnosis": diagnosis[["subject_id", "stay_id", "seq_num", "icd_code", "icd_version", "icd_title"]],
+        "medrecon": recon[columns("subject_id stay_id charttime name gsn ndc etc_rn etccode etcdescription")],
+        "pyxis": pyxis[columns("subject_id stay_id charttime med_rn name gsn_rn gsn")],
+        "diagnosis": diagnosis[columns("subject_id stay_id seq_num icd_code icd_version icd_title")],
     }
     return {f"ed/{name}": write_csv(table, out / f"{name}.csv.gz") for name, table in tables.items()}
 
@@ -142,7 +142,7 @@ def _at(rng: np.random.Generator, visits: pd.DataFrame, key: pd.DataFrame, rows:
 
 
 def _signs(rng: np.random.Generator, severity: Array, missing: float) -> pd.DataFrame:
-    """Vital signs (temperature in F), each missing in its own rows; one Celsius and one impossible value now and then."""
+    """Vital signs (temperature in F), each missing in its own rows; Celsius and impossible values now and then."""
     count = len(severity)
     gains = {
         "temperature": (98.3, 0.4, 0.8, 1),
