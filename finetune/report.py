@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ehr_features.files import new_file, read_json
-from finetune import report_cohort, report_curves, report_results, report_training
+from finetune import report_checklist, report_cohort, report_curves, report_groups, report_results, report_training
 from finetune.report_data import Run, read_runs
 from finetune.report_html import Html, interval, join, number, page, section, table, tag
 
@@ -38,6 +38,7 @@ def report(
         (f"task-{task}", _short(task), _task(task, chosen, known))
         for task, chosen in report_results.by_task(read).items()
     ]
+    sections.append(("checklist", "Checklist", report_checklist.checklist_section(read)))
     sections.append(("provenance", "Provenance", _provenance(read)))
     made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
     foot = f"Made {made} by EHR-MSN from {len(read)} runs. Nothing in this file is loaded from elsewhere."
@@ -90,7 +91,7 @@ def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
         scored = [(head["value"], run, head) for run in chosen if (head := run.headline())]
         for value, run, head in sorted(scored, key=lambda item: -item[0])[:1]:
             best = report_results.possible(truth, task, str(head["label"]), run)
-            what = "macro AUROC" if head["label"] == "macro" else "AUROC"
+            what = "macro AUROC" if run.main == "macro" else "AUROC"
             says = f"{_short(task)}: {what} of {run.name}, the highest of {len(scored)}"
             of = f"{number(head['low'])}–{number(head['high'])}" + (f" · possible {number(best)}" if best else "")
             tiles.append(
@@ -151,10 +152,11 @@ def _summary(runs: Sequence[Run]) -> Html:
 def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
     parts = [
         report_results.overview_figure(task, runs, truth),
+        report_results.overview_figure(task, runs, truth, subset="paired"),
         report_results.labels_figure(task, runs, truth),
         report_curves.curves_figure(task, runs),
-        report_results.fraction_figure(task, runs),
-        *[report_results.subgroup_figure(task, run) for run in runs],
+        report_groups.fraction_figure(task, runs),
+        report_groups.subgroups_figure(task, runs),
     ]
     return section(f"task-{task}", report_results.title(task), parts)
 

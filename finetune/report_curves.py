@@ -56,9 +56,9 @@ def curves_figure(task: str, runs: Sequence[Run]) -> Html | None:
     shown = {s.index: s.name for scored in by_label.values() for s in scored}
     names = legend(sorted(shown.items())) if len(shown) > 1 else None
     caption = (
-        "Top left is better in the first two. Calibration: on the diagonal, of ten patients given 30% three have the "
-        "outcome; points are tenths of the rows, bars 95% intervals (Wilson, rows as if independent). Net benefit: "
-        "worth using where the line lies above both treating all (dashed) and treating none (0)."
+        "Up and left is better in ROC, up and right in precision and recall. Calibration: on the diagonal, of ten "
+        "patients given 30% three have the outcome; each point is a tenth of the rows, with its Wilson interval where "
+        "one or two runs are drawn. Net benefit: worth using where above treating all (dashed) and treating none (0)."
     )
     return figure(f"curves-{task}", "Discrimination, calibration, net benefit", join([names, *blocks]), caption)
 
@@ -83,7 +83,7 @@ def _block(label: str, scored: Sequence[Scored], opened: bool) -> Html:
             "Precision and recall",
         ),
         (
-            [_calibration(s) for s in scored],
+            [_calibration(s, len(scored) < 3) for s in scored],
             Frame("predicted probability", "observed share", unit, unit, diagonal=True),
             "Calibration",
         ),
@@ -146,12 +146,13 @@ def bins(s: Scored) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["predicted", "observed", "low", "high", "n"])
 
 
-def _calibration(s: Scored) -> Series:
+def _calibration(s: Scored, whiskers: bool) -> Series:
+    """The points of `bins`; their intervals where few runs stand side by side, else a line through them."""
     data = bins(s)
-    low, high = data["low"].tolist(), data["high"].tolist()
-    return Series(
-        s.name, data["predicted"].tolist(), data["observed"].tolist(), s.index, low, high, marks=True, whiskers=True
-    )
+    x, y = data["predicted"].tolist(), data["observed"].tolist()
+    if not whiskers:
+        return Series(s.name, x, y, s.index, marks=True)
+    return Series(s.name, x, y, s.index, data["low"].tolist(), data["high"].tolist(), marks=True, whiskers=True)
 
 
 def _thin(x: Floats, y: Floats) -> tuple[list[float], list[float]]:

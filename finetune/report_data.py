@@ -65,27 +65,39 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: damaged Parquet file ({error}); run the evaluation again") from None
 
-    def row(self, label: str = "macro", metric: str = "auroc", split: str = "test") -> dict[str, Any] | None:
-        """One number of results.json: whole split, all labelled subjects; None where it is absent or has no value."""
-        rows = plain(self.rows, split)
+    def row(self, label: str = "macro", metric: str = "auroc", subset: str = "all") -> dict[str, Any] | None:
+        """One number of the test split, with all training subjects; None where it is absent or has no value."""
+        rows = plain(self.rows, subset)
         rows = (
             rows[(rows["label"] == label) & (rows["metric"] == metric) & rows["value"].notna()] if len(rows) else rows
         )
         return None if rows.empty else {str(key): value for key, value in rows.iloc[0].items()}
 
-    def headline(self, metric: str = "auroc") -> dict[str, Any] | None:
-        """The only label's number, or the macro of several."""
-        rows = plain(self.rows, "test")
-        single = [label for label in dict.fromkeys(rows["label"]) if label != "macro"] if len(rows) else []
-        return self.row(single[0] if len(single) == 1 else "macro", metric)
+    @cached_property
+    def labels(self) -> list[str]:
+        """The labels of the test split, without the means over several."""
+        rows = self.rows[self.rows["split"] == "test"]
+        return [str(label) for label in dict.fromkeys(rows["label"]) if not is_macro(str(label))]
+
+    @property
+    def main(self) -> str:
+        """The label that stands for the run: its only one, or the macro."""
+        return self.labels[0] if len(self.labels) == 1 else "macro"
+
+    def headline(self, metric: str = "auroc", subset: str = "all") -> dict[str, Any] | None:
+        """The main label's number."""
+        return self.row(self.main, metric, subset)
 
 
-def plain(rows: pd.DataFrame, split: str) -> pd.DataFrame:
-    """Rows of a whole split: no subgroup, and the largest fraction of labelled subjects there is."""
-    if rows.empty:
-        return rows
-    rows = rows[(rows["split"] == split) & (rows["subset"] == "all")]
-    return rows[rows["fraction"] == rows["fraction"].max()] if len(rows) else rows
+def is_macro(label: str) -> bool:
+    """Whether a label is a mean over labels: `macro`, `macro CheXpert-5`."""
+    return label.split()[0] == "macro" if label else False
+
+
+def plain(rows: pd.DataFrame, subset: str = "all") -> pd.DataFrame:
+    """Rows of the test split, of one subset, with the most training subjects there were."""
+    rows = rows[(rows["split"] == "test") & (rows["subset"] == subset)]
+    return rows[rows["fraction"] == rows["fraction"].max()]
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:

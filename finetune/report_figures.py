@@ -119,7 +119,7 @@ def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 
     x_range = frame.x_range or span([s.x for s in lines], pad=0.0)
     y_range = frame.y_range or span([v for s in lines for v in (s.y, s.low, s.high) if v is not None], pad=0.06)
     right = 12 + (max(len(s.name) for s in lines) * 6.3 if frame.labels else 0)
-    x = Scale(*x_range, 44, width - min(right, width * 0.36), log=frame.log_x)
+    x = Scale(*x_range, 50 if frame.y_label else 42, width - min(right, width * 0.36), log=frame.log_x)
     y = Scale(*y_range, height - 40, 30 if title else 12)
     parts = [_axes(x, y, frame, width, height, title)]
     if frame.diagonal:
@@ -128,11 +128,11 @@ def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 
     for level, name in frame.marks_y:
         if y.low <= level <= y.high:
             parts.append(tag("line", x1=x.start, x2=x.end, y1=y(level), y2=y(level), class_="reference"))
-            parts.append(tag("text", name, x=x.end, y=y(level) - 4, class_="tiny", text_anchor="end"))
+            parts.append(tag("text", name, x=x.end, y=y(level) + 13, class_="tiny", text_anchor="end"))
     parts += [_line(s, x, y) for s in lines]
     if frame.labels:
         parts += _end_labels(lines, x, y)
-    return svg(width, height, f"{title or frame.y_label} against {frame.x_label}", parts)
+    return svg(width, height, f"{title or frame.y_label} against {frame.x_label}", tag("g", parts, class_="panel"))
 
 
 def panels(specs: Sequence[tuple[Sequence[Series], Frame, str]], *, columns: int = 3) -> Html:

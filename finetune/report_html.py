@@ -106,7 +106,7 @@ def figure(
 
 def both_widths(draw: Callable[[int], Html]) -> Html:
     """The drawing twice, for a page and for a phone; the style shows one of them."""
-    return join([tag("div", draw(760), class_="wide"), tag("div", draw(350), class_="narrow")])
+    return join([tag("div", draw(786), class_="wide"), tag("div", draw(350), class_="narrow")])
 
 
 def section(key: str, title: str, *children: Any, lead: str | None = None) -> Html:

@@ -159,7 +159,7 @@ def figures(html: str) -> list[str]:
 
 def test_every_part_of_a_full_set_of_runs_is_there(html: str) -> None:
     wanted = {"flow", "splits", "missing", "pretraining", "watch", "overview-findings", "labels-findings"}
-    assert wanted | {"fractions-findings", "overview-mortality", "subgroups-findings-probe_ehr"} <= set(figures(html))
+    assert wanted | {"fractions-findings", "overview-mortality", "subgroups-findings"} <= set(figures(html))
     assert len(figures(html)) == len(set(figures(html)))
 
 

@@ -1,0 +1,93 @@
+"""The report's finer results: with few labels, in subgroups, and differences between runs.
+
+Comes in: evaluated runs of one task. Goes out: figures; None where the runs do not have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from finetune.report_data import Run, is_macro
+from finetune.report_figures import Frame, Series, legend, panel
+from finetune.report_forest import Row, forest
+from finetune.report_html import Html, both_widths, figure, frame, interval, join, tag
+from finetune.report_results import SIDE_BY_SIDE
+
+
+def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
+    """AUROC against the share of labelled training subjects."""
+    lines, cells = [], []
+    for i, run in enumerate(runs):
+        rows = run.rows[(run.rows["split"] == "test") & (run.rows["subset"] == "all") & (run.rows["metric"] == "auroc")]
+        rows = rows[(rows["label"] == run.main) & rows["value"].notna()].sort_values("fraction")
+        if rows["fraction"].nunique() < 2:
+            continue
+        low, high = (list(rows[c]) if rows[c].notna().all() else None for c in ("low", "high"))
+        lines.append(Series(run.name, list(100 * rows["fraction"]), list(rows["value"]), i, low, high, marks=True))
+        cells += [
+            [run.name, f"{100 * r['fraction']:g}%", interval(r["value"], r["low"], r["high"]), r["n"]]
+            for r in rows.to_dict("records")
+        ]
+    if not lines:
+        return None
+    drawing = both_widths(
+        lambda width: panel(
+            lines,
+            Frame("% of training subjects with labels", "AUROC", log_x=True, labels=width > 500),
+            width=width,
+            height=300,
+        )
+    )
+    caption = (
+        "What each encoder reaches with few labels: the higher on the left, the less it needs. Bands are 95% intervals."
+    )
+    names = tag("div", legend([(line.index, line.name) for line in lines]), class_="narrow")
+    numbers = frame(pd.DataFrame(cells, columns=["run", "labelled subjects", "AUROC", "n"]))
+    return figure(f"fractions-{task}", "With few labels", join([names, drawing]), caption, numbers)
+
+
+def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
+    """AUROC in each subgroup, runs side by side, and the largest gap of each run."""
+    shown = list(runs)[:SIDE_BY_SIDE]
+    subsets = dict.fromkeys(str(s) for run in runs for s in run.rows.loc[run.rows["split"] == "test", "subset"])
+    wanted = [s for s in subsets if "=" in s]
+    if not wanted:
+        return None
+    rows, cells = [], []
+    for subset in ["all", *wanted]:
+        points, remark = [], ""
+        for i, run in enumerate(shown):
+            row = run.headline(subset=subset)
+            if row is None:
+                continue
+            points.append((i, row["value"], row["low"], row["high"]))
+            remark = f"{row['n']:,} rows" if is_macro(run.main) else f"{row['positives']:,} of {row['n']:,}"
+            auroc = interval(row["value"], row["low"], row["high"])
+            cells.append([subset, run.name, auroc, row["n"], row["positives"]])
+        if points:
+            rows.append(Row(_group(subset), points, remark, strong=subset == "all"))
+    names = {i: run.name for i, run in enumerate(shown)}
+    key = legend(list(names.items())) if len(names) > 1 else None
+    drawing = join([key, both_widths(lambda width: forest(rows, names, width))])
+    caption = "AUROC within each group, with its 95% interval over subjects. Small groups differ by chance too."
+    gaps = "; ".join(f"{run.name}: {gap}" for run in shown if (gap := largest_gap(run)))
+    numbers = frame(pd.DataFrame(cells, columns=["group", "run", "AUROC", "n", "positives"]))
+    note = f"The largest gap. {gaps}." if gaps else None
+    return figure(f"subgroups-{task}", "Subgroups", drawing, caption, numbers, note=note)
+
+
+def largest_gap(run: Run) -> str | None:
+    """The largest difference between two groups, with its interval, where the run computed it."""
+    gaps = [g for g in run.result.get("gaps") or [] if isinstance(g, dict) and g.get("difference") is not None]
+    if not gaps:
+        return None
+    gap = max(gaps, key=lambda g: float(g["difference"]))
+    value = interval(gap["difference"], gap.get("low"), gap.get("high"))
+    return f"{value} between {gap['higher']} and {gap['lower']} ({_group(str(gap['field']))})"
+
+
+def _group(subset: str) -> str:
+    """`age=under 40` for a reader."""
+    return subset.replace("_", " ").replace("=", ": ", 1)
