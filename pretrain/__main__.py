@@ -6,7 +6,7 @@ import argparse
 import re
 
 from configs import UserError, cli
-from pretrain.config import ImagesConfig
+from pretrain.config import ImagesConfig, PretrainConfig
 
 
 def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
@@ -17,6 +17,15 @@ def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
         raise UserError(f"--shard {args.shard}: wanted i/n, e.g. 1/4 on the first of four machines")
     out = pack(config, (int(part[1]), int(part[2])))
     print(f"{out}\nnext: ./launch.sh pretrain configs/pretrain_vit_small.yaml features=features store={out}")
+
+
+def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
+    from pretrain.run import is_main
+    from pretrain.train import train
+
+    folder = train(config, args)
+    if is_main():
+        print(f"{folder / 'encoder'}\nnext: ./launch.sh probe configs/probe_linear.yaml encoder={folder}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,6 +40,15 @@ def main(argv: list[str] | None = None) -> None:
         example="python -m pretrain images configs/images.yaml mimic_cxr=/data/mimic-cxr-jpg out=store",
     )
     images.add_argument("--shard", metavar="i/n", default="1/1", help="pack the i-th of n parts, on n machines at once")
+    cli.config_command(
+        commands,
+        "train",
+        PretrainConfig,
+        _train,
+        says="features/ + store/ -> runs/X/ with encoder/",
+        example="python -m pretrain train configs/pretrain_vit_tiny.yaml features=features store=store out=runs/msn",
+        distributed=True,
+    )
     cli.main(top, argv)
 
 

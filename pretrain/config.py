@@ -38,7 +38,7 @@ class EncoderConfig(Settings):
     """Which network."""
 
     arch: str = "vit_tiny_patch16_224"  # a timm name: vit_*, deit_*, densenet*, resnet*
-    image_size: int = Field(224, ge=16)  # side of target and random views, and of films at evaluation
+    image_size: int = Field(default=224, ge=16)  # side of target and random views, and of films at evaluation
     in_chans: Literal[1, 3] = 1  # films are gray: 1; 3 repeats them, for weights that were trained on colour
     model_args: dict[str, Any] = {}  # passed to timm, e.g. {depth: 4, embed_dim: 96, num_heads: 3}
     positions: Literal["timm", "sincos"] = "sincos"  # initial positions of a ViT; trained either way
@@ -53,29 +53,29 @@ class EhrConfig(Settings):
     groups: list[str] = []  # names of ehr_features.static
     preset: Literal["default", "msn"] = "default"  # columns: ours, or those of the published sets
     inject: Literal["add", "concat"] = "add"  # add: h + W e, W = 0 at the start; concat: g([h; f(e)])
-    width: int = Field(128, ge=1)  # of f(e) with `concat`
-    dropout: float = Field(0.0, ge=0, lt=1)  # probability that a group is blanked for a film in an epoch
+    width: int = Field(default=128, ge=1)  # of f(e) with `concat`
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # probability that a group is blanked for a film in an epoch
     use: Literal["condition", "predict"] = "condition"  # control: the record as a target of the anchor's features
-    predict_weight: float = Field(1.0, ge=0)  # of that target in the loss
+    predict_weight: float = Field(default=1.0, ge=0)  # of that target in the loss
     permuted: bool = False  # control: each film gets the record of another
 
 
 class ViewsConfig(Settings):
     """How views are cut. Shares are of the film's area."""
 
-    num_random: int = Field(1, ge=0)  # masked anchors of image_size
-    num_focal: int = Field(10, ge=0)  # small unmasked anchors
-    focal_size: int = Field(96, ge=8)
+    num_random: int = Field(default=1, ge=0)  # masked anchors of image_size
+    num_focal: int = Field(default=10, ge=0)  # small unmasked anchors
+    focal_size: int = Field(default=96, ge=8)
     target_scale: tuple[float, float] = (0.3, 1.0)
     random_scale: tuple[float, float] = (0.3, 1.0)
     focal_scale: tuple[float, float] = (0.05, 0.3)
-    flip: float = Field(0.0, ge=0, le=1)  # the heart is on the left
-    brightness: float = Field(0.2, ge=0, lt=1)
-    contrast: float = Field(0.2, ge=0, lt=1)
-    gamma: float = Field(0.0, ge=0, lt=1)
+    flip: float = Field(default=0.0, ge=0, le=1)  # the heart is on the left
+    brightness: float = Field(default=0.2, ge=0, lt=1)
+    contrast: float = Field(default=0.2, ge=0, lt=1)
+    gamma: float = Field(default=0.0, ge=0, lt=1)
     normalise: Literal["crop", "film", "dataset"] = "crop"  # crop: exposure differs between films and machines
     mean: float = 0.5  # of pixels in [0, 1], for `dataset`
-    std: float = Field(0.25, gt=0)
+    std: float = Field(default=0.25, gt=0)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -91,53 +91,55 @@ class ViewsConfig(Settings):
 class MaskConfig(Settings):
     """What anchors do not see."""
 
-    ratio: float = Field(0.15, ge=0, lt=1)  # share of patches (ViT) or cells (convolutional) removed
+    ratio: float = Field(default=0.15, ge=0, lt=1)  # share of patches (ViT) or cells (convolutional) removed
     focal: bool = False  # mask focal views too; the original MSN does not
-    cell: int = Field(32, ge=4)  # convolutional networks: pixels of a masked cell's side
+    cell: int = Field(default=32, ge=4)  # convolutional networks: pixels of a masked cell's side
     fill: Literal["noise", "mean", "film"] = "noise"  # convolutional networks: what stands in a masked cell
 
 
 class LossConfig(Settings):
     """pretrain/loss.py."""
 
-    prototypes: int = Field(1024, ge=2)  # more than the films of a batch are fine; far more than clusters are not
-    temperature: float = Field(0.1, gt=0)
-    target_temperature: float = Field(0.25, gt=0, le=1)  # sharpens targets
-    sinkhorn_iterations: int = Field(3, ge=0)
-    me_max_weight: float = Field(1.0, ge=0)
+    prototypes: int = Field(
+        default=1024, ge=2
+    )  # more than the films of a batch are fine; far more than clusters are not
+    temperature: float = Field(default=0.1, gt=0)
+    target_temperature: float = Field(default=0.25, gt=0, le=1)  # sharpens targets
+    sinkhorn_iterations: int = Field(default=3, ge=0)
+    me_max_weight: float = Field(default=1.0, ge=0)
     prior: Literal["uniform", "power_law"] = "uniform"
 
 
 class HeadConfig(Settings):
     """The projection head: three linear layers."""
 
-    hidden: int | None = Field(2048, ge=1)  # None: four times the encoder's width
-    out: int | None = Field(256, ge=1)  # None: the encoder's width
+    hidden: int | None = Field(default=2048, ge=1)  # None: four times the encoder's width
+    out: int | None = Field(default=256, ge=1)  # None: the encoder's width
     norm: Literal["batch", "layer"] = "batch"  # layer: for exact accumulation, and batches of 1
 
 
 class OptimConfig(Settings):
     """AdamW and its schedules."""
 
-    batch_size: int = Field(1024, ge=1)  # films an optimizer step, over all processes
-    epochs: float = Field(100, gt=0)
-    steps: int | None = Field(None, ge=1)  # instead of epochs
-    lr: float = Field(1e-3, gt=0)  # at lr_batch films a step; scaled with batch_size
+    batch_size: int = Field(default=1024, ge=1)  # films an optimizer step, over all processes
+    epochs: float = Field(default=100, gt=0)
+    steps: int | None = Field(default=None, ge=1)  # instead of epochs
+    lr: float = Field(default=1e-3, gt=0)  # at lr_batch films a step; scaled with batch_size
     lr_batch: int | None = 1024  # None: lr is taken as it is
-    lr_start: float = Field(0.2, ge=0, le=1)  # share of lr at step 0
-    lr_end: float = Field(1e-3, ge=0, le=1)  # share of lr at the end
-    warmup_epochs: float = Field(2, ge=0)
-    warmup_steps: int | None = Field(None, ge=0)  # instead of warmup_epochs
-    weight_decay: float = Field(0.04, ge=0)
-    weight_decay_end: float = Field(0.4, ge=0)
+    lr_start: float = Field(default=0.2, ge=0, le=1)  # share of lr at step 0
+    lr_end: float = Field(default=1e-3, ge=0, le=1)  # share of lr at the end
+    warmup_epochs: float = Field(default=2, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)  # instead of warmup_epochs
+    weight_decay: float = Field(default=0.04, ge=0)
+    weight_decay_end: float = Field(default=0.4, ge=0)
     decay_all: bool = False  # also biases and norms (never prototypes)
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = Field(3.0, gt=0)  # norm of all gradients but the prototypes'
-    ema: float = Field(0.996, ge=0, le=1)  # momentum of the target
-    ema_end: float = Field(1.0, ge=0, le=1)
-    stretch: float = Field(1.25, ge=1)  # schedules run as if to this many times the end
+    clip: float | None = Field(default=3.0, gt=0)  # norm of all gradients but the prototypes'
+    ema: float = Field(default=0.996, ge=0, le=1)  # momentum of the target
+    ema_end: float = Field(default=1.0, ge=0, le=1)
+    stretch: float = Field(default=1.25, ge=1)  # schedules run as if to this many times the end
     by_epoch: bool = False  # schedules change once an epoch
-    accumulate: int = Field(1, ge=1)  # parts in which a process computes its share of the batch
+    accumulate: int = Field(default=1, ge=1)  # parts in which a process computes its share of the batch
     accumulate_mode: Literal["exact", "approximate"] = "exact"  # approximate: the loss of each part by itself
 
     @model_validator(mode="after")
@@ -150,11 +152,11 @@ class OptimConfig(Settings):
 class FilmsConfig(Settings):
     """Which films, and which of them make a pair."""
 
-    splits: list[Literal["train", "val", "test"]] = Field(["train"], min_length=1)  # fine-tuning checks them
+    splits: list[Literal["train", "val", "test"]] = Field(default=["train"], min_length=1)  # fine-tuning checks them
     views: Literal["frontal", "all"] = "frontal"
-    per_subject_cap: int | None = Field(None, ge=1)  # at most so many films a subject, drawn by seed
+    per_subject_cap: int | None = Field(default=None, ge=1)  # at most so many films a subject, drawn by seed
     positives: Literal["film", "study", "patient"] = "film"  # the target's film: the same, or another of the ...
-    max_days: float | None = Field(None, ge=0)  # ... at most so far apart (patient)
+    max_days: float | None = Field(default=None, ge=0)  # ... at most so far apart (patient)
 
 
 PAPER: dict[str, dict[str, Any]] = {
@@ -201,12 +203,12 @@ class PretrainConfig(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the networks; the loss is always fp32
     compile: bool = False  # torch.compile of the encoders
     checkpointing: bool = False  # recompute activations: less memory, about a third more time
-    workers: int = Field(0, ge=0)  # processes that prepare batches, for each training process
-    log_every: int = Field(1, ge=1)  # steps
-    save_every_minutes: float = Field(10.0, gt=0)  # between checkpoints; SIGTERM saves at once
-    keep: int = Field(2, ge=1)  # newest checkpoints that stay
-    keep_every_hours: float | None = Field(None, gt=0)  # of the older ones, one for each such span stays
-    export_every_epochs: float | None = Field(None, gt=0)  # encoder/ is also written on the way
+    workers: int = Field(default=0, ge=0)  # processes that prepare batches, for each training process
+    log_every: int = Field(default=1, ge=1)  # steps
+    save_every_minutes: float = Field(default=10.0, gt=0)  # between checkpoints; SIGTERM saves at once
+    keep: int = Field(default=2, ge=1)  # newest checkpoints that stay
+    keep_every_hours: float | None = Field(default=None, gt=0)  # of the older ones, one for each such span stays
+    export_every_epochs: float | None = Field(default=None, gt=0)  # encoder/ is also written on the way
     trackers: list[Literal["tensorboard", "wandb"]] = []  # beside metrics.jsonl
     readability: bool = True  # at the end: how linearly readable is each EHR column from the frozen features
 

@@ -253,9 +253,16 @@ def _batches(preprocess: Preprocess, films: Any, size: int) -> Iterator[Tensor]:
         if isinstance(part, (np.ndarray, Tensor)):
             yield preprocess(part)
         else:
-            from pretrain.store import read_film  # here, as the store needs image decoders that encoders do not
+            yield torch.cat([preprocess(_decode(Path(path))) for path in part])
 
-            yield torch.cat([preprocess(read_film(Path(path))) for path in part])
+
+def _decode(path: Path) -> np.ndarray:
+    from pretrain.films import BadFilm, decode  # here: encoders alone need no image decoders
+
+    try:
+        return decode(path)
+    except BadFilm as error:
+        raise UserError(f"{path}: {error}; leave this film out") from None
 
 
 def _fill(net: nn.Module, path: Path, context: str) -> None:

@@ -1,0 +1,254 @@
+"""Which films a run trains on, and the batch of each step.
+
+Comes in: features/ (films, subjects, EHR columns; never a label) and store/. Goes out: step -> batch, a pure function
+of the config, so that a run goes on at any step and does not depend on workers; process r of n gets part r of a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from configs import UserError
+from ehr_features import static
+from ehr_features.files import read_table
+from pretrain.config import FilmsConfig
+from pretrain.msn import Batch
+from pretrain.preprocess import Preprocess
+from pretrain.views import Plan, Views, cut, draw, draw_keep, film_keys, mask_cells, uniforms
+
+if TYPE_CHECKING:
+    from pretrain.store import Store
+
+FRONTAL = ("AP", "PA")
+
+
+@dataclasses.dataclass
+class Films:
+    """The films of a run, sorted by dicom_id.
+
+    Attributes:
+        table: dicom_id, study_id, subject_id, taken_at, split; N rows.
+        static: (N, S) float32; `columns`: their S names; `column_groups`: the group of each.
+        available_at: group -> study, admission or discharge.
+        left_out: reason -> number of films.
+    """
+
+    table: pd.DataFrame
+    static: np.ndarray
+    columns: list[str]
+    column_groups: list[str]
+    available_at: dict[str, str]
+    left_out: dict[str, int]
+    keys: np.ndarray = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = film_keys(self.table["dicom_id"].tolist())
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def select_films(
+    features: str | Path, store: Store, films: FilmsConfig, groups: Sequence[str], preset: str, seed: int
+) -> Films:
+    """The films to train on, with their EHR vectors.
+
+    Raises: UserError: no film is left, or an EHR group or column does not exist.
+    """
+    groups = static.resolve(groups, preset)
+    reads = static.MSN_READS if preset == "msn" else static.READS
+    columns = ["dicom_id", "study_id", "subject_id", "taken_at", "split", "view"]
+    columns += sorted({c for group in groups for c in reads[group]} - set(columns))
+    if "prior_diagnoses" in groups:
+        columns += [c for c in _column_names(features) if c.startswith("prior_phenotype_")]
+    table = read_table(features, "images", columns).sort_values("dicom_id", ignore_index=True)
+    encoded = [static.encode(table, [group], preset=preset) for group in groups]
+    array = np.concatenate([e[0] for e in encoded], axis=1) if encoded else np.zeros((len(table), 0), np.float32)
+    keep, left_out = _kept(table, store, films, seed)
+    return Films(
+        table=table.loc[keep, ["dicom_id", "study_id", "subject_id", "taken_at", "split"]].reset_index(drop=True),
+        static=array[keep],
+        columns=[name for e in encoded for name in e[1]],
+        column_groups=[group for group, e in zip(groups, encoded, strict=True) for _ in e[1]],
+        available_at=static.available_at(groups, preset),
+        left_out=left_out,
+    )
+
+
+def _column_names(features: str | Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return list(pq.read_schema(Path(features) / "images.parquet").names)
+
+
+def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> tuple[np.ndarray, dict[str, int]]:
+    """(N,) bool, and how many films each reason took."""
+    keep, left_out = np.ones(len(table), bool), {}
+
+    def drop(reason: str, those: pd.Series | np.ndarray) -> None:
+        gone = keep & np.asarray(those, bool)
+        left_out[reason] = int(gone.sum())
+        keep[gone] = False
+
+    drop(f"not of split {', '.join(films.splits)}", ~table["split"].isin(films.splits))
+    if films.views == "frontal":
+        drop("not a frontal view", ~table["view"].isin(FRONTAL))
+    drop("not in the store", ~table["dicom_id"].isin(set(store.index["dicom_id"])))
+    if films.per_subject_cap is not None:
+        order = pd.Series(uniforms(film_keys(table["dicom_id"].tolist()), 1, seed, 0, "cap")[:, 0]).where(keep)
+        drop("over per_subject_cap", order.groupby(table["subject_id"]).rank() > films.per_subject_cap)
+    if not keep.any():
+        reasons = "; ".join(f"{number} {reason}" for reason, number in left_out.items())
+        raise UserError(f"no film to train on: of {len(table)} in images.parquet, {reasons}. Is this their store?")
+    return keep, left_out
+
+
+class Partners:
+    """For each film another of the same study, or of the same subject within some days; itself where there is none."""
+
+    def __init__(self, table: pd.DataFrame, by: str, max_days: float | None) -> None:
+        column = {"study": "study_id", "patient": "subject_id"}[by]
+        codes = pd.factorize(table[column])[0]
+        self.order = np.argsort(codes, kind="stable")
+        self.start = np.searchsorted(codes[self.order], codes, "left")
+        self.end = np.searchsorted(codes[self.order], codes, "right")
+        taken = pd.to_datetime(table["taken_at"])
+        self.days = ((taken - taken.min()) / pd.Timedelta(days=1)).to_numpy(np.float64)
+        self.max_days = max_days
+
+    def __call__(self, rows: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """rows (B,) -> partners (B,), drawn by u (B,) in [0, 1)."""
+        return np.array([self._one(int(row), x) for row, x in zip(rows, u, strict=True)])
+
+    def _one(self, row: int, u: float) -> int:
+        others = self.order[self.start[row] : self.end[row]]
+        others = others[others != row]
+        if self.max_days is not None:
+            others = others[np.abs(self.days[others] - self.days[row]) <= self.max_days]
+        return int(others[int(u * len(others))]) if len(others) else row
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutter:
+    """From films to the views of a step.
+
+    Args:
+        patch: pixels of a patch (ViT) or of a masked cell (convolutional).
+        is_vit: patches are dropped inside the network; else cells of the input are filled.
+    """
+
+    target: Views
+    random: Views
+    focal: Views
+    preprocess: Preprocess
+    patch: int
+    is_vit: bool
+    mask_ratio: float
+    mask_focal: bool
+    fill: str
+    seed: int
+
+    def plan(self, keys: np.ndarray, side: int, epoch: int) -> dict[str, Any]:
+        """Boxes and kept patches of a batch (small tensors)."""
+        kinds = {"target": self.target, "random": self.random, "focal": self.focal}
+        plans: dict[str, Any] = {k: draw(v, keys, side, self.seed, epoch, k) for k, v in kinds.items() if v.count}
+        for kind, views in kinds.items():
+            masked = kind == "random" or (kind == "focal" and self.mask_focal)
+            if views.count and masked and self.mask_ratio:
+                patches = (views.size // self.patch) ** 2
+                arguments = (views.count, patches, self.mask_ratio, self.seed, epoch, f"{kind} mask")
+                plans[f"{kind} keep"] = draw_keep(keys, *arguments)
+        return plans
+
+    def cut(self, raw: dict[str, Any]) -> Batch:
+        """The batch, on the device where the films are."""
+        films, device = raw["films"], raw["films"].device
+        plans: dict[str, Any] = {k: p.to(device) for k, p in raw["plans"].items()}
+        target = self._views(raw.get("target films", films), plans["target"])
+        anchors: list[Tensor] = []
+        keeps: list[Tensor | None] = []
+        for kind in ("random", "focal"):
+            if kind not in plans:
+                continue
+            views, keep = self._views(films, plans[kind]), plans.get(f"{kind} keep")
+            if keep is not None and not self.is_vit:
+                views = mask_cells(views, keep, self.patch, self.fill, raw["keys"], self.seed, raw["epoch"])
+                keep = None
+            anchors.append(views)
+            keeps.append(keep)
+        return Batch(target, anchors, keeps, raw.get("static"))
+
+    def _views(self, films: Tensor, plan: Plan) -> Tensor:
+        mean = std = None
+        if self.preprocess.normalise == "film":
+            std, mean = torch.std_mean(films.float() / 255, dim=(1, 2), correction=0)
+            mean, std = (x.repeat(len(plan.boxes)) for x in (mean, std))
+        return self.preprocess.to_input(cut(films, plan), mean, std)
+
+
+class Steps(Dataset[Any]):
+    """Item i is what step i needs on this process: films (or their views), plans, EHR vectors."""
+
+    def __init__(
+        self,
+        films: Films,
+        store: Store,
+        cutter: Cutter,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        partners: Partners | None = None,
+        dropout: float = 0.0,
+        cut_here: bool = True,
+    ) -> None:
+        if batch_size > len(films):
+            raise UserError(f"optim.batch_size {batch_size} is more than the {len(films)} films to train on; lower it")
+        if batch_size % world:
+            raise UserError(f"optim.batch_size {batch_size} does not divide among {world} processes; choose a multiple")
+        self.films, self.store, self.cutter, self.partners = films, store, cutter, partners
+        self.batch_size, self.dropout, self.cut_here = batch_size, dropout, cut_here
+        self.part = slice(rank * (batch_size // world), (rank + 1) * (batch_size // world))
+        self.steps_per_epoch = len(films) // batch_size
+        self.dicom_ids = films.table["dicom_id"].to_numpy(object)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+
+    def rows(self, step: int) -> np.ndarray:
+        """The films of a step on this process, as rows of `films`."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            shuffled = np.argsort(uniforms(self.films.keys, 1, self.cutter.seed, epoch, "order")[:, 0], kind="stable")
+            self._order = (epoch, shuffled)
+        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size][self.part]
+
+    def __getitem__(self, step: int) -> dict[str, Any] | Batch:
+        epoch, rows = step // self.steps_per_epoch, self.rows(step)
+        keys = self.films.keys[rows]
+        raw: dict[str, Any] = {"films": self._read(rows), "keys": keys, "epoch": epoch}
+        if self.partners is not None:
+            u = uniforms(keys, 1, self.cutter.seed, epoch, "partner")[:, 0]
+            raw["target films"] = self._read(self.partners(rows, u))
+        raw["plans"] = self.cutter.plan(keys, raw["films"].shape[-1], epoch)
+        if self.films.static.shape[1]:
+            raw["static"] = torch.from_numpy(self._static(rows, keys, epoch))
+        return self.cutter.cut(raw) if self.cut_here else raw
+
+    def _read(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.store.read(self.dicom_ids[rows].tolist()))
+
+    def _static(self, rows: np.ndarray, keys: np.ndarray, epoch: int) -> np.ndarray:
+        record = self.films.static[rows]
+        if not self.dropout:
+            return record
+        codes, names = pd.factorize(np.array(self.films.column_groups, dtype=object))
+        u = uniforms(keys, len(names), self.cutter.seed, epoch, "record dropout")
+        return record * (u >= self.dropout).astype(np.float32)[:, codes]

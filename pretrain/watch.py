@@ -1,0 +1,100 @@
+"""What a pretraining does, in numbers for metrics.jsonl, and in words when it goes wrong.
+
+Collapse shows in the effective rank of the features and in the prototypes in use, not in the mean-entropy term.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from configs import UserError
+from ehr_features.files import write_json
+from pretrain import run
+from pretrain.batches import Steps
+from pretrain.config import PretrainConfig
+from pretrain.msn import effective_rank
+
+RANK_WINDOW = 512  # films over which the effective rank is measured
+RANK_FLOOR, PROTOTYPES_FLOOR = 4.0, 0.1  # directions; share of prototypes used lately: below, say so
+
+
+class Watch:
+    """What a run does, in numbers, and in words when it goes wrong."""
+
+    def __init__(self, config: PretrainConfig, steps: Steps, log: run.Log, accelerator: Any) -> None:
+        self.log, self.steps, self.accelerator = log, steps, accelerator
+        self.batch_size = config.optim.batch_size
+        self.num_prototypes = config.loss.prototypes
+        self.patience = max(200, steps.steps_per_epoch)  # steps before a collapse can be told from a beginning
+        films = max(RANK_WINDOW, 2 * self.num_prototypes)
+        self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=math.ceil(films / self.batch_size))
+        self.pending: list[tuple[int, dict[str, Tensor], float]] = []
+        self.last_finite = -1
+        self.warned: set[str] = set()
+        self.note, self._since = "", time.monotonic()
+
+    def see(self, out: dict[str, Tensor], step: int, waited: float, rates: dict[str, Any]) -> None:
+        """Keep a step's numbers on the device."""
+        self.recent.append((out["features"], out["hits"]))
+        scalars = {key: value.detach() for key, value in out.items() if value.ndim == 0}
+        self.pending.append((step, scalars, waited))
+        self.rates = rates
+
+    def report(self, done: int) -> None:
+        """Write the mean of the steps since the last report. Raises: UserError: a loss was not finite."""
+        scalars = {key: torch.stack([s[key] for _, s, _ in self.pending]) for key in self.pending[0][1]}
+        losses = scalars["loss"].tolist()
+        for (step, _, _), loss in zip(self.pending, losses, strict=True):
+            if not math.isfinite(loss):
+                self._stop(step)
+            self.last_finite = step
+        if self.accelerator.num_processes > 1:
+            scalars = {key: self.accelerator.reduce(value, "mean") for key, value in scalars.items()}
+        hits = self.accelerator.reduce(torch.stack([h for _, h in self.recent]).sum(dim=0), "sum")
+        seconds, waited = time.monotonic() - self._since, sum(w for _, _, w in self.pending)
+        values = {f"train/{key}": value.mean().item() for key, value in scalars.items()}
+        values |= {f"train/{key}": float(value) for key, value in self.rates.items()}
+        values["train/prototypes_used"] = int((hits > 0).sum())
+        values["train/effective_rank"] = float(effective_rank(torch.cat([f for f, _ in self.recent])))
+        values["train/films_per_second"] = len(self.pending) * self.batch_size / seconds
+        values["train/wait_share"] = waited / seconds
+        values["train/epoch"] = done / self.steps.steps_per_epoch
+        self.log.log(values, done)
+        self.note = f"loss {values['train/loss']:.3f}, rank {values['train/effective_rank']:.1f}"
+        self._warn(done, values)
+        self.pending, self._since = [], time.monotonic()
+
+    def _warn(self, done: int, values: dict[str, float]) -> None:
+        floor = PROTOTYPES_FLOOR * self.num_prototypes
+        signs = {
+            f"effective rank of the features {values['train/effective_rank']:.1f}, under {RANK_FLOOR:g}": (
+                values["train/effective_rank"] < RANK_FLOOR
+            ),
+            f"{values['train/prototypes_used']} of {self.num_prototypes} prototypes in use, under {floor:.0f}": (
+                values["train/prototypes_used"] < floor
+            ),
+        }
+        for text, low in signs.items():
+            kind = text[:12]
+            if low and done >= self.patience and kind not in self.warned:
+                self.warned.add(kind)
+                self.log.say(
+                    f"warning: step {done}: {text}: the features may be collapsing. What has helped: "
+                    "views.normalise: crop, loss.target_temperature: 0.1, fewer prototypes, a lower lr"
+                )
+
+    def _stop(self, step: int) -> NoReturn:
+        path = self.log.folder / f"bad_batch_{step}_rank{self.accelerator.process_index}.json"
+        rows = self.steps.rows(step)
+        write_json(path, {"step": step, "dicom_ids": self.steps.dicom_ids[rows].tolist()})
+        last = f"step {self.last_finite} was the last finite one" if self.last_finite >= 0 else "no step was finite"
+        raise UserError(
+            f"the loss is not finite at step {step} ({last}); its films are listed in {path}. "
+            "The last checkpoint is from before it: lower optim.lr or use precision: bf16, then choose another out=..."
+        )
