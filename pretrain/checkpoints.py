@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,11 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     state: dict[str, Any] | None = None
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read(path)
             break
         except Exception as error:  # damaged bytes make torch raise almost anything
-            Log(folder).say(f"{path}: damaged ({str(error).splitlines()[0][:120]}); the one before it is tried")
+            says = (str(error).splitlines() or [type(error).__name__])[0]
+            Log(folder).say(f"{path}: damaged ({says[:120]}); the one before it is tried")
     if distributed():
         steps: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(steps, -1 if state is None else state["step"])
@@ -100,3 +102,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if paths and state is None:
         raise UserError(f"{folder}/checkpoints: none of {len(paths)} can be read; remove them to start from step 0")
     return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
+        if damaged := archive.testzip():
+            raise ValueError(f"the check sum of {damaged} is wrong")
+    return dict(torch.load(path, map_location="cpu", weights_only=True))

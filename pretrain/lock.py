@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 from pathlib import Path
 
 from configs import UserError
@@ -34,6 +35,8 @@ def lock(folder: Path, name: str = ".lock") -> None:
         raise UserError(
             f"{folder}: another command works in this folder ({holder}); wait for it or choose another with out=..."
         ) from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"note: {folder} cannot be locked ({error.strerror}); start no second command in it", file=sys.stderr)
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _held[path] = handle

@@ -111,7 +111,10 @@ def distributed() -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Do `action` in process 0; the others wait, and raise if it raised there. Returns: its value; elsewhere None."""
+    """Do `action` in process 0 while the others wait; if it raises there, they leave without a word.
+
+    Returns: its value in process 0; elsewhere None.
+    """
     if not distributed():
         return action() if is_main() else None
     value, failure = None, None
@@ -120,12 +123,12 @@ def on_main(action: Callable[[], T]) -> T | None:
             value = action()
         except BaseException as error:
             failure = error
-    told = [None if failure is None else f"process 0: {failure}"]
-    dist.broadcast_object_list(told, src=0)
+    codes = [0 if failure is None else 2 if isinstance(failure, (UserError, OSError)) else 1]
+    dist.broadcast_object_list(codes, src=0)
     if failure is not None:
         raise failure
-    if told[0] is not None:
-        raise UserError(told[0])
+    if codes[0]:
+        sys.exit(codes[0])
     return value
 
 
