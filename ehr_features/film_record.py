@@ -37,7 +37,7 @@ def add_record(source: Source, films: ibis.Table) -> ibis.Table:
     """
     n = films.count().execute()
     films = _emergency(source, _stay(source, _person(source, films)))
-    films = _by_date(source, _earlier_admissions(source, _earlier_studies(films)))
+    films = _by_date(source, _earlier_admissions(source, earlier_studies(films)))
     films = held(source, _findings(source, films))
     assert films.count().execute() == n, "a lookup multiplied the films"
     return films
@@ -104,7 +104,7 @@ def _emergency(source: Source, films: ibis.Table) -> ibis.Table:
     return films.mutate(**{name: where(known, films[name]) for name in TRIAGE})
 
 
-def _earlier_studies(films: ibis.Table) -> ibis.Table:
+def earlier_studies(films: ibis.Table) -> ibis.Table:
     """Number of the subject's studies that began before this one, and the hours since the last of them."""
     studies = films.filter(_.taken_at.notnull()).group_by("subject_id", "study_id").agg(began=_.taken_at.min())
     times = studies.group_by("subject_id", "began").agg(n=_.count())

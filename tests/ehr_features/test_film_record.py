@@ -1,0 +1,119 @@
+"""The record's columns of each film: worked tables, and nothing from after the film."""
+
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ibis.util import gen_name
+
+from ehr_features import linking, schema
+from ehr_features.cohort import Attrition
+from ehr_features.film_record import add_record, earlier_studies
+from ehr_features.source import Source, connect, hold
+
+CON = connect("duckdb")
+FILM = {"dicom_id": "a", "subject_id": 10, "study_id": 50, "StudyDate": 21500102, "StudyTime": 120000.0}
+FILM |= {"ViewPosition": "AP", "PatientOrientationCodeSequence_CodeMeaning": "Erect"}
+TABLES: dict[str, list[dict[str, Any]]] = {
+    "patients": [{"subject_id": 10, "gender": "F", "anchor_age": 60, "anchor_year": 2148}],
+    "admissions": [
+        {"subject_id": 10, "hadm_id": 20, "admittime": "2150-01-01 12:00:00", "dischtime": "2150-01-09 10:00:00"}
+        | {"hospital_expire_flag": 1, "race": "WHITE", "insurance": "Other", "language": "ENGLISH"},
+        {"subject_id": 10, "hadm_id": 19, "admittime": "2149-01-01", "dischtime": "2149-01-04"}
+        | {"hospital_expire_flag": 0},
+    ],
+    "icustays": [
+        {"subject_id": 10, "stay_id": 30, "intime": "2150-01-02", "outtime": "2150-01-05", "los": 3.0},
+    ],
+    "edstays": [
+        {"subject_id": 10, "stay_id": 40, "intime": "2150-01-01 06:00:00", "outtime": "2150-01-01 11:00:00"},
+    ],
+    "triage": [
+        {"subject_id": 10, "stay_id": 40, "temperature": 98.6, "heartrate": 90.0, "o2sat": 980.0, "acuity": 2.0},
+    ],
+    "cxr_chexpert": [{"subject_id": 10, "study_id": 50, "Edema": 1.0, "Pneumonia": -1.0, "Fracture": None}],
+}
+
+
+def images(films: list[dict[str, Any]], ed_tolerance_hours: float = 48.0, **tables: Any) -> pd.DataFrame:
+    frames = TABLES | tables | {"cxr_metadata": [FILM | film for film in films]}
+    source = Source.from_frames({name: pd.DataFrame(rows) for name, rows in frames.items() if rows})
+    linked = linking.link_films(source, Attrition(), ed_tolerance_hours=ed_tolerance_hours)
+    return add_record(source, linked).to_pandas().set_index("dicom_id").sort_index()
+
+
+def test_record_of_a_film_in_an_icu_stay() -> None:
+    film = images([{}]).loc["a"]
+    assert (film.sex, film.age_years, film.age_capped) == ("F", 62, False)
+    assert (film.in_icu, film.icu_los_days, film.died_in_hospital) == (1, 3.0, 1)
+    assert (film.race, film.insurance, film.language) == ("WHITE", "Other", "ENGLISH")
+    assert (film.hours_since_hospital_arrival, film.hours_since_icu_arrival) == (24, 12)
+    assert (film.hours_since_ed_arrival, film.ed_acuity, film.ed_heart_rate) == (30, 2, 90)
+    assert film.ed_temperature_c == pytest.approx(37) and pd.isna(film.ed_o2sat)  # 980 % is no saturation
+    assert (film.Edema, film.Pneumonia) == (1, -1) and pd.isna(film.Fracture)
+    assert film.num_prior_admissions == 1
+
+
+def test_triage_of_a_visit_that_has_not_begun_is_not_known() -> None:
+    later = [{"subject_id": 10, "stay_id": 40, "intime": "2150-01-02 14:00:00", "outtime": "2150-01-02 20:00:00"}]
+    film = images([{}], edstays=later).loc["a"]
+    assert (film.ed_stay_id, film.ed_stay_id_link, film.ed_stay_id_gap_hours) == (40, "before", 2)
+    assert film[["ed_acuity", "ed_heart_rate", "hours_since_ed_arrival", "arrival_transport"]].isna().all()
+
+
+def test_death_is_of_the_admission_that_holds_the_film() -> None:
+    films = [
+        {"dicom_id": "b", "study_id": 51, "StudyDate": 21490102},
+        {"dicom_id": "c", "study_id": 52, "StudyDate": 21490601},
+    ]
+    frame = images([{}, *films])
+    assert frame["died_in_hospital"].fillna(-1).tolist() == [1, 0, -1]
+    assert frame["in_icu"].tolist() == [1, 0, 0]
+
+
+def test_film_of_a_subject_without_a_record_knows_nothing() -> None:
+    film = images([{"subject_id": 99}]).loc["a"]
+    record = [
+        c for c, s in schema.IMAGES.items() if s.group not in ("id", "time", "view", "position", "split", "finding")
+    ]
+    assert film[[c for c in record if c not in ("view_source", "num_prior_studies")]].isna().all()
+
+
+def test_age_above_89_is_marked_as_capped() -> None:
+    old = [TABLES["patients"][0] | {"anchor_age": 91}]
+    assert bool(images([{}], patients=old).loc["a"].age_capped) is True
+
+
+def test_flags_by_calendar_date_see_the_whole_day() -> None:
+    stays = [TABLES["icustays"][0] | {"intime": "2150-01-02 20:00:00"}]
+    film = images([{}], icustays=stays).loc["a"]
+    assert (film.in_icu, film.msn_in_icu) == (0, 1)
+
+
+def test_emergency_columns_are_empty_without_its_tables() -> None:
+    film = images([{}], edstays=None, triage=None).loc["a"]
+    assert film[[c for c, s in schema.IMAGES.items() if s.group == "ed_triage"]].isna().all()
+
+
+def test_every_column_of_the_schema_is_made() -> None:
+    assert set(images([{}]).reset_index()) == set(schema.IMAGES) - {"split"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 23)), min_size=1, max_size=8))
+def test_earlier_studies_are_those_that_began_before(films: list[tuple[int, int]]) -> None:
+    frame = pd.DataFrame(films, columns=["study_id", "hour"]).assign(subject_id=10)
+    frame["dicom_id"] = frame.index.astype(str)
+    frame["taken_at"] = pd.Timestamp("2150-01-01") + pd.to_timedelta(frame.pop("hour"), unit="h")
+    table = hold(CON, gen_name("films"), pa.Table.from_pandas(frame, preserve_index=False))
+    got = earlier_studies(table).to_pandas().set_index("dicom_id")
+    began = {study: min(h for s, h in films if s == study) for study, _ in films}
+    for i, (study, hour) in enumerate(films):
+        earlier = [h for h in began.values() if h < began[study]]
+        film = got.loc[str(i)]
+        assert film.num_prior_studies == len(earlier)
+        since = film.hours_since_prior_study
+        assert since == hour - max(earlier) if earlier else pd.isna(since)
