@@ -1,8 +1,9 @@
 """Find and open raw tables: MIMIC-IV 1.0, 2.x, 3.x, MIMIC-IV-ED, MIMIC-CXR(-JPG); csv, csv.gz, parquet; local or a URL.
 
 Comes in: the root folders of a FeaturesConfig. Goes out: a `Source` whose `table(name)` is an ibis expression with the
-columns of `schema.READ`, selected and cast by name. CSV is read as text under its header: an inserted column shifts nothing, and
-"None" stays a value. Text that does not cast becomes null; whoever needs the value counts what that drops.
+columns of `schema.READ`, selected and cast by name. CSV is read as text under its header: an inserted column shifts
+nothing, and "None" stays a value. Text that does not cast becomes null; whoever needs the value counts what that
+drops.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.schema import READ, Raw
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
-LAYOUTS = ("1.0", "2.0", "2.2")
+EVENTS = ("chartevents", "labevents")  # too large to hold
 _HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
 
 
@@ -86,7 +87,12 @@ class Source:
             opened = read(self.con, path, found)
         names = {c: (raw.renamed.get(c, c) if self.layout == "1.0" else c) for c in raw.columns}
         cast = {c: _cast(opened[names[c]] if names[c] in found else ibis.null("string"), raw.columns[c]) for c in names}
-        return opened.select(**cast)
+        table = opened.select(**cast)
+        if name in EVENTS or path.endswith(".parquet") or self.con.name != "duckdb":
+            return table
+        with readable(path):  # a table that several steps read is parsed once
+            self.con.con.execute(f"CREATE TEMP TABLE opened_{name} AS {ibis.to_sql(table, dialect='duckdb')}")
+        return self.con.table(f"opened_{name}")
 
 
 def open_source(config: FeaturesConfig) -> Source:
@@ -176,6 +182,15 @@ def hold(con: Any, name: str, table: pa.Table) -> ir.Table:
         con.con.register(name, table)
         return con.table(name)
     return con.create_table(name, table, overwrite=True)
+
+
+def batches(con: Any, table: ir.Table, rows: int = 500_000) -> Iterator[pa.RecordBatch]:
+    """The rows of an expression, some at a time."""
+    if con.name == "duckdb":  # ibis 12's to_pyarrow_batches calls what DuckDB 2.0 renamed
+        found = con.con.sql(ibis.to_sql(table, dialect="duckdb"))
+        yield from found.to_arrow_reader(rows) if hasattr(found, "to_arrow_reader") else found.fetch_record_batch(rows)
+    else:
+        yield from table.to_pyarrow_batches(chunk_size=rows)
 
 
 def _cast(column: ir.Value, to: str) -> ir.Value:

@@ -1,0 +1,63 @@
+"""python -m ehr_features COMMAND: raw MIMIC tables -> features/."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from configs import cli
+from ehr_features.config import FeaturesConfig
+from ehr_features.demo import add_arguments as demo_arguments
+
+
+def _build(config: Any, args: argparse.Namespace) -> int:
+    from ehr_features.build import build
+
+    print(f"features: {config.mimic_iv} (preset {config.preset}) -> {config.out}", file=sys.stderr, flush=True)
+    out = build(config)
+    print(out)
+    print(
+        f"next: ./launch.sh images configs/images.yaml, or ./launch.sh fuse configs/fuse_mortality.yaml features={out}"
+    )
+    return 0
+
+
+def _check(config: Any, args: argparse.Namespace) -> int:
+    from ehr_features.check import check
+
+    return check(config)
+
+
+def _demo(args: argparse.Namespace) -> int | None:
+    from ehr_features.demo import run
+
+    return run(args)
+
+
+def main() -> None:
+    top, commands = cli.parser("ehr_features", "Raw MIMIC tables -> features/")
+    cli.config_command(
+        commands,
+        "build",
+        FeaturesConfig,
+        _build,
+        says="write the features/ folder",
+        example="python -m ehr_features build configs/features.yaml mimic_iv=/data/mimic-iv/3.1 out=features/mimic",
+    )
+    cli.config_command(
+        commands,
+        "check",
+        FeaturesConfig,
+        _check,
+        says="open every table and say what can be done with them, without extracting",
+        example="python -m ehr_features check configs/features.yaml mimic_iv=/data/mimic-iv/3.1",
+    )
+    demo = commands.add_parser("demo", help="write a synthetic MIMIC with a planted signal", allow_abbrev=False)
+    demo_arguments(demo)
+    demo.set_defaults(run=_demo)
+    cli.main(top)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Raw tables -> features/: every step in order.
+
+Comes in: a FeaturesConfig. Goes out: the folder of features, written aside and renamed when it is complete. The
+events and the unnormalised series are kept in the cache folder under a key of what they depend on, so that a changed
+config redoes only what depends on it, and an unchanged one nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ibis.expr.types as ir
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis import _
+from safetensors import safe_open
+
+from configs import UserError
+from ehr_features import (
+    channels,
+    cohort,
+    events,
+    film_record,
+    labels,
+    linking,
+    medfuse,
+    release,
+    schema,
+    series,
+    splits,
+)
+from ehr_features.config import FeaturesConfig
+from ehr_features.files import digest, file_digest, new_file, new_folder, provenance, read_json, write_json
+from ehr_features.schema import Column
+from ehr_features.source import EVENTS, Source, batches, hold, open_source
+
+ARROW = {
+    "int64": pa.int64(),
+    "string": pa.string(),
+    "float64": pa.float64(),
+    "timestamp": pa.timestamp("us"),
+    "date": pa.date32(),
+    "boolean": pa.bool_(),
+}
+NO_EFFECT = {"out", "cache", "memory", "threads"}  # keys that change no result
+
+
+class Steps:
+    """How long each step took; says each when it is done."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - begun, 3)
+        print(f"  {name}: {self.seconds[name]:.1f} s", file=sys.stderr, flush=True)
+
+
+def build(config: FeaturesConfig) -> Path:
+    """Write features/.
+
+    Returns: the folder. Raises: UserError: anything about the raw tables or the config that the user can mend.
+    """
+    out = config.out
+    _may_write(out)
+    steps = Steps()
+    with steps("opening the tables"):
+        source = open_source(config)
+        prints = {name: events.fingerprint(path) for name, path in source.files.items()}
+        used = {k: v for k, v in config.model_dump(mode="json").items() if k not in NO_EFFECT}
+        key = digest([used, prints, _extra_files(config), _code("*.py", "*.yaml", "*.csv")])
+    if is_current(out, key):
+        print(f"{out} is up to date with its tables and config", file=sys.stderr)
+        return out
+    attrition = cohort.Attrition()
+    declared = channels.read_channels(config.channels)
+    absent = channels.check_items(source, declared, config.preset, config.channels)
+    attrition.note("itemids that the dictionaries of this release lack", absent)
+    with steps("choosing the stays"):
+        stays = cohort.stays(source, config.preset, attrition)
+    with steps("reading the events"):
+        found = _events(source, declared, config)
+    with steps("binning the series"):
+        binned, fates = _series(source, found, stays, declared, config)
+    columns = medfuse.layout(declared) if config.preset == "medfuse" else series.layout(declared)
+    with new_folder(out) as part:
+        with steps("linking the films"):
+            films = _films(source, attrition, config)
+            split = _split(source, stays, films, config)
+            stays = stays.join(split, "subject_id")
+            stay_films = None if films is None else linking.stay_films(films, stays)
+            tables = _tables(source.con, part, stays, films, stay_films, split)
+        with steps("writing the samples"):
+            shutil.copyfile(binned, part / "series.safetensors")
+            status = labels.code_status(found["chartevents"][0], stays)
+            cohort_ = labels.Cohort(source, _with_death(stays), _first_hours(source, binned, config), config)
+            tables |= _samples(part, cohort_, stay_films, status, attrition)
+        with steps("fitting the normaliser"):
+            about = _about_series(source, part, stays, columns, config) | {"events": fates}
+            write_json(part / "series.json", about)
+        write_json(part / "schema.json", tables)
+        write_json(part / "attrition.json", attrition.as_json())
+        write_json(part / "provenance.json", _provenance(config, source, prints, found, part, steps, key))
+    return out
+
+
+def is_current(out: Path, key: str) -> bool:
+    """Whether a folder was written from these tables, this config and this code."""
+    with contextlib.suppress(UserError):
+        return read_json(out / "provenance.json").get("key") == key
+    return False
+
+
+def _may_write(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; out=... is a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "provenance.json").is_file():
+        raise UserError(f"{out}: holds files that are no features; choose another folder with out=...")
+
+
+def _extra_files(config: FeaturesConfig) -> list[str]:
+    named = [config.channels, Path(config.split) if Path(config.split).is_file() else None]
+    return [file_digest(path) for path in named if path is not None and path.is_file()]
+
+
+def _code(*patterns: str) -> str:
+    """A digest of our own code and data, so that a newer version does not take an older one's results."""
+    here = Path(__file__).parent
+    return digest([file_digest(path) for pattern in patterns for path in sorted(here.glob(pattern))])
+
+
+def _events(
+    source: Source, declared: tuple[channels.Channel, ...], config: FeaturesConfig
+) -> dict[str, tuple[ir.Table, int]]:
+    """The events of both presets' items and of all ICU subjects: independent of preset and cohort, so filtered once."""
+    items = {i for preset in ("default", "medfuse") for i in channels.item_ids(declared, preset)}
+    subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
+    return events.cached(source, items | set(labels.CODE_STATUS), set(subjects), config.cache_folder)
+
+
+def _series(
+    source: Source,
+    found: Mapping[str, tuple[ir.Table, int]],
+    stays: ir.Table,
+    declared: tuple[channels.Channel, ...],
+    config: FeaturesConfig,
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The cached series of this cohort, and what became of the events."""
+    frame = stays.select("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_hours").to_pandas()
+    who = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
+    prints = [events.fingerprint(source.files[name]) for name in EVENTS if name in source.files]
+    said = [channel.model_dump(mode="json") for channel in declared]
+    code = _code("series.py", "medfuse.py", "channels.py", "events.py", "source.py")
+    key = digest([prints, who, said, config.preset, config.step_hours, config.engine, code])
+    path = config.cache_folder / f"series-{key}.safetensors"
+    facts = path.with_suffix(".json")
+    if not (path.is_file() and facts.is_file()):
+        preset = medfuse if config.preset == "medfuse" else series
+        bins, counts = preset.extract(
+            source, found["chartevents"][0], found["labevents"][0], stays, declared, config.step_hours
+        )
+        with events.progress(source.con, "binning the series"):
+            series.write(
+                path,
+                batches(source.con, bins.select(*series.BINS)),
+                frame["stay_id"].to_numpy(),
+                _lengths(frame["los_hours"].to_numpy(), config),
+                preset.layout(declared),
+            )
+        names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
+        counts["channel"] = [names[i] for i in counts["channel"]]
+        order = counts.sort_values(["channel", "fate"])
+        write_json(facts, [{k: v for k, v in row.items()} for row in order.to_dict("records")])
+    return path, read_json(facts)
+
+
+def _lengths(los_hours: np.ndarray, config: FeaturesConfig) -> np.ndarray:
+    if config.preset == "medfuse":
+        return (los_hours + 1 - 1e-6).astype(np.int64)
+    return series.lengths(los_hours, config.step_hours)
+
+
+def _films(source: Source, attrition: cohort.Attrition, config: FeaturesConfig) -> ir.Table | None:
+    if config.mimic_cxr is None:
+        return None
+    films = linking.link_films(source, attrition, preset=config.preset, ed_tolerance_hours=config.ed_tolerance_hours)
+    return film_record.add_record(source, films)
+
+
+def _split(source: Source, stays: ir.Table, films: ir.Table | None, config: FeaturesConfig) -> ir.Table:
+    """subject_id -> split, of everyone who has a stay in the cohort or a film."""
+    subjects = stays.select("subject_id").distinct()
+    if films is not None:
+        subjects = subjects.union(films.select("subject_id"), distinct=True)
+    years = source.table("patients").select("subject_id", "anchor_year_group").distinct()
+    frame = subjects.left_join(years, "subject_id").select("subject_id", "anchor_year_group").to_pandas()
+    official = source.table("cxr_split").to_pandas() if source.has("cxr_split") else None
+    assigned = splits.assign(frame, official, method=config.split, seed=config.seed)
+    return hold(
+        source.con, "subject_split", pa.Table.from_pandas(assigned.astype({"split": "string"}), preserve_index=False)
+    )
+
+
+def _tables(
+    con: Any, part: Path, stays: ir.Table, films: ir.Table | None, stay_films: ir.Table | None, split: ir.Table
+) -> dict[str, Any]:
+    """Write stays, images and stay_films; returns their entries of schema.json."""
+    write_table(con, stays.order_by("stay_id"), part / "stays.parquet", schema.STAYS)
+    tables = {"stays": schema.described(schema.STAYS)}
+    if films is not None and stay_films is not None:
+        films = films.join(split, "subject_id")
+        write_table(con, films.order_by("dicom_id"), part / "images.parquet", schema.IMAGES)
+        ordered = stay_films.order_by("stay_id", "hours_from_intime", "dicom_id")
+        write_table(con, ordered, part / "stay_films.parquet", schema.STAY_FILMS)
+        tables |= {"images": schema.described(schema.IMAGES), "stay_films": schema.described(schema.STAY_FILMS)}
+    return tables
+
+
+def _with_death(stays: ir.Table) -> ir.Table:
+    return stays.mutate(death_hours=(_.death_at.epoch_seconds() - _.intime.epoch_seconds()) / 3600)
+
+
+def _first_hours(source: Source, binned: Path, config: FeaturesConfig) -> ir.Table:
+    """stay_id, first_hour: where the first bin with a measurement begins; stays with one only."""
+    with safe_open(binned, "numpy") as file:
+        stay, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
+        seen = np.flatnonzero(file.get_tensor("observed").any(1))
+    at = np.searchsorted(seen, offsets[:-1])
+    first = np.append(seen, offsets[-1])[at]
+    has = first < offsets[1:]
+    table = {"stay_id": stay[has], "first_hour": ((first - offsets[:-1]) * config.step_hours)[has]}
+    return hold(source.con, "first_hours", pa.table(table))
+
+
+def _samples(
+    part: Path, cohort_: labels.Cohort, stay_films: ir.Table | None, status: ir.Table, attrition: cohort.Attrition
+) -> dict[str, Any]:
+    """Write samples/TASK.parquet of each task; returns their entries of schema.json."""
+    tables, con = {}, cohort_.source.con
+    for task in cohort_.config.tasks:
+        columns = {**schema.SAMPLES, **labels.label_columns(task)}
+        path = part / "samples" / f"{task}.parquet"
+        if task == "findings":
+            images = pd.read_parquet(part / "images.parquet")
+            write_table(con, labels.finding_samples(images, cohort_.config.findings), path, columns)
+        else:
+            samples = labels.TASKS[task](cohort_, attrition)
+            samples = labels.latest(samples, status, "code_status")
+            samples = _with_film(samples, stay_films)
+            write_table(con, samples.order_by("stay_id", "predict_at_hours"), path, columns)
+        attrition.note(f"samples/{task}", pq.read_metadata(path).num_rows)
+        tables[f"samples/{task}"] = schema.described(columns)
+    return tables
+
+
+def _with_film(samples: ir.Table, stay_films: ir.Table | None) -> ir.Table:
+    import ibis
+
+    if stay_films is None:
+        return samples.mutate(dicom_id=ibis.null("string"))
+    return samples.left_join(linking.last_film(samples, stay_films), "sample_id").drop("sample_id_right")
+
+
+def _about_series(
+    source: Source, part: Path, stays: ir.Table, columns: series.Layout, config: FeaturesConfig
+) -> dict[str, Any]:
+    """series.json."""
+    train = stays.order_by("stay_id").select("stay_id", "split").to_pandas()["split"].eq("train").to_numpy()
+    return {
+        "preset": config.preset,
+        "step_hours": config.step_hours,
+        "columns": [*columns.values, *columns.observed],
+        "num_values": len(columns.values),
+        "units": [*columns.units, *["1 = observed"] * len(columns.observed)],
+        "observed_of": list(columns.source),
+        "imputation": {"rule": "previous value of the stay, then the normal value", "normal": list(columns.normal)},
+        "normaliser": series.fit(part / "series.safetensors", columns, train)
+        | {"fitted_on": "train", "num_stays": int(train.sum())},
+    }
+
+
+def write_table(con: Any, table: ir.Table | pd.DataFrame, path: Path, columns: Mapping[str, Column]) -> None:
+    """Write a table of features/ with exactly its declared columns and types."""
+    want = pa.schema([(name, ARROW[column.type]) for name, column in columns.items()])
+    with new_file(path) as part, pq.ParquetWriter(part, want, compression="zstd") as writer:
+        if isinstance(table, pd.DataFrame):
+            writer.write_table(pa.Table.from_pandas(table[want.names], preserve_index=False).cast(want))
+            return
+        for batch in batches(con, table.select(*want.names)):
+            writer.write_table(pa.Table.from_batches([batch]).cast(want))
+
+
+def _provenance(
+    config: FeaturesConfig,
+    source: Source,
+    prints: Mapping[str, Any],
+    found: Mapping[str, tuple[ir.Table, int]],
+    part: Path,
+    steps: Steps,
+    key: str,
+) -> dict[str, Any]:
+    raw = {name: int(source.table(name).count().execute()) for name in source.files if name not in found}
+    raw |= {name: rows for name, (_table, rows) in found.items()}
+    said = release.claimed(config.mimic_iv)
+    warnings = release.differences(raw, said)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    written = {p.relative_to(part).as_posix(): pq.read_metadata(p).num_rows for p in sorted(part.rglob("*.parquet"))}
+    record = provenance(
+        config.model_dump(mode="json"),
+        key=key,
+        seed=config.seed,
+        layout=source.layout,
+        release=said or release.recognised(raw),
+        release_claimed=said,
+        rows_read=raw,
+        rows_written=written,
+        warnings=warnings,
+        seconds=steps.seconds,
+    )
+    record["sources"] = {source.files[name]: {"table": name, **stat} for name, stat in prints.items()}
+    return record

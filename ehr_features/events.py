@@ -1,0 +1,125 @@
+"""chartevents and labevents, filtered once into Parquet.
+
+Comes in: a source, the itemids and subjects that count. Goes out: small Parquet files in the cache folder, named by a
+key of what they depend on, and how many rows were read. A file appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from ehr_features.files import digest, new_file, new_folder, write_json
+from ehr_features.source import EVENTS, Source, hold, readable
+
+
+def cached(
+    source: Source, items: Iterable[int], subjects: Iterable[int], folder: Path
+) -> dict[str, tuple[ir.Table, int]]:
+    """The events of some items and subjects.
+
+    Args:
+        items: itemids to keep. subjects: subject_ids to keep. folder: of the cache.
+    Returns: table name -> (its rows, how many rows the raw table has).
+    """
+    items, subjects = sorted(items), sorted(subjects)
+    return {name: _one(source, name, items, subjects, folder) for name in EVENTS}
+
+
+def _one(source: Source, name: str, items: list[int], subjects: list[int], folder: Path) -> tuple[ir.Table, int]:
+    if name not in source.files:  # held in memory
+        table = _kept(source, source.table(name), items, subjects)
+        return table, int(source.table(name).count().execute())
+    key = digest([name, fingerprint(source.files[name]), items, subjects, source.con.name])
+    path, facts = folder / f"{name}-{key}.parquet", folder / f"{name}-{key}.json"
+    if not (path.exists() and facts.is_file()):
+        table = _kept(source, source.table(name), items, subjects)
+        with readable(source.files[name]), progress(source.con, f"reading {name} (once)"):
+            rows = _write(source, table, path)
+        write_json(facts, {"rows_read": rows})
+    return source.con.read_parquet(str(path)), json.loads(facts.read_text())["rows_read"]
+
+
+def _kept(source: Source, table: ir.Table, items: list[int], subjects: list[int]) -> ir.Table:
+    who = hold(source.con, "event_subjects", pa.table({"subject_id": pa.array(subjects, pa.int64())}))
+    return table.filter(table.itemid.isin(items)).semi_join(who, "subject_id")
+
+
+def _write(source: Source, table: ir.Table, path: Path) -> int:
+    """Write a table to Parquet; returns how many rows its scan read."""
+    if source.con.name != "duckdb":
+        with new_folder(path) as part:
+            part.rmdir()  # Spark makes it
+            table.to_parquet(str(part))
+        return int(source.table(path.name.partition("-")[0]).count().execute())
+    con = source.con.con
+    con.execute("PRAGMA enable_profiling = 'no_output'")
+    try:
+        with new_file(path) as part:
+            table.to_parquet(part, compression="zstd")
+        return _rows_scanned(json.loads(con.get_profiling_information("json")))
+    finally:
+        con.execute("PRAGMA disable_profiling")
+
+
+def _rows_scanned(profile: Any) -> int:
+    """The rows that came out of the file scan, which is the largest scan of the plan."""
+    found = [0]
+    if isinstance(profile, dict):
+        if "SCAN" in str(profile.get("type", "")) or "READ_" in str(profile.get("type", "")):
+            found.append(int(profile.get("intermediate_rows", 0)))
+        found += [_rows_scanned(child) for key in ("operator", "children") for child in profile.get(key, [])]
+    return max(found)
+
+
+def fingerprint(path: str) -> dict[str, Any]:
+    """Size and time of change of a file or URL; what changes when its content does."""
+    filesystem, inner = fsspec.url_to_fs(path)
+    info = filesystem.info(inner)
+    changed = next(
+        (info[k] for k in ("mtime", "LastModified", "last_modified", "updated", "created") if k in info), None
+    )
+    return {"bytes": info.get("size"), "mtime": int(changed) if isinstance(changed, float) else str(changed)}
+
+
+@contextmanager
+def progress(con: Any, what: str) -> Iterator[None]:
+    """Show how far the engine's query is, with the time left; a line now and then where stderr is no terminal."""
+    if con.name != "duckdb":
+        print(f"  {what} ...", file=sys.stderr, flush=True)
+        yield
+        return
+    con.con.execute("SET enable_progress_bar = true")
+    con.con.execute("SET enable_progress_bar_print = false")
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(con.con.query_progress, what, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _watch(percent: Callable[[], float], what: str, done: threading.Event) -> None:
+    terminal, begun, said = sys.stderr.isatty(), time.monotonic(), 0.0
+    while not done.wait(0.5):
+        spent = time.monotonic() - begun
+        if spent < 2 or (not terminal and spent - said < 20):
+            continue
+        said, part = spent, max(percent(), 0.0)
+        left = f", about {spent * (100 - part) / part:.0f} s left" if part > 1 else ""
+        end = "\r" if terminal else "\n"
+        print(f"  {what}: {part:3.0f} %, {spent:.0f} s{left}   ", end=end, file=sys.stderr, flush=True)
+    if said and terminal:
+        print(file=sys.stderr)

@@ -1,0 +1,268 @@
+"""Tasks: who is predicted when, and what came of it.
+
+Comes in: the cohort (with deaths), the films of stays, diagnoses, code status. Goes out: an ibis table per task, with
+the columns of schema.SAMPLES and its labels. A sample sees nothing from after `predict_at_hours`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from ibis import _
+
+from ehr_features.cohort import Attrition
+from ehr_features.config import FeaturesConfig, Findings
+from ehr_features.schema import FINDINGS, SAMPLES, Column
+from ehr_features.source import Source, hold
+
+CODE_STATUS = (223758, 228687)
+FIRST_HOUR = 5  # decompensation and length of stay begin after four hours
+WITHIN_HOURS = 24  # decompensation: death within a day
+LOS_DAYS = (1, 2, 3, 4, 5, 6, 7, 8, 14)  # inner edges of the ten bins
+PHENOTYPES = Path(__file__).with_name("phenotypes.csv")
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What the tasks read. stays: as cohort.stays gives, with split; observed: stay_id, first_hour of any
+    measurement."""
+
+    source: Source
+    stays: ir.Table
+    observed: ir.Table
+    config: FeaturesConfig
+
+
+def mortality(cohort: Cohort, attrition: Attrition) -> ir.Table:
+    """Death in hospital, from the first hours of a stay whose patient is then alive and in the ICU."""
+    config, at = cohort.config, float(cohort.config.landmark_hours)
+    name = f"mortality ({config.landmark_hours} h)"
+    if config.preset == "medfuse":
+        stays = _keep(cohort.stays, _.los_hours >= at - 1e-6, attrition, name, f"shorter than {at:.0f} h")
+        seen = cohort.observed.filter(_.first_hour < at).select("stay_id")
+        stays = _keep(stays.semi_join(seen, "stay_id"), None, attrition, name, "nothing measured", before=stays)
+    else:
+        until = at + config.gap_hours
+        stays = _keep(cohort.stays, _.los_hours >= until, attrition, name, f"left the ICU before hour {until:.0f}")
+        alive = _.death_hours.isnull() | (_.death_hours > until)
+        stays = _keep(stays, alive, attrition, name, f"dead by hour {until:.0f}")
+    return stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=at, mortality=_.died.cast("int64"))
+
+
+def phenotypes(cohort: Cohort, attrition: Attrition) -> ir.Table:
+    """25 groups of diagnoses, from the whole stay."""
+    stays = cohort.stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=_.los_hours)
+    return _with_phenotypes(cohort, stays, attrition)
+
+
+def phenotypes_early(cohort: Cohort, attrition: Attrition) -> ir.Table:
+    """25 groups of diagnoses, from the first hours of stays that are as long."""
+    at = float(cohort.config.landmark_hours)
+    stays = _keep(cohort.stays, _.los_hours >= at, attrition, "phenotypes_early", f"shorter than {at:.0f} h")
+    stays = stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=ibis.literal(at))
+    return _with_phenotypes(cohort, stays, attrition)
+
+
+def decompensation(cohort: Cohort, attrition: Attrition) -> ir.Table:
+    """Death within 24 hours, every hour."""
+    hourly = _hourly(cohort, attrition, "decompensation")
+    left = _.death_hours - _.predict_at_hours
+    return hourly.mutate(decompensation=(left <= WITHIN_HOURS).fill_null(False).cast("int64"))
+
+
+def length_of_stay(cohort: Cohort, attrition: Attrition) -> ir.Table:
+    """Hours left in the ICU, every hour; `los_bin` 0-9: under a day, seven bins of a day, 8-14 days, more."""
+    hourly = _hourly(cohort, attrition, "length_of_stay").mutate(los_remaining_hours=_.los_hours - _.predict_at_hours)
+    passed = [(hourly.los_remaining_hours >= 24 * day).cast("int64") for day in LOS_DAYS]
+    return hourly.mutate(los_bin=functools.reduce(operator.add, passed))
+
+
+TASKS: dict[str, Callable[[Cohort, Attrition], ir.Table]] = {
+    "mortality": mortality,
+    "phenotypes": phenotypes,
+    "phenotypes_early": phenotypes_early,
+    "decompensation": decompensation,
+    "length_of_stay": length_of_stay,
+}
+
+
+def label_columns(task: str) -> dict[str, Column]:
+    """The label columns of a task."""
+    if task.startswith("phenotypes"):
+        return {f"phenotype_{g}": Column("int64", "", "phenotype", "discharge") for g in groups()}
+    if task == "length_of_stay":
+        return {
+            "los_remaining_hours": Column("float64", "hours", "outcome", "discharge"),
+            "los_bin": Column("int64", "bin", "outcome", "discharge"),
+        }
+    if task == "findings":
+        return {name: Column("int64", "", "finding", "study") for name in FINDINGS}
+    return {task: Column("int64", "", "outcome", "discharge")}
+
+
+def _keep(
+    stays: ir.Table, rule: Any, attrition: Attrition, task: str, why: str, *, before: ir.Table | None = None
+) -> ir.Table:
+    kept = stays if rule is None else stays.filter(rule)
+    ids = [
+        set((stays if before is None else before).stay_id.to_pyarrow().to_pylist()),
+        set(kept.stay_id.to_pyarrow().to_pylist()),
+    ]
+    attrition.add(f"samples: {task}", why, len(ids[0]), len(ids[1]), ids[0] - ids[1])
+    return kept
+
+
+def _hourly(cohort: Cohort, attrition: Attrition, task: str) -> ir.Table:
+    """A row for each whole hour from FIRST_HOUR on, up to the end of the stay or death, after the first measurement."""
+    stays = cohort.stays.join(cohort.observed, "stay_id").mutate(
+        lived=ibis.least(_.los_hours, _.death_hours.coalesce(_.los_hours))
+    )
+    stays = _keep(stays, None, attrition, task, "nothing measured", before=cohort.stays)
+    stays = _keep(stays, _.lived >= FIRST_HOUR, attrition, task, f"shorter than {FIRST_HOUR} h, or dead by then")
+    longest = int(stays.lived.max().execute() or 0)
+    hours = pa.table({"hour": pa.array(range(FIRST_HOUR, longest + 1), pa.int64())})
+    clock = hold(cohort.source.con, "sample_hours", hours)
+    rows = stays.join(clock, [clock.hour <= stays.lived, clock.hour >= stays.first_hour + cohort.config.step_hours])
+    rows = rows.filter(_.death_hours.isnull() | (_.death_hours > _.hour))
+    return rows.mutate(
+        sample_id=_.stay_id.cast("string") + "-" + _.hour.cast("string"), predict_at_hours=_.hour.cast("float64")
+    )
+
+
+def groups() -> list[int]:
+    """The CCS ids of the 25 phenotypes."""
+    return sorted(pd.read_csv(PHENOTYPES, usecols=["ccs"])["ccs"].unique().tolist())
+
+
+def group_codes(codes: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """Which of the 25 groups each ICD code belongs to.
+
+    Args:
+        codes: icd_code, icd_version; distinct.
+        preset: `default`: by code and version; an ICD-10 code that is not in the tables but extends one that is (a
+        newer
+            subdivision) takes its group, if all codes under that one agree. `medfuse`: by code alone, the published
+            list.
+    Returns: icd_code, icd_version, ccs (null: in none of the groups), how (exact | prefix | ambiguous | other).
+    """
+    table = pd.read_csv(PHENOTYPES, dtype={"icd_code": str})
+    table = table[table["presets"].str.split().map(lambda names: preset in names)]
+    codes = codes.assign(plain=codes["icd_code"].str.strip().str.replace(".", "", regex=False).str.upper())
+    keys = ["plain"] if preset == "medfuse" else ["plain", "icd_version"]
+    known = table.rename(columns={"icd_code": "plain"})[[*keys, "ccs"]].drop_duplicates()
+    found = codes.merge(known, on=keys, how="left")
+    found["how"] = np.where(found["ccs"].notna(), "exact", "other")
+    if preset == "medfuse":
+        return found.drop(columns="plain")
+    tens = set(known.loc[known["icd_version"] == 10, "plain"])
+    by_code = known[known["icd_version"] == 10].groupby("plain")["ccs"].agg(set).to_dict()
+    for row in found.index[found["ccs"].isna() & (found["icd_version"] == 10)]:
+        code = str(found.at[row, "plain"])
+        parent = next((code[:n] for n in range(len(code) - 1, 2, -1) if code[:n] in tens), None)
+        if parent is None:
+            continue
+        under = set().union(*(ccs for known_code, ccs in by_code.items() if str(known_code).startswith(parent)))
+        found.at[row, "how"] = "prefix" if len(under) == 1 else "ambiguous"
+        if len(under) == 1:
+            found.at[row, "ccs"] = under.pop()
+    return found.drop(columns="plain")
+
+
+def _with_phenotypes(cohort: Cohort, stays: ir.Table, attrition: Attrition) -> ir.Table:
+    """Add phenotype_* of the stay's admission."""
+    diagnoses = cohort.source.table("diagnoses_icd").semi_join(cohort.stays, "hadm_id")
+    diagnoses = diagnoses.select("hadm_id", "icd_code", "icd_version").filter(_.icd_code.notnull())
+    counted = diagnoses.group_by("icd_code", "icd_version").agg(n=_.count()).to_pandas()
+    mapped = group_codes(counted.drop(columns="n"), cohort.config.preset)
+    told = mapped.merge(counted, on=["icd_code", "icd_version"])
+    for (version, how), part in told.groupby(["icd_version", "how"]):
+        attrition.note(f"ICD-{version} diagnoses, group by {how}", {"codes": len(part), "rows": int(part["n"].sum())})
+    attrition.note(
+        "ICD-10 codes that no group could be told for", sorted(mapped.loc[mapped["how"] == "ambiguous", "icd_code"])
+    )
+    mapped = mapped.dropna(subset="ccs").astype({"ccs": "int64", "icd_version": "int64"})[
+        ["icd_code", "icd_version", "ccs"]
+    ]
+    held = hold(cohort.source.con, "icd_groups", pa.Table.from_pandas(mapped, preserve_index=False))
+    has = diagnoses.join(held, ["icd_code", "icd_version"]).select("hadm_id", "ccs", "icd_version").distinct()
+    _prevalence(cohort, diagnoses, has, attrition)
+    flags = {f"phenotype_{g}": (_.ccs == g).cast("int64").max() for g in groups()}
+    wide = has.group_by("hadm_id").agg(**flags)
+    stays = stays.left_join(wide, "hadm_id").drop("hadm_id_right")
+    return stays.mutate(**{name: _[name].fill_null(0) for name in flags})
+
+
+def _prevalence(cohort: Cohort, diagnoses: ir.Table, has: ir.Table, attrition: Attrition) -> None:
+    """How many admissions of each ICD version have each group."""
+    coded = diagnoses.select("hadm_id", "icd_version").distinct().group_by("icd_version").agg(n=_.count()).to_pandas()
+    positive = has.group_by("icd_version", "ccs").agg(n=_.hadm_id.nunique()).to_pandas()
+    for version, n in zip(coded["icd_version"].tolist(), coded["n"].tolist(), strict=True):
+        part = positive[positive["icd_version"] == version].set_index("ccs")["n"]
+        prevalence = {f"phenotype_{g}": round(int(part.get(g, 0)) / n, 4) for g in groups()}
+        attrition.note(f"phenotype prevalence in {n} admissions coded in ICD-{version}", prevalence)
+
+
+def findings(images: pd.DataFrame, uncertain: str = "zeros", empty: str = "zeros") -> pd.DataFrame:
+    """The 14 findings as labels.
+
+    Args:
+        images: the finding columns as in the source: 1, 0, -1 (uncertain), null (not mentioned).
+        uncertain: what -1 becomes: `zeros`, `ones`, `ignore` (null). empty: what null becomes: `zeros`, `ignore`.
+    Returns: the same columns, Int64. A study that has no row in the findings table at all stays null.
+    """
+    raw = images[list(FINDINGS)].astype("Float64")
+    labelled = raw.notna().any(axis=1)
+    uncertain_is: Any = {"zeros": 0.0, "ones": 1.0, "ignore": pd.NA}[uncertain]
+    labels = raw.mask(raw == -1, uncertain_is)
+    if empty == "zeros":
+        labels = labels.mask(raw.isna() & labelled.to_numpy()[:, None], 0.0)
+    return labels.astype("Int64")
+
+
+def finding_samples(images: pd.DataFrame, policy: Findings) -> pd.DataFrame:
+    """A sample per film that has findings; val and test follow the evaluation's policy, whatever training's is."""
+    train = (images["split"] == "train").to_numpy()
+    labels = findings(images, policy.eval_uncertain, policy.eval_empty)
+    labels[train] = findings(images[train], policy.uncertain, policy.empty)
+    about = images[["dicom_id", "stay_id", "subject_id", "split"]].reset_index(drop=True)
+    about = about.assign(sample_id=about["dicom_id"], predict_at_hours=np.nan, code_status=None)
+    about = about.astype({"code_status": "string"})[list(SAMPLES)]
+    samples = pd.concat([about, labels.reset_index(drop=True)], axis=1)
+    return samples[labels.notna().any(axis=1).to_numpy()]
+
+
+def code_status(events: ir.Table, stays: ir.Table) -> ir.Table:
+    """Code status charts of stays: stay_id, hours, code_status."""
+    said = events.filter(_.itemid.isin(CODE_STATUS) & _.value.notnull() & _.charttime.notnull())
+    said = said.join(stays.select("stay_id", "intime"), "stay_id")
+    hours = (_.charttime.epoch_seconds() - _.intime.epoch_seconds()) / 3600
+    return said.select("stay_id", hours=hours, code_status=_.value).distinct()
+
+
+def latest(samples: ir.Table, facts: ir.Table, column: str) -> ir.Table:
+    """Add the last of some timed facts of a stay at or before each prediction (null if there is none).
+
+    Args:
+        samples: sample_id, stay_id, predict_at_hours, ... facts: stay_id, hours, and `column`.
+    """
+    facts = facts.rename(fact_stay="stay_id")
+    moments = samples.select("sample_id", "stay_id", "predict_at_hours")
+    pairs = moments.join(facts, [moments.stay_id == facts.fact_stay, facts.hours <= moments.predict_at_hours])
+    last = pairs.group_by("sample_id").agg(last=ibis.struct({"hours": _.hours, "fact": _[column]}).max())
+    last = last.select("sample_id", **{column: _["last"]["fact"]})
+    return samples.left_join(last, "sample_id").drop("sample_id_right")
+
+
+def columns_of(task: str) -> Sequence[str]:
+    """The columns of samples/TASK.parquet, in order."""
+    return [*SAMPLES, *label_columns(task)]

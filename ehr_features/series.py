@@ -1,0 +1,324 @@
+"""Events -> hourly series, and the reader of what was written.
+
+Comes in: events of the cohort's subjects, the stays, the variables. Goes out: for each stay (T, F) values, forward
+filled, then the variable's normal value, not normalised; and (T, number of variables) observed. Bin h is [h, h +
+step) hours after intime, T = ceil(los_hours / step). A chart event counts from its charttime, a laboratory value from
+its storetime (from its charttime where that is empty; counted). Of several values at one time the latest storetime
+wins, then the larger value; of several times in a bin the last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+import numpy as np
+import pandas as pd
+from ibis import _
+from safetensors import safe_open
+
+from configs import UserError
+from ehr_features.channels import Channel, item_table, text_table
+from ehr_features.files import new_file, read_json
+from ehr_features.source import Source
+
+Shapes = dict[str, tuple[np.dtype, tuple[int, ...]]]
+NEVER = -(2**62)  # a storetime that is missing is older than any other
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a series.
+
+    values: names, in order. source: for each, the variable whose last value it shows. category: for each, the code
+    that it is one-hot for, or -1: the number itself; -2: the variable's mark. normal: what stands before the first
+    value.
+    """
+
+    values: tuple[str, ...]
+    units: tuple[str, ...]
+    source: tuple[int, ...]
+    category: tuple[int, ...]
+    normal: tuple[float, ...]
+    observed: tuple[str, ...]
+    normalised: tuple[bool, ...]
+
+
+def layout(channels: Sequence[Channel]) -> Layout:
+    """The columns of preset `default`: each variable, with its mark behind it where it has one."""
+    rows: list[tuple[str, str, int, int, float, bool]] = []
+    for number, channel in enumerate(channels):
+        rows.append(
+            (channel.name, channel.unit, number, -1, channel.normal, channel.range != (0, 1) or not channel.text)
+        )
+        rows += [(name, "1 = yes", number, -2, 0.0, False) for name in channel.mark]
+    names, units, source, category, normal, normalised = zip(*rows, strict=True)
+    return Layout(names, units, source, category, normal, tuple(f"mask->{c.name}" for c in channels), normalised)
+
+
+def timed(chart: ir.Table, labs: ir.Table, stays: ir.Table) -> ir.Table:
+    """Give each event its stay and the time from which it counts.
+
+    Args:
+        chart: chartevents. labs: labevents (no stay_id; linked by subject and time, whatever their hadm_id).
+        stays: stay_id, subject_id, intime, outtime.
+    Returns: stay_id, itemid, value, valuenum, seconds (since intime), stored (epoch seconds), unstored (a laboratory
+        value
+        without storetime).
+    """
+    window = stays.select("stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds())
+    chart = chart.filter(_.charttime.notnull()).select(
+        "stay_id", "itemid", "value", "valuenum", at=_.charttime.epoch_seconds(), stored=_.storetime.epoch_seconds()
+    )
+    chart = chart.join(window, "stay_id")
+    known = labs.select(
+        "subject_id",
+        "itemid",
+        "value",
+        "valuenum",
+        at=_.storetime.coalesce(_.charttime).epoch_seconds(),
+        stored=_.storetime.epoch_seconds(),
+    ).filter(_.at.notnull())
+    known = known.join(
+        window, [known.subject_id == window.subject_id, known.at >= window.begins, known.at <= window.ends]
+    )
+    columns = ["stay_id", "itemid", "value", "valuenum", "at", "begins", "ends", "stored"]
+    both = chart.select(*columns, lab=ibis.literal(False)).union(known.select(*columns, lab=ibis.literal(True)))
+    return both.select(
+        "stay_id",
+        "itemid",
+        "value",
+        "valuenum",
+        seconds=_.at - _.begins,
+        left=_.ends - _.at,
+        stored=_.stored.coalesce(NEVER),
+        unstored=_.lab & _.stored.isnull(),
+    )
+
+
+def converted(events: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
+    """Convert units, read texts, and say what becomes of each event.
+
+    Returns: stay_id, channel, seconds, stored, v (in the variable's unit), mark (0 or 1), fate (`used`, or why not),
+        unstored.
+    """
+    events = events.join(items, "itemid").mutate(text=_.value.strip().lower())
+    read = events.left_join(texts, [events.channel == texts.channel, events.text == texts.text])
+    number = _.number.coalesce((_.valuenum > _.above).ifelse(_.valuenum * _.factor + _["add"], _.valuenum))
+    read = read.mutate(v=number, marked=(_.text == _["mark"].strip().lower()).fill_null(False).cast("int64"))
+    fate = ibis.cases(
+        (_.v.isnull() | _.v.isnan(), "no number"),
+        (~_.v.between(_.low, _.high), "out of range"),
+        (_.seconds < 0, "before intime"),
+        (_.left < 0, "after outtime"),
+        else_="used",
+    )
+    read = read.mutate(fate=fate)
+    return read.select("stay_id", "channel", "seconds", "stored", "v", "fate", "unstored", mark=_.marked)
+
+
+def sums(used: ir.Table, channels: Sequence[Channel]) -> list[ir.Table]:
+    """The variables that are sums of others, where all parts share a time."""
+    out = []
+    for number, channel in enumerate(channels):
+        if not channel.sum_of:
+            continue
+        parts = [n for n, c in enumerate(channels) if c.name in channel.sum_of]
+        last = ibis.struct({"stored": _.stored, "v": _.v}).max()
+        each = used.filter(_.channel.isin(parts)).group_by("stay_id", "seconds", "channel").agg(last=last)
+        each = each.select("stay_id", "seconds", stored=_["last"]["stored"], v=_["last"]["v"])
+        whole = each.group_by("stay_id", "seconds").agg(stored=_.stored.max(), v=_.v.sum(), parts=_.count())
+        whole = whole.filter((_.parts == len(parts)) & _.v.between(*channel.range))
+        out.append(
+            whole.select(
+                "stay_id",
+                "seconds",
+                "stored",
+                "v",
+                channel=ibis.literal(number, "int64"),
+                mark=ibis.literal(0, "int64"),
+            )
+        )
+    return out
+
+
+def binned(used: ir.Table, step_hours: int) -> ir.Table:
+    """The last value of each variable in each bin: stay_id, channel, bin, v, mark."""
+    last = ibis.struct({"seconds": _.seconds, "stored": _.stored, "v": _.v, "mark": _["mark"]}).max()
+    bins = used.mutate(bin=(_.seconds // (3600 * step_hours)).cast("int64"))
+    bins = bins.group_by("stay_id", "channel", "bin").agg(last=last)
+    return bins.select("stay_id", "channel", "bin", v=_["last"]["v"], mark=_["last"]["mark"].cast("float64"))
+
+
+def extract(
+    source: Source, chart: ir.Table, labs: ir.Table, stays: ir.Table, channels: Sequence[Channel], step_hours: int
+) -> tuple[ir.Table, pd.DataFrame]:
+    """Preset `default`: last values by bin, and how many events met which fate.
+
+    Returns: stay_id, channel, bin, v, mark; and a small table of counts: channel, fate, n, unstored.
+    """
+    items, texts = item_table(source.con, tuple(channels)), text_table(source.con, tuple(channels))
+    events = converted(timed(chart, labs, stays), items, texts)
+    counts = events.group_by("channel", "fate").agg(n=_.count(), unstored=_.unstored.cast("int64").sum()).to_pandas()
+    used = events.filter(_.fate == "used").select("stay_id", "seconds", "stored", "v", "channel", "mark")
+    for more in sums(used, channels):
+        used = used.union(more.select(*used.columns))
+    return binned(used, step_hours), counts
+
+
+def lengths(los_hours: np.ndarray, step_hours: int) -> np.ndarray:
+    """T of each stay: ceil(los_hours / step_hours), to the second."""
+    seconds = np.round(np.asarray(los_hours) * 3600).astype(np.int64)
+    return -(-seconds // (3600 * step_hours))
+
+
+def write(
+    path: Path, bins: Iterable[Any], stay_ids: np.ndarray, num_bins: np.ndarray, columns: Layout, chunk: int = 2_000
+) -> None:
+    """Write series.safetensors from last values by bin.
+
+    Args:
+        bins: record batches of stay_id, channel, bin, v, mark, in any order.
+        stay_ids: (S,) sorted. num_bins: (S,) T of each. chunk: stays that are filled at a time.
+    """
+    offsets = np.concatenate([[0], np.cumsum(num_bins)]).astype(np.int64)
+    rows, num = int(offsets[-1]), len(columns.observed)
+    shapes: Shapes = {
+        "stay_id": (np.dtype(np.int64), (len(stay_ids),)),
+        "offsets": (np.dtype(np.int64), offsets.shape),
+        "values": (np.dtype(np.float32), (rows, len(columns.values))),
+        "observed": (np.dtype(np.uint8), (rows, num)),
+    }
+    with new_file(path) as part, new_file(path.with_suffix(".raw")) as scratch:
+        arrays = _safetensors(part, shapes)
+        arrays["stay_id"][:], arrays["offsets"][:] = stay_ids, offsets
+        last = np.memmap(scratch, np.float32, "w+", shape=(2, rows, num))  # value and mark
+        last[:] = np.nan
+        for batch in bins:
+            stay, channel, at, v, mark = (batch.column(n).to_numpy(zero_copy_only=False) for n in BINS)
+            place = np.searchsorted(stay_ids, stay)
+            inside = (at >= 0) & (at < num_bins[place])
+            row, channel = (offsets[place] + at)[inside], channel[inside]
+            last[0, row, channel], last[1, row, channel] = v[inside], mark[inside]
+        for first in range(0, len(stay_ids), chunk):
+            span = slice(offsets[first], offsets[min(first + chunk, len(stay_ids))])
+            starts = offsets[:-1][first : first + chunk] - offsets[first]
+            arrays["values"][span], arrays["observed"][span] = filled(last[:, span], starts, columns)
+        for array in arrays.values():
+            array.flush()
+        del last, arrays
+    path.with_suffix(".raw").unlink()
+
+
+BINS = ("stay_id", "channel", "bin", "v", "mark")
+
+
+def filled(last: np.ndarray, starts: np.ndarray, columns: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Carry the last value forward within each stay, then the normal value.
+
+    Args:
+        last: (2, N, number of variables) value and mark of the bins of several stays on end; NaN: not observed.
+        starts: the first row of each stay.
+    Returns: (N, F) float32 values, (N, number of variables) uint8 observed.
+    """
+    observed = ~np.isnan(last[0])
+    num = observed.shape[0]
+    began = np.zeros(num, np.int64)
+    began[starts] = starts
+    began = np.maximum.accumulate(began)[:, None]
+    at = np.maximum.accumulate(np.where(observed, np.arange(num)[:, None], -1), axis=0)
+    known, at = at >= began, np.maximum(at, 0)
+    value, mark = np.take_along_axis(last[0], at, 0), np.take_along_axis(last[1], at, 0)
+    out = np.empty((num, len(columns.values)), np.float32)
+    for f, (source, category, normal) in enumerate(zip(columns.source, columns.category, columns.normal, strict=True)):
+        now = mark[:, source] if category == -2 else value[:, source]
+        now = (now == category).astype(np.float32) if category >= 0 else now
+        out[:, f] = np.where(known[:, source], now, normal)
+    return out, observed.astype(np.uint8)
+
+
+def _safetensors(path: Path, shapes: Shapes) -> dict[str, np.memmap]:
+    """A safetensors file of the given shapes, as arrays that are mapped into it (it may be larger than memory)."""
+    names = {"int64": "I64", "float32": "F32", "uint8": "U8"}
+    meta: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
+        meta[name] = {"dtype": names[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(meta).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    at = {n: 8 + len(text) + m["data_offsets"][0] for n, m in meta.items()}
+    return {n: np.memmap(path, d, "r+", at[n], s) for n, (d, s) in shapes.items()}
+
+
+def fit(path: Path, columns: Layout, train: np.ndarray, chunk: int = 2_000) -> dict[str, list[float | None]]:
+    """Mean and standard deviation of each number among the train stays' observed values.
+
+    Args:
+        train: (S,) bool. Returns: `mean` and `std`, (F,) each; null where a column stays as it is.
+    """
+    total, square, count = (np.zeros(len(columns.values)) for _ in range(3))
+    source = np.array(columns.source)
+    with safe_open(path, "numpy") as file:
+        offsets = file.get_tensor("offsets")
+        values, observed = file.get_slice("values"), file.get_slice("observed")
+        for first in range(0, len(train), chunk):
+            mine = train[first : first + chunk]
+            begin, end = int(offsets[first]), int(offsets[first + len(mine)])
+            rows = np.repeat(mine, np.diff(offsets[first : first + len(mine) + 1]))
+            v = values[begin:end][rows].astype(np.float64)
+            seen = observed[begin:end][rows][:, source].astype(bool)
+            total += np.where(seen, v, 0).sum(0)
+            square += np.where(seen, v * v, 0).sum(0)
+            count += seen.sum(0)
+    n = np.maximum(count, 1)
+    mean = total / n
+    std = np.sqrt(np.maximum(square / n - mean**2, 0))
+    use = np.array(columns.normalised) & (count > 0)
+    return {
+        "mean": [float(m) if u else None for m, u in zip(mean, use, strict=True)],
+        "std": [(float(s) if s > 1e-6 else 1.0) if u else None for s, u in zip(std, use, strict=True)],
+    }
+
+
+def load(
+    folder: str | Path, stay_ids: Sequence[int] | None = None, hours: int | None = None, normalise: bool = True
+) -> dict[int, np.ndarray]:
+    """Read the series of stays.
+
+    Args:
+        folder: of features. stay_ids: all if None. hours: only bins that end by then. normalise: (x - mean) / std of
+        train.
+    Returns: stay_id -> (min(T, hours / step), F + number of variables) float32: values, then 1 where observed.
+    Raises: UserError: no features folder; a stay without series.
+    """
+    about = read_json(Path(folder) / "series.json")
+    path = Path(folder) / "series.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; build the features again")
+    keep = None if hours is None else int(hours // about["step_hours"])
+    mean = np.array([0.0 if m is None else m for m in about["normaliser"]["mean"]], np.float32)
+    std = np.array([1.0 if s is None else s for s in about["normaliser"]["std"]], np.float32)
+    with safe_open(path, "numpy") as file:
+        known, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
+        wanted = known if stay_ids is None else np.asarray(stay_ids, np.int64)
+        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        if len(wanted) and (absent := wanted[known[place] != wanted]).size:
+            raise UserError(f"{path}: {absent.size} stays have no series there, e.g. {absent[:3].tolist()}")
+        values, observed = file.get_slice("values"), file.get_slice("observed")
+        out = {}
+        for stay, at in zip(wanted.tolist(), place.tolist(), strict=True):
+            begin, end = int(offsets[at]), int(offsets[at + 1])
+            end = end if keep is None else min(end, begin + keep)
+            v = values[begin:end]
+            v = (v - mean) / std if normalise else v
+            out[stay] = np.concatenate([v, observed[begin:end].astype(np.float32)], axis=1)
+    return out
