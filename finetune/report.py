@@ -11,10 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ehr_features.files import new_file, read_json
-from finetune import report_checklist, report_cohort, report_curves, report_groups, report_results, report_training
+from finetune import (
+    report_checklist,
+    report_cohort,
+    report_curves,
+    report_groups,
+    report_pairs,
+    report_results,
+    report_training,
+)
 from finetune.report_data import Run, read_runs
-from finetune.report_html import Html, interval, join, number, page, section, table, tag
+from finetune.report_html import Html, interval, number, page, section, table, tag
 
 
 def report(
@@ -153,6 +163,7 @@ def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
     parts = [
         report_results.overview_figure(task, runs, truth),
         report_results.overview_figure(task, runs, truth, subset="paired"),
+        report_pairs.pairs_figure(task, runs),
         report_results.labels_figure(task, runs, truth),
         report_curves.curves_figure(task, runs),
         report_groups.fraction_figure(task, runs),
@@ -162,25 +173,19 @@ def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
 
 
 def _provenance(runs: Sequence[Run]) -> Html:
-    """What made each run: versions, time, commit, and its config."""
-    rows, configs = [], []
+    """What made each run: when, with which versions and command, and its config."""
+    blocks = []
     for run in runs:
-        versions = run.provenance.get("versions", {})
-        shown = ", ".join(f"{k} {versions[k]}" for k in ("python", "torch", "timm", "ehr-msn") if k in versions)
-        rows.append(
-            [
-                tag("strong", run.name),
-                run.provenance.get("written_at", "–"),
-                number(run.result.get("seed", run.config.get("seed"))),
-                shown or "–",
-            ]
-        )
-        lines = "\n".join(f"{key}: {value}" for key, value in run.config.items())
-        configs.append(tag("details", tag("summary", f"config of {run.name}"), tag("pre", tag("code", lines))))
+        made = run.provenance
+        versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+        facts = {"folder": run.folder.as_posix(), "written": made.get("written_at"), "command": made.get("command")}
+        facts |= {"finished": made.get("finished_at"), "versions": versions}
+        rows = [[name, tag("span", str(value), class_="mono")] for name, value in facts.items() if value]
+        config = yaml.safe_dump(run.config, sort_keys=False)
+        name = tag("summary", run.name, tag("span", f"  {run.task or run.kind}", class_="muted"))
+        blocks.append(tag("details", name, table(["", ""], rows), tag("pre", tag("code", config)), class_="block"))
     lead = "What made these runs. The same config and seed on the same versions give the same numbers."
-    return section(
-        "provenance", "Provenance", table(["run", "written", "seed", "versions"], rows), join(configs), lead=lead
-    )
+    return section("provenance", "Provenance", tag("div", blocks, class_="card"), lead=lead)
 
 
 def _short(task: str) -> str:

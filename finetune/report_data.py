@@ -50,10 +50,18 @@ class Run:
     @cached_property
     def features(self) -> Path | None:
         """The features folder that the config names, wherever the report is made from."""
-        given = self.config.get("features")
-        places = [Path(), *self.folder.resolve().parents]
-        found = [place / str(given) for place in places if given and (place / str(given) / "provenance.json").is_file()]
-        return found[0] if found else None
+        return self._find("features", "provenance.json")
+
+    @cached_property
+    def store(self) -> Path | None:
+        """The store of films that the config names."""
+        return self._find("store", "store.json")
+
+    def _find(self, key: str, file: str) -> Path | None:
+        """A folder of the config, from here or from a folder above the run, that holds `file`."""
+        given = self.config.get(key)
+        places = [place / str(given) for place in (Path(), *self.folder.resolve().parents) if given]
+        return next((place for place in places if (place / file).is_file()), None)
 
     def predictions(self, split: str = "test") -> pd.DataFrame | None:
         """The run's predictions: id, subject_id, label_*, logit_*; None where there are none."""

@@ -22,7 +22,7 @@ class Row:
     name: str
     points: Sequence[tuple[int, float, float | None, float | None]]  # series, value, low, high
     remark: str = ""
-    best: float | None = None  # what a perfect reader would reach
+    best: float | None = None  # where its dotted mark stands: what is possible, or chance
     strong: bool = False
 
 
@@ -71,7 +71,7 @@ def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: 
         lines.append(tag("line", x1=x(chance), x2=x(chance), y1=TOP - GAP / 2, y2=bottom, class_="reference"))
     texts = [tag("text", tick_text(t, step), x=x(t), y=bottom + 16, text_anchor="middle", class_="tick") for t in ticks]
     name = tag("text", x_label, x=(x.start + x.end) / 2, y=bottom + 34, text_anchor="middle", class_="axis-name")
-    head = f"{x_label} (95% interval)" if width > 500 else None
+    head = f"{x_label} (95% interval)" if width > 500 and chance is not None else None
     return join([lines, texts, name, tag("text", head, x=width - 4, y=12, text_anchor="end", class_="tiny")])
 
 
@@ -87,7 +87,7 @@ def _points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, st
     """The points and intervals of a row, and their numbers at the right."""
     parts: list[Any] = []
     if row.best is not None:
-        tip = tag("title", f"best possible {number(row.best)}")
+        tip = tag("title", number(row.best))
         parts.append(tag("line", tip, x1=x(row.best), x2=x(row.best), y1=y - 4, y2=y + tall + 4, class_="best"))
     line = y + tall / 2 - step * (len(row.points) - 1) / 2
     for index, value, low, high in row.points:

@@ -81,7 +81,9 @@ def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subse
         best = possible(truth, task, str(head["label"]), run) if subset == "all" else None
         rows.append(Row(run.name, [(i, head["value"], head["low"], head["high"])], remark, best))
         auroc, auprc = (interval(h.get("value"), h.get("low"), h.get("high")) for h in (head, precision))
-        cells.append([run.name, run.result.get("model"), auroc, auprc, head["n"], head["positives"], best])
+        about = run.result.get("compared_by") or {}
+        size = [about.get(key) for key in ("parameters", "image_size", "films_seen")]
+        cells.append([run.name, run.result.get("model"), auroc, auprc, head["n"], head["positives"], best, *size])
     if not rows:
         return None
     names = {i: run.name for i, run in enumerate(runs)}
@@ -91,8 +93,9 @@ def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subse
     caption = f"Each run's {what} on {where}, with its 95% interval over subjects; the dashed line is chance."
     if any(row.best for row in rows):
         caption += " Dotted: the best that is possible for what the model sees, known as the data is synthetic."
-    columns = ["run", "model", "AUROC", "AUPRC", "n", "positives", "possible"]
-    numbers = frame(pd.DataFrame(cells, columns=columns))
+    columns = ["run", "model", "AUROC", "AUPRC", "n", "positives", "possible", "parameters", "film size", "films seen"]
+    given = [i for i in range(len(columns)) if any(cell[i] is not None for cell in cells)]
+    numbers = table([columns[i] for i in given], [[cell[i] for i in given] for cell in cells])
     note = CAUTION if len(rows) > 1 else None
     heading = "Runs side by side" if subset == "all" else f"The same, on {subset} rows only"
     key = f"overview-{task}" + ("" if subset == "all" else f"-{subset}")

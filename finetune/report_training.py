@@ -12,21 +12,22 @@ import pandas as pd
 
 from finetune.report_data import Run, column
 from finetune.report_figures import Frame, Series, legend, panels
-from finetune.report_html import Html, figure, frame, join, number, section, table, tag
+from finetune.report_forest import Row, forest
+from finetune.report_html import Html, both_widths, figure, frame, join, number, section, table
 
 POINTS = 240  # of a curve that is drawn: more than its pixels
 PANELS = (
     ("loss", ("loss",), "Loss"),
-    ("rank", ("effective_rank", "rank"), "Effective rank of the features"),
-    ("prototypes", ("prototypes_used", "prototypes_in_use", "num_prototypes_used"), "Prototypes in use"),
-    ("target", ("max_target_probability", "mean_max_target", "target_max"), "Largest target probability"),
-    ("entropy", ("entropy", "mean_entropy"), "Entropy of the mean assignment"),
+    ("rank", ("effective_rank",), "Effective rank of the features"),
+    ("prototypes", ("prototypes_used",), "Prototypes in use"),
+    ("target", ("target_max",), "Largest target probability"),
+    ("entropy", ("target_entropy",), "Entropy of the targets"),
     ("grad", ("grad_norm",), "Gradient norm"),
-    ("lr", ("lr", "learning_rate"), "Learning rate"),
-    ("films", ("films_per_second", "films_per_s", "films/s"), "Films per second"),
+    ("lr", ("lr",), "Learning rate"),
+    ("films", ("films_per_second",), "Films per second"),
 )
 RANK_FLOOR = 4.0
-PROTOTYPE_FLOOR = 0.05
+PROTOTYPE_FLOOR = 0.1
 
 
 def pretrained(runs: Sequence[Run]) -> list[Run]:
@@ -80,11 +81,9 @@ def collapse(run: Run) -> list[str]:
 
 
 def _total_prototypes(run: Run) -> float | None:
-    for place in (run.config, run.config.get("msn"), run.config.get("loss"), run.config.get("method")):
-        for key in ("num_prototypes", "prototypes"):
-            if isinstance(place, dict) and isinstance(place.get(key), (int, float)):
-                return float(place[key])
-    return None
+    loss = run.config.get("loss")
+    given = loss.get("prototypes") if isinstance(loss, dict) else None
+    return float(given) if isinstance(given, (int, float)) else None
 
 
 def curves_section(runs: Sequence[Run]) -> Html:
@@ -116,7 +115,7 @@ def curves_section(runs: Sequence[Run]) -> Html:
         "Pretraining",
         figure("pretraining", "Loss and signs of collapse", drawing, caption, numbers, note=note),
         watch_figure(chosen),
-        hidden_figure(runs),
+        hidden_figure(chosen),
     )
 
 
@@ -147,27 +146,32 @@ def watch_figure(runs: Sequence[Run]) -> Html | None:
 
 def hidden_figure(runs: Sequence[Run]) -> Html | None:
     """How well each conditioned column is still linearly readable from the frozen features."""
-    rows = [(run.name, *row) for run in runs for row in readability(run)]
-    if not rows:
+    found = {i: rows for i, run in enumerate(runs) if (rows := readability(run))}
+    if not found:
         return None
-    data = pd.DataFrame(rows, columns=["run", "column", "metric", "value", "chance"])
-    cells = [[tag("strong", c), r, m, number(v), number(b)] for r, c, m, v, b in rows]
+    columns = dict.fromkeys(row[0] for rows in found.values() for row in rows)
+    names = {i: runs[i].name for i in found}
+    drawn, cells = [], []
+    for column_name in columns:
+        same = [(i, row) for i, rows in found.items() for row in rows if row[0] == column_name]
+        _, metric, _, chance = same[0][1]
+        points = [(i, row[2], None, None) for i, row in same]
+        drawn.append(Row(column_name.replace("_", " "), points, metric, chance))
+        cells += [[column_name, names[i], row[1], number(row[2]), number(row[3])] for i, row in same]
     caption = (
-        "A conditioned anchor may read these columns from the record instead of the film; a value near chance means "
-        "that the film encoder has become blind to them."
+        "How well a linear model reads each conditioned column from the frozen features; dotted: chance. A conditioned "
+        "anchor may take it from the record instead of the film, and near chance the encoder has become blind to it."
     )
-    return figure(
-        "hidden",
-        "What conditioning hid",
-        table(["column", "run", "metric", "value", "chance"], cells),
-        caption,
-        frame(data),
+    drawing = join(
+        [legend(list(names.items())), both_widths(lambda w: forest(drawn, names, w, chance=None, x_label="value"))]
     )
+    numbers = table(["column", "run", "metric", "value", "chance"], cells)
+    return figure("hidden", "What conditioning hid", drawing, caption, numbers)
 
 
 def readability(run: Run) -> list[tuple[str, str, float, float | None]]:
-    """(column, metric, value, chance) from encoder.json or the last line of metrics.jsonl."""
-    found = run.encoder.get("readable") or run.encoder.get("readability") or {}
+    """(column, metric, value, chance) from encoder.json."""
+    found = run.encoder.get("readability") or {}
     rows = []
     for name, value in found.items() if isinstance(found, dict) else []:
         detail = value if isinstance(value, dict) else {"value": value}

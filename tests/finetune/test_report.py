@@ -63,7 +63,7 @@ def make_run(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def make_pretraining(folder: Path, features: Path, rng: np.random.Generator, collapsed: bool = False) -> Path:
-    make_run(folder, {"features": str(features), "seed": 0, "num_prototypes": 128})
+    make_run(folder, {"features": str(features), "seed": 0, "loss": {"prototypes": 128}})
     steps = np.arange(10, 2001, 10)
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in steps:
@@ -82,7 +82,9 @@ def make_pretraining(folder: Path, features: Path, rng: np.random.Generator, col
             values = {"linear": 0.6 + step / 12000, "knn": 0.58 + step / 14000}
             file.write(json.dumps({"step": step, "val/auroc": {"macro": values}}) + "\n")
     (folder / "encoder").mkdir()
-    write_json(folder / "encoder" / "encoder.json", {"arch": "vit_tiny_patch16_224", "width": 96, "pool": "cls"})
+    readable = {"sex": {"metric": "auroc", "value": 0.71, "chance": 0.5}, "age_years": {"metric": "r2", "value": 0.2}}
+    meta = {"arch": "vit_tiny_patch16_224", "width": 96, "pool": "cls", "readability": readable}
+    write_json(folder / "encoder" / "encoder.json", meta)
     return folder
 
 
@@ -158,7 +160,19 @@ def figures(html: str) -> list[str]:
 
 
 def test_every_part_of_a_full_set_of_runs_is_there(html: str) -> None:
-    wanted = {"flow", "splits", "missing", "pretraining", "watch", "overview-findings", "labels-findings"}
+    wanted = {
+        "hidden",
+        "pairs-findings",
+        "pairs-mortality",
+        "curves-findings",
+        "flow",
+        "splits",
+        "missing",
+        "pretraining",
+        "watch",
+        "overview-findings",
+        "labels-findings",
+    }
     assert wanted | {"fractions-findings", "overview-mortality", "subgroups-findings"} <= set(figures(html))
     assert len(figures(html)) == len(set(figures(html)))
 
