@@ -48,6 +48,7 @@ def report(
         (f"task-{task}", _short(task), _task(task, chosen, known))
         for task, chosen in report_results.by_task(read).items()
     ]
+    sections.append(("encoder", "What it sees", _encoder(read, with_films)))
     sections.append(("checklist", "Checklist", report_checklist.checklist_section(read)))
     sections.append(("provenance", "Provenance", _provenance(read)))
     made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
@@ -170,6 +171,15 @@ def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
         report_groups.subgroups_figure(task, runs),
     ]
     return section(f"task-{task}", report_results.title(task), parts)
+
+
+def _encoder(runs: Sequence[Run], with_films: bool) -> Html:
+    """What the encoder sees: needs torch, the store and the weights, so it is read only where all are there."""
+    if not any(run.kind == "pretraining" and run.encoder and run.store and run.features for run in runs):
+        return Html("")
+    from finetune.report_films import films_section
+
+    return films_section(runs, with_films=with_films)
 
 
 def _provenance(runs: Sequence[Run]) -> Html:

@@ -13,7 +13,7 @@ import pandas as pd
 from finetune.report_data import Run, is_macro, plain
 from finetune.report_figures import legend
 from finetune.report_forest import Row, forest
-from finetune.report_html import Html, both_widths, figure, frame, interval, join
+from finetune.report_html import Html, both_widths, figure, frame, interval, join, table
 
 FEW = 20  # positives (or negatives) under which an AUROC says little
 SIDE_BY_SIDE = 8  # runs in one block of a forest
