@@ -6,13 +6,20 @@ Nothing here is from after the film, except what schema.py marks `available_at: 
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import ibis
+import pyarrow as pa
 from ibis import _
+from ibis.util import gen_name
 
+from ehr_features import labels
 from ehr_features.linking import first, held, hours, where
 from ehr_features.schema import FINDINGS
+from ehr_features.source import hold
 
 if TYPE_CHECKING:
     from ehr_features.source import Source
@@ -123,13 +130,31 @@ def earlier_studies(films: ibis.Table) -> ibis.Table:
 
 
 def _earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
-    """Number of the subject's admissions that had ended when the film was taken."""
-    ended = source.table("admissions").select("subject_id", "dischtime")
+    """Number and diagnoses of the subject's admissions that had ended when the film was taken."""
+    ended = source.table("admissions").select("subject_id", "hadm_id", "dischtime")
     timed = films.select("dicom_id", "subject_id", "taken_at")
     pairs = timed.join(ended, [timed.subject_id == ended.subject_id, ended.dischtime < timed.taken_at])
     films = _lookup(films, pairs.group_by("dicom_id").agg(n=_.count()), "dicom_id")
     known = films.age_years.notnull()
-    return films.mutate(num_prior_admissions=where(known, _.n.fill_null(0).cast("float64"))).drop("n")
+    films = films.mutate(num_prior_admissions=where(known, _.n.fill_null(0).cast("float64"))).drop("n")
+    if not source.has("diagnoses_icd"):
+        return films.mutate(prior_phenotypes=ibis.null("string"))
+    groups = labels.groups()
+    films = _lookup(films, _first_coded(source, ended, groups), "subject_id")
+    names = [ibis.cases((films[f"since_{g}"] < films.taken_at, f"{g} "), else_="") for g in groups]
+    listed = functools.reduce(operator.add, names).strip()
+    return films.mutate(prior_phenotypes=where(known, listed)).drop(*(f"since_{g}" for g in groups))
+
+
+def _first_coded(source: Source, ended: ibis.Table, groups: Sequence[int]) -> ibis.Table:
+    """subject_id, since_GROUP: the end of the first admission with a diagnosis of each group."""
+    diagnoses = source.table("diagnoses_icd").select("hadm_id", "icd_code", "icd_version").filter(_.icd_code.notnull())
+    codes = labels.group_codes(diagnoses.select("icd_code", "icd_version").distinct().to_pandas(), "default")
+    codes = codes.dropna(subset="ccs").astype({"ccs": "int64", "icd_version": "int64", "icd_code": "string"})
+    table = pa.Table.from_pandas(codes[["icd_code", "icd_version", "ccs"]], preserve_index=False)
+    mapped = diagnoses.join(hold(source.con, gen_name("codes"), table), ["icd_code", "icd_version"])
+    coded = mapped.select("hadm_id", "ccs").distinct().join(ended, "hadm_id")
+    return coded.group_by("subject_id").agg(**{f"since_{g}": _.dischtime.min(where=_.ccs == g) for g in groups})
 
 
 def _by_date(source: Source, films: ibis.Table) -> ibis.Table:

@@ -263,6 +263,7 @@ IMAGES: dict[str, Column] = {  # written by linking.py and film_record.py
     "num_prior_studies": Column(REAL, "studies", "prior_films"),
     "hours_since_prior_study": Column(REAL, "hours", "prior_films"),
     "num_prior_admissions": Column(REAL, "admissions", "prior_diagnoses"),
+    "prior_phenotypes": Column(TEXT, "CCS groups of earlier admissions", "prior_diagnoses"),
     "msn_died": Column(INT, "0, 1, by calendar date", "mortality (msn)", "discharge"),
     "msn_in_icu": Column(
         INT, "0, 1, by calendar date: also a stay that begins later that day", "icu (msn)", "discharge"

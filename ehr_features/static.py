@@ -40,7 +40,7 @@ READS: dict[str, tuple[str, ...]] = {
     "ed_triage": tuple(f"ed_{name}" for name in TRIAGE),
     "arrival": ("hours_since_ed_arrival", "hours_since_hospital_arrival", "hours_since_icu_arrival"),
     "prior_films": ("num_prior_studies", "hours_since_prior_study"),
-    "prior_diagnoses": ("num_prior_admissions",),  # and every prior_phenotype_*
+    "prior_diagnoses": ("num_prior_admissions", "prior_phenotypes"),
 }
 MSN_READS = {name: READS[name] for name in ("sex", "age", "age5", "age10", "position")} | {
     "view": ("view", "view_source"),
@@ -214,10 +214,12 @@ def _scaled(images: pd.DataFrame, columns: Sequence[str], scale: _Scale, *, log:
 
 
 def _prior_diagnoses(images: pd.DataFrame, scale: _Scale) -> Columns:
-    out = _scaled(images, READS["prior_diagnoses"], scale, log=True)
-    for column in (str(c) for c in images if str(c).startswith("prior_phenotype_")):
-        out[column] = np.nan_to_num(_number(images, column))  # no record: log_num_prior_admissions_missing says so
-    return out
+    """Without a record all groups are 0, and log_num_prior_admissions_missing is 1."""
+    from ehr_features.labels import groups
+
+    out = _scaled(images, ["num_prior_admissions"], scale, log=True)
+    listed = images["prior_phenotypes"].fillna("").astype(str).str.split()
+    return out | {f"prior_phenotype_{g}": listed.map(lambda ids, g=str(g): g in ids).to_numpy(bool) for g in groups()}
 
 
 _DEFAULT: dict[str, Callable[[pd.DataFrame, _Scale], Columns]] = {

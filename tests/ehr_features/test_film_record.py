@@ -34,6 +34,10 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "triage": [
         {"subject_id": 10, "stay_id": 40, "temperature": 98.6, "heartrate": 90.0, "o2sat": 980.0, "acuity": 2.0},
     ],
+    "diagnoses_icd": [
+        {"hadm_id": 19, "subject_id": 10, "icd_code": "4280", "icd_version": 9},  # heart failure, a year before
+        {"hadm_id": 20, "subject_id": 10, "icd_code": "J189", "icd_version": 10},  # pneumonia, coded after the film
+    ],
     "cxr_chexpert": [{"subject_id": 10, "study_id": 50, "Edema": 1.0, "Pneumonia": -1.0, "Fracture": None}],
 }
 
@@ -54,7 +58,7 @@ def test_record_of_a_film_in_an_icu_stay() -> None:
     assert (film.hours_since_ed_arrival, film.ed_acuity, film.ed_heart_rate) == (30, 2, 90)
     assert film.ed_temperature_c == pytest.approx(37) and pd.isna(film.ed_o2sat)  # 980 % is no saturation
     assert (film.Edema, film.Pneumonia) == (1, -1) and pd.isna(film.Fracture)
-    assert film.num_prior_admissions == 1
+    assert (film.num_prior_admissions, film.prior_phenotypes) == (1, "108")
 
 
 def test_triage_of_a_visit_that_has_not_begun_is_not_known() -> None:

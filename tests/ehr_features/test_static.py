@@ -59,6 +59,13 @@ def test_nothing_is_fitted_on_val_or_test(train: list[float], rest: list[float])
     assert fitted == static.encode(frame[frame["split"] == "train"], ["age"])[2]
 
 
+def test_earlier_diagnoses_are_a_column_each() -> None:
+    got = rows(images(num_prior_admissions=[2.0, 0.0, None], prior_phenotypes=["2 108", "", None]), ["prior_diagnoses"])
+    assert len(got) == 2 + 25
+    assert (got["prior_phenotype_108"], got["prior_phenotype_2"]) == ([1, 0, 0], [1, 0, 0])
+    assert sum(map(sum, list(got.values())[2:])) == 2 and got["log_num_prior_admissions_missing"] == [0, 0, 1]
+
+
 def test_fitted_survives_json_and_gives_the_same_vector() -> None:
     frame = images(age_years=[40.0, 60.0, 70.0], ed_acuity=[1.0, None, 3.0], num_prior_studies=[0.0, 3.0, 1.0])
     groups = ["age", "ed_triage", "prior_films"]
