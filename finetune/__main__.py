@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from configs import cli
 from finetune.config import FuseConfig, ProbeConfig
@@ -32,6 +33,12 @@ def _report(args: argparse.Namespace) -> None:
     print(f"reading {len(args.runs)} folders")
     out = report(args.runs, args.out, with_films=args.with_films, truth=args.truth)
     print(f"{out}\nopen it in a browser")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from finetune.demo import demo
+
+    demo(Path(args.out), subjects=args.subjects, seed=args.seed, shuffled=args.shuffled)
 
 
 def _runs(args: argparse.Namespace) -> None:
@@ -72,9 +79,21 @@ def main(argv: list[str] | None = None) -> None:
     report = commands.add_parser("report", help="one HTML page for any set of runs")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a folder that holds runs")
     report.add_argument("--out", metavar="FILE", default="report.html", help="default report.html")
-    report.add_argument("--with-films", action="store_true", help="show films too; such a page must not leave the house")
+    report.add_argument(
+        "--with-films", action="store_true", help="show films too; such a page must not leave the house"
+    )
     report.add_argument("--truth", metavar="FILE", help="truth.json of a synthetic hospital, if it was moved")
     report.set_defaults(run=_report)
+    demo = commands.add_parser("demo", help="from raw synthetic tables to report.html, on two CPU cores")
+    demo.add_argument(
+        "out", metavar="OUT", nargs="?", default="demo", help="a new folder, or one to go on with (default demo)"
+    )
+    demo.add_argument("--subjects", type=int, default=800, help="of the synthetic hospital (default 800)")
+    demo.add_argument("--seed", type=int, default=0, help="of the data and of the training (default 0)")
+    demo.add_argument(
+        "--shuffled", action="store_true", help="permute findings, codes and deaths: nothing can be learned"
+    )
+    demo.set_defaults(run=_demo)
     runs = commands.add_parser("runs", help="list the runs in a folder with their key numbers")
     runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default runs")
     runs.set_defaults(run=_runs)

@@ -7,7 +7,6 @@ the same command goes on after a stop.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -284,18 +283,3 @@ def _short(path: Path) -> str:
         return path.relative_to(Path.cwd()).as_posix()
     except ValueError:
         return path.as_posix()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "out", metavar="OUT", nargs="?", type=Path, default=Path("demo"), help="a new folder (default: demo)"
-    )
-    parser.add_argument("--subjects", type=int, default=800, help="subjects of the synthetic hospital (default: 800)")
-    parser.add_argument("--seed", type=int, default=0, help="of the data and of the training (default: 0)")
-    parser.add_argument(
-        "--shuffled", action="store_true", help="permute findings, codes and deaths: AUROCs must be 0.5"
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    demo(args.out, subjects=args.subjects, seed=args.seed, shuffled=args.shuffled)
