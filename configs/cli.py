@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import yaml
 from configs.loader import Settings, UserError, load
 
 STOPPED = 75
+_interrupted_at = -math.inf
 
 
 class Stopped(BaseException):
@@ -91,7 +93,7 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
     """Run, and turn what went wrong into an exit code and a message of a few lines."""
     if signals:
         signal.signal(signal.SIGTERM, _stop)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+        signal.signal(signal.SIGINT, _interrupt)  # a shell's background jobs start with it ignored
     try:
         return run() or 0
     except UserError as error:
@@ -117,6 +119,14 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
 
 def _stop(*_: object) -> NoReturn:
     raise Stopped("stopped by SIGTERM; the same command goes on from here")
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C counts once: a launcher passes it on to processes that the terminal has told already."""
+    global _interrupted_at
+    if time.monotonic() - _interrupted_at > 3:
+        _interrupted_at = time.monotonic()
+        raise KeyboardInterrupt
 
 
 def _say(message: str, code: int) -> int:

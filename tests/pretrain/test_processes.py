@@ -1,0 +1,220 @@
+"""Several processes: the world size is checked, one writes, a stop is agreed on, machines find each other."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import UserError
+from pretrain import processes
+from pretrain.processes import check_world
+
+# A run in small: 2 processes add up a number, step by step, and can be stopped and gone on with.
+LOOP = """
+import argparse, sys, time
+import torch, torch.distributed as dist
+from configs import Settings, cli
+from configs.cli import Stopped
+from pretrain import run
+
+class Config(Settings):
+    out: str
+    seed: int = 0
+
+def work(args):
+    run.accelerator(args, cpu=True)
+    folder = run.open_run(args.out, Config(out=args.out, seed=args.seed))
+    if run.complete(folder):
+        return 0
+    log, state = run.Log(folder), run.load_checkpoint(folder) or {"step": 0, "total": 0}
+    log.cut(state["step"])
+    total = state["total"]
+    with run.stopping() as stop:
+        for step in range(state["step"] + 1, args.steps + 1):
+            number = torch.tensor(step)
+            dist.all_reduce(number)
+            total += int(number)
+            log.log({"total": total}, step)
+            time.sleep(args.wait)
+            if stop.agreed():
+                run.save_checkpoint(folder, {"total": total}, step)
+                raise Stopped(run.go_on(folder, step))
+    run.finish(folder, total=total)
+
+top, commands = cli.parser("loop", "")
+train = commands.add_parser("train")
+for flag in ("--processes", "--machines", "--seed", "--steps"):
+    train.add_argument(flag, type=int)
+train.add_argument("--out")
+train.add_argument("--wait", type=float, default=0.0)
+train.set_defaults(run=work)
+cli.main(top)
+"""
+
+
+class Runs:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "loop.py").write_text(LOOP)
+
+    def start(self, *words: str, launch: str = "--processes 2", seed: int = 0) -> subprocess.Popen[str]:
+        flags = [*words, "--seed", str(seed), "--out", "x"]
+        command = [sys.executable, "-m", "configs.launch", *launch.split(), "--", "loop", "train", *flags]
+        env = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=self.folder, start_new_session=True
+        )
+
+    def totals(self) -> list[int]:
+        lines = (self.folder / "x/metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["total"] for line in lines]
+
+    def wait_for(self, lines: int) -> None:
+        for _ in range(600):
+            if (self.folder / "x/metrics.jsonl").exists() and len(self.totals()) >= lines:
+                return
+            time.sleep(0.05)
+        raise TimeoutError
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+def ended(child: subprocess.Popen[str], code: int) -> tuple[str, str]:
+    out, err = child.communicate(timeout=90)
+    assert child.returncode == code, err
+    return out, err
+
+
+@pytest.mark.slow
+def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(runs: Runs) -> None:
+    first = runs.start("--processes", "2", "--steps", "400", "--wait", "0.02")
+    runs.wait_for(3)
+    first.send_signal(signal.SIGTERM)
+    _, err = ended(first, 75)
+    assert "saved; go on with" in err and "--steps 400" in err and "Traceback" not in err
+    reached = len(runs.totals())
+    assert 3 <= reached < 400
+    with (runs.folder / "x/metrics.jsonl").open("a") as file:
+        file.write('{"step": 9999, "total": 0}\n')  # as if it had gone on without saving
+    ended(runs.start("--processes", "2", "--steps", "400"), 0)
+    assert runs.totals() == [step * (step + 1) for step in range(1, 401)]
+    out, _ = ended(runs.start("--processes", "2", "--steps", "400"), 0)
+    assert out.count("complete since") == 1
+    _, err = ended(runs.start("--processes", "2", "--steps", "400", seed=1), 2)
+    assert err.count("seed: 0 there, 1 now") == 1 and "Traceback" not in err  # one process speaks for both
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_with_130(runs: Runs) -> None:
+    child = runs.start("--processes", "2", "--steps", "4000", "--wait", "0.02")
+    runs.wait_for(2)
+    os.killpg(child.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    _, err = ended(child, 130)
+    assert "Traceback" not in err and err.count("interrupted") == 1
+
+
+@pytest.mark.slow
+def test_another_world_size_than_asked_for_is_refused(runs: Runs) -> None:
+    _, err = ended(runs.start("--processes", "3", "--steps", "2"), 2)
+    assert "asked for 3 processes" in err and "found 2" in err and "Traceback" not in err
+    assert not (runs.folder / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["configs.launch", "torchrun"])
+def test_two_machines_on_loopback_are_one_run(runs: Runs, launcher: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--processes", "1", "--machines", "2", "--steps", "3"]
+    machines = []
+    for rank in (0, 1):
+        if launcher == "torchrun":
+            torchrun = f"--nnodes 2 --nproc_per_node 1 --node_rank {rank} --master_addr 127.0.0.1 --master_port {port}"
+            command = [sys.executable, "-m", "torch.distributed.run", *torchrun.split(), "loop.py", "train", *words]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            machines.append(
+                subprocess.Popen([*command, "--seed", "0", "--out", "x"], env=env, cwd=runs.folder, text=True)
+            )
+        else:
+            launch = f"--processes 1 --machines 2 --machine-rank {rank} --main-address 127.0.0.1:{port}"
+            machines.append(runs.start(*words, launch=launch))
+    for machine in machines:
+        ended(machine, 0)
+    assert runs.totals() == [2, 6, 12]
+
+
+def env(monkeypatch: pytest.MonkeyPatch, **variables: object) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+
+def flags(processes: int | None = None, machines: int | None = None) -> argparse.Namespace:
+    return argparse.Namespace(processes=processes, machines=machines)
+
+
+@pytest.mark.parametrize(
+    ("found", "asked"),
+    [
+        ({}, flags()),
+        ({}, flags(1, 1)),
+        ({"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, flags()),
+        ({"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, flags(2)),
+        ({"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, flags(2, 2)),
+        ({"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, flags(None, 2)),
+        ({"WORLD_SIZE": 4}, flags(2, 2)),
+        ({"SLURM_STEP_NUM_TASKS": 4}, flags(1)),
+    ],
+)
+def test_the_right_number_of_processes_passes(
+    found: dict[str, Any], asked: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env(monkeypatch, **found)
+    assert check_world(asked) == found.get("WORLD_SIZE", 1)
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "says"),
+    [
+        ({}, flags(2), r"asked for 2 processes \(--processes 2;.*found 1"),
+        ({"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}, flags(2, 2), "asked for 4 processes.*found 2"),
+        ({"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, flags(4), "asked for 8 processes.*found 4"),
+        ({"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, flags(None, 1), "asked for 2 processes.*found 4"),
+        ({"SLURM_STEP_NUM_TASKS": 8}, flags(), "SLURM started 8 tasks.*--ntasks-per-node=1"),
+        ({}, flags(0), "--processes 0: wanted at least 1"),
+    ],
+)
+def test_the_wrong_number_of_processes_is_refused(
+    found: dict[str, Any], asked: argparse.Namespace, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env(monkeypatch, **found)
+    with pytest.raises(UserError, match=says):
+        check_world(asked)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    env(monkeypatch, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs"):
+        check_world(flags(4))
+
+
+@pytest.mark.parametrize("where", [("127.0.0.1", "1"), ("no.such.host.invalid", "29500"), ("127.0.0.1", "port")])
+def test_a_main_process_that_does_not_answer_is_named(where: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match=f"process 0 does not answer at {where[0]}:{where[1]}"):
+        processes._reach(*where, patience=0.3)
