@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ehr_features.demo_films import SHAPES, draw
+from ehr_features.demo_films import KINDS, SHAPES, WIDE, draw
 from ehr_features.demo_people import People, Plan
 from ehr_features.demo_tables import columns, write_csv
 from ehr_features.demo_truth import NAMES, Array, amounts, auroc
@@ -57,7 +57,8 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
     ]
     for folder in {Path(path).parent for path in paths}:
         (out / "files" / folder).mkdir(parents=True, exist_ok=True)
-    looks = films[["male", "age", "view", "recumbent", *NAMES]]
+    films["subject"] = pd.factorize(films["subject_id"])[0]
+    looks = films[["subject", "male", "age", "view", "wide", "recumbent", *NAMES]]
     for rows, drawn in draw(looks, plan.film_size, np.random.default_rng([plan.seed, 6])):
         for row, film in zip(rows, drawn, strict=True):
             Image.fromarray(film).save(out / "files" / paths[row], quality=90)
@@ -114,9 +115,10 @@ def _films(rng: np.random.Generator, people: People, plan: Plan) -> pd.DataFrame
     raw = rng.integers(0, 2**32, (count, 5), dtype=np.uint64)
     films["dicom_id"] = ["-".join(f"{part:08x}" for part in row) for row in raw]
     films["split"] = films["subject_id"].map(people.subjects.set_index("subject_id")["pinned"])
-    kind = films["view"].replace("LL", "LATERAL")
-    films["Rows"] = kind.map({name: round(plan.film_size * high) for name, (high, _) in SHAPES.items()})
-    films["Columns"] = kind.map({name: round(plan.film_size * wide) for name, (_, wide) in SHAPES.items()})
+    films["wide"] = rng.random(count) < films["view"].map(WIDE)
+    shape = pd.Series([SHAPES[KINDS[view], wide] for view, wide in zip(films["view"], films["wide"], strict=True)])
+    films["Rows"] = (plan.film_size * shape.str[0]).round().astype(int)
+    films["Columns"] = (plan.film_size * shape.str[1]).round().astype(int)
     films["StudyDate"] = films["time"].dt.strftime("%Y%m%d").astype(int)
     clock = films["time"].dt.hour * 10000 + films["time"].dt.minute * 100 + films["time"].dt.second
     films["StudyTime"] = clock + np.where(rng.random(count) < 0.6, rng.integers(1, 999, count) / 1000, 0.0)

@@ -29,9 +29,9 @@ FILM: dict[str, tuple[float, float, float, float]] = {
     "consolidation": (0.25, 0.10, 0.00, 0.60),
     "effusion": (0.32, 0.10, 0.15, 0.75),
     "atelectasis": (0.25, 0.12, 0.10, 0.40),
-    "pneumothorax": (0.06, 0.03, -0.10, 0.00),
-    "mediastinum": (0.10, 0.05, 0.15, 0.00),
-    "lesion": (0.06, 0.06, 0.25, 0.00),
+    "pneumothorax": (0.10, 0.05, -0.10, 0.00),
+    "mediastinum": (0.12, 0.08, 0.15, 0.00),
+    "lesion": (0.08, 0.10, 0.25, 0.00),
     "device": (0.60, 0.08, 0.05, 0.00),
     "hyper": (0.20, 0.20, 0.20, 0.00),  # hyperinflated lungs: no finding of its own, shows lung disease
 }
