@@ -17,7 +17,7 @@ import pandas as pd
 from configs import UserError
 from ehr_features.demo_cxr import best_auroc, write_cxr
 from ehr_features.demo_events import write_events
-from ehr_features.demo_people import HOUR, People, Plan, age_and_sex, people
+from ehr_features.demo_people import People, Plan, age_and_sex, hours_between, people
 from ehr_features.demo_tables import write_hosp, write_icu
 from ehr_features.demo_truth import NAMES, PHENOTYPES, Outcomes, auroc
 from ehr_features.demo_visits import write_ed
@@ -133,11 +133,11 @@ def _stays_truth(everyone: People, films: pd.DataFrame, outcomes: Outcomes) -> p
     """A row per ICU stay: who counts for 48-h mortality, the record part, and P(death), P(phenotype) of each reader."""
     stays, place = everyone.stays, everyone.stays["admission"].to_numpy()
     table = stays[["subject_id", "hadm_id", "stay_id", "hours", "died"]].reset_index(drop=True)
-    hours_to_death = ((stays["deathtime"] - stays["intime"]) / HOUR).fillna(np.inf).to_numpy()
+    hours_to_death = np.nan_to_num(hours_between(stays["deathtime"], stays["intime"]), nan=np.inf)
     table["eligible"] = (table["hours"] >= 48) & (hours_to_death > 48)
     frontal = films.loc[(films["view"] == "AP") & films["stay_id"].notna(), ["stay_id", "time"]]
     frontal = frontal.merge(stays[["stay_id", "intime"]], on="stay_id")
-    early = frontal.loc[(frontal["time"] - frontal["intime"]) / HOUR <= 48, "stay_id"]
+    early = frontal.loc[hours_between(frontal["time"], frontal["intime"]) <= 48, "stay_id"]
     table["has_film"] = table["stay_id"].isin(early)
     table["severity"] = everyone.record[place, 0]
     age_z, male = age_and_sex(stays)

@@ -234,18 +234,17 @@ def _chart_table(rng: np.random.Generator, rows: _Rows, people: People) -> pd.Da
     table["charttime"] = charttime
     table["storetime"] = charttime + (rng.integers(60, 2400, len(table))).astype("timedelta64[s]")
     table["itemid"] = item.astype(int)
-    table["value"] = pd.Categorical.from_codes(*_codes(words, place))
+    table["value"] = _categories(words, place)
     table["valuenum"] = numeric[place]
-    table["valueuom"] = pd.Categorical.from_codes(*_codes(units, place))
+    table["valueuom"] = _categories(units, place)
     table["warning"] = 0
     return table[CHART]
 
 
-def _codes(words: Array, place: Array) -> tuple[Array, list[str]]:
-    """Codes of a categorical column whose row i is words[place[i]]; None is missing."""
-    known = sorted({word for word in words if word is not None})
-    code = {word: k for k, word in enumerate(known)}
-    return np.array([code.get(word, -1) for word in words])[place], known
+def _categories(words: Array, place: Array) -> pd.Categorical:
+    """A text column whose row i is words[place[i]]; None is missing."""
+    codes, known = pd.factorize(words)
+    return pd.Categorical.from_codes(codes[place], categories=pd.Index(known))
 
 
 def _word(item: int, number: float) -> str:
@@ -266,7 +265,7 @@ def _labs(rng: np.random.Generator, people: People, stay: Array, hour: Array, le
     parts = []
     for item, (_, fluid, _, unit, mean, gain, channel, digits, low, high) in LABS.items():
         where = draw[rng.random(len(draw)) < (0.85 if fluid == "Blood" else 0.06)]
-        value = mean + gain * level[channel][where] + 0.8 * abs(gain) * rng.standard_normal(len(where))
+        value: Array = mean + gain * level[channel][where] + 0.8 * abs(gain) * rng.standard_normal(len(where))
         value = np.round(np.clip(value, mean * 0.15, 100 if item == 50817 else mean * 6), digits)
         parts.append(
             pd.DataFrame(

@@ -15,8 +15,6 @@ import pandas as pd
 
 from ehr_features.demo_truth import CHANNELS, FILM, NAMES, PHENOTYPES, Array, Outcomes, draw_film, draw_record, sigmoid
 
-HOUR = np.timedelta64(3600, "s")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -88,6 +86,11 @@ def people(plan: Plan, outcomes: Outcomes) -> People:
     subjects["dod"] = subjects["subject_id"].map(last).fillna(subjects["subject_id"].map(dod)).dt.normalize()
     studies = _studies(rng, plan, subjects, admissions, stays, visits, film)
     return People(subjects, admissions, stays, visits, studies, record, film, phenotypes)
+
+
+def hours_between(later: pd.Series, earlier: pd.Series) -> Array:
+    """Hours from `earlier` to `later`; NaN where either is missing."""
+    return (later - earlier).dt.total_seconds().to_numpy() / 3600
 
 
 def age_and_sex(table: pd.DataFrame) -> tuple[Array, Array]:
@@ -227,7 +230,7 @@ def _studies(
     seen = visits[
         visits["subject_id"].map(with_films) & (rng.random(len(visits)) < np.where(visits["admission"] < 0, 0.9, 0.45))
     ]
-    hours = rng.uniform(0.3, 1.0, len(seen)) * ((seen["outtime"] - seen["intime"]) / HOUR)
+    hours = rng.uniform(0.3, 1.0, len(seen)) * hours_between(seen["outtime"], seen["intime"])
     emergency = seen[["subject_id", "ed_stay_id"]].assign(
         time=seen["intime"] + pd.to_timedelta(np.round(hours * 3600), "s")
     )

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 
-from ehr_features.demo_people import HOUR, People, Plan
+from ehr_features.demo_people import People, Plan, hours_between
 from ehr_features.demo_truth import PHENOTYPES
 
 
@@ -119,7 +119,7 @@ def write_hosp(people: People, plan: Plan, out: Path) -> dict[str, int]:
         ),
         insurance=rng.choice(["Medicare", "Medicaid", "Other"], count, p=[0.5, 0.15, 0.35]),
         language=rng.choice(["ENGLISH", "?"], count, p=[0.88, 0.12]),
-        marital_status=rng.choice(["MARRIED", "SINGLE", "WIDOWED", None], count),
+        marital_status=rng.choice(np.array(["MARRIED", "SINGLE", "WIDOWED", None], object), count),
         hospital_expire_flag=table["died"].astype(int),
     )[ADMISSIONS]
     codes = pd.read_csv(Path(__file__).with_name("phenotypes.csv"), dtype={"icd_code": str})
@@ -172,7 +172,7 @@ def _diagnoses(rng: np.random.Generator, people: People, codes: pd.DataFrame) ->
 def write_icu(people: People, plan: Plan, out: Path) -> dict[str, int]:
     """icustays and d_items (chartevents: `write_events`)."""
     stays = people.stays
-    los = (stays["outtime"] - stays["intime"]) / (24 * HOUR)
+    los = hours_between(stays["outtime"], stays["intime"]) / 24
     table = stays[["subject_id", "hadm_id", "stay_id"]].assign(
         first_careunit=stays["unit"],
         last_careunit=stays["last_unit"],

@@ -86,8 +86,8 @@ def draw_film(rng: np.random.Generator, age_z: Array, male: Array, icu: Array, r
     shape = np.broadcast_shapes(age_z.shape, male.shape, icu.shape)
     inside, outside, age, common = (np.array(column) for column in zip(*FILM.values(), strict=True))
     quantile = np.vectorize(NormalDist().inv_cdf)
-    mean = np.where(icu[..., None] > 0, quantile(inside), quantile(outside)) + age * age_z[..., None]
-    mean = mean + np.where(np.array(NAMES) == "heart", -0.2, 0.0) * (male[..., None] - 0.5)
+    mean: Array = np.where(icu[..., None] > 0, quantile(inside), quantile(outside)) + age * age_z[..., None]
+    mean += np.where(np.array(NAMES) == "heart", -0.2, 0.0) * (male[..., None] - 0.5)
     shared = rng.standard_normal((*shape, 1))
     latent = mean + common * shared + np.sqrt(1 - common**2) * rng.standard_normal((*shape, len(NAMES)))
     moves = np.isin(NAMES, ("edema", "consolidation", "effusion", "atelectasis"))

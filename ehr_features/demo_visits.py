@@ -79,15 +79,17 @@ def write_ed(people: People, plan: Plan, out: Path) -> dict[str, int]:
     )
     severity = np.where(inside, people.record[visits["admission"].clip(lower=0), 0], -1.0)
     triage = pd.concat([key, _signs(rng, severity, 0.06)], axis=1)
-    triage["pain"] = rng.choice([*map(str, range(11)), "ua", "unable", None], count)
+    triage["pain"] = rng.choice(np.array([*map(str, range(11)), "ua", "unable", None], object), count)
     triage["acuity"] = np.clip(np.round(2.6 - 0.5 * severity + 0.6 * rng.standard_normal(count)), 1, 5)
     triage.loc[rng.random(count) < 0.02, "acuity"] = np.nan
     triage["chiefcomplaint"] = _complaints(rng, people, plan)
     times = np.repeat(np.arange(count), np.where(rng.random(count) < 0.05, 0, rng.integers(1, 6, count)))
     vital = _at(rng, visits, key, times)
     vital = pd.concat([vital, _signs(rng, severity[times], 0.05)], axis=1)
-    vital["rhythm"] = rng.choice([None, "Normal Sinus Rhythm", "Atrial Fibrillation"], len(vital), p=[0.8, 0.17, 0.03])
-    vital["pain"] = rng.choice([*map(str, range(11)), None], len(vital))
+    vital["rhythm"] = rng.choice(
+        np.array([None, "Normal Sinus Rhythm", "Atrial Fibrillation"], object), len(vital), p=[0.8, 0.17, 0.03]
+    )
+    vital["pain"] = rng.choice(np.array([*map(str, range(11)), None], object), len(vital))
     home = np.repeat(np.arange(count), rng.integers(0, 4, count))
     recon = _at(rng, visits, key, home)
     drugs = pd.DataFrame(DRUGS, columns=["name", "gsn", "ndc", "rn", "etccode", "etcdescription"])
