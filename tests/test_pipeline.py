@@ -171,7 +171,7 @@ def test_missing_inputs_are_named_and_leave_nothing(house: Path, run: Path, tmp_
 def test_raw_tables_to_fused_predictions_on_the_real_demo(shared: Path, tmp_path: Path) -> None:
     tables = [f"mimic_iv={shared / 'data/mimic-iv-demo-2.2'}", f"mimic_cxr={shared / 'data/mimic-cxr-linked'}"]
     features, store = tmp_path / "features", tmp_path / "store"
-    command("ehr_features", "build", CONFIGS / "features.yaml", *tables, "mimic_ed=null", f"out={features}")
+    command("ehr_features", "build", CONFIGS / "features.yaml", *tables, f"out={features}")
     films, stays = (pd.read_parquet(features / f"{name}.parquet") for name in ("images", "stays"))
     assert (len(films), films.subject_id.nunique(), len(stays)) == (538, 351, 140)
     mortality = pd.read_parquet(features / "samples/mortality.parquet")
