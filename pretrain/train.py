@@ -104,10 +104,10 @@ def _accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.precision]
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: fp16 needs a GPU; choose bf16 or fp32 on a CPU")
-    # Statistics of batch norm are synchronised on GPUs and local on CPUs: nothing to broadcast in each step.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    log_with = config.trackers or None
     return run.accelerator(
-        args, mixed_precision=precision, kwargs_handlers=[ddp], log_with=config.trackers or None, project_dir=config.out
+        args, mixed_precision=precision, kwargs_handlers=[ddp], log_with=log_with, project_dir=config.out
     )
 
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BRUTE_SIDE = 160  # films up to this side are cut as matrix products on a CPU too: one call instead of one a box
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -50,6 +49,7 @@ class Plan:
     """Where views of a batch are cut: all (V, B), float32 (boxes and changes) or bool."""
 
     size: int
+    flips: bool  # whether any view is flipped
     boxes: Tensor  # (V, B, 4): top, left, height, width, whole pixels
     flip: Tensor
     changes: Tensor | None  # (V, B, 3): brightness added, contrast factor, gamma; None: none of them
@@ -62,7 +62,7 @@ class Plan:
 
     def pin_memory(self) -> Plan:
         changes = None if self.changes is None else self.changes.pin_memory()
-        return Plan(self.size, self.boxes.pin_memory(), self.flip.pin_memory(), changes)
+        return Plan(self.size, self.flips, self.boxes.pin_memory(), self.flip.pin_memory(), changes)
 
 
 def film_keys(dicom_ids: Sequence[str]) -> np.ndarray:
@@ -99,7 +99,8 @@ def draw(views: Views, keys: np.ndarray, side: int, seed: int, epoch: int, purpo
     boxes = torch.from_numpy(np.stack([top, left, height, width], -1)).float()
     most = np.array([views.brightness, views.contrast, views.gamma])
     changes = torch.from_numpy([0, 1, 1] + (2 * u[..., 5:] - 1) * most).float() if most.any() else None
-    return Plan(views.size, boxes, torch.from_numpy(u[..., 4] < views.flip), changes)
+    flip = u[..., 4] < views.flip
+    return Plan(views.size, bool(flip.any()), boxes, torch.from_numpy(flip), changes)
 
 
 def draw_keep(
@@ -119,10 +120,7 @@ def cut(films: Tensor, plan: Plan) -> Tensor:
         films: (B, S, S) uint8, on the device where the views are wanted.
     Returns: (V*B, 1, size, size) float32 in [0, 1], view-major.
     """
-    if films.device.type != "cpu" or films.shape[-1] <= BRUTE_SIDE:
-        views = _cut_by_products(films, plan)
-    else:
-        views = _cut_one_by_one(films, plan)
+    views = _cut_one_by_one(films, plan) if films.device.type == "cpu" else _cut_by_products(films, plan)
     return (views if plan.changes is None else _change(views, plan.changes.flatten(0, 1))).unsqueeze(1)
 
 
@@ -130,35 +128,36 @@ def _cut_by_products(films: Tensor, plan: Plan) -> Tensor:
     """rows @ film @ columns: resizing is linear and separable."""
     rows = _weights(plan.boxes[..., 0], plan.boxes[..., 2], films.shape[1], plan.size)
     columns = _weights(plan.boxes[..., 1], plan.boxes[..., 3], films.shape[2], plan.size)
-    columns = torch.where(plan.flip[..., None, None], columns.flip(2), columns)
-    return (rows @ (films.float() / 255) @ columns.transpose(2, 3)).flatten(0, 1).clamp_(0, 1)
+    num_views = len(rows)
+    stacked = rows.transpose(0, 1).flatten(1, 2)  # (B, V*size, S): each film is read once for all its views
+    views = (stacked @ (films.float() / 255)).unflatten(1, (num_views, -1)).transpose(0, 1)  # (V, B, size, S)
+    views = (views @ columns.transpose(2, 3)).flatten(0, 1).clamp_(0, 1)
+    return torch.where(plan.flip.flatten()[:, None, None], views.flip(2), views) if plan.flips else views
 
 
 def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
     """(V, B) boxes -> (V, B, size, side): a triangle as wide as the reduction, within the box, rows sum to 1."""
-    scale = (length / size)[..., None, None]
-    centre = start[..., None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    start, length = start[..., None, None], length[..., None, None]
+    scale = length / size
+    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
     pixel = torch.arange(side, device=start.device) + 0.5
-    weights = (1 - (pixel - centre).abs() / scale.clamp_min(1)).clamp_min(0)
-    start, end = start[..., None, None], (start + length)[..., None, None]
-    weights = weights * ((pixel > start) & (pixel < end))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    weights = (pixel - centre).abs_().div_(scale.clamp_min(1)).neg_().add_(1).clamp_min_(0)
+    weights *= (pixel > start) & (pixel < start + length)
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
 def _cut_one_by_one(films: Tensor, plan: Plan) -> Tensor:
-    num_views, num_films = plan.flip.shape
-    views = torch.empty(num_views * num_films, plan.size, plan.size, dtype=torch.uint8)
-    boxes = plan.boxes.int().tolist()
-    for v in range(num_views):
-        for b in range(num_films):
-            top, left, height, width = boxes[v][b]
-            box = films[None, None, b, top : top + height, left : left + width]
-            resized = F.interpolate(box, size=(plan.size, plan.size), mode="bilinear", antialias=True)
-            views[v * num_films + b] = resized[0, 0]
-    flipped = plan.flip.flatten()
-    if flipped.any():
-        views[flipped] = views[flipped].flip(2)
-    return views.float().div_(255)
+    """On a CPU a small resize beats a matrix product over the whole film."""
+    size, boxes = (plan.size, plan.size), plan.boxes.flatten(0, 1).int().tolist()
+    views = torch.empty(len(boxes), 1, *size, dtype=torch.uint8)
+    for i, (top, left, height, width) in enumerate(boxes):
+        film = films[i % len(films)][None, None]
+        box = film.narrow(2, top, height).narrow(3, left, width)
+        views[i] = F.interpolate(box, size=size, mode="bilinear", antialias=True)[0]
+    if plan.flips:
+        flipped = plan.flip.flatten()
+        views[flipped] = views[flipped].flip(3)
+    return views[:, 0].float().div_(255)
 
 
 def _change(views: Tensor, changes: Tensor) -> Tensor:
