@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -55,14 +55,14 @@ class Plan:
     changes: Tensor | None  # (V, B, 3): brightness added, contrast factor, gamma; None: none of them
 
     def to(self, device: torch.device | str) -> Plan:
-        changes = None if self.changes is None else self.changes.to(device, non_blocking=True)
-        return Plan(
-            self.size, self.boxes.to(device, non_blocking=True), self.flip.to(device, non_blocking=True), changes
-        )
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Plan:
-        changes = None if self.changes is None else self.changes.pin_memory()
-        return Plan(self.size, self.flips, self.boxes.pin_memory(), self.flip.pin_memory(), changes)
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, do: Callable[[Tensor], Tensor]) -> Plan:
+        changes = None if self.changes is None else do(self.changes)
+        return dataclasses.replace(self, boxes=do(self.boxes), flip=do(self.flip), changes=changes)
 
 
 def film_keys(dicom_ids: Sequence[str]) -> np.ndarray:

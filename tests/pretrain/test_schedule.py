@@ -1,0 +1,33 @@
+"""Schedules: their ends, and lightly's cosine."""
+
+import pytest
+from lightly.utils.scheduler import cosine_schedule
+
+from pretrain.config import OptimConfig
+from pretrain.schedule import Schedule, cosine, linear, warmup_cosine
+
+
+def test_warmup_then_cosine_to_the_end():
+    at = [warmup_cosine(s, 100, warmup=10, start=0.2, peak=1.0, end=0.1) for s in (0, 5, 10, 55, 100)]
+    assert at == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1])
+
+
+def test_cosine_is_lightlys():
+    ours = [cosine(s, 49, 0.04, 0.4) for s in range(50)]
+    assert ours == pytest.approx([cosine_schedule(s, 50, 0.04, 0.4) for s in range(50)])
+
+
+def test_stretch_ends_before_the_last_value():
+    """The original's momentum, 0.996 -> 1 stretched by 1.25, ends at 0.9992."""
+    assert linear(100, 100, 0.996, 1.0, 1.25) == pytest.approx(0.9992)
+
+
+def test_lr_scales_with_the_batch_unless_told_not_to():
+    assert Schedule(OptimConfig(batch_size=256, lr=1e-3), 10).peak == pytest.approx(2.5e-4)
+    assert Schedule(OptimConfig(batch_size=256, lr=1e-3, lr_batch=None), 10).peak == pytest.approx(1e-3)
+
+
+def test_by_epoch_moves_once_an_epoch():
+    plan = Schedule(OptimConfig(by_epoch=True, warmup_epochs=0, epochs=5), 10)
+    assert plan(10) == plan(19) != plan(20)
+    assert plan.total == 50

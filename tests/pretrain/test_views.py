@@ -1,0 +1,118 @@
+"""Views: what is drawn does not depend on who asks; both ways of cutting agree with Pillow."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pretrain import views as vw
+
+KEYS = vw.film_keys([f"film-{i}" for i in range(6)])
+
+
+def films(side: int = 80, number: int = 6) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (number, side, side), dtype=np.uint8))
+
+
+@given(low=st.floats(0.05, 1), high=st.floats(0.05, 1), side=st.integers(16, 300), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_boxes_lie_in_the_film(low, high, side, seed):
+    plan = vw.draw(vw.Views(3, 8, (min(low, high), max(low, high))), KEYS, side, seed, 0, "x")
+    top, left, height, width = plan.boxes.unbind(-1)
+    assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= side).all() and (left + width <= side).all()
+
+
+def test_area_is_drawn_in_the_range():
+    plan = vw.draw(vw.Views(200, 8, (0.3, 0.5), ratio=(1, 1)), KEYS, 400, 0, 0, "x")
+    share = plan.boxes[..., 2] * plan.boxes[..., 3] / 400**2
+    assert 0.29 < share.min() < 0.32 and 0.48 < share.max() < 0.51
+
+
+def test_a_films_views_do_not_depend_on_its_batch():
+    kind = vw.Views(2, 16, (0.3, 1.0), flip=0.5, brightness=0.2, contrast=0.2)
+    whole = vw.draw(kind, KEYS, 80, 7, 3, "random")
+    alone = vw.draw(kind, KEYS[4:5], 80, 7, 3, "random")
+    torch.testing.assert_close(whole.boxes[:, 4:5], alone.boxes)
+    torch.testing.assert_close(vw.cut(films(), whole)[[4, 10]], vw.cut(films()[4:5], alone))
+
+
+@pytest.mark.parametrize("change", [{"seed": 8}, {"epoch": 4}, {"purpose": "focal"}])
+def test_seed_epoch_and_purpose_change_views(change):
+    given_ = {"seed": 7, "epoch": 3, "purpose": "random"}
+    kind = vw.Views(2, 16, (0.3, 1.0))
+    assert not torch.equal(vw.draw(kind, KEYS, 80, **given_).boxes, vw.draw(kind, KEYS, 80, **given_ | change).boxes)
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    u = vw.uniforms(vw.film_keys([str(i) for i in range(4000)]), 8, 0, 0, "x")
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
+    assert np.abs(np.corrcoef(u.T) - np.eye(8)).max() < 0.06
+
+
+def test_boxes_are_resized_as_pillow_does():
+    plan = vw.draw(vw.Views(2, 24, (0.1, 1.0)), KEYS, 80, 0, 0, "x")
+    ours = vw.cut(films(), plan)
+    for v in range(2):
+        for b in range(6):
+            top, left, height, width = plan.boxes[v, b].int().tolist()
+            box = Image.fromarray(films()[b].numpy()).crop((left, top, left + width, top + height))
+            theirs = np.asarray(box.resize((24, 24), Image.Resampling.BILINEAR), np.float32) / 255
+            assert np.abs(ours[v * 6 + b, 0].numpy() - theirs).max() < 1.01 / 255
+
+
+def test_matrix_products_cut_what_boxes_cut():
+    """What a GPU does, against what a CPU does."""
+    kind = vw.Views(3, 24, (0.1, 1.0), flip=0.5)
+    plan = vw.draw(kind, KEYS, 80, 0, 0, "x")
+    assert plan.flips
+    torch.testing.assert_close(
+        vw._cut_by_products(films(), plan), vw._cut_one_by_one(films(), plan), rtol=0, atol=1.01 / 255
+    )
+
+
+def test_flips_are_off_by_default():
+    assert not vw.draw(vw.Views(50, 8, (0.3, 1.0)), KEYS, 80, 0, 0, "x").flips
+
+
+def test_every_patch_can_be_dropped_and_none_always_is():
+    keep = torch.cat([vw.draw_keep(KEYS, 2, 16, 0.15, 0, epoch, "mask") for epoch in range(60)])
+    assert keep.shape == (60 * 12, 14)
+    dropped = 1 - torch.zeros(len(keep), 16).scatter_(1, keep, 1).mean(dim=0)
+    assert (dropped > 0.07).all() and (dropped < 0.19).all()  # 2 of 16 each time
+
+
+def test_at_least_one_patch_stays():
+    assert vw.draw_keep(KEYS, 1, 4, 0.99, 0, 0, "mask").shape == (6, 1)
+
+
+@pytest.mark.parametrize("fill", ["noise", "mean", "film"])
+def test_masked_cells_are_filled_and_others_untouched(fill):
+    views = torch.arange(2 * 6 * 64 * 64, dtype=torch.float32).view(12, 1, 64, 64) / 1e3 + 5
+    keep = vw.draw_keep(KEYS, 2, 4, 0.5, 0, 0, "mask")
+    masked = vw.mask_cells(views, keep, 32, fill, KEYS, 0, 0)
+    kept = torch.zeros(12, 4, dtype=torch.bool).scatter_(1, keep, True).view(12, 1, 2, 2)
+    kept = kept.repeat_interleave(32, 2).repeat_interleave(32, 3)
+    torch.testing.assert_close(masked[kept], views[kept], rtol=0, atol=0)
+    filled = masked[~kept]
+    if fill == "mean":
+        assert (filled == 0).all()
+    elif fill == "noise":
+        assert abs(filled.mean()) < 0.05 and abs(filled.std() - 1) < 0.05
+        again = vw.mask_cells(views, keep, 32, fill, KEYS, 0, 0)
+        torch.testing.assert_close(again, masked, rtol=0, atol=0)
+    else:
+        other = views.unflatten(0, (2, 6)).roll(1, 1).flatten(0, 1)
+        torch.testing.assert_close(filled, other[~kept])
+
+
+def test_black_films_stay_finite():
+    plan = vw.draw(vw.Views(2, 16, (0.3, 1.0), brightness=0.2, contrast=0.2, gamma=0.2), KEYS, 80, 0, 0, "x")
+    assert torch.isfinite(vw.cut(torch.zeros(6, 80, 80, dtype=torch.uint8), plan)).all()
+
+
+def test_a_plan_moves_whole():
+    plan = vw.draw(vw.Views(2, 16, (0.3, 1.0), flip=0.5, contrast=0.1), KEYS, 80, 0, 0, "x")
+    torch.testing.assert_close(vw.cut(films(), plan.to("cpu")), vw.cut(films(), plan))
