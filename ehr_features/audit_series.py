@@ -1,0 +1,171 @@
+"""The part of the audit that holds the series against the raw events.
+
+An observed value must be that of an event of this stay and hour which was known by then: charted in it, or, for a
+laboratory, stored in it. A value that was not observed must be the one before it, or the normal value. Only units are
+converted by the code that built the folder; what is known when is read from the raw tables again.
+
+Differs for preset `medfuse`: it counts a laboratory value from its draw, so this claim is refuted there, with the
+count.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from ibis import _
+from safetensors import safe_open
+
+from configs import UserError
+from ehr_features import channels, events, medfuse, series
+from ehr_features.config import FeaturesConfig
+from ehr_features.files import read_json
+from ehr_features.source import Source, batches, hold, open_source
+from ehr_features.verdict import Verdict, cannot, decide
+
+KNOWN = "no vital sign or laboratory value is from after its hour"
+FILLED = "values that were not observed are carried forward, never back"
+FITTED = "the normaliser is fitted on train only"
+READ = ("chartevents", "labevents")
+
+
+def check_series(features: Path, stays: pd.DataFrame) -> list[Verdict]:
+    """Verdicts on series.safetensors and series.json.
+
+    Args:
+        stays: stays.parquet.
+    Raises: UserError: a file is missing or damaged.
+    """
+    about, path = read_json(features / "series.json"), features / "series.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; build the features again")
+    verdicts = [_carried(path, about)]
+    try:
+        config = FeaturesConfig(**read_json(features / "provenance.json")["config"])
+        declared = channels.read_channels(config.channels)
+    except (KeyError, ValueError) as error:
+        why = f"provenance.json does not say how the folder was built ({str(error).splitlines()[0]})"
+        return [*verdicts, cannot(FITTED, why), cannot(KNOWN, why)]
+    layout = (medfuse if config.preset == "medfuse" else series).layout(declared)
+    verdicts.append(_fitted(path, about, layout, stays))
+    try:
+        source = _same_source(features, config)
+    except UserError as error:
+        return [*verdicts, cannot(KNOWN, str(error).splitlines()[0])]
+    return [*verdicts, _known(path, layout, source, config, declared)]
+
+
+def _carried(path: Path, about: dict[str, Any], chunk: int = 2_000) -> Verdict:
+    normal, of = np.array(about["imputation"]["normal"], np.float32), np.array(about["observed_of"])
+    wrong = cells = 0
+    with safe_open(path, "numpy") as file:
+        offsets, values, observed = file.get_tensor("offsets"), file.get_slice("values"), file.get_slice("observed")
+        for first in range(0, len(offsets) - 1, chunk):
+            edges = offsets[first : first + chunk + 1]
+            v, seen = values[int(edges[0]) : int(edges[-1])], observed[int(edges[0]) : int(edges[-1])][:, of] == 1
+            before = np.vstack([normal[None], v[:-1]])[: len(v)]
+            starts = edges[:-1][np.diff(edges) > 0] - edges[0]
+            before[starts] = normal
+            wrong += int(((v != before) & ~seen).sum())
+            cells += int((~seen).sum())
+    return decide(FILLED, {"values that stand before they were observed": wrong}, f"{cells} values not observed")
+
+
+def _fitted(path: Path, about: dict[str, Any], layout: series.Layout, stays: pd.DataFrame) -> Verdict:
+    train = stays.sort_values("stay_id")["split"].eq("train").to_numpy()
+    wanted, bad = series.fit(path, layout, train), 0
+    for key in ("mean", "std"):
+        for ours, theirs in zip(wanted[key], about["normaliser"][key], strict=True):
+            same = ours is theirs if ours is None or theirs is None else bool(np.isclose(ours, theirs, rtol=1e-5))
+            bad += not same
+    return decide(FITTED, {"means or deviations that are not those of train": bad}, f"{int(train.sum())} train stays")
+
+
+def _same_source(features: Path, config: FeaturesConfig) -> Source:
+    """The raw tables, if they are still those of the build. Raises: UserError: they are not."""
+    source = open_source(config)
+    held = {one["table"]: one for one in read_json(features / "provenance.json")["sources"].values()}
+    for name in (*READ, "icustays"):
+        now = events.fingerprint(source.files[name]) if name in source.files else {}
+        if any(held.get(name, {}).get(key) != value for key, value in now.items()) or name not in held:
+            raise UserError(f"{source.files.get(name, name)} is not the file that the features were built from")
+    return source
+
+
+def _known(
+    path: Path, layout: series.Layout, source: Source, config: FeaturesConfig, declared: tuple[channels.Channel, ...]
+) -> Verdict:
+    """Every observed value has its event, known by the end of its hour."""
+    with safe_open(path, "numpy") as file:
+        stay_ids, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
+        values, observed = file.get_tensor("values"), file.get_tensor("observed") == 1
+    number = {s: f for f, s in enumerate(layout.source) if layout.category[f] == -1}
+    column = np.array([number.get(s, -1) for s in range(len(layout.observed))])
+    explained = np.zeros_like(observed)
+    for batch in batches(source.con, _ranges(source, config, declared, stay_ids)):
+        stay, channel, at, low, high = (batch.column(n).to_numpy(zero_copy_only=False) for n in RANGE)
+        place = np.searchsorted(stay_ids, stay)
+        inside = (at >= 0) & (at < np.diff(offsets)[place])
+        row, channel, low, high = (offsets[place] + at)[inside], channel[inside], low[inside], high[inside]
+        v, slack = values[row, column[channel]], 1e-4 * np.maximum(np.abs(high), 1)
+        fits = (column[channel] < 0) | ((v >= low - slack) & (v <= high + slack))
+        explained[row[fits], channel[fits]] = True
+    bad = {"observed values without an event that was known by then": int((observed & ~explained).sum())}
+    return decide(KNOWN, bad, f"{int(observed.sum())} observed values of {len(stay_ids)} stays")
+
+
+RANGE = ("stay_id", "channel", "bin", "low", "high")
+
+
+def _ranges(
+    source: Source, config: FeaturesConfig, declared: tuple[channels.Channel, ...], stay_ids: np.ndarray
+) -> ir.Table:
+    """stay_id, channel, bin, low, high: the range of the values that became known in each hour."""
+    mine = hold(source.con, "audited", pa.table({"stay_id": stay_ids}))
+    stays = source.table("icustays").semi_join(mine, "stay_id").distinct()
+    window = stays.select("stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds())
+    items = {i for preset in ("default", "medfuse") for i in channels.item_ids(declared, preset)}
+    subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
+    # the same selection as the build's, so that its cache serves
+    from ehr_features.labels import CODE_STATUS
+
+    found = events.cached(source, items | set(CODE_STATUS), set(subjects), config.cache_folder)
+    columns = ["stay_id", "itemid", "value", "valuenum", "seconds", "left", "stored", "unstored"]
+    published = config.preset == "medfuse"
+    both = [_timed(found[name][0], window, name == "labevents", by_clock=published).select(*columns) for name in READ]
+    timed = both[0].union(both[1])
+    step = 3600 * config.step_hours
+    if published:
+        rows = [(item, n) for n, p in enumerate(medfuse.published(declared)) for item in p.items]
+        table = pa.Table.from_pandas(pd.DataFrame(rows, columns=["itemid", "channel"]), preserve_index=False)
+        used = timed.join(hold(source.con, "audited_items", table), "itemid")
+        used = used.mutate(
+            bin=ibis.greatest(_.seconds - 1, 0) // step, v=ibis.literal(0.0, "float64")
+        )  # closed on the right
+    else:
+        texts = channels.text_table(source.con, declared)
+        read = series.converted(timed, channels.item_table(source.con, declared), texts)
+        used = read.filter(_.fate == "used").select("stay_id", "seconds", "stored", "v", "channel", "mark")
+        for more in series.sums(used, declared):
+            used = used.union(more.select(*used.columns))
+        used = used.mutate(bin=_.seconds // step)
+    ranges = used.group_by("stay_id", "channel", bin=_.bin.cast("int64")).agg(low=_.v.min(), high=_.v.max())
+    return ranges.select(*RANGE)
+
+
+def _timed(table: ir.Table, window: ir.Table, lab: bool, *, by_clock: bool) -> ir.Table:
+    """When each event of a stay was known, in seconds since intime: a laboratory value when it was stored."""
+    known = _.storetime.coalesce(_.charttime) if lab else _.charttime
+    read = table.mutate(at=known.epoch_seconds(), stored=_.storetime.epoch_seconds().coalesce(series.NEVER))
+    read = read.filter(_.at.notnull())
+    if lab or by_clock:
+        read = read.drop("stay_id") if "stay_id" in read.columns else read
+        joined = read.join(window, [read.subject_id == window.subject_id, read.at <= window.ends + 3600])
+    else:
+        joined = read.drop("subject_id").join(window, "stay_id")
+    return joined.mutate(seconds=_.at - _.begins, left=_.ends - _.at, unstored=ibis.literal(False))
