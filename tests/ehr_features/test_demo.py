@@ -25,8 +25,8 @@ from ehr_features.demo_truth import DEATH, NAMES, Outcomes, amounts, auroc
 COLUMNS = {
     "mimic-iv/hosp/patients": "subject_id gender anchor_age anchor_year anchor_year_group dod",
     "mimic-iv/hosp/admissions": "subject_id hadm_id admittime dischtime deathtime admission_type "
-    "admit_provider_id admission_location discharge_location insurance language marital_status race edregtime edouttime "
-    "hospital_expire_flag",
+    "admit_provider_id admission_location discharge_location insurance language marital_status race edregtime "
+    "edouttime hospital_expire_flag",
     "mimic-iv/hosp/diagnoses_icd": "subject_id hadm_id seq_num icd_code icd_version",
     "mimic-iv/hosp/d_icd_diagnoses": "icd_code icd_version long_title",
     "mimic-iv/hosp/labevents": "labevent_id subject_id hadm_id specimen_id itemid order_provider_id charttime "
