@@ -113,7 +113,7 @@ def _known(
         inside = (at >= 0) & (at < np.diff(offsets)[place])
         row, channel, low, high = (offsets[place] + at)[inside], channel[inside], low[inside], high[inside]
         v, slack = values[row, column[channel]], 1e-4 * np.maximum(np.abs(high), 1)
-        fits = (column[channel] < 0) | ((v >= low - slack) & (v <= high + slack))
+        fits = np.isnan(low) | (column[channel] < 0) | ((v >= low - slack) & (v <= high + slack))
         explained[row[fits], channel[fits]] = True
     bad = {"observed values without an event that was known by then": int((observed & ~explained).sum())}
     return decide(KNOWN, bad, f"{int(observed.sum())} observed values of {len(stay_ids)} stays")
@@ -144,9 +144,8 @@ def _ranges(
         rows = [(item, n) for n, p in enumerate(medfuse.published(declared)) for item in p.items]
         table = pa.Table.from_pandas(pd.DataFrame(rows, columns=["itemid", "channel"]), preserve_index=False)
         used = timed.join(hold(source.con, "audited_items", table), "itemid")
-        used = used.mutate(
-            bin=ibis.greatest(_.seconds - 1, 0) // step, v=ibis.literal(0.0, "float64")
-        )  # closed on the right
+        closed = ibis.greatest(used.seconds - 1, 0)  # bins are closed on the right; values are not compared
+        used = used.mutate(bin=closed // step, v=ibis.null("float64"))
     else:
         texts = channels.text_table(source.con, declared)
         read = series.converted(timed, channels.item_table(source.con, declared), texts)
