@@ -121,14 +121,14 @@ def check_items(source: Source, channels: tuple[Channel, ...], preset: str, path
 
 
 def item_table(con: object, channels: tuple[Channel, ...]) -> ir.Table:
-    """itemid, channel (its number), factor, add, above, low, high, mark (the text that is marked, or null)."""
+    """itemid, channel (its number), factor, add, above, low, high, mark (text that is marked, or null), textual."""
     rows = []
     for number, channel in enumerate(channels):
         for item, named in channel.items.items():
             c = CONVERSIONS[named] if isinstance(named, str) else named
             mark = next(iter(channel.mark.values()), None)
-            rows.append((item, number, c.factor, c.add, c.above, *channel.range, mark))
-    names = ["itemid", "channel", "factor", "add", "above", "low", "high", "mark"]
+            rows.append((item, number, c.factor, c.add, c.above, *channel.range, mark, bool(channel.text or mark)))
+    names = ["itemid", "channel", "factor", "add", "above", "low", "high", "mark", "textual"]
     frame = pd.DataFrame(rows, columns=names).astype({"mark": "string"})
     return hold(con, "channel_items", pa.Table.from_pandas(frame, preserve_index=False))
 

@@ -38,21 +38,20 @@ def cached(
 
 def _one(source: Source, name: str, items: list[int], subjects: list[int], folder: Path) -> tuple[ir.Table, int]:
     if name not in source.files:  # held in memory
-        table = _kept(source, source.table(name), items, subjects)
-        return table, int(source.table(name).count().execute())
+        return _kept(source, name, items, subjects), int(source.table(name).count().execute())
     key = digest([name, fingerprint(source.files[name]), items, subjects, source.con.name])
     path, facts = folder / f"{name}-{key}.parquet", folder / f"{name}-{key}.json"
     if not (path.exists() and facts.is_file()):
-        table = _kept(source, source.table(name), items, subjects)
+        table = _kept(source, name, items, subjects)
         with readable(source.files[name]), progress(source.con, f"reading {name} (once)"):
             rows = _write(source, table, path)
         write_json(facts, {"rows_read": rows})
     return source.con.read_parquet(str(path)), json.loads(facts.read_text())["rows_read"]
 
 
-def _kept(source: Source, table: ir.Table, items: list[int], subjects: list[int]) -> ir.Table:
+def _kept(source: Source, name: str, items: list[int], subjects: list[int]) -> ir.Table:
     who = hold(source.con, "event_subjects", pa.table({"subject_id": pa.array(subjects, pa.int64())}))
-    return table.filter(table.itemid.isin(items)).semi_join(who, "subject_id")
+    return source.events(name, items).semi_join(who, "subject_id")
 
 
 def _write(source: Source, table: ir.Table, path: Path) -> int:

@@ -9,13 +9,15 @@ from ehr_features.schema import READ
 
 
 def claimed(root: str) -> str | None:
-    """The release in a folder's name: `demo`, `2.2`, ... (None: it names none)."""
-    for name in reversed(root.rstrip("/").split("/")):
-        if "demo" in name.lower():
-            return "demo"
-        if found := re.search(r"(?<![\d.])(\d\.\d(?:\.\d)?)(?![\d.])", name):
-            return found.group(1)
-    return None
+    """The release that a folder's name claims: `demo`, `2.2`, ... (None: it names none)."""
+    names = root.rstrip("/").lower().split("/")
+    name = names[-1] if "mimic" in names[-1] else "/".join(names[-2:])
+    if not re.search(r"mimic|physionet|^(.*/)?v?\d\.\d", name):
+        return None
+    if re.search(r"mimic[^/]*demo", name):
+        return "demo"
+    found = re.search(r"(?<![\d.])(\d\.\d(?:\.\d)?)(?![\d.])", name)
+    return found.group(1) if found else None
 
 
 def recognised(rows: Mapping[str, int], root: str = "mimic_iv") -> str | None:

@@ -107,7 +107,8 @@ def converted(events: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
     Returns: stay_id, channel, seconds, stored, v (in the variable's unit), mark (0 or 1), fate (`used`, or why not),
         unstored.
     """
-    events = events.join(items, "itemid").mutate(text=_.value.strip().lower())
+    events = events.join(items, "itemid")
+    events = events.mutate(text=ibis.cases((_.textual, _.value.strip().lower())))
     read = events.left_join(texts, [events.channel == texts.channel, events.text == texts.text])
     number = _.number.coalesce((_.valuenum > _.above).ifelse(_.valuenum * _.factor + _["add"], _.valuenum))
     read = read.mutate(v=number, marked=(_.text == _["mark"].strip().lower()).fill_null(False).cast("int64"))

@@ -80,11 +80,20 @@ class Source:
             self._tables[name] = self._open(name)
         return self._tables[name]
 
-    def _open(self, name: str) -> ir.Table:
+    def events(self, name: str, items: list[int]) -> ir.Table:
+        """Rows of an event table with some itemids; text is compared before anything is cast, which is what costs."""
+        if name in self._tables:
+            return self._tables[name].filter(self._tables[name].itemid.isin(items))
+        return self._open(name, items)
+
+    def _open(self, name: str, items: list[int] | None = None) -> ir.Table:
         raw, path, found = READ[name], self.files[name], self.columns[name]
         check_columns(name, path, found, self.layout)
         with readable(path):
             opened = read(self.con, path, found)
+        if items is not None:
+            text = opened.itemid.type().is_string()
+            opened = opened.filter(opened.itemid.isin([str(i) for i in items] if text else items))
         names = {c: (raw.renamed.get(c, c) if self.layout == "1.0" else c) for c in raw.columns}
         cast = {c: _cast(opened[names[c]] if names[c] in found else ibis.null("string"), raw.columns[c]) for c in names}
         table = opened.select(**cast)
