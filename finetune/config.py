@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,19 +12,86 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+class TableConfig(Settings):
+    """Labelled films that are not in a features/ folder."""
+
+    layout: Literal["nih", "chexpert", "csv"]  # Data_Entry_2017.csv; train.csv of CheXpert; any table
+    table: str  # official lists and splits are looked for beside it
+    images: str  # the folder of the films
+    size: int = Field(256, ge=16)  # side of the packed films, where `store` is not given
+    names: Literal["own", "chexpert"] = "own"  # nih: its own labels, or those that CheXpert has too, under its names
+    path: str = "path"  # layout csv: which columns hold what
+    columns: list[str] = []  # labels: 1, 0, -1 (uncertain) or empty
+    subject: str | None = None  # none: each film is a subject of its own
+    study: str | None = None
+    split: str | None = None  # train, val, test; none: by hash of the subject
+    view: str | None = None  # none: all are frontal
+    sex: str | None = None
+    age: str | None = None
+
+    @model_validator(mode="after")
+    def _labels(self) -> TableConfig:
+        if self.layout == "csv" and not self.columns:
+            raise ValueError("layout csv needs `columns`: the names of the label columns")
+        return self
+
+
+class TuneConfig(Settings):
+    """Training through the encoder: `method: finetune` and `attentive`."""
+
+    lr: Positive = 1e-3  # of the head; `finetune`: of block i of n, lr x layer_decay ^ (n - i)
+    layer_decay: float = Field(0.75, gt=0, le=1)
+    weight_decay: NotNegative = 0.05
+    warmup_epochs: NotNegative = 1
+    epochs: int = Field(30, ge=1)
+    patience: int = Field(5, ge=1)  # epochs without a better validation AUROC
+    batch_size: int = Field(64, ge=1)  # films a step, over all processes
+    rotate: NotNegative = 10  # degrees; films are never flipped: the heart is on the left
+    zoom: float = Field(0.1, ge=0, lt=1)
+    shift: float = Field(0.05, ge=0, lt=1)  # share of the side
+    contrast: float = Field(0.2, ge=0, lt=1)
+    clip: Positive = 1.0
+
+
+class ShiftConfig(Settings):
+    """Train on some groups, test on others."""
+
+    field: str  # view, year_group, sex, ...: a subgroup field
+    source: list[str] = []  # none: view AP; year_group: the first half; else the largest group
+    target: list[str] = []  # none: view PA; year_group: the other half; else the other groups
+
+
+class WeightsConfig(Settings):
+    """What a bare weights file (`encoder: path.safetensors`) does not say."""
+
+    arch: str  # a timm name, patch 14 too: vit_base_patch14_dinov2
+    image_size: int = Field(224, ge=16)
+    in_chans: Literal[1, 3] = 3
+    model_args: dict[str, Any] = {}
+    mean: float = 0.449  # of pixels in [0, 1]: ImageNet's, as one number
+    std: float = Field(0.226, gt=0)
+
+
 class ProbeConfig(Settings):
     """What `probe` needs. The shipped configs/probe_linear.yaml gives a reason beside each key."""
 
-    features: str  # a features/ folder: the films' labels and splits
-    store: str | None = None  # a store/ of packed films; `encoder: metadata` needs none
-    encoder: str  # an encoder/ folder or a run's; `pixels`; `random:ARCH` or `random:FOLDER`
+    features: str | None = None  # a features/ folder: the films' labels and splits
+    films: TableConfig | None = None  # instead: NIH, CheXpert, any CSV
+    store: str | None = None  # a store/ of packed films; packed beside `out` if none and `films` is given
+    encoder: str  # encoder/ or a run; `pixels`; `random:ARCH` or `random:FOLDER`; `metadata`; a weights file
+    weights: WeightsConfig | None = None  # with a weights file
     out: str
     seed: int = 0
-    method: Literal["linear", "logistic", "knn"] = "linear"
-    labels: list[str] = []  # all findings if empty
+    method: Literal["linear", "logistic", "knn", "boosting", "attentive", "finetune", "transfer"] = "linear"
+    head: str | None = None  # `transfer`: the finished linear or logistic probe whose head is scored here, untouched
+    labels: list[str] = []  # all if empty
     views: Literal["frontal", "all"] = "frontal"
+    unit: Literal["study", "film"] = "study"  # what is scored: a study is the mean of its films' probabilities
     uncertain: Literal["ignore", "zeros", "ones"] = "ignore"  # -1 in training; evaluation always ignores it
     missing: Literal["zeros", "ignore"] = "zeros"  # empty in training; evaluation always takes it as 0
+    fraction: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 1.0  # train subjects
+    repeats: int = Field(1, ge=1)  # draws of each fraction below 1
+    groups: list[str] = ["sex", "age", "view", "position", "icu"]  # `metadata`: the record's columns, without the film
     pools: list[Literal["cls", "avg", "both"]] = Field(["cls", "avg", "both"], min_length=1)  # those the encoder has
     lrs: list[Positive] = Field([3e-4, 1e-3, 3e-3, 1e-2], min_length=1)
     weight_decays: list[NotNegative] = Field([0.0, 1e-2, 1e-1, 1.0], min_length=1)
@@ -34,14 +101,36 @@ class ProbeConfig(Settings):
     pixels: int = Field(16, ge=2)  # side of the raw-pixel baseline
     strengths: list[Positive] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1)  # of `method: logistic`, C
     neighbours: list[Annotated[int, Field(ge=1)]] = Field([5, 10, 20, 50], min_length=1)  # of `method: knn`
+    tune: TuneConfig = TuneConfig.model_validate({})
+    subgroups: list[str] = []  # sex, age, race, view, support_devices, care_unit, year_group
+    shift: ShiftConfig | None = None
+    radiologists: str | None = None  # mimic-cxr-2.1.0-test-set-labeled.csv: a second test set
     samples: int = Field(1000, ge=0)  # resamples of the intervals
     allow_leak: bool = False  # go on with an encoder that saw a val or test subject; shown on top of the report
     cache: str | None = None  # where features of films are kept; `cache/` beside `out` if none
 
+    @property
+    def fractions(self) -> list[float]:
+        """From the smallest."""
+        return sorted(set(self.fraction if isinstance(self.fraction, list) else [self.fraction]))
+
     @model_validator(mode="after")
-    def _needs(self) -> ProbeConfig:
-        if self.store is None:
+    def _agree(self) -> ProbeConfig:
+        metadata = self.encoder == "metadata"
+        if (self.features is None) == (self.films is None):
+            raise ValueError("wanted one of `features` (a features/ folder) and `films` (NIH, CheXpert, any CSV)")
+        if self.features is not None and self.store is None and not metadata:
             raise ValueError("`store` is missing: the packed films; write them with ./launch.sh images CONFIG")
+        if metadata and self.features is None:
+            raise ValueError("`encoder` metadata reads the record's columns of a features/ folder")
+        if metadata and self.method in ("attentive", "finetune", "transfer"):
+            raise ValueError(f"`method` {self.method} needs films; metadata goes with logistic, boosting, linear, knn")
+        if self.encoder == "pixels" and self.method in ("attentive", "finetune"):
+            raise ValueError(f"`method` {self.method} needs an encoder; random:ARCH is training from scratch")
+        if (self.method == "transfer") != (self.head is not None):
+            raise ValueError("`head` (a finished probe) and method=transfer go together")
+        if self.weights is not None and not self.encoder.endswith((".safetensors", ".pth", ".pt")):
+            raise ValueError("`weights` describes a weights file (.safetensors, .pth); `encoder` names none")
         return self
 
 

@@ -8,6 +8,7 @@ report names what is there, and CheXpert's labels are read from reports).
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,11 +34,13 @@ class Films:
         table: dicom_id, study_id, subject_id, split, view, and whatever subgroups need; index 0 .. N - 1.
         labels: (N, L) 1, 0, -1, NaN, columns named.
         left_out: why films of the source are not here -> how many.
+        warnings: what a reader of the results must know.
     """
 
     table: pd.DataFrame
     labels: pd.DataFrame
     left_out: dict[str, int]
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -98,6 +101,23 @@ def check_splits(films: Films) -> None:
     if (splits > 1).any():
         some = splits.index[splits > 1].tolist()
         raise UserError(f"{len(some)} subjects are in two splits, e.g. {some[:3]}; split by subject_id")
+
+
+def fraction_rows(films: Films, fraction: float, seed: int) -> NDArray[np.intp]:
+    """Train rows of a share of the train subjects: never half a subject, and 1% lies inside 5% of the same seed.
+
+    Raises: UserError: less than one subject.
+    """
+    rows = films.rows("train")
+    if fraction == 1:
+        return rows
+    subjects = films.table["subject_id"].to_numpy()[rows]
+    drawn = {s: hashlib.sha256(f"{seed}:fraction:{s}".encode()).digest() for s in np.unique(subjects).tolist()}
+    number = round(fraction * len(drawn))
+    if number < 1:
+        raise UserError(f"fraction {fraction} of {len(drawn)} train subjects is less than one; take a larger fraction")
+    kept = sorted(drawn, key=lambda s: drawn[s])[:number]
+    return rows[np.isin(subjects, kept)]
 
 
 def training_labels(labels: pd.DataFrame, *, uncertain: str = "ignore", missing: str = "zeros") -> NDArray[np.float32]:

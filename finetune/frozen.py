@@ -16,11 +16,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from configs import UserError
 from ehr_features.files import digest, new_file
 from finetune.net import file_weights, open_encoder
+from finetune.weights import open_weights
 from pretrain.progress import Bar
 
 if TYPE_CHECKING:
+    from finetune.config import WeightsConfig
+    from pretrain.encoder import Encoder
     from pretrain.store import Store
 
 Features = dict[str, NDArray[np.float32]]  # pool -> (N, D)
@@ -45,13 +49,21 @@ class Frozen:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def open_frozen(spec: str, *, seed: int = 0, pixels: int = 16, device: str | torch.device = "cpu") -> Frozen:
+def open_frozen(
+    spec: str,
+    *,
+    seed: int = 0,
+    pixels: int = 16,
+    device: str | torch.device = "cpu",
+    weights: WeightsConfig | None = None,
+) -> Frozen:
     """The frozen encoder that a config names.
 
     Args:
-        spec: an encoder/ folder, a run with one, `random:ARCH`, `random:FOLDER`, or `pixels`.
+        spec: an encoder/ folder, a run with one, `random:ARCH`, `random:FOLDER`, `pixels`, or a weights file.
         seed: of random weights.
         pixels: side of the raw-pixel baseline.
+        weights: what a bare weights file is.
     Raises: UserError: no such encoder.
     """
     if spec == "pixels":
@@ -62,7 +74,7 @@ def open_frozen(spec: str, *, seed: int = 0, pixels: int = 16, device: str | tor
 
         about = {"parameters": 0, "image_size": pixels, "films_seen": 0, "weights": "none"}
         return Frozen(f"pixels {pixels}x{pixels}", f"pixels{pixels}", shrink, None, about)
-    encoder, folder = open_encoder(spec, seed)
+    encoder, folder = open_any(spec, seed, weights)
     encoder = encoder.to(device).eval()
 
     @torch.inference_mode()
@@ -70,16 +82,31 @@ def open_frozen(spec: str, *, seed: int = 0, pixels: int = 16, device: str | tor
         features = encoder.features(encoder.preprocess(films).to(device))
         return {pool: encoder.pool(features, pool).float().cpu().numpy() for pool in encoder.pools if pool != "max"}
 
-    weights = {name: file_weights(value) for name, value in encoder.net.state_dict().items()}
-    about = {
+    state = {name: file_weights(value) for name, value in encoder.net.state_dict().items()}
+    key = digest([state, encoder.meta["arch"], encoder.meta["model_args"], encoder.preprocess.to_json()])
+    return Frozen(spec, key, encode, folder, describe(encoder, spec, folder))
+
+
+def open_any(spec: str, seed: int = 0, weights: WeightsConfig | None = None) -> tuple[Encoder, Path | None]:
+    """The encoder, and the folder or file that it was trained in (None for random weights). Raises: UserError."""
+    if not spec.endswith((".safetensors", ".pth", ".pt")):
+        return open_encoder(spec, seed)
+    if weights is None:
+        raise UserError(f"{spec}: a bare weights file; say what it is: weights.arch=..., weights.image_size=...")
+    return open_weights(spec, weights), Path(spec)
+
+
+def describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]:
+    """What every row of a comparison carries: parameters, input size, films seen in pretraining."""
+    seen = {True: 0, False: encoder.meta.get("num_films")}[folder is None]
+    origin = "random, timm's initialisation" if folder is None else f"step {encoder.meta.get('step')}"
+    return {
         "parameters": sum(p.numel() for p in encoder.net.parameters()),
         "image_size": encoder.meta["image_size"],
         "arch": encoder.meta["arch"],
-        "films_seen": 0 if folder is None else encoder.meta.get("films_seen"),
-        "weights": "random, timm's initialisation" if folder is None else f"step {encoder.meta.get('step')}",
+        "films_seen": seen,  # None: unknown
+        "weights": origin if folder is None or folder.is_dir() else spec,
     }
-    key = digest([weights, encoder.meta["arch"], encoder.meta["model_args"], encoder.preprocess.to_json()])
-    return Frozen(spec, key, encode, folder, about)
 
 
 def film_features(

@@ -23,7 +23,7 @@ HELD_OUT = ("val", "test")
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of an encoder's pretraining: `films` is `none` | `train` | `unknown` | `leak`."""
+    """What is known of an encoder's pretraining: `films` is `none` | `train` | `unknown` | `other source` | `leak`."""
 
     films: str
     supervision: str  # `none` | `self-supervised` | `outcome-supervised` | `unknown`
@@ -34,17 +34,25 @@ NOTHING = Seen("none", "none", [])  # raw pixels, random weights, metadata
 
 
 def check_encoder(
-    folder: Path, subjects: pd.DataFrame, *, features: str | Path | None = None, allow_leak: bool = False
+    folder: Path,
+    subjects: pd.DataFrame,
+    *,
+    features: str | Path | None = None,
+    allow_leak: bool = False,
+    same_subjects: bool = True,
 ) -> Seen:
     """Refuse an encoder whose pretraining saw a val or test subject of this split.
 
     Args:
-        folder: an encoder/ folder; a run's seen_subjects.parquet is looked for beside it.
+        folder: an encoder/ folder (a run's seen_subjects.parquet is looked for beside it), or a bare weights file.
         subjects: subject_id, split of what the encoder is to be tested on; repeated rows are fine.
         features: the features/ folder that the split comes from.
+        same_subjects: subject_id means the same person there and here; False for films of another data set.
         allow_leak: go on all the same, with a warning for the top of the report.
     Raises: UserError: it saw some, or its list of subjects is damaged.
     """
+    if folder.is_file():  # bare weights of anyone
+        return Seen("unknown", "unknown", [f"{folder}: the films and labels of its training are unknown"])
     meta = read_json(folder / "encoder.json")
     groups = meta.get("ehr_groups") or {}
     outcome = sorted(name for name, at in _available(groups) if at == "discharge")
@@ -55,6 +63,11 @@ def check_encoder(
             f"outcome-supervised: pretraining was conditioned on {', '.join(outcome)}, known only at discharge; "
             "not comparable with self-supervised encoders"
         )
+    if not same_subjects:
+        warnings.append(
+            f"{folder}: pretrained on films of another source; their subjects cannot be compared with these"
+        )
+        return Seen("other source", supervision, warnings)
     held_out = subjects[subjects["split"].isin(HELD_OUT)]
     films, found = _overlap(folder, meta, held_out, features)
     if films == "leak":

@@ -20,7 +20,7 @@ from torch import Tensor
 from configs import UserError
 from finetune.frozen import Features
 
-Predict = Callable[[Features], NDArray[np.float64]]  # features of any films -> logits (N, L)
+Head = Callable[[Features], NDArray[np.float64]]  # features of any films -> logits (N, L)
 Say = Callable[[int, float], None]  # epoch, best validation AUROC so far
 
 
@@ -43,6 +43,26 @@ def blocks(features: Features, pools: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+@dataclass(frozen=True)
+class LinearHead:
+    """logits = features of `names`, side by side, @ weights + bias; the standardisation is folded in."""
+
+    names: list[str]
+    weights: NDArray[np.float64]  # (D, L)
+    bias: NDArray[np.float64]  # (L,)
+
+    @classmethod
+    def of(cls, scale: Scale, names: Sequence[str], weights: NDArray[Any]) -> LinearHead:
+        """Fold `scale` into (D + 1, L) weights that were fitted on scaled features, the bias last."""
+        mean, deviation = scale.columns(names)
+        folded = np.asarray(weights[:-1], np.float64) / deviation[:, None]
+        return cls(list(names), folded, np.asarray(weights[-1], np.float64) - mean @ folded)
+
+    def __call__(self, features: Features) -> NDArray[np.float64]:
+        x = np.concatenate([features[name] for name in self.names], axis=1)
+        return x.astype(np.float64) @ self.weights + self.bias
+
+
 class Scale:
     """Columns to mean 0 and deviation 1 on the films that it was fitted on; a constant column becomes 0."""
 
@@ -53,13 +73,14 @@ class Scale:
 
     def __call__(self, features: Features, names: Sequence[str] | None = None) -> NDArray[np.float32]:
         """(N, D of the blocks named, side by side)."""
-        parts = []
-        for name in names or self.names:
-            spread = self.deviation[name]
-            constant = spread < 1e-6 * (1 + np.abs(self.mean[name]))
-            scaled = (features[name] - self.mean[name]) / np.where(constant, 1, spread)
-            parts.append(np.where(constant, 0, scaled))
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        mean, deviation = self.columns(names or self.names)
+        x = np.concatenate([features[name] for name in names or self.names], axis=1)
+        return ((x - mean) / deviation).astype(np.float32)
+
+    def columns(self, names: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and deviation (D,) of the blocks named; the deviation of a constant column is infinite."""
+        mean, spread = (np.concatenate([of[name] for name in names]) for of in (self.mean, self.deviation))
+        return mean, np.where(spread < 1e-6 * (1 + np.abs(mean)), np.inf, spread)
 
 
 def linear(
@@ -75,7 +96,7 @@ def linear(
     seed: int,
     device: str | torch.device = "cpu",
     say: Say = lambda epoch, value: None,
-) -> tuple[Predict, dict[str, Any]]:
+) -> tuple[LinearHead, dict[str, Any]]:
     """Linear heads over pool x lr x weight decay, trained as one tensor by AdamW, stopped by validation AUROC.
 
     The heads do not touch each other: the loss is their sum, and lr and decay are tensors over them.
@@ -110,11 +131,9 @@ def linear(
         if epoch - best_at >= patience:
             break
     pool, rate, decayed = grid[best[2]]
-    chosen = best[1].cpu().numpy().astype(np.float64)
-
-    def predict(features: Features) -> NDArray[np.float64]:
-        return scale(features) @ chosen[:-1] + chosen[-1]
-
+    wide = LinearHead.of(scale, scale.names, best[1].cpu().numpy())
+    inside = _mask(used[pool], widths)[:-1].numpy() > 0
+    head = LinearHead(used[pool], wide.weights[inside], wide.bias)
     chose = {
         "pool": pool,
         "lr": rate,
@@ -123,7 +142,7 @@ def linear(
         "epochs_run": epoch,
         "heads": len(grid),
     }
-    return predict, chose | {"val_auroc": best[0]}
+    return head, chose | {"val_auroc": best[0]}
 
 
 def macro_auroc(labels: NDArray[np.float32], scores: NDArray[Any]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ The calibration intercept and slope are those of the resample's first Newton ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,22 +32,31 @@ def evaluate(
     samples: int = 1000,
     seed: int = 0,
     thresholds: ArrayLike | None = None,
+    macros: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
     """Score predictions, each label and their mean.
 
     Args:
         labels: (N, L) or (N,), of 0, 1 and NaN (unknown).
-        probabilities: like labels, finite; for rank metrics any scores will do.
+        probabilities: like labels, finite; for rank metrics any scores will do. (runs, N, L) for several trainings of
+            one method: values are means over runs, and each resample draws runs too, with replacement.
         names: (L,) names of the labels; 0, 1, ... if None.
         groups: (N,) the subject of each row, resampled as a whole; each row on its own if None.
         samples: resamples for the intervals; 0 leaves them null.
-        thresholds: (L,) decision thresholds for F1, sensitivity, specificity, chosen on other data by `f1_thresholds`.
+        thresholds: (L,) or (runs, L), for F1, sensitivity, specificity, chosen on other data by `f1_thresholds`.
+        macros: means over some labels beside `macro`, e.g. {"macro CheXpert-5": [...]}.
     Returns: label, metric, value, low, high, n (rows with a label), positives, reason (why value or interval is null).
     Raises: UserError: shapes that differ, other labels than 0 and 1, a score that is not finite.
     """
-    y, s, names, group = check(labels, probabilities, names, groups)
-    cut = None if thresholds is None else np.asarray(thresholds, dtype=np.float64).reshape(y.shape[1])
-    values, draws = distribution(y, s, group, samples=samples, seed=seed, thresholds=cut)
+    given = np.asarray(probabilities, dtype=np.float64)
+    trained = given if given.ndim == 3 else given[None]
+    y, s, names, group = check(labels, trained[0], names, groups)
+    cuts = _cuts(thresholds, len(trained), y.shape[1])
+    found = [
+        distribution(y, check(y, p, names, None)[1], group, samples=samples, seed=seed, thresholds=cut)
+        for p, cut in zip(trained, cuts, strict=True)
+    ]
+    values, draws = over_runs(found, runs_drawn(len(trained), samples, seed))
     rows = []
     known = ~np.isnan(y)
     n, positives = known.sum(0), (y == 1).sum(0)
@@ -57,15 +66,13 @@ def evaluate(
             value, drawn = values[metric][i], draws[metric][:, i]
             reason = _reason(metric, value, both[i], int(n[i]), int(positives[i]), s[known[:, i], i])
             rows.append([name, metric, value, *interval(drawn, value), n[i], positives[i], reason])
-    with np.errstate(invalid="ignore"):
+    for name, members in {"macro": names, **(macros or {})}.items():
+        member = np.isin(names, list(members))
+        total, chosen = known[:, member].any(1).sum(), both & member
         for metric in values:
-            value, drawn = macro(values[metric][None], both)[0], macro(draws[metric], both)
-            reason = (
-                None if not np.isnan(value) else "no label has both classes" if not both.any() else "no label has it"
-            )
-            rows.append(
-                ["macro", metric, value, *interval(drawn, value), known.any(1).sum(), positives[both].sum(), reason]
-            )
+            value, drawn = macro(values[metric][None], chosen)[0], macro(draws[metric], chosen)
+            reason = "no label has a value" if np.isnan(value) else None
+            rows.append([name, metric, value, *interval(drawn, value), total, positives[chosen].sum(), reason])
     table = pd.DataFrame(rows, columns=COLUMNS)
     lost = table["low"].isna() & table["value"].notna() & (samples > 0)
     table.loc[lost, "reason"] = "no interval: more than half of the resamples have one class only"
@@ -116,12 +123,13 @@ def distribution(
     seed: int,
     thresholds: Floats | None = None,
     metrics: Sequence[str] | None = None,
+    num_groups: int | None = None,
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Each metric's values (L,), and its values in each resample (samples, L), NaN where undefined.
 
-    Two calls with the same groups, samples and seed see the same resamples, so that differences are paired.
+    Two calls with the same number of groups, samples and seed see the same resamples, so that differences are paired.
     """
-    num_groups, num_labels = int(group.max()) + 1, y.shape[1]
+    num_groups, num_labels = num_groups or int(group.max()) + 1, y.shape[1]
     kept = metrics or [*RANKS, "prevalence", *PROBABILITIES, *(THRESHOLDED if thresholds is not None else ())]
     values = {m: np.full(num_labels, np.nan) for m in kept}
     draws = {m: np.full((samples, num_labels), np.nan) for m in kept}
@@ -142,6 +150,24 @@ def distribution(
                 if metric in draws:
                     draws[metric][done : done + counts.shape[1], i] = value
         done += counts.shape[1]
+    return values, draws
+
+
+def runs_drawn(runs: int, samples: int, seed: int) -> NDArray[np.intp]:
+    """(samples, runs): which runs each resample draws."""
+    return np.random.default_rng([seed, 1]).integers(runs, size=(samples, runs))
+
+
+def over_runs(
+    found: Sequence[tuple[dict[str, Floats], dict[str, Floats]]], picks: NDArray[np.intp]
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Means over runs of what `distribution` gave for each; a resample takes the runs that it drew."""
+    values = {m: np.mean([value[m] for value, _ in found], axis=0) for m in found[0][0]}
+    samples = np.arange(len(picks))
+    draws = {}
+    for m in values:
+        stacked = np.stack([drawn[m] for _, drawn in found])  # (runs, samples, L)
+        draws[m] = np.mean([stacked[picks[:, j], samples] for j in range(picks.shape[1])], axis=0)
     return values, draws
 
 
@@ -175,6 +201,13 @@ def f1_thresholds(labels: ArrayLike, scores: ArrayLike) -> Floats:
         true, called = np.cumsum(outcome[order])[last], np.flatnonzero(last) + 1
         best[i] = score[order][last][np.argmax(2 * true / (called + outcome.sum()))]
     return best
+
+
+def _cuts(thresholds: ArrayLike | None, runs: int, labels: int) -> list[Floats | None]:
+    if thresholds is None:
+        return [None] * runs
+    cut = np.asarray(thresholds, dtype=np.float64)
+    return list(np.broadcast_to(cut, (runs, labels)))
 
 
 def _reason(metric: str, value: float, both: bool, n: int, positives: int, scores: Floats) -> Any:

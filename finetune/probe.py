@@ -1,7 +1,8 @@
-"""`probe`: how much of the findings a frozen encoder's features hold.
+"""`probe`: how much of the findings an encoder's features hold.
 
-Comes in: features/ (labels, split), store/ (films), an encoder. Goes out: runs/X/ with results.json, predictions/ and a
-table on the screen. Validation chooses the head; the test split is read once, at the end.
+Comes in: labelled films (features/ and store/, or a public data set) and an encoder. Goes out: runs/X/ with
+results.json, predictions/, the head where there is one, and a table on the screen. Validation chooses; the test split
+is read once, at the end.
 """
 
 from __future__ import annotations
@@ -10,30 +11,34 @@ import argparse
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from scipy.special import expit
 
 from configs import UserError
 from ehr_features.files import read_table
-from finetune import classic, heads
-from finetune.films import Films, check_splits, evaluation_labels, read_films, training_labels
-from finetune.frozen import Features, Frozen, film_features, open_frozen
+from finetune import show, transfer
+from finetune.config import ProbeConfig
+from finetune.evaluation import score, scored, subgroups
+from finetune.films import Films, check_splits, fraction_rows
+from finetune.frozen import Frozen, describe, film_features, open_any, open_frozen
 from finetune.guard import NOTHING, Seen, check_encoder
-from finetune.heads import Data, Predict
-from finetune.metrics import evaluate, f1_thresholds
-from finetune.results import write_predictions, write_results
+from finetune.learn import Fitted, Learner, on_features, record
+from finetune.metrics import f1_thresholds
+from finetune.results import write_results
+from finetune.shift import in_a_line, shift
+from finetune.sources import open_films
 from pretrain import run
-from pretrain.store import Store
 
-if TYPE_CHECKING:
-    from finetune.config import ProbeConfig
+
+class Through(NamedTuple):
+    """What films are seen through: its name, what a comparison says of it, and what its pretraining saw."""
+
+    name: str
+    about: Mapping[str, Any]
+    seen: Seen
 
 
 def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
@@ -42,130 +47,175 @@ def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
     Returns: the run folder.
     Raises: UserError: an encoder that saw the test subjects, films or labels that are not there, another run in `out`.
     """
-    if run.check_world(args) > 1:
-        raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
-    assert config.store is not None
     began = time.monotonic()
-    store = Store(config.store)
-    films = read_films(config.features, labels=config.labels, views=config.views).in_store(store)
-    check_splits(films)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    frozen = open_frozen(config.encoder, seed=config.seed, pixels=config.pixels, device=device)
-    subjects = read_table(config.features, "images", ["subject_id", "split"])
-    seen = NOTHING
-    if frozen.folder is not None:
-        seen = check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
-    folder = run.open_run(config.out, config, sources=[Path(config.features) / "images.parquet"])
+    tuned = config.method in ("finetune", "attentive")
+    if not tuned and run.check_world(args) > 1:
+        raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
+    accelerator = run.accelerator(args) if tuned else None
+    films, store = open_films(config)
+    if config.method != "transfer":
+        check_splits(films)
+    device = str(accelerator.device) if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
+    frozen, through = _through(config, films, device, tuned)
+    sources = [Path(config.features) / "images.parquet"] if config.features else [Path(config.films.table)]  # type: ignore[union-attr]
+    folder = run.open_run(config.out, config, sources=sources, may_differ=["cache"])
     if run.complete(folder):
         return folder
-    log = run.Log(folder)
-    log.say(_plan(config, films, frozen))
-    for warning in seen.warnings:
+    log = run.Log(folder, accelerator)
+    log.say(show.plan(config, films, through.name))
+    for warning in [*through.seen.warnings, *films.warnings]:
         log.say(f"warning: {warning}")
-    cache = Path(config.cache) if config.cache else folder.parent / "cache"
-    features = film_features(frozen, store, films.table["dicom_id"].tolist(), cache=cache)
-    predict, chosen = fit(config, films, features, log, device)
-    rows = finish(folder, films, features, predict, samples=config.samples, seed=config.seed)
-    write_results(folder, about(config, films, frozen, seen, chosen), rows)
+    if config.method == "transfer":
+        assert frozen is not None and store is not None
+        rows, more = transfer.apply(config, films, frozen, store, folder)
+    else:
+        learn = _learner(config, films, frozen, store, folder, log, accelerator, device)
+        rows, more = evaluate(config, films, learn, folder)
+    if run.is_main():
+        write_results(folder, about(config, films, through, more), rows)
+        show.table(rows, f"{config.method} probe of {through.name}, test split, by {config.unit}")
+        for line in show.notes(more):
+            log.say(line)
     run.finish(folder, seconds=round(time.monotonic() - began, 1))
-    show(rows, f"{config.method} probe of {frozen.name}, test split")
-    log.say(f"{folder}: results.json, predictions/ ({time.monotonic() - began:.0f} s)")
-    print(f"next: ./launch.sh report {folder}")
+    log.say(
+        f"{folder}: results.json, predictions/ ({time.monotonic() - began:.0f} s)\nnext: ./launch.sh report {folder}"
+    )
     return folder
 
 
-def fit(
-    config: ProbeConfig, films: Films, features: Features, log: run.Log, device: str
-) -> tuple[Predict, dict[str, Any]]:
-    """Train on train, choose on val."""
-    rows = films.rows("train")
-    labels = training_labels(films.labels.iloc[rows], uncertain=config.uncertain, missing=config.missing)
-    train = Data({pool: value[rows] for pool, value in features.items()}, labels)
-    rows = films.rows("val")
-    val = Data({pool: value[rows] for pool, value in features.items()}, evaluation_labels(films.labels.iloc[rows]))
-    if config.method == "logistic":
-        return classic.logistic(train, val, pools=config.pools, strengths=config.strengths)
-    if config.method == "knn":
-        return classic.knn(train, val, pools=config.pools, neighbours=config.neighbours)
-    return heads.linear(
-        train,
-        val,
-        pools=config.pools,
-        lrs=config.lrs,
-        weight_decays=config.weight_decays,
-        epochs=config.epochs,
-        patience=config.patience,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=device,
-        say=lambda epoch, value: log.log({"epoch": epoch, "val/auroc/macro": value}, epoch),
-    )
+def _through(config: ProbeConfig, films: Films, device: str, tuned: bool) -> tuple[Frozen | None, Through]:
+    """The frozen encoder (None where the method trains it, or sees no film), and what is known of it."""
+    if config.encoder == "metadata":
+        about = {"parameters": 0, "image_size": 0, "films_seen": 0, "weights": "none"}
+        return None, Through(f"metadata ({', '.join(config.groups)})", about, NOTHING)
+    if tuned:
+        encoder, origin = open_any(config.encoder, config.seed, config.weights)
+        frozen, name, said = None, config.encoder, describe(encoder, config.encoder, origin)
+    else:
+        frozen = open_frozen(
+            config.encoder, seed=config.seed, pixels=config.pixels, device=device, weights=config.weights
+        )
+        name, origin, said = frozen.name, frozen.folder, dict(frozen.about)
+    seen = NOTHING
+    if origin is not None:
+        subjects = films.table[["subject_id", "split"]]
+        if config.features:
+            subjects = read_table(config.features, "images", ["subject_id", "split"])
+        seen = check_encoder(
+            origin,
+            subjects,
+            features=config.features,
+            allow_leak=config.allow_leak,
+            same_subjects=bool(config.features),
+        )
+    return frozen, Through(name, said, seen)
 
 
-def finish(
-    folder: Path, films: Films, features: Features, predict: Predict, *, samples: int, seed: int
-) -> pd.DataFrame:
-    """Predict val and test, write the predictions, score them."""
-    tables, cut = [], None
+def _learner(
+    config: ProbeConfig,
+    films: Films,
+    frozen: Frozen | None,
+    store: Any,
+    folder: Path,
+    log: run.Log,
+    accelerator: Any,
+    device: str,
+) -> Learner:
+    def say(epoch: int, value: float) -> None:
+        log.log({"epoch": epoch, "val/auroc/macro": value}, epoch)
+
+    if config.encoder == "metadata":
+        return on_features(config, films, record(config, films), device, say)
+    if frozen is None:
+        from finetune.tune import through_encoder
+
+        return through_encoder(config, films, store, folder, log, accelerator)
+    cache = Path(config.cache) if config.cache else folder.parent / "cache"
+    features = film_features(frozen, store, films.table["dicom_id"].tolist(), cache=cache)
+    return on_features(config, films, features, device, say)
+
+
+def evaluate(config: ProbeConfig, films: Films, learn: Learner, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Fit each fraction, score val and test; subgroups and shift of the largest fraction."""
+    tables: list[pd.DataFrame] = []
+    more: dict[str, Any] = {"fractions": []}
+    for fraction in config.fractions:
+        draws = config.repeats if fraction < 1 else 1
+        fits: list[Fitted] = []
+        for draw in range(draws):
+            rows = fraction_rows(films, fraction, config.seed + draw)
+            fits.append(learn(rows, films.rows("val"), config.seed + draw))
+            subjects = int(films.table["subject_id"].iloc[rows].nunique())
+            said = {"fraction": fraction, "draw": draw, "films": len(rows), "subjects": subjects}
+            more["fractions"].append(said | fits[-1].chosen)
+        tables += _scored(config, films, fits, fraction)
+    best = fits[0]  # of the largest fraction
     for split in ("val", "test"):
         rows = films.rows(split)
-        logits = predict({pool: value[rows] for pool, value in features.items()})
-        labels = evaluation_labels(films.labels.iloc[rows])
-        ids = films.table.iloc[rows][["dicom_id", "study_id", "subject_id", "view"]]
-        write_predictions(folder, split, ids, pd.DataFrame(labels, columns=films.names), logits)
-        cut = f1_thresholds(labels, expit(logits)) if cut is None else cut  # of val
-        table = evaluate(
-            labels,
-            expit(logits),
-            names=films.names,
-            groups=ids["subject_id"].to_numpy(),
-            samples=samples,
-            seed=seed,
-            thresholds=cut,
-        )
-        tables.append(table.assign(split=split))
-    return pd.concat(tables, ignore_index=True)
+        scored(films, rows, best.predict(rows), unit=config.unit).write(folder, split)
+    if best.head is not None:
+        transfer.save(folder, config, films.names, best, _thresholds(config, films, best))
+    tests = extra(config, films, best)
+    if config.subgroups:
+        on = scored(films, films.rows("test"), best.predict(films.rows("test")), unit=config.unit)
+        rows_, more["gaps"] = subgroups(on, config.subgroups, samples=config.samples, seed=config.seed)
+        tests.append(rows_.assign(split="test", fraction=config.fractions[-1]))
+    if config.shift is not None:
+        rows_, more["shift"] = shift(config, films, learn)
+        more["shift"]["says"] = in_a_line(more["shift"])
+        tests.append(rows_.assign(fraction=1.0))
+    return pd.concat([*tables, *tests], ignore_index=True), more
 
 
-def about(config: ProbeConfig, films: Films, frozen: Frozen, seen: Seen, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def _scored(config: ProbeConfig, films: Films, fits: list[Fitted], fraction: float) -> list[pd.DataFrame]:
+    """Rows of val and test: means over the draws, whose interval draws draws and subjects."""
+    cuts = np.stack([_thresholds(config, films, fit) for fit in fits])
+    tables = []
+    for split in ("val", "test"):
+        rows = films.rows(split)
+        each = [scored(films, rows, fit.predict(rows), unit=config.unit) for fit in fits]
+        runs = np.stack([one.probabilities for one in each])
+        table = score(each[0], samples=config.samples, seed=config.seed, thresholds=cuts, runs=runs)
+        tables.append(table.assign(split=split, subset="all", fraction=fraction))
+    return tables
+
+
+def _thresholds(config: ProbeConfig, films: Films, fit: Fitted) -> np.ndarray:
+    """Of the largest F1 on val."""
+    on = scored(films, films.rows("val"), fit.predict(films.rows("val")), unit=config.unit)
+    return f1_thresholds(on.labels, on.probabilities)
+
+
+def extra(config: ProbeConfig, films: Films, fit: Fitted) -> list[pd.DataFrame]:
+    """The radiologists' labels of MIMIC-CXR 2.1.0, as split `test_radiologist`."""
+    if config.radiologists is None:
+        return []
+    from finetune.sources import radiologists
+
+    theirs = radiologists(config.radiologists, films)
+    rows = np.arange(len(theirs))
+    on = scored(theirs, rows, fit.predict(theirs.table["row"].to_numpy(np.intp)), unit="study")
+    cut = _thresholds(config, films, fit)
+    table = score(on, samples=config.samples, seed=config.seed, thresholds=cut)
+    return [table.assign(split="test_radiologist", subset="all", fraction=config.fractions[-1])]
+
+
+def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str, Any]) -> dict[str, Any]:
     """`run` of results.json."""
     counts = films.table.groupby("split").agg(films=("dicom_id", "size"), subjects=("subject_id", "nunique"))
     return {
         "task": "findings",
         "model": config.method,
-        "encoder": frozen.name,
+        "encoder": through.name,
         "seed": config.seed,
         "allow_leak": config.allow_leak,
-        "warnings": list(seen.warnings),
-        "pretraining_films": seen.films,
-        "supervision": seen.supervision,
-        "compared_by": dict(frozen.about),
-        "chosen": dict(chosen),
+        "warnings": [*through.seen.warnings, *films.warnings],
+        "unit": config.unit,
+        "pretraining_films": through.seen.films,
+        "supervision": through.seen.supervision,
+        "compared_by": dict(through.about),
         "splits": counts.to_dict("index"),
         "left_out": films.left_out,
         "labels": {"training": {"uncertain": config.uncertain, "missing": config.missing}, "views": config.views},
+        **more,
     }
-
-
-def show(rows: pd.DataFrame, title: str) -> None:
-    """The test split on the screen."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for name in ("label", "AUROC", "95% interval", "AUPRC", "prevalence", "films", "positive"):
-        table.add_column(name, justify="left" if name == "label" else "right")
-    test = rows[(rows["split"] == "test")]
-    for label in dict.fromkeys(test["label"]):
-        by = test[test["label"] == label].set_index("metric")
-        row = by.loc["auroc"]
-        if np.isnan(row["value"]):
-            table.add_row(label, "-", str(row["reason"]), "", "", str(row["n"]), str(row["positives"]))
-            continue
-        interval = f"{row['low']:.3f} - {row['high']:.3f}" if not np.isnan(row["low"]) else "-"
-        numbers = [f"{by.loc[m, 'value']:.3f}" for m in ("auprc", "prevalence")]
-        table.add_row(label, f"{row['value']:.3f}", interval, *numbers, f"{row['n']:,}", f"{row['positives']:,}")
-    Console(highlight=False).print(table)
-
-
-def _plan(config: ProbeConfig, films: Films, frozen: Frozen) -> str:
-    counts = ", ".join(f"{len(films.rows(split)):,} {split}" for split in ("train", "val", "test"))
-    left = "".join(f"; {number:,} left out ({why})" for why, number in films.left_out.items())
-    return f"{config.method} probe of {frozen.name} on {len(films.names)} findings: {counts} films{left}"

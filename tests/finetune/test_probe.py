@@ -11,8 +11,9 @@ from sklearn.metrics import roc_auc_score
 
 from configs import UserError, load
 from ehr_features.files import write_json
-from finetune import classic, heads
+from finetune import classic, heads, sources
 from finetune.config import ProbeConfig
+from finetune.evaluation import scored
 from finetune.films import check_splits, evaluation_labels, read_films, training_labels
 from finetune.frozen import film_features, open_frozen
 from finetune.probe import probe
@@ -59,7 +60,7 @@ def test_shuffled_findings_stay_at_one_half(make_world: World, method: str) -> N
 
 def test_the_results_are_those_of_the_predictions(make_world: World) -> None:
     folder = make_world()
-    out = probe(config(folder))
+    out = probe(config(folder, unit="film"))
     ids, labels, logits = read_predictions(out, "test")
     per_label = [
         roc_auc_score(labels.loc[known, n], logits.loc[known, n]) for n in labels for known in [labels[n].notna()]
@@ -69,6 +70,20 @@ def test_the_results_are_those_of_the_predictions(make_world: World) -> None:
     assert (images.loc[ids["dicom_id"], "split"] == "test").all()
     assert (images.loc[ids["dicom_id"], "subject_id"].to_numpy() == ids["subject_id"].to_numpy()).all()
     assert labels["Edema"].isna().to_numpy().tolist() == (images.loc[ids["dicom_id"], "Edema"] == -1).tolist()
+
+
+def test_a_study_is_scored_by_the_mean_of_its_films(make_world: World) -> None:
+    folder = make_world()
+    films = read_films(folder / "features")
+    rows = films.rows("test")
+    logits = np.random.default_rng(0).normal(size=(len(rows), 3))
+    on = scored(films, rows, logits, unit="study")
+    table, p = films.table.iloc[rows].reset_index(drop=True), 1 / (1 + np.exp(-logits))
+    for i in (0, 5, len(on.table) - 1):
+        of = np.flatnonzero(table["study_id"] == on.table["study_id"].iloc[i])
+        np.testing.assert_allclose(on.probabilities[i], p[of].mean(0))
+        assert on.table["num_films"].iloc[i] == len(of)
+    assert len(on.table) == table["study_id"].nunique() < len(rows)
 
 
 def test_lateral_films_are_left_out_and_counted(make_world: World) -> None:
@@ -96,11 +111,11 @@ def test_cached_features_give_the_same_result_as_uncached(make_world: World, mon
 
 def test_other_weights_or_films_are_not_taken_from_the_cache(make_world: World) -> None:
     folder = make_world()
-    store = __import__("finetune.probe").probe.Store("memory")
+    store = sources.Store("memory")
     ids = sorted(store.films)[:6]
     cache = folder / "cache"
-    made = {seed: open_frozen("random:vit_tiny_patch16_224", seed=seed) for seed in (0, 1)}
-    assert made[0].key != made[1].key
+    keys = {seed: open_frozen(f"random:{tiny_encoder(folder)}", seed=seed).key for seed in (0, 1)}
+    assert keys[0] != keys[1]
     a = film_features(open_frozen("pixels", pixels=4), store, ids, cache=cache)["avg"]
     b = film_features(open_frozen("pixels", pixels=8), store, ids, cache=cache)["avg"]
     assert a.shape == (6, 16) and b.shape == (6, 64)

@@ -1,0 +1,128 @@
+"""Whether one method beats another: paired differences on the same subjects, over training seeds if there are some.
+
+Comes in: predictions of two methods on the same test rows, one or more runs (training seeds) each. Goes out: a row a
+label and one for `macro`, the primary one: difference, interval, p, and p after Holm over the labels.
+Each resample draws subjects, the same ones for both methods, and, where a method has several runs, its runs too, with
+replacement (runs of equal seeds are drawn together), so that the interval holds for the method and not for one training
+of it. Fewer than three seeds a method: `claim` says `one run`, and no more than the runs at hand is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from configs import UserError
+from finetune.metrics import check, distribution, interval, macro, over_runs, runs_drawn
+from finetune.results import read_predictions, read_results
+
+ENOUGH_SEEDS = 3
+
+
+def paired(
+    labels: NDArray[Any],
+    a: NDArray[Any],
+    b: NDArray[Any],
+    *,
+    groups: NDArray[Any],
+    names: Sequence[str] | None = None,
+    metric: str = "auroc",
+    samples: int = 1000,
+    seed: int = 0,
+    same_seeds: bool = False,
+) -> pd.DataFrame:
+    """Compare two methods on the same rows.
+
+    Args:
+        labels: (N, L) 1, 0, NaN.
+        a, b: (runs, N, L) probabilities of each training run of each method.
+        groups: (N,) subjects.
+        same_seeds: run i of `a` and run i of `b` share their seed, and are drawn together.
+    Returns: label, metric, a, b (means over runs), difference (a - b), low, high, p (two-sided), p_holm, n, runs_a,
+        runs_b, claim (`method` | `one run`); the first row is `macro`.
+    """
+    y, _, named, group = check(labels, a[0], names, groups)
+    num = int(group.max()) + 1
+    more = {"samples": samples, "seed": seed, "metrics": [metric], "num_groups": num}
+    found = [[distribution(y, np.asarray(s, np.float64), group, **more) for s in runs] for runs in (a, b)]  # type: ignore[arg-type]
+    if same_seeds and len(a) != len(b):
+        raise UserError(f"same seeds: {len(a)} runs against {len(b)}; wanted one of each for every seed")
+    picks = [runs_drawn(len(runs), samples, seed + i * (not same_seeds)) for i, runs in enumerate((a, b))]
+    means = [over_runs(runs, pick) for runs, pick in zip(found, picks, strict=True)]
+    both = ~np.isnan(means[0][0][metric])
+    rows = []
+    chosen = {"macro": both} | {name: both & (np.arange(len(named)) == i) for i, name in enumerate(named)}
+    for name, member in chosen.items():
+        ends = [float(macro(values[metric][None], member)[0]) for values, _ in means]
+        difference = macro(means[0][1][metric], member) - macro(means[1][1][metric], member)
+        gap = ends[0] - ends[1]
+        n = int((~np.isnan(y[:, member])).any(1).sum())
+        rows.append([name, metric, *ends, gap, *interval(difference, gap), _p(difference), np.nan, n, len(a), len(b)])
+    columns = ["label", "metric", "a", "b", "difference", "low", "high", "p", "p_holm", "n", "runs_a", "runs_b"]
+    table = pd.DataFrame(rows, columns=columns)
+    table.loc[1:, "p_holm"] = holm(table["p"].to_numpy()[1:])
+    table["claim"] = "method" if min(len(a), len(b)) >= ENOUGH_SEEDS else "one run"
+    return table
+
+
+def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Holm's step-down adjustment; NaN stays NaN and does not count."""
+    adjusted = np.full(len(p), np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else steps
+    return adjusted
+
+
+def compare_runs(
+    a: Sequence[str | Path], b: Sequence[str | Path], *, split: str = "test", samples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """`paired` of run folders, on the rows that they scored.
+
+    Raises: UserError: other films, labels or values than in the first run.
+    """
+    first: tuple[list[Any], NDArray[Any], NDArray[Any], list[str]] | None = None
+    scores: list[list[NDArray[Any]]] = [[], []]
+    seeds: list[list[int]] = [[], []]
+    for side, runs in enumerate((a, b)):
+        for folder in runs:
+            about, _ = read_results(folder)
+            keys, labels, probabilities, groups, names = _units(folder, split)
+            if first is None:
+                first = (keys, labels, groups, names)
+            if first[0] != keys or first[3] != names or not np.array_equal(first[1], labels, equal_nan=True):
+                raise UserError(
+                    f"{folder}: not the same {split} rows and labels as {a[0]}; compare runs of one features folder, "
+                    "with the same views, labels and unit"
+                )
+            scores[side].append(probabilities)
+            seeds[side].append(int(about["seed"]))
+    assert first is not None, "no runs given"
+    order = [np.argsort(s, kind="stable") for s in seeds]
+    stacked = [np.stack(s)[o] for s, o in zip(scores, order, strict=True)]
+    same = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
+    return paired(first[1], *stacked, groups=first[2], names=first[3], samples=samples, seed=seed, same_seeds=same)
+
+
+def _units(folder: str | Path, split: str) -> tuple[list[Any], Any, Any, Any, list[str]]:
+    """keys, labels (N, L), probabilities (N, L), subjects, names, sorted by key."""
+    ids, labels, logits = read_predictions(folder, split)
+    key = ids["sample_id" if "sample_id" in ids else "dicom_id"]
+    order = np.argsort(key.to_numpy(), kind="stable")
+    y, p = labels.to_numpy(np.float64)[order], expit(logits.to_numpy(np.float64))[order]
+    return key.iloc[order].tolist(), y, p, ids["subject_id"].to_numpy()[order], [str(name) for name in labels]
+
+
+def _p(difference: NDArray[Any]) -> float:
+    """Two-sided, from the share of resamples on the other side of 0; never 0."""
+    d = difference[~np.isnan(difference)]
+    if not len(d):
+        return float("nan")
+    return float(min(1.0, 2 * (1 + min((d <= 0).sum(), (d >= 0).sum())) / (1 + len(d))))

@@ -1,0 +1,177 @@
+"""From logits of films to rows of results.json: by study, by label, by subgroup.
+
+A study's score is the mean of its films' probabilities. A gap is the difference of macro AUROC between two groups of a
+field, over the labels that have both classes in both, with the interval of the same resamples of subjects; the largest
+of several gaps is larger than its true value, and its interval does not know that it was picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit, logit
+
+from configs import UserError
+from finetune.films import Films, evaluation_labels
+from finetune.metrics import distribution, evaluate, interval, macro
+from finetune.results import write_predictions
+
+CHEXPERT5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+FIELDS = ("sex", "age", "race", "view", "support_devices", "care_unit", "year_group")
+SMALLEST = 20  # a group with fewer studies is not compared
+RACES = {"WHITE": "white", "PORTUGUESE": "white", "BLACK": "black", "HISPANIC": "hispanic", "ASIAN": "asian"}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """N studies (or films) with what was predicted; `table` holds subject_id and a column a subgroup field."""
+
+    table: pd.DataFrame
+    labels: NDArray[np.float32]  # (N, L) 1, 0, NaN
+    probabilities: NDArray[np.float64]  # (N, L)
+    names: list[str]
+
+    def write(self, folder: Path, split: str) -> None:
+        """Write the predictions: what was scored, a row a study (named by its first film) or a film."""
+        ids = self.table[["dicom_id", "study_id", "subject_id", "view", "num_films"]]
+        p = np.clip(self.probabilities, 1e-15, 1 - 1e-15)
+        write_predictions(folder, split, ids, pd.DataFrame(self.labels, columns=self.names), logit(p))
+
+    def only(self, rows: NDArray[np.bool_]) -> Scored:
+        return Scored(self.table[rows].reset_index(drop=True), self.labels[rows], self.probabilities[rows], self.names)
+
+
+def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *, unit: str = "study") -> Scored:
+    """Films of `rows` and their logits (len(rows), L), as studies or films; a study is positive where a film is."""
+    table = films.table.iloc[rows].reset_index(drop=True)
+    raw = films.labels.iloc[rows].reset_index(drop=True)
+    table = table.assign(**{f"by_{field}": values for field, values in fields(table, raw).items()})
+    labels, probabilities = evaluation_labels(raw), expit(logits)
+    table["num_films"] = table.groupby("study_id")["study_id"].transform("size") if unit == "study" else 1
+    if unit == "study":
+        key, first = pd.factorize(table["study_id"])[0], table.drop_duplicates("study_id").reset_index(drop=True)
+        labels = pd.DataFrame(labels).groupby(key).max().to_numpy(np.float32)
+        probabilities = pd.DataFrame(probabilities).groupby(key).mean().to_numpy()
+        table = first
+    return Scored(table, labels, probabilities, films.names)
+
+
+def fields(table: pd.DataFrame, labels: pd.DataFrame) -> dict[str, pd.Series]:
+    """The subgroup fields that these films have; missing values are a group of no one."""
+    found: dict[str, pd.Series] = {}
+    if "sex" in table:
+        found["sex"] = table["sex"]
+    if "age_years" in table:
+        bands = pd.cut(table["age_years"].astype(float), [-np.inf, 40, 60, 80, np.inf], right=False)
+        found["age"] = bands.cat.rename_categories(["under 40", "40-59", "60-79", "80 and over"]).astype(object)
+    if "race" in table:
+        names = table["race"].astype("string").str.upper()
+        known = names.str.extract(f"({'|'.join(RACES)})")[0].map(RACES)
+        found["race"] = known.where(known.notna() | names.isna(), "other")
+    if "view" in table:
+        found["view"] = table["view"]
+    if "Support Devices" in labels:
+        found["support_devices"] = (labels["Support Devices"] == 1).map({True: "yes", False: "no"})
+    if "care_unit" in table:
+        found["care_unit"] = table["care_unit"]
+    elif "in_icu" in table:
+        found["care_unit"] = table["in_icu"].map({1: "ICU", 0: "not ICU"})
+    if "anchor_year_group" in table:
+        found["year_group"] = table["anchor_year_group"]
+    return {name: values.astype(object).where(values.notna(), None) for name, values in found.items()}
+
+
+def macros(names: Sequence[str]) -> dict[str, list[str]]:
+    """The means over some of the labels that papers report."""
+    found = {}
+    if "No Finding" in names and len(names) > 2:
+        found["macro without No Finding"] = [name for name in names if name != "No Finding"]
+    if set(CHEXPERT5) < set(names):
+        found["macro CheXpert-5"] = list(CHEXPERT5)
+    return found
+
+
+def score(
+    on: Scored,
+    *,
+    samples: int,
+    seed: int,
+    thresholds: NDArray[np.float64] | None = None,
+    runs: NDArray[np.float64] | None = None,
+) -> pd.DataFrame:
+    """Rows of one split, subset `all`; of several trainings where `runs` (runs, N, L) gives their probabilities."""
+    return evaluate(
+        on.labels,
+        on.probabilities if runs is None else runs,
+        names=on.names,
+        groups=on.table["subject_id"].to_numpy(),
+        samples=samples,
+        seed=seed,
+        thresholds=thresholds,
+        macros=macros(on.names),
+    )
+
+
+def subgroups(
+    on: Scored, wanted: Sequence[str], *, samples: int, seed: int, thresholds: NDArray[np.float64] | None = None
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Rows for each group of each field, and the gaps, the largest of all fields first.
+
+    Raises: UserError: a field that these films do not have.
+    """
+    have = [str(c).removeprefix("by_") for c in on.table if str(c).startswith("by_")]
+    tables: list[pd.DataFrame] = []
+    gaps: list[dict[str, Any]] = []
+    for field in wanted:
+        if field not in have:
+            raise UserError(f"subgroups: no field `{field}` here; there are {', '.join(have) or 'none'}")
+        values = on.table[f"by_{field}"]
+        groups = {str(value): on.only((values == value).to_numpy(dtype=bool)) for value in sorted(set(values.dropna()))}
+        for value, part in groups.items():
+            rows = score(part, samples=samples, seed=seed, thresholds=thresholds)
+            tables.append(rows.assign(subset=f"{field}={value}"))
+        gaps += _gaps(on, field, samples, seed)
+    gaps.sort(key=lambda gap: float(str(gap["difference"])), reverse=True)
+    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), gaps
+
+
+def _gaps(on: Scored, field: str, samples: int, seed: int) -> list[dict[str, Any]]:
+    """The largest gap of a field, in a list; empty where no two groups can be compared."""
+    subject = pd.factorize(on.table["subject_id"])[0]
+    values, num = on.table[f"by_{field}"], int(subject.max()) + 1
+    reached, drawn, defined = {}, {}, {}
+    for value in sorted(set(values.dropna()), key=str):
+        rows = (values == value).to_numpy(dtype=bool)
+        if rows.sum() < SMALLEST:
+            continue
+        part = on.only(rows)
+        y, s = part.labels.astype(np.float64), part.probabilities
+        value_, draws = distribution(y, s, subject[rows], samples=samples, seed=seed, metrics=["auroc"], num_groups=num)
+        reached[value], drawn[value] = value_["auroc"], draws["auroc"]
+        defined[value] = ~np.isnan(value_["auroc"])
+    found: list[dict[str, Any]] = []
+    for a, b in combinations(reached, 2):
+        common = defined[a] & defined[b]
+        if common.any():
+            gap = float((macro(reached[a][None], common) - macro(reached[b][None], common))[0])
+            high, low = (a, b) if gap >= 0 else (b, a)
+            spread = interval(macro(drawn[high], common) - macro(drawn[low], common))
+            found.append(
+                {
+                    "field": field,
+                    "higher": str(high),
+                    "lower": str(low),
+                    "difference": abs(gap),
+                    "low": spread[0],
+                    "high": spread[1],
+                    "labels": int(common.sum()),
+                }
+            )
+    return sorted(found, key=lambda gap: -gap["difference"])[:1]

@@ -1,0 +1,231 @@
+"""Labelled films outside MIMIC: NIH ChestX-ray14 and CheXpert as published, and any CSV.
+
+Comes in: a table in its published layout and the folder of its films. Goes out: `Films` with a column path.
+Official splits are kept; where there is no val, an eighth of the train subjects becomes it, by hash. Without an
+official split all subjects go 70 / 10 / 20 by hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from configs import UserError
+from ehr_features.schema import FINDINGS
+from ehr_features.splits import by_hash
+from finetune.config import TableConfig
+from finetune.films import Films
+from pretrain.films import SUFFIXES
+
+NIH = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+    "No Finding",
+)
+# NIH's names as CheXpert's. Infiltration, Emphysema, Fibrosis and Hernia have no counterpart; several of NIH's may make
+# one of CheXpert's.
+NIH_AS_CHEXPERT = {
+    "Atelectasis": "Atelectasis",
+    "Cardiomegaly": "Cardiomegaly",
+    "Consolidation": "Consolidation",
+    "Edema": "Edema",
+    "Effusion": "Pleural Effusion",
+    "Mass": "Lung Lesion",
+    "Nodule": "Lung Lesion",
+    "Pleural_Thickening": "Pleural Other",
+    "Pneumonia": "Pneumonia",
+    "Pneumothorax": "Pneumothorax",
+    "No Finding": "No Finding",
+}
+VAL_OF_TRAIN = 0.125  # as 10 of 80
+
+
+def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 0) -> Films:
+    """The films of a table.
+
+    Args:
+        labels: which; all if empty.
+        seed: of the hash split.
+    Raises: UserError: columns or files missing, an unknown label, no film found.
+    """
+    table, found = {"nih": _nih, "chexpert": _chexpert, "csv": _csv}[config.layout](config, seed)
+    if config.names == "chexpert" and config.layout == "nih":
+        found = to_chexpert(found)
+    if unknown := [name for name in labels if name not in found]:
+        raise UserError(f"{config.table}: no label `{unknown[0]}`; there are {', '.join(map(str, found.columns))}")
+    found = found[list(labels)] if labels else found
+    table["path"], why = _paths(table, config)
+    films = Films(table, found.astype(np.float64).reset_index(drop=True), {})
+    films = films.keep(table["path"].notna().to_numpy(), why)
+    if not len(films):
+        raise UserError(
+            f"{config.images}: none of the {len(table)} films of {config.table} is here; was `images` meant?"
+        )
+    return films.keep(films.labels.notna().any(axis=1).to_numpy(), "no labels")
+
+
+def to_chexpert(labels: pd.DataFrame) -> pd.DataFrame:
+    """NIH's labels under CheXpert's names: positive where one of its own is."""
+    own = {name: [o for o, n in NIH_AS_CHEXPERT.items() if n == name and o in labels] for name in FINDINGS}
+    return pd.DataFrame({name: labels[of].max(axis=1) for name, of in own.items() if of})
+
+
+def _nih(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Data_Entry_2017(_v2020).csv; train_val_list.txt and test_list.txt beside it are the official split."""
+    raw = _read(config.table, ["Image Index", "Finding Labels", "Patient ID", "View Position"])
+    findings = raw["Finding Labels"].str.split("|").apply(set)
+    labels = pd.DataFrame({name: findings.map(lambda s, name=name: float(name in s)) for name in NIH})
+    table = pd.DataFrame(
+        {
+            "dicom_id": raw["Image Index"].map(lambda name: Path(name).stem),
+            "study_id": raw["Image Index"].map(lambda name: Path(name).stem),  # each film is an exam of its own
+            "subject_id": _ids(raw["Patient ID"], config.table),
+            "view": raw["View Position"],
+            "sex": raw.get("Patient Gender"),
+            "age_years": _numbers(raw, "Patient Age"),
+        }
+    )
+    lists = {
+        split: Path(config.table).with_name(name)
+        for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt"))
+    }
+    if not all(path.is_file() for path in lists.values()):
+        table["split"] = [by_hash(subject, seed) for subject in table["subject_id"]]
+        return table, labels
+    official = {Path(line).stem: split for split, path in lists.items() for line in path.read_text().split()}
+    table["split"] = table["dicom_id"].map(official)
+    if table["split"].isna().any():
+        raise UserError(f"{config.table}: {table['split'].isna().sum()} films are in neither of the lists beside it")
+    return _carve(table, seed), labels
+
+
+def _chexpert(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """train.csv, with valid.csv and test.csv (or test_labels.csv) beside it; without a test, valid is the test."""
+    folder = Path(config.table).parent
+    test = next((p for name in ("test.csv", "test_labels.csv") if (p := folder / name).is_file()), None)
+    parts = {"train": Path(config.table), "val": folder / "valid.csv", "test": test}
+    if test is None:
+        parts["val"], parts["test"] = None, folder / "valid.csv"
+    frames = []
+    for split, path in parts.items():
+        if path is not None:
+            frame = _read(path, ["Path", *(FINDINGS if split == "train" else ())])
+            frames.append(frame.assign(split=split))
+    raw = pd.concat(frames, ignore_index=True)
+    names = raw["Path"].str.extract(r"(?P<patient>patient(?P<number>\d+))/(?P<study>study\d+)/(?P<film>[^/]+)\.\w+$")
+    if names.isna().any(axis=None):
+        odd = raw["Path"][names["film"].isna()].iloc[0]
+        raise UserError(f"{config.table}: a path is not of the form .../patientN/studyN/NAME.jpg: {odd}")
+    lateral = raw["Frontal/Lateral"] == "Lateral" if "Frontal/Lateral" in raw else names["film"].str.contains("lateral")
+    view = raw.get("AP/PA", pd.Series(index=raw.index, dtype=object))
+    table = pd.DataFrame(
+        {
+            "dicom_id": names["patient"] + "_" + names["study"] + "_" + names["film"],
+            "study_id": names["patient"] + "_" + names["study"],
+            "subject_id": names["number"].astype(np.int64),
+            "view": view.fillna("AP").where(~lateral, "LATERAL"),
+            "sex": raw.get("Sex", pd.Series(index=raw.index, dtype=object)).map({"Male": "M", "Female": "F"}),
+            "age_years": _numbers(raw, "Age"),
+            "split": raw["split"],
+            "file": raw["Path"],
+        }
+    )
+    table = _carve(table, seed) if test is None else table
+    labels = raw.reindex(columns=list(FINDINGS)).apply(pd.to_numeric, errors="coerce")
+    return table, labels
+
+
+def _csv(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row a film: path, labels, and whatever of subject, study, split, view, sex, age it has."""
+    asked = {"subject_id": config.subject, "study_id": config.study, "split": config.split, "view": config.view}
+    raw = _read(config.table, [config.path, *config.columns, *(c for c in asked.values() if c)])
+    stem = raw[config.path].map(lambda name: Path(name).stem)
+    table = pd.DataFrame({"dicom_id": stem, "file": raw[config.path]})
+    table["subject_id"] = _ids(raw[config.subject] if config.subject else stem, config.table)
+    table["study_id"] = raw[config.study] if config.study else stem
+    table["view"] = raw[config.view] if config.view else "AP"
+    for name, column in (("sex", config.sex), ("age_years", config.age)):
+        if column:
+            table[name] = raw[column] if name == "sex" else pd.to_numeric(raw[column], errors="coerce")
+    if config.split:
+        table["split"] = raw[config.split].replace({"valid": "val", "validate": "val", "validation": "val"})
+        if unknown := sorted(set(table["split"].astype(str)) - {"train", "val", "test"}):
+            raise UserError(f"{config.table}: `{config.split}` holds {unknown[:3]}; wanted train, val, test")
+        if "val" not in set(table["split"]):
+            table = _carve(table, seed)
+    else:
+        table["split"] = [by_hash(subject, seed) for subject in table["subject_id"]]
+    try:
+        return table, raw[config.columns].astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{config.table}: labels are 1, 0, -1 (uncertain) or empty; {error}") from None
+
+
+def _carve(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Move an eighth of the train subjects, by hash, to val."""
+
+    def share(subject: int) -> float:
+        return int.from_bytes(hashlib.sha256(f"{seed}:val:{subject}".encode()).digest()[:8], "big") / 2**64
+
+    moved = table["subject_id"].map(share) < VAL_OF_TRAIN
+    return table.assign(split=table["split"].where(~(moved & (table["split"] == "train")), "val"))
+
+
+def _paths(table: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
+    """The file of each film: below `images` by its relative path, else anywhere there by its stem."""
+    root, why = Path(config.images), f"no file below {config.images}"
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; `images` is the folder of the films of {config.table}")
+    if "file" in table:
+        tried = [table["file"], table["file"].str.split("/", n=1).str[-1]]  # CheXpert's own folder leads its paths
+        for files in tried:
+            found = files.map(lambda name: (root / name).as_posix() if (root / name).is_file() else None)
+            if found.notna().any():
+                return found, why
+    stems = {p.stem: p.as_posix() for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
+    return table["dicom_id"].map(stems), why
+
+
+def _numbers(raw: pd.DataFrame, column: str) -> pd.Series:
+    """A column as numbers; missing where it is absent."""
+    return pd.to_numeric(raw[column] if column in raw else pd.Series(np.nan, index=raw.index), errors="coerce")
+
+
+def _ids(values: pd.Series, path: str) -> pd.Series:
+    """Subjects as whole numbers; text ones by the order of their names."""
+    if values.isna().any():
+        raise UserError(f"{path}: {values.isna().sum()} rows have no subject in `{values.name}`")
+    numbers = pd.to_numeric(values, errors="coerce")
+    if numbers.notna().all() and (numbers == numbers.round()).all():
+        return numbers.astype(np.int64)
+    return pd.Series(pd.factorize(values, sort=True)[0], index=values.index)
+
+
+def _read(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path) if str(path).endswith(".parquet") else pd.read_csv(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such table") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]})") from None
+    if missing := [c for c in columns if c not in table]:
+        raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(map(str, table.columns))}")
+    if table.empty:
+        raise UserError(f"{path}: no rows")
+    return table

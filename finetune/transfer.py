@@ -1,0 +1,80 @@
+"""Zero-training transfer: the head of a finished probe, scored on other films whose labels it shares.
+
+Comes in: a run with head.safetensors and the encoder that it was trained on. Goes out: rows of the test split of the
+new films; nothing is fitted to them, thresholds neither.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
+
+from configs import UserError
+from ehr_features.files import new_file, read_json, write_json
+from finetune.config import ProbeConfig
+from finetune.evaluation import score, scored, subgroups
+from finetune.films import Films
+from finetune.frozen import Frozen, film_features
+from finetune.heads import LinearHead
+from finetune.learn import Fitted
+
+
+def save(folder: Path, config: ProbeConfig, names: list[str], fit: Fitted, thresholds: np.ndarray) -> None:
+    """Write head.safetensors (weights (D, L), bias (L,)) and head.json."""
+    assert fit.head is not None
+    with new_file(folder / "head.safetensors") as part:
+        save_file({"weights": fit.head.weights, "bias": fit.head.bias}, part)
+    cut = [None if np.isnan(t) else float(t) for t in thresholds]
+    about = {"labels": names, "pools": fit.head.names, "encoder": config.encoder, "thresholds": cut}
+    write_json(folder / "head.json", about)
+
+
+def load(folder: str | Path) -> tuple[LinearHead, dict[str, Any]]:
+    """The head of a run. Raises: UserError: it has none."""
+    path = Path(folder)
+    if not (path / "head.json").is_file():
+        raise UserError(f"{folder}: no head.json; give a finished run of method=linear or logistic")
+    about = read_json(path / "head.json")
+    tensors = load_file(path / "head.safetensors")
+    return LinearHead(about["pools"], tensors["weights"], tensors["bias"]), about
+
+
+def apply(
+    config: ProbeConfig, films: Films, frozen: Frozen, store: Any, folder: Path
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Score the head on the test films, over the labels that both have.
+
+    Raises: UserError: another encoder, or no label in common.
+    """
+    assert config.head is not None
+    head, about = load(config.head)
+    common = [name for name in about["labels"] if name in films.names]
+    if not common:
+        raise UserError(f"{config.head}: its labels ({', '.join(about['labels'])}) and these have none in common")
+    rows = films.rows("test")
+    if not len(rows):
+        raise UserError("no film of split test to score the head on")
+    cache = Path(config.cache) if config.cache else folder.parent / "cache"
+    features = film_features(frozen, store, films.table["dicom_id"].iloc[rows].tolist(), cache=cache)
+    if missing := [name for name in head.names if name not in features]:
+        raise UserError(f"{config.encoder}: no pool {missing[0]}, which the head of {config.head} reads")
+    wide = sum(features[name].shape[1] for name in head.names)
+    if wide != len(head.weights):
+        raise UserError(f"{config.encoder}: {wide} features, the head of {config.head} takes {len(head.weights)}")
+    place = [about["labels"].index(name) for name in common]
+    logits = head(features)[:, place]
+    here = Films(films.table, films.labels[common], films.left_out, films.warnings)
+    on = scored(here, rows, logits, unit=config.unit)
+    cut = np.array([np.nan if about["thresholds"][i] is None else about["thresholds"][i] for i in place])
+    table = score(on, samples=config.samples, seed=config.seed, thresholds=cut).assign(split="test", subset="all")
+    more: dict[str, Any] = {"transfer": {"head": config.head, "trained_with": about["encoder"], "labels": common}}
+    on.write(folder, "test")
+    tables = [table]
+    if config.subgroups:
+        rows_, more["gaps"] = subgroups(on, config.subgroups, samples=config.samples, seed=config.seed, thresholds=cut)
+        tables.append(rows_.assign(split="test"))
+    return pd.concat(tables, ignore_index=True).assign(fraction=1.0), more

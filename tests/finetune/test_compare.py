@@ -1,0 +1,92 @@
+"""Paired comparisons."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from configs import UserError
+from finetune.compare import compare_runs, holm, paired
+from finetune.metrics import evaluate
+from finetune.results import write_predictions, write_results
+
+
+def test_holm_of_a_hand_worked_table() -> None:
+    # sorted .01 .02 .03 .04 -> x4 x3 x2 x1 = .04 .06 .06 .04, made monotone
+    np.testing.assert_allclose(holm(np.array([0.04, np.nan, 0.01, 0.03, 0.02])), [0.06, np.nan, 0.04, 0.06, 0.06])
+
+
+def sample(better: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = (rng.random((300, 2)) < 0.4).astype(float)
+    shared = rng.normal(size=y.shape)
+    a, b = (1 / (1 + np.exp(-(shared + k * y + 0.1 * rng.normal(size=y.shape)))) for k in (1 + better, 1))
+    return y, a, b, np.arange(300) // 2
+
+
+def test_a_better_method_is_found_and_equal_ones_are_not() -> None:
+    y, a, b, group = sample(better=0.5)
+    table = paired(y, a[None], b[None], groups=group, names=["x", "y"], samples=400).set_index("label")
+    assert table.loc["macro", "low"] > 0 and table.loc["macro", "p"] < 0.01
+    assert np.isnan(table.loc["macro", "p_holm"]) and (table.loc[["x", "y"], "p_holm"] < 0.05).all()
+    y, a, b, group = sample(better=0.0)
+    table = paired(y, a[None], b[None], groups=group, samples=400).set_index("label")
+    assert table.loc["macro", "low"] < 0 < table.loc["macro", "high"] and table.loc["macro", "p"] > 0.05
+
+
+def test_pairing_makes_the_interval_of_a_difference_narrower_than_those_of_its_parts() -> None:
+    y, a, b, group = sample(better=0.1)
+    table = paired(y, a[None], b[None], groups=group, samples=400).set_index("label")
+    alone = evaluate(y, a, groups=group, samples=400).query("label == 'macro' and metric == 'auroc'").iloc[0]
+    assert table.loc["macro", "high"] - table.loc["macro", "low"] < 0.5 * (alone["high"] - alone["low"])
+    assert table.loc["macro", "a"] == pytest.approx(alone["value"], abs=1e-12)
+
+
+def test_a_difference_within_the_noise_of_training_is_no_claim_between_methods() -> None:
+    rng = np.random.default_rng(0)
+    y, a, b, group = sample(better=0.0)
+    noisy = [[np.clip(s + rng.normal(0, spread), 0, 1) for spread in (0,) * 3] for s in (a, b)]
+    strength = [[0.0, 0.5, -0.5], [0.1, 0.6, -0.4]]  # each training is a little better or worse on this sample
+    runs = [
+        np.stack([1 / (1 + np.exp(-(np.log(p / (1 - p)) + k * y))) for p, k in zip(ps, ks, strict=True)])
+        for ps, ks in zip(noisy, strength, strict=True)
+    ]
+    one = paired(y, runs[0][1:2], runs[1][2:3], groups=group, samples=300).iloc[0]
+    three = paired(y, *runs, groups=group, samples=300).iloc[0]
+    assert one["claim"] == "one run" and one["low"] > 0
+    assert three["claim"] == "method" and three["low"] < 0 < three["high"]
+
+
+def test_runs_of_equal_seeds_are_drawn_together() -> None:
+    y, a, _, group = sample(better=0.0)
+    strength = [0.0, 0.5, 1.0]
+    runs = np.stack([1 / (1 + np.exp(-(np.log(a / (1 - a)) + k * y))) for k in strength])
+    better = np.stack([1 / (1 + np.exp(-(np.log(a / (1 - a)) + (k + 0.3) * y))) for k in strength])
+    together = paired(y, better, runs, groups=group, samples=300, same_seeds=True).iloc[0]
+    apart = paired(y, better, runs, groups=group, samples=300).iloc[0]
+    assert together["low"] > 0 > apart["low"]
+
+
+def write_run(folder: Path, y: np.ndarray, p: np.ndarray, seed: int, ids: np.ndarray | None = None) -> Path:
+    films = np.arange(len(y)) if ids is None else ids
+    table = pd.DataFrame({"dicom_id": films, "study_id": films // 2, "subject_id": films // 4})
+    write_predictions(folder, "test", table, pd.DataFrame(y, columns=["x", "y"]), np.log(p / (1 - p)))
+    run = {"task": "findings", "model": "linear", "encoder": "e", "allow_leak": False, "warnings": []}
+    rows = evaluate(y, p, names=["x", "y"], samples=0).assign(split="test")
+    write_results(folder, {**run, "seed": seed}, rows)
+    return folder
+
+
+def test_run_folders_are_compared_whatever_the_order_of_their_rows(tmp_path: Path) -> None:
+    y, a, b, _ = sample(better=0.5)
+    order = np.random.default_rng(0).permutation(300)
+    one = write_run(tmp_path / "a", y, a, 0)
+    two = write_run(tmp_path / "b", y[order], b[order], 0, ids=order)
+    table = compare_runs([one], [two], samples=200)
+    assert table.loc[0, "label"] == "macro" and table.loc[0, "n"] == 300
+    back = compare_runs([two], [one], samples=200)
+    assert back.loc[0, "difference"] == pytest.approx(-table.loc[0, "difference"], abs=1e-12)
+    other = write_run(tmp_path / "c", 1 - y, b, 0)
+    with pytest.raises(UserError, match="not the same test rows and labels"):
+        compare_runs([one], [other])
