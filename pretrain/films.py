@@ -6,7 +6,9 @@ No crop anywhere: the costophrenic angles lie at the border of the film.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +60,8 @@ def decode(path: str | Path, *, dicom: Dicom = "mimic-jpg", near: int | None = N
         raise
     except Exception as error:  # damaged bytes make the decoders raise almost anything
         says = (str(error).strip().splitlines() or [""])[0]
-        truncated = "truncated" in says.lower() or "unexpected end" in says.lower() or isinstance(error, EOFError)
+        words = ("truncated", "unexpected end", "less than expected")
+        truncated = isinstance(error, EOFError) or any(word in says.lower() for word in words)
         raise BadFilm("truncated" if truncated else f"damaged ({type(error).__name__})") from None
     low, high = int(film.min()), int(film.max())
     if low == high:
@@ -89,10 +92,8 @@ def _check_sides(height: int, width: int) -> None:
 
 # ---- JPEG and PNG ---------------------------------------------------------------------------------------------------
 def _picture(data: bytes, near: int | None) -> np.ndarray:
-    # libjpeg fills what is missing with grey and says nothing if the end of the file is zeros: look for the end mark,
-    # which cannot occur inside a scan, after the start of the last scan.
-    if data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise BadFilm("truncated")
+    if fault := _png_fault(data) if data.startswith(b"\x89PNG") else _jpeg_fault(data):
+        raise BadFilm(fault)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
     except Image.DecompressionBombError:
@@ -108,6 +109,31 @@ def _picture(data: bytes, near: int | None) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return np.array(image.convert("L"))
+
+
+def _jpeg_fault(data: bytes) -> str | None:
+    """`truncated` if the end mark, which cannot occur inside a scan, does not follow the last scan.
+
+    libjpeg fills what is missing with grey, without a word if the end of the file is zeros. (Damage in the middle of a
+    scan cannot be told: JPEG has no check sums.)
+    """
+    return None if data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") else "truncated"
+
+
+def _png_fault(data: bytes) -> str | None:
+    """What is wrong with the chunks, down to the last, and their check sums, which Pillow does not look at."""
+    at, kind = 8, b""
+    while kind != b"IEND":
+        if at + 12 > len(data):
+            return "truncated"
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        if end + 4 > len(data):
+            return "truncated"
+        if zlib.crc32(data[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            return "damaged (check sum)"
+        at = end + 4
+    return None
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
