@@ -23,6 +23,7 @@ from finetune import (
     report_results,
     report_training,
 )
+from finetune.report_alerts import alerts
 from finetune.report_data import Run, read_runs
 from finetune.report_html import Html, interval, number, page, section, table, tag
 
@@ -91,7 +92,7 @@ def _head(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
         tag("h1", what[0].upper() + what[1:]),
         tag("p", f"{data} Intervals are 95%, from resampling subjects.", class_="lead"),
         _tiles(runs, truth),
-        _alerts(runs),
+        alerts(runs),
     )
 
 
@@ -109,38 +110,6 @@ def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
                 tag("div", tag("b", number(value)), tag("span", of, class_="of"), tag("span", says), class_="tile")
             )
     return tag("div", tiles, class_="tiles") if tiles else None
-
-
-def _alerts(runs: Sequence[Run]) -> Html:
-    """What a reader must know before the numbers."""
-    found: list[tuple[str, str, str]] = []
-    for run in runs:
-        if run.result.get("allow_leak"):
-            found.append(
-                ("stop", run.name, "the guard against leaks was overridden (allow_leak); its numbers may be too good.")
-            )
-        found += [
-            ("stop" if "leak" in str(w).lower() else "care", run.name, str(w)) for w in run.result.get("warnings", [])
-        ]
-        found += [("stop", run.name, f"{says}.") for says in report_training.collapse(run)]
-        if few := report_results.few_positives(run):
-            found.append(
-                ("care", run.name, f"fewer than {report_results.FEW} of one class in the test split: {', '.join(few)}.")
-            )
-        if run.kind == "unfinished":
-            found.append(("care", run.name, "holds no results yet."))
-    if not found:
-        return tag(
-            "p", "No warnings: no leak override, no collapse, enough of both classes for every label.", class_="fine"
-        )
-    merged: dict[tuple[str, str], list[str]] = {}
-    for kind, name, says in found:
-        merged.setdefault((kind, says), []).append(name)
-    items = [
-        tag("li", tag("strong", ", ".join(dict.fromkeys(names))), tag("span", f": {says}"), class_=kind)
-        for (kind, says), names in sorted(merged.items(), key=lambda item: item[0][0] != "stop")
-    ]
-    return tag("ul", items, class_="alerts", aria_label="Warnings")
 
 
 def _summary(runs: Sequence[Run]) -> Html:

@@ -161,7 +161,5 @@ def missing_figure(folder: Path, key: str) -> Html | None:
 def _variables(folder: Path, count: int) -> list[str]:
     path = folder / "series.json"
     columns = json.loads(path.read_text(encoding="utf-8")).get("columns", []) if path.is_file() else []
-    names = [
-        str(c).removeprefix("mask->").removeprefix("observed_").removesuffix("_observed") for c in columns[-count:]
-    ]
+    names = [str(c).removeprefix("mask->").replace("_", " ") for c in columns[-count:]]
     return names if len(names) == count else [f"variable {i + 1}" for i in range(count)]

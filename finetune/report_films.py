@@ -31,6 +31,7 @@ FILMS = 500  # on the map
 NEIGHBOURS = 10
 ENCODERS = 2
 SHOWN = 6
+ASKED = "asked for"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def films_section(runs: Sequence[Run], *, with_films: bool) -> Html:
             parts.append(map_figure(sample))
         if with_films and len(sample.table) > SHOWN:
             parts += [nearest_figure(sample), attention_figure(sample)]
-    lead = "Test films, which no pretraining saw, through the frozen encoder."
+    lead = "Films of the test split through the frozen encoder."
     return section("encoder", "What the encoder sees", parts, lead=lead)
 
 
@@ -130,7 +131,7 @@ def nearest_figure(sample: Sample) -> Html:
     rows, cells = [], []
     for query in queries:
         order = np.argsort(-alike[query])[:5]
-        shown = [_film(sample, int(query), "asked for")]
+        shown = [_film(sample, int(query), ASKED)]
         shown += [_film(sample, int(i), f"cosine {alike[query, i]:.2f}") for i in order]
         rows.append(tag("div", shown, class_="films"))
         cells += [
@@ -223,4 +224,6 @@ def _film(sample: Sample, i: int, says: str, heat: NDArray[np.float32] | None = 
     buffer = io.BytesIO()
     film.save(buffer, "JPEG", quality=85)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return tag("div", tag("img", src=source, alt=f"chest film: {says}"), says)
+    return tag(
+        "div", tag("img", src=source, alt=f"chest film: {says}"), says, class_="asked" if says == ASKED else None
+    )

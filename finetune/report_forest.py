@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune.report_figures import COLOURS, Scale, mark, span, svg, tick_text
-from finetune.report_html import Html, join, number, tag
+from finetune.report_html import Html, interval, join, number, tag
 
 LETTER = 6.4  # pixels of a letter, about
 GAP, TOP = 14, 26
@@ -43,10 +43,10 @@ def forest(
     """
     wide = width > 500
     step = 17 if max(len(row.points) for row in rows) <= 4 else 14
-    left = min(max(len(text) for row in rows for text in (row.name, row.remark)) * LETTER + 12, 210 if wide else 122)
+    left = min(max(len(text) for row in rows for text in (row.name, row.remark)) * LETTER + 16, 230 if wide else 124)
     values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
     values += [row.best for row in rows if row.best is not None] + ([chance] if chance is not None else [])
-    x = Scale(*span([values], pad=0.04), left, width - (132 if wide else 40))
+    x = Scale(*span([values], pad=0.04), left, width - (148 if wide else 40))
     stripes: list[Any] = []
     blocks: list[Any] = []
     y = float(TOP)
@@ -92,11 +92,10 @@ def _points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, st
     line = y + tall / 2 - step * (len(row.points) - 1) / 2
     for index, value, low, high in row.points:
         text: str = number(value, 2)
-        says = f"{names.get(index, '')}: {number(value)}"
+        says = f"{names.get(index, '')}: {interval(value, low, high)}"
         if low is not None and high is not None and np.isfinite(low) and np.isfinite(high):
             parts.append(tag("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))
-            says += f" ({number(low)} to {number(high)})"
-            text = f"{number(value)} ({number(low)}–{number(high)})" if width > 500 else text
+            text = interval(value, low, high) if width > 500 else text
         parts.append(mark(index, x(value), line, 4.4, says))
         parts.append(tag("text", text, x=width - 4, y=line + 4, text_anchor="end", class_="value"))
         line += step
@@ -113,21 +112,26 @@ def bars(rows: Sequence[tuple[str, float, str]], *, top: float = 1.0) -> Html:
 
 
 def flow(steps: Sequence[tuple[str, int, int, str]]) -> Html:
-    """A cohort's flow: (what is counted, rows before, rows after, why rows left), a line for each exclusion."""
-    items = []
-    most = max([s[1] for s in steps] + [1])
-    for name, before, after, why in steps:
-        lost = before - after
-        bar = tag(
-            "span",
-            tag("i", style=f"width:{100 * after / most:.1f}%"),
-            tag("b", style=f"width:{100 * lost / most:.1f}%"),
-            class_="bar",
-        )
-        left = (
-            tag("span", f"−{lost:,} ", tag("em", why), class_="flow-lost")
-            if lost
-            else tag("span", why, class_="flow-lost")
-        )
-        items.append(tag("li", tag("span", name, class_="bar-name"), bar, tag("strong", f"{after:,}"), left))
-    return tag("ol", items, class_="flow")
+    """A cohort's flow, table by table: (what is counted, rows before, rows after, why rows left).
+
+    Rules that took nothing out are counted in one line.
+    """
+    parts = []
+    for name in dict.fromkeys(step[0] for step in steps):
+        own = [step for step in steps if step[0] == name]
+        first, idle = own[0][1], sum(before == after for _, before, after, _ in own)
+        items = [_step(name, first, first, first, "", css="start")]
+        items += [_step("", before, after, first, why) for _, before, after, why in own if before != after]
+        quiet = f"{idle} {'rules' if len(own) == idle else 'other rules'} took nothing out" if idle > 1 else None
+        items.append(tag("li", quiet, class_="quiet") if quiet else Html(""))
+        parts.append(tag("ol", items, class_="flow"))
+    return join(parts)
+
+
+def _step(name: str, before: int, after: int, most: int, why: str, css: str | None = None) -> Html:
+    widths = (100 * after / max(most, 1), 100 * (before - after) / max(most, 1))
+    bar = tag(
+        "span", tag("i", style=f"width:{widths[0]:.1f}%"), tag("b", style=f"width:{widths[1]:.1f}%"), class_="bar"
+    )
+    left = tag("span", name or f"−{before - after:,} {why}", class_="bar-name")
+    return tag("li", left, bar, tag("strong", f"{after:,}"), class_=css)

@@ -73,7 +73,8 @@ def interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
     """`0.812 (0.771–0.846)`, or the value alone where it has no interval."""
     if number(low) == "–" or number(high) == "–":
         return number(value, digits)
-    return f"{number(value, digits)} ({number(low, digits)}–{number(high, digits)})"
+    between = " to " if low < 0 else "–"
+    return f"{number(value, digits)} ({number(low, digits)}{between}{number(high, digits)})"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str = "") -> Html:

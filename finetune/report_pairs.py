@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
-from configs import UserError
-from finetune.compare import compare_runs, holm
+from finetune.compare import holm, paired
 from finetune.report_data import Run
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, number
 
 FEW = 5
+FEWEST = 20  # test rows in common
 SEED = re.compile(r"[-_/]?s(eed)?[-_=]?\d+$")
 
 
@@ -47,27 +48,24 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
         if (row := _compare(able[second], able[first], samples)) is None:
             apart.append(f"{second} and {first}")
         else:
-            found.append((f"{second} − {first}", row))
+            found.append((second, first, row))
     if not found:
         return None
-    adjusted = holm(np.array([row["p"] for _, row in found], dtype=float))
+    adjusted = holm(np.array([row["p"] for *_, row in found], dtype=float))
     rows, cells = [], []
-    for (name, row), p in zip(found, adjusted, strict=True):
+    for (first, second, row), p in zip(found, adjusted, strict=True):
         value = float(row["difference"]), float(row["low"]), float(row["high"])
-        seeds = min(row["runs_a"], row["runs_b"])
-        remark = f"p {number(float(p))}" if p >= 0.001 else "p < 0.001"
-        rows.append(Row(name, [(0, *value)], f"{remark} · {seeds} seed{'s' if seeds > 1 else ''}"))
+        rows.append(Row(first, [(0, *value)], f"minus {second}"))
         means = [number(float(row[side])) for side in ("a", "b")]
-        cells.append(
-            [name, *means, interval(*value), number(float(row["p"])), number(float(p)), row["n"], row["claim"]]
-        )
+        tests = [number(float(row["p"])), number(float(p))]
+        cells.append([f"{first} − {second}", *means, interval(*value), *tests, row["n"], row["runs_a"], row["runs_b"]])
     drawing = both_widths(lambda w: forest(rows, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
     label = "macro AUROC" if len(next(iter(able.values()))[0].labels) > 1 else "AUROC"
     caption = (
         f"The first run's {label} less the second's, on the same test rows and the same resamples of subjects. An "
         "interval that crosses the dashed line shows no difference. p is two-sided, Holm-adjusted over these pairs."
     )
-    columns = ["pair", "first", "second", "difference", "p", "p (Holm)", "n", "claim holds for"]
+    columns = ["pair", "first", "second", "difference", "p", "p (Holm)", "n", "seeds of first", "of second"]
     return figure(
         f"pairs-{task}",
         "Differences between runs",
@@ -79,21 +77,46 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
 
 
 def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> dict[Any, Any] | None:
-    """The main label's row of `compare_runs`; None where the two were not tested on the same rows."""
-    try:
-        table = compare_runs([run.folder for run in a], [run.folder for run in b], samples=samples)
-    except UserError:
+    """The main label's paired difference on the test rows that all these runs have; None where there are too few."""
+    read = [_rows(run) for run in (*a, *b)]
+    common = read[0].index
+    for one in read[1:]:
+        common = common.intersection(one.index)
+    names = [str(c).removeprefix("label_") for c in read[0] if str(c).startswith("label_")]
+    wanted = [f"{kind}_{name}" for kind in ("label", "logit") for name in names]
+    if len(common) < FEWEST or any(name not in one for one in read for name in wanted):
         return None
+    read = [one.loc[common] for one in read]
+    labels, *others = (one[wanted[: len(names)]].to_numpy(float) for one in read)
+    if not all(np.array_equal(y, labels, equal_nan=True) for y in others):
+        return None
+    seeds = [[int(run.result["seed"]) for run in side] for side in (a, b)]
+    scores = [expit(one[wanted[len(names) :]].to_numpy(float)) for one in read]
+    sides = [
+        np.stack(side)[np.argsort(s, kind="stable")]
+        for side, s in zip((scores[: len(a)], scores[len(a) :]), seeds, strict=True)
+    ]
+    together = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
+    groups = read[0]["subject_id"].to_numpy()
+    table = paired(labels, *sides, groups=groups, names=names, samples=samples, same_seeds=together)
     row = table[table["label"] == a[0].main].iloc[0].to_dict()
     return row if np.isfinite(row["difference"]) else None
 
 
-def _note(found: Sequence[tuple[str, dict[Any, Any]]], apart: Sequence[str]) -> str:
+def _rows(run: Run) -> pd.DataFrame:
+    """The test predictions by sample_id, study_id or dicom_id, whichever tells the rows apart."""
+    table = run.predictions()
+    assert table is not None, "runs without predictions are left out before"
+    keys = [c for c in ("sample_id", "study_id", "dicom_id") if c in table and table[c].is_unique]
+    return table.set_index(keys[0]) if keys else table
+
+
+def _note(found: Sequence[tuple[str, str, dict[Any, Any]]], apart: Sequence[str]) -> str:
     says = []
-    if any(row["claim"] != "method" for _, row in found):
+    if any(row["claim"] != "method" for *_, row in found):
         says.append(
             "With fewer than three training seeds each, a difference holds for these runs, not for the methods."
         )
     if apart:
-        says.append(f"Not tested on the same rows, so not compared: {', '.join(apart)}.")
+        says.append(f"Fewer than {FEWEST} test rows in common, or other labels, so not compared: {', '.join(apart)}.")
     return " ".join(says)

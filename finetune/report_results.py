@@ -15,12 +15,12 @@ from finetune.report_figures import legend
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, table
 
-FEW = 20  # positives (or negatives) under which an AUROC says little
 SIDE_BY_SIDE = 8  # runs in one block of a forest
 CAUTION = (
     "One interval above another does not show that two runs differ, nor overlap that they are equal; only a paired "
     "difference on the same rows, with its own interval, does."
 )
+SUBSETS = {"paired": "stays with a film"}
 TASKS = {
     "findings": "Linear evaluation: findings from the film",
     "mortality": "Death in hospital, from the first 48 hours",
@@ -46,7 +46,8 @@ def title(task: str) -> str:
 
 def told(label: str) -> str:
     """A label for a reader."""
-    return "All (macro)" if label == "macro" else label.replace("_", " ")
+    text = "all labels (macro)" if label == "macro" else label.replace("_", " ")
+    return text[:1].upper() + text[1:]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -54,18 +55,21 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(label for run in runs for label in run.labels))
 
 
-def possible(truth: dict[str, Any], task: str, label: str, run: Run | None = None) -> float | None:
+def possible(truth: dict[str, Any], task: str, label: str, run: Run | None = None, subset: str = "all") -> float | None:
     """The generator's Bayes-optimal AUROC of a label, for what the run's model sees."""
     bayes = truth.get("bayes", {}).get(task)
     if not isinstance(bayes, dict):
         return None
     if task == "findings":
         values = [v for v in bayes.values() if isinstance(v, (int, float))]
-        return bayes.get(label) if label != "macro" else (sum(values) / len(values) if values else None)
-    model = (run.result.get("model") if run else "") or ""
-    part = "record" if model.startswith("record") else "film" if model.startswith("film") else "both"
-    found = bayes.get(label, bayes) if isinstance(bayes.get(label), dict) else bayes
-    value = found.get(part)
+        best = sum(values) / len(values) if label == "macro" and values else bayes.get(label)
+        return float(best) if isinstance(best, (int, float)) else None
+    groups = bayes.get("groups", {})
+    found = groups.get(label.removeprefix("phenotype_"), bayes.get("macro" if label == "macro" else label, bayes))
+    if subset == "all" and isinstance(found.get("all"), dict):  # of stays without a film too
+        found = found | found["all"]
+    model = str(run.result.get("model") if run else "")
+    value = found.get("record" if model.startswith("record") else "film" if model.startswith("film") else "both")
     return float(value) if isinstance(value, (int, float)) else None
 
 
@@ -78,7 +82,7 @@ def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subse
             continue
         several = is_macro(str(head["label"]))
         remark = f"{head['n']:,.0f} rows" if several else f"{head['positives']:,.0f} of {head['n']:,.0f} positive"
-        best = possible(truth, task, str(head["label"]), run) if subset == "all" else None
+        best = possible(truth, task, str(head["label"]), run, subset)
         rows.append(Row(run.name, [(i, head["value"], head["low"], head["high"])], remark, best))
         auroc, auprc = (interval(h.get("value"), h.get("low"), h.get("high")) for h in (head, precision))
         about = run.result.get("compared_by") or {}
@@ -89,7 +93,7 @@ def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subse
     names = {i: run.name for i, run in enumerate(runs)}
     drawing = both_widths(lambda width: forest(rows, names, width))
     what = "macro AUROC over the labels" if len(labels(runs)) > 1 else "AUROC"
-    where = "the test split" if subset == "all" else f"test rows that are {subset}"
+    where = "the test split" if subset == "all" else f"{SUBSETS.get(subset, subset)} of the test split"
     caption = f"Each run's {what} on {where}, with its 95% interval over subjects; the dashed line is chance."
     if any(row.best for row in rows):
         caption += " Dotted: the best that is possible for what the model sees, known as the data is synthetic."
@@ -97,7 +101,7 @@ def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subse
     given = [i for i in range(len(columns)) if any(cell[i] is not None for cell in cells)]
     numbers = table([columns[i] for i in given], [[cell[i] for i in given] for cell in cells])
     note = CAUTION if len(rows) > 1 else None
-    heading = "Runs side by side" if subset == "all" else f"The same, on {subset} rows only"
+    heading = "Runs side by side" if subset == "all" else f"The same, on {SUBSETS.get(subset, subset)} only"
     key = f"overview-{task}" + ("" if subset == "all" else f"-{subset}")
     return figure(key, heading, drawing, caption, numbers, note=note)
 
@@ -146,14 +150,6 @@ def _why_not(run: Run, label: str) -> str:
     rows = plain(run.rows)
     rows = rows[(rows["label"] == label) & (rows["metric"] == "auroc")]
     return str(rows.iloc[0]["reason"] or "") if len(rows) else "not evaluated"
-
-
-def few_positives(run: Run) -> list[str]:
-    """Labels of the test split with under FEW positives or negatives."""
-    rows = plain(run.rows)
-    rows = rows[(rows["metric"] == "auroc") & rows["label"].isin(run.labels)]
-    few = rows[(rows["positives"] < FEW) | (rows["n"] - rows["positives"] < FEW)]
-    return [f"{told(str(r['label']))} ({min(r['positives'], r['n'] - r['positives'])})" for r in few.to_dict("records")]
 
 
 def encoder_of(run: Run) -> str:

@@ -26,6 +26,7 @@ PANELS = (
     ("lr", ("lr",), "Learning rate"),
     ("films", ("films_per_second",), "Films per second"),
 )
+METRICS = {"r2": "R²", "auroc": "AUROC"}
 RANK_FLOOR = 4.0
 PROTOTYPE_FLOOR = 0.1
 
@@ -156,7 +157,7 @@ def hidden_figure(runs: Sequence[Run]) -> Html | None:
         same = [(i, row) for i, rows in found.items() for row in rows if row[0] == column_name]
         _, metric, _, chance = same[0][1]
         points = [(i, row[2], None, None) for i, row in same]
-        drawn.append(Row(column_name.replace("_", " "), points, metric, chance))
+        drawn.append(Row(column_name.replace("_", " "), points, METRICS.get(metric, metric), chance))
         cells += [[column_name, names[i], row[1], number(row[2]), number(row[3])] for i, row in same]
     caption = (
         "How well a linear model reads each conditioned column from the frozen features; dotted: chance. A conditioned "

@@ -1,0 +1,60 @@
+"""What a reader must know before the numbers: leaks, outcome-supervised or unknown encoders, collapse, few positives.
+
+Comes in: runs. Goes out: a list for the top of the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from finetune.report_data import Run, plain
+from finetune.report_html import Html, tag
+from finetune.report_results import by_task, told
+from finetune.report_training import collapse
+
+FEW = 20  # positives (or negatives) under which an AUROC says little
+CALM = (
+    "No warnings: no leak override, no encoder of unknown films, no collapse, enough of both classes for every label."
+)
+
+
+def alerts(runs: Sequence[Run]) -> Html:
+    """The warnings as a list, the grave ones first; equal ones of several runs in one line."""
+    merged: dict[tuple[bool, str], list[str]] = {}
+    for grave, says, name in [*_of_runs(runs), *_few(runs)]:
+        merged.setdefault((grave, says), []).append(name)
+    if not merged:
+        return tag("p", CALM, class_="fine")
+    items = [
+        tag("li", tag("strong", ", ".join(names)), tag("span", f": {says}"), class_="stop" if grave else "care")
+        for (grave, says), names in sorted(merged.items(), key=lambda item: not item[0][0])
+    ]
+    return tag("ul", items, class_="alerts", aria_label="Warnings")
+
+
+def _of_runs(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:
+    """(grave, what, run) of each warning that a run carries or shows."""
+    for run in runs:
+        if run.result.get("allow_leak"):
+            yield True, "the guard against leaks was switched off (allow_leak); its numbers may be too good.", run.name
+        for warning in run.result.get("warnings", []):
+            yield "leak" in str(warning).lower(), str(warning), run.name
+        for sign in collapse(run):
+            yield True, f"{sign}.", run.name
+        if run.kind == "unfinished":
+            yield False, "holds no results yet.", run.name
+
+
+def _few(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:
+    """A warning for each task that has labels with few rows of one class in the test split."""
+    for task, chosen in by_task(runs).items():
+        least: dict[str, int] = {}
+        for run in chosen:
+            rows = plain(run.rows)
+            rows = rows[(rows["metric"] == "auroc") & rows["label"].isin(run.labels)]
+            for label, n, positives in zip(rows["label"], rows["n"], rows["positives"], strict=True):
+                rare = int(min(positives, n - positives))
+                least[label] = min(rare, least.get(label, rare))
+        few = [f"{told(label)} ({count})" for label, count in least.items() if count < FEW]
+        if few:
+            yield False, f"fewer than {FEW} rows of one class in the test split: {', '.join(few)}.", task.capitalize()
