@@ -17,7 +17,8 @@ import pandas as pd
 from configs import UserError
 from ehr_features.demo_cxr import best_auroc, write_cxr
 from ehr_features.demo_events import write_events
-from ehr_features.demo_people import People, Plan, age_and_sex, hours_between, people
+from ehr_features.demo_people import People, people
+from ehr_features.demo_plan import Plan, age_and_sex, hours_between
 from ehr_features.demo_tables import write_hosp, write_icu
 from ehr_features.demo_truth import NAMES, PHENOTYPES, Outcomes, auroc
 from ehr_features.demo_visits import write_ed

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
 from ehr_features.demo_films import KINDS, SHAPES, WIDE, draw
-from ehr_features.demo_people import People, Plan
+from ehr_features.demo_people import People
+from ehr_features.demo_plan import Plan
 from ehr_features.demo_tables import columns, write_csv
 from ehr_features.demo_truth import NAMES, Array, amounts, auroc
 
@@ -59,9 +63,13 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
         (out / "files" / folder).mkdir(parents=True, exist_ok=True)
     films["subject"] = pd.factorize(films["subject_id"])[0]
     looks = films[["subject", "male", "age", "view", "wide", "recumbent", *NAMES]]
-    for rows, drawn in draw(looks, plan.film_size, np.random.default_rng([plan.seed, 6])):
-        for row, film in zip(rows, drawn, strict=True):
-            Image.fromarray(film).save(out / "files" / paths[row], quality=90)
+    batches = draw(looks, plan.film_size, np.random.default_rng([plan.seed, 6]))
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("drawing films", total=len(films))
+        for rows, drawn in batches:
+            for row, film in zip(rows, drawn, strict=True):
+                Image.fromarray(film).save(out / "files" / paths[row], quality=90)
+            bar.advance(task, len(rows))
     counts["cxr/films"] = len(films)
     return counts, films, pd.DataFrame(true, columns=FINDINGS).assign(study_id=studies["study_id"])
 

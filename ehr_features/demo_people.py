@@ -8,35 +8,13 @@ ordered says nothing here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from ehr_features.demo_truth import CHANNELS, FILM, NAMES, PHENOTYPES, Array, Outcomes, draw_film, draw_record, sigmoid
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to generate.
-
-    Args:
-        subjects: number of subjects; about three quarters have an ICU stay.
-        film_size: the longer side of a film, in pixels.
-        shuffled: permute findings, ICD codes and death across subjects.
-        risk: `level`: death follows what the last film before 48 h shows; `change`: only the change between films.
-        view_shortcut: 0 to 1; outside the ICU an abnormal film is AP with probability (1 + this) / 2, a normal one with
-            (1 - this) / 2. At 0 the view says nothing there.
-        ed_text: 0 to 1; probability that the chief complaint is about what the visit's film shows.
-    """
-
-    subjects: int = 800
-    seed: int = 0
-    film_size: int = 128
-    shuffled: bool = False
-    risk: Literal["level", "change"] = "level"
-    view_shortcut: float = 0.0
-    ed_text: float = 0.0
+from ehr_features.demo_plan import Plan, age_and_sex
+from ehr_features.demo_studies import draw_studies
+from ehr_features.demo_truth import CHANNELS, PHENOTYPES, Array, Outcomes, draw_film, draw_record, sigmoid
 
 
 @dataclass
@@ -77,25 +55,15 @@ def people(plan: Plan, outcomes: Outcomes) -> People:
         phenotypes[keep],
     )
     stays, admissions = _stays(rng, admissions)
-    visits, admissions = _visits(rng, subjects, admissions)
+    visits, admissions = _visits(rng, subjects, admissions, stays)
     last = admissions[admissions["died"]].set_index("subject_id")["deathtime"]
     after = admissions.groupby("subject_id")["dischtime"].max() + pd.to_timedelta(
         rng.integers(20, 900, admissions["subject_id"].nunique()), "D"
     )
     dod = after[rng.random(len(after)) < 0.12]
     subjects["dod"] = subjects["subject_id"].map(last).fillna(subjects["subject_id"].map(dod)).dt.normalize()
-    studies = _studies(rng, plan, subjects, admissions, stays, visits, film)
+    studies = draw_studies(rng, plan, subjects, stays, visits, film)
     return People(subjects, admissions, stays, visits, studies, record, film, phenotypes)
-
-
-def hours_between(later: pd.Series, earlier: pd.Series) -> Array:
-    """Hours from `earlier` to `later`; NaN where either is missing."""
-    return (later - earlier).dt.total_seconds().to_numpy() / 3600
-
-
-def age_and_sex(table: pd.DataFrame) -> tuple[Array, Array]:
-    """Age as (years - 65) / 15, and 1 for male."""
-    return (table["age"].to_numpy(float) - 65) / 15, table["male"].to_numpy(float)
 
 
 def _subjects(rng: np.random.Generator, count: int) -> pd.DataFrame:
@@ -185,12 +153,14 @@ def _stays(rng: np.random.Generator, admissions: pd.DataFrame) -> tuple[pd.DataF
 
 
 def _visits(
-    rng: np.random.Generator, subjects: pd.DataFrame, admissions: pd.DataFrame
+    rng: np.random.Generator, subjects: pd.DataFrame, admissions: pd.DataFrame, stays: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Emergency visits: before two thirds of the admissions, and some that end at home."""
     came = np.flatnonzero(rng.random(len(admissions)) < 0.65)
     inside = admissions.iloc[came][["subject_id", "male", "race", "hadm_id"]].assign(admission=came)
-    inside["outtime"] = admissions["admittime"].iloc[came] + pd.to_timedelta(rng.integers(0, 7200, len(came)), "s")
+    left = admissions["admittime"].iloc[came] + pd.to_timedelta(rng.integers(0, 7200, len(came)), "s")
+    arrival = stays.groupby("admission")["intime"].min().reindex(came).set_axis(left.index)  # in the ICU
+    inside["outtime"] = left.where(arrival.isna() | (left < arrival), arrival)
     inside["intime"] = admissions["admittime"].iloc[came] - pd.to_timedelta(
         np.round(rng.uniform(1.5, 14, len(came)) * 3600), "s"
     )
@@ -212,76 +182,6 @@ def _visits(
         edouttime=by_admission["outtime"].reindex(range(len(admissions))),
     )
     return visits, admissions
-
-
-def _studies(
-    rng: np.random.Generator,
-    plan: Plan,
-    subjects: pd.DataFrame,
-    admissions: pd.DataFrame,
-    stays: pd.DataFrame,
-    visits: pd.DataFrame,
-    film: Array,
-) -> pd.DataFrame:
-    """A row per study: subject, time, view, and the latents `x_NAME` of what its films show."""
-    with_films = subjects.set_index("subject_id")["has_films"]
-    parts = [_icu_studies(rng, plan, stays[stays["subject_id"].map(with_films)], film)]
-    pinned = subjects.set_index("subject_id")
-    seen = visits[
-        visits["subject_id"].map(with_films) & (rng.random(len(visits)) < np.where(visits["admission"] < 0, 0.9, 0.45))
-    ]
-    hours = rng.uniform(0.3, 1.0, len(seen)) * hours_between(seen["outtime"], seen["intime"])
-    emergency = seen[["subject_id", "ed_stay_id"]].assign(
-        time=seen["intime"] + pd.to_timedelta(np.round(hours * 3600), "s")
-    )
-    clinic = subjects[subjects["has_films"] & ((subjects["kind"] == "film") | (rng.random(len(subjects)) < 0.12))]
-    clinic = pd.concat([clinic, clinic[rng.random(len(clinic)) < 0.3]])
-    start = pd.to_datetime((clinic["anchor_year"] - 2).astype(str) + "-06-01") + pd.to_timedelta(
-        rng.integers(0, 200 * 86400, len(clinic)), "s"
-    )
-    outside = pd.concat([emergency, clinic[["subject_id"]].assign(time=start)], ignore_index=True)
-    person = pinned.loc[outside["subject_id"]].reset_index()
-    outside["age"], outside["male"] = person["age"] - 1, person["male"]
-    age_z, male = age_and_sex(outside)
-    x = draw_film(rng, age_z, male, np.zeros(len(outside)))[:, : len(NAMES)]
-    sick = (x[:, [NAMES.index(name) for name in NAMES if name not in ("device", "hyper")]] > 0).any(1)
-    portable = rng.random(len(outside)) < 0.5 + 0.5 * plan.view_shortcut * np.where(sick, 1, -1)
-    outside["view"] = np.where(portable, "AP", "PA")
-    outside["recumbent"] = portable & (rng.random(len(outside)) < 0.3)
-    outside[[f"x_{name}" for name in NAMES]] = x
-    studies = pd.concat([*parts, outside], ignore_index=True).sort_values(["subject_id", "time"], ignore_index=True)
-    studies["time"] = studies["time"].astype("datetime64[s]")
-    studies["study_id"] = 50_000_000 + rng.choice(9_999_999, len(studies), replace=False)
-    return studies
-
-
-def _icu_studies(rng: np.random.Generator, plan: Plan, stays: pd.DataFrame, film: Array) -> pd.DataFrame:
-    """Serial studies of ICU stays; the last one before 48 h shows the admission's film part itself."""
-    early = plan.risk == "change"
-    some = stays[rng.random(len(stays)) < 0.88].reset_index(drop=True)
-    limit = some["hours"].to_numpy()
-    hours = [
-        rng.uniform(1, 6, len(some)),
-        rng.uniform(40, 47.5, len(some)),
-        rng.uniform(7, 39, len(some)),
-        48.5 + rng.exponential(30, len(some)),
-    ]
-    taken = [rng.random(len(some)) < p for p in ((1, 1, 0.3, 0.3) if early else (0.72, 0.60, 0.25, 0.35))]
-    table = pd.concat(
-        [pd.DataFrame({"stay": np.flatnonzero(t), "hours_in": h[t]}) for t, h in zip(taken, hours, strict=True)],
-        ignore_index=True,
-    )
-    table = table[table["hours_in"] < limit[table["stay"]] - 0.1].sort_values(["stay", "hours_in"], ignore_index=True)
-    before = table[table["hours_in"] <= 48].groupby("stay")["hours_in"].max()
-    reference = table["stay"].map(before).fillna(48.0).to_numpy()
-    part = some.iloc[table["stay"]].reset_index(drop=True)
-    latent = film[part["admission"]]
-    rate = (table["hours_in"].to_numpy() - reference) / 40
-    x = latent[:, : len(NAMES)] + latent[:, len(NAMES) :] * np.clip(rate, -1.2, 3)[:, None]
-    studies = part[["subject_id", "stay_id", "age", "male"]].assign(view="AP", recumbent=rng.random(len(part)) < 0.75)
-    studies["time"] = part["intime"] + pd.to_timedelta(np.round(table["hours_in"] * 3600), "s")
-    studies[[f"x_{name}" for name in FILM]] = x
-    return studies
 
 
 def channel_levels(record: Array, hours: Array) -> Array:

@@ -10,7 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 
-from ehr_features.demo_people import People, Plan, hours_between
+from ehr_features.demo_people import People
+from ehr_features.demo_plan import Plan, hours_between
 from ehr_features.demo_truth import PHENOTYPES
 
 

@@ -142,16 +142,20 @@ class Outcomes:
     ) -> dict[str, Array]:
         """P(outcome | ...), each (N, 26): of `both`, `record`, `film`, and `last_film` (no change between films)."""
         rng = np.random.default_rng(7)
-        age, sex, shape = age_z[:, None], male[:, None], (len(age_z), draws)
-        age, sex = np.broadcast_to(age, shape), np.broadcast_to(sex, shape)
-        others = draw_film(rng, age, sex, np.ones(shape), self.risk)
+        parts = [self._averages(rng, record[s], film[s], age_z[s], male[s], draws) for s in _slices(len(record), 200)]
+        means = {reader: np.concatenate([part[reader] for part in parts]) for reader in parts[0]}
+        return {"both": sigmoid(self.logits(record, film, age_z, male)), **means}
+
+    def _averages(
+        self, rng: np.random.Generator, record: Array, film: Array, age_z: Array, male: Array, draws: int
+    ) -> dict[str, Array]:
+        age, sex = (np.repeat(value[:, None], draws, 1) for value in (age_z, male))
+        films = draw_film(rng, age, sex, np.ones_like(age), self.risk)
         records = draw_record(rng, age, sex)
-        last = np.concatenate(
-            [np.broadcast_to(film[:, None, : len(NAMES)], (*shape, len(NAMES))), others[..., len(NAMES) :]], -1
-        )
+        last = films.copy()
+        last[..., : len(NAMES)] = film[:, None, : len(NAMES)]
         return {
-            "both": sigmoid(self.logits(record, film, age_z, male)),
-            "record": sigmoid(self.logits(record[:, None], others, age, sex)).mean(1),
+            "record": sigmoid(self.logits(record[:, None], films, age, sex)).mean(1),
             "film": sigmoid(self.logits(records, film[:, None], age, sex)).mean(1),
             "last_film": sigmoid(self.logits(records, last, age, sex)).mean(1),
         }
@@ -171,6 +175,10 @@ def auroc(score: Array, weight: Array) -> float | None:
     positive, negative = np.bincount(place, weight), np.bincount(place, 1 - weight)
     total = positive.sum() * negative.sum()
     return float((positive * (negative.cumsum() - negative / 2)).sum() / total) if total > 0 else None
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _intercepts(logits: Array, prevalence: Array) -> Array:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ehr_features.demo_people import People, Plan
+from ehr_features.demo_people import People
+from ehr_features.demo_plan import Plan
 from ehr_features.demo_tables import columns, write_csv
 from ehr_features.demo_truth import Array
 

@@ -19,7 +19,8 @@ from sklearn.model_selection import cross_val_predict
 from configs import UserError
 from ehr_features import demo
 from ehr_features.demo_cxr import FINDINGS
-from ehr_features.demo_people import Plan, age_and_sex, people
+from ehr_features.demo_people import people
+from ehr_features.demo_plan import Plan, age_and_sex
 from ehr_features.demo_truth import DEATH, NAMES, Outcomes, amounts, auroc
 
 COLUMNS = {
