@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from configs import cli
@@ -35,6 +36,12 @@ def _demo(args: argparse.Namespace) -> int | None:
     return run(args)
 
 
+def _audit(args: argparse.Namespace) -> int:
+    from ehr_features.audit import run
+
+    return run(args)
+
+
 def main() -> None:
     top, commands = cli.parser("ehr_features", "Raw MIMIC tables -> features/")
     cli.config_command(
@@ -53,6 +60,11 @@ def main() -> None:
         says="open every table and say what can be done with them, without extracting",
         example="python -m ehr_features check configs/features.yaml mimic_iv=/data/mimic-iv/3.1",
     )
+    says = "prove or refute, with counts, that nothing leaks; exit 0 if all is proved, 2 if not"
+    audit = commands.add_parser("audit", help=says, description=says, allow_abbrev=False)
+    audit.add_argument("features", metavar="FEATURES", type=Path, help="a features/ folder")
+    audit.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="runs that were made from it")
+    audit.set_defaults(run=_audit)
     demo = commands.add_parser("demo", help="write a synthetic MIMIC with a planted signal", allow_abbrev=False)
     demo_arguments(demo)
     demo.set_defaults(run=_demo)

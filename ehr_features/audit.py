@@ -27,12 +27,6 @@ ORDER = ("study", "admission", "discharge")
 SLACK_HOURS = 1e-6
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `audit`."""
-    parser.add_argument("features", metavar="FEATURES", type=Path, help="a features/ folder")
-    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="runs that were made from it")
-
-
 def run(args: argparse.Namespace) -> int:
     """Print a verdict for each claim. Returns 0 if all are proved, else 2."""
     verdicts = audit(args.features, args.runs)

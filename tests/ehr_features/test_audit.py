@@ -1,0 +1,295 @@
+"""The audit proves a clean folder and catches each planted leak."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from configs import UserError
+from ehr_features import audit, channels, demo, series
+from ehr_features.__main__ import main
+from ehr_features.build import build
+from ehr_features.config import FeaturesConfig
+from ehr_features.verdict import PROVED, REFUTED, UNKNOWN
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small raw MIMIC, and the features/ built from it."""
+    root = tmp_path_factory.mktemp("audit")
+    demo.generate(root / "raw", subjects=40, seed=3, film_size=32)
+    raw = {f"mimic_{name}": str(root / "raw" / folder) for name, folder in (("iv", "mimic-iv"), ("cxr", "mimic-cxr"))}
+    config = FeaturesConfig(**raw, mimic_ed=str(root / "raw" / "mimic-iv-ed"), out=root / "features")
+    return build(config)
+
+
+@pytest.fixture
+def features(clean: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(clean, tmp_path / "features"))
+
+
+def outcomes(features: Path, *runs: Path) -> dict[str, str]:
+    return {v.claim: v.outcome for v in audit.audit(features, list(runs))}
+
+
+def change(table: str, edit: Callable[[pd.DataFrame], None]) -> Callable[[Path], None]:
+    def leak(folder: Path) -> None:
+        frame = pd.read_parquet(folder / f"{table}.parquet")
+        edit(frame)
+        frame.to_parquet(folder / f"{table}.parquet")
+
+    return leak
+
+
+def change_json(name: str, edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def leak(folder: Path) -> None:
+        value = json.loads((folder / name).read_text())
+        edit(value)
+        (folder / name).write_text(json.dumps(value))
+
+    return leak
+
+
+def change_series(edit: Callable[[Path, dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
+    def leak(folder: Path) -> None:
+        arrays = {name: array.copy() for name, array in load_file(folder / "series.safetensors").items()}
+        edit(folder, arrays)
+        save_file(arrays, folder / "series.safetensors")
+
+    return leak
+
+
+# --- leaks -----------------------------------------------------------------------------------------------------------
+
+
+def _films_of_a_test_subject_in_train(images: pd.DataFrame) -> None:
+    both = images["split"].eq("test") & images["stay_id"].notna()
+    images.loc[images["subject_id"] == images.loc[both, "subject_id"].iloc[0], "split"] = "train"
+
+
+def _later_film(folder: Path) -> None:
+    samples, films = (pd.read_parquet(folder / f"{t}.parquet") for t in ("samples/mortality", "stay_films"))
+    late = films.merge(samples[["stay_id", "predict_at_hours"]], on="stay_id")
+    late = late[late["hours_from_intime"] > late["predict_at_hours"]].iloc[0]
+    samples.loc[samples["stay_id"] == late["stay_id"], "dicom_id"] = late["dicom_id"]
+    samples.to_parquet(folder / "samples" / "mortality.parquet")
+
+
+def _film_of_another(samples: pd.DataFrame) -> None:
+    paired = samples.index[samples["dicom_id"].notna()]
+    samples.loc[paired[0], "dicom_id"] = samples.loc[paired[1], "dicom_id"]
+
+
+def _films_ten_hours_early(stay_films: pd.DataFrame) -> None:
+    stay_films["hours_from_intime"] -= 10
+
+
+def _filled_backwards(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    begin, end = arrays["offsets"][:2]
+    layout = series.layout(channels.read_channels())
+    for column, channel in enumerate(layout.source):
+        seen = np.flatnonzero(arrays["observed"][begin:end, channel])
+        if len(seen) and seen[0] > 0 and layout.category[column] == -1:
+            arrays["values"][begin : begin + seen[0], column] = arrays["values"][begin + seen[0], column]
+            return
+    raise AssertionError("every variable of the first stay is observed in its first hour")
+
+
+def _an_hour_early(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    for begin, end in zip(arrays["offsets"], arrays["offsets"][1:], strict=False):
+        for name in ("values", "observed"):
+            arrays[name][begin : end - 1] = arrays[name][begin + 1 : end]
+
+
+def _laboratory_at_its_draw(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    config = FeaturesConfig(**json.loads((folder / "provenance.json").read_text())["config"])
+    times = ["charttime", "storetime"]
+    labs = pd.read_csv(Path(config.mimic_iv) / "hosp" / "labevents.csv.gz", parse_dates=times)
+    stays = pd.read_parquet(folder / "stays.parquet")
+    declared = channels.read_channels()
+    number = {item: n for n, c in enumerate(declared) for item in c.items}
+    rows = labs[labs["itemid"].isin(number)].merge(stays, on="subject_id")
+    drawn, stored = ((rows[t] - rows["intime"]).dt.total_seconds() // 3600 for t in times)
+    rows = rows.assign(at=drawn, channel=rows["itemid"].map(number))[(drawn >= 0) & (stored > drawn)]
+    column = series.layout(declared).values
+    for row in rows.itertuples():
+        begin, end = arrays["offsets"][np.searchsorted(arrays["stay_id"], row.stay_id) :][:2]
+        cell = begin + int(row.at)
+        if cell < end and not arrays["observed"][cell, row.channel]:
+            arrays["observed"][cell, row.channel] = 1
+            arrays["values"][cell, column.index(declared[row.channel].name)] = row.valuenum
+            return
+    raise AssertionError("no laboratory value was stored in a later hour than it was drawn")
+
+
+def _label_in_the_series(about: dict[str, Any]) -> None:
+    about["columns"][3] = "mortality"
+
+
+def _outcome_said_to_be_known(tables: dict[str, Any]) -> None:
+    tables["images"]["died_in_hospital"]["available_at"] = "study"
+
+
+def _fitted_on_all(folder: Path) -> None:
+    stays = pd.read_parquet(folder / "stays.parquet")
+    layout = series.layout(channels.read_channels())
+    fitted = series.fit(folder / "series.safetensors", layout, np.ones(len(stays), bool))
+    change_json("series.json", lambda about: about["normaliser"].update(fitted))(folder)
+
+
+def _triage_before_arrival(images: pd.DataFrame) -> None:
+    images.loc[images.index[images["ed_acuity"].notna()][0], "hours_since_ed_arrival"] = -2.0
+
+
+def _studies_that_come_later(images: pd.DataFrame) -> None:
+    images.loc[0, "num_prior_studies"] += 1
+
+
+LEAKS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "films of a test subject in train": (change("images", _films_of_a_test_subject_in_train), "no subject is in two"),
+    "samples of a subject in another split": (
+        change("samples/mortality", lambda t: t.update({"split": t["split"].map({"train": "test"}).fillna("train")})),
+        "no subject is in two splits",
+    ),
+    "a film from after the prediction": (_later_film, "no film is from after"),
+    "a film of another subject": (change("samples/mortality", _film_of_another), "no film is from after"),
+    "films moved to an earlier hour": (
+        change("stay_films", _films_ten_hours_early),
+        "films of stays stand at the hour",
+    ),
+    "values filled backwards": (change_series(_filled_backwards), "never back"),
+    "series an hour early": (change_series(_an_hour_early), "no vital sign or laboratory value"),
+    "a laboratory value at its draw": (change_series(_laboratory_at_its_draw), "no vital sign or laboratory value"),
+    "a label in the series": (change_json("series.json", _label_in_the_series), "no finding, phenotype or outcome"),
+    "an outcome said to be known": (change_json("schema.json", _outcome_said_to_be_known), "no finding, phenotype or"),
+    "a normaliser fitted on all": (_fitted_on_all, "the normaliser is fitted on train only"),
+    "triage of a visit to come": (change("images", _triage_before_arrival), "triage, arrivals and earlier studies"),
+    "studies that come later": (change("images", _studies_that_come_later), "triage, arrivals and earlier studies"),
+}
+
+
+def test_clean_folder_is_proved(features: Path) -> None:
+    assert set(outcomes(features).values()) == {PROVED}
+
+
+@pytest.mark.parametrize("name", list(LEAKS))
+def test_planted_leak_is_refuted(features: Path, name: str) -> None:
+    leak, claim = LEAKS[name]
+    leak(features)
+    (verdict,) = [v for v in audit.audit(features, []) if claim in v.claim]
+    assert verdict.outcome == REFUTED, verdict
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, config: dict[str, Any], seen: list[int] | None = None) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if seen is not None:
+        pd.DataFrame({"subject_id": seen}).to_parquet(folder / "seen_subjects.parquet")
+    return folder
+
+
+def subjects(features: Path, *splits: str) -> list[int]:
+    images = pd.read_parquet(features / "images.parquet")
+    return images.loc[images["split"].isin(splits), "subject_id"].unique().tolist()
+
+
+def pretrain(groups: list[str], init: str | None = None) -> dict[str, Any]:
+    return {"encoder": {"arch": "vit", "init": init}, "ehr": {"groups": groups, "preset": "default"}}
+
+
+def of(found: dict[str, str], what: str) -> str:
+    (outcome,) = [o for claim, o in found.items() if what in claim]
+    return outcome
+
+
+def test_run_on_train_subjects_is_proved_and_its_outcome_group_is_listed(features: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", pretrain(["sex", "mortality"]), subjects(features, "train"))
+    assert set(outcomes(features, run).values()) == {PROVED}
+    (said,) = [v.counts for v in audit.audit(features, [run]) if "no label is among its inputs" in v.claim]
+    assert said.endswith("known only at discharge (pretraining only): mortality")
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_run_that_saw_a_held_out_subject_is_refuted(features: Path, tmp_path: Path, chained: bool) -> None:
+    seen = subjects(features, "train") + subjects(features, "val", "test")[:1]
+    run = make_run(tmp_path / "run", pretrain([]), seen)
+    if chained:  # a fusion on an encoder that was tuned from one that saw them
+        tuned = make_run(tmp_path / "tuned", {"encoder": str(run / "encoder"), "model": "film_only"}, seen[:3])
+        run = make_run(tmp_path / "fusion", {"encoder": str(tuned), "model": "medfuse"})
+    assert of(outcomes(features, run), "pretraining saw no val or test subject") == REFUTED
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pretrain([]), pretrain([], "weights.pth"), {"encoder": "elsewhere/encoder", "model": "concat"}],
+    ids=["no list of subjects", "foreign weights", "encoder without its run"],
+)
+def test_what_cannot_be_known_cannot_be_proved(features: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    needs = isinstance(config["encoder"], dict) and config["encoder"]["init"]
+    run = make_run(tmp_path / "run", config, subjects(features, "train") if needs else None)
+    assert of(outcomes(features, run), "pretraining saw no val or test subject") == UNKNOWN
+
+
+@pytest.mark.parametrize("encoder", ["pixels", "random:vit_tiny", "metadata", None])
+def test_untrained_features_saw_nobody(features: Path, tmp_path: Path, encoder: str | None) -> None:
+    run = make_run(tmp_path / "run", {"encoder": encoder})
+    assert of(outcomes(features, run), "pretraining saw no val or test subject") == PROVED
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pretrain(["sex", "Pneumonia"]), pretrain(["race"]), {"encoder": "metadata", "groups": ["age", "mortality"]}],
+    ids=["a finding", "a subgroup column", "an outcome in a baseline"],
+)
+def test_labels_among_a_runs_inputs_are_refuted(features: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    run = make_run(tmp_path / "run", config, subjects(features, "train"))
+    assert of(outcomes(features, run), "no label is among its inputs") == REFUTED
+
+
+def test_encoder_that_hides_an_outcome_is_refuted(features: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", pretrain(["mortality"]), subjects(features, "train"))
+    (run / "encoder").mkdir()
+    (run / "encoder" / "encoder.json").write_text(json.dumps({"ehr_groups": {"mortality": "study"}}))
+    assert of(outcomes(features, run), "no label is among its inputs") == REFUTED
+
+
+def test_predictions_of_train_subjects_are_refuted(features: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"encoder": None})
+    (run / "predictions").mkdir()
+    pd.DataFrame({"subject_id": subjects(features, "train")[:2]}).to_parquet(run / "predictions" / "test.parquet")
+    assert of(outcomes(features, run), "its predictions are of val and test") == REFUTED
+
+
+def test_changed_raw_tables_prove_nothing(features: Path) -> None:
+    change_json("provenance.json", lambda p: [one.update(bytes=1) for one in p["sources"].values()])(features)
+    assert of(outcomes(features), "no vital sign or laboratory value") == UNKNOWN
+
+
+def test_folder_that_is_no_run_is_named(features: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder: it has no config"):
+        audit.audit(features, [tmp_path])
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_command_exits_2_unless_all_is_proved(
+    features: Path, leak: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if leak:
+        LEAKS["an outcome said to be known"][0](features)
+    monkeypatch.setattr(sys, "argv", ["ehr_features", "audit", str(features)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == (2 if leak else 0)
+    said = capsys.readouterr().out
+    assert "proved" in said and ("1 claims refuted, 0 cannot be proved" in said) == leak
