@@ -31,6 +31,7 @@ from pretrain.schedule import Schedule
 from pretrain.store import Store
 from pretrain.views import Views
 from pretrain.watch import Watch
+from pretrain.weights import start_from
 
 MAY_DIFFER = (
     "workers", "log_every", "save_every_minutes", "keep", "keep_every_hours", "export_every_epochs", "trackers",
@@ -55,7 +56,7 @@ def train(config: PretrainConfig, args: argparse.Namespace | None = None) -> Pat
         shuffle = torch.randperm(len(films), generator=torch.Generator().manual_seed(config.seed))
         films.static = films.static[shuffle.numpy()]
     torch.manual_seed(config.seed)
-    msn = build(config, films.static.shape[1])
+    msn = build(config, films.static.shape[1], log)
     steps = _steps(config, films, store, msn.anchor, accelerator)
     plan = Schedule(config.optim, steps.steps_per_epoch)
     _introduce(log, config, films, msn, plan, accelerator)
@@ -71,7 +72,7 @@ def train(config: PretrainConfig, args: argparse.Namespace | None = None) -> Pat
     return folder
 
 
-def build(config: PretrainConfig, record_width: int) -> MSN:
+def build(config: PretrainConfig, record_width: int, log: run.Log | None = None) -> MSN:
     """The method's module as the config says, initialised from torch's global generator."""
     e, v = config.encoder, config.views
     preprocess = Preprocess(e.image_size, v.normalise, v.mean, v.std, e.in_chans)
@@ -84,6 +85,10 @@ def build(config: PretrainConfig, record_width: int) -> MSN:
         pool=e.pool,
         positions=e.positions,
     )
+    if e.init is not None:
+        said = start_from(encoder, e.init, e.init_heads)
+        if log is not None:
+            log.say(f"starting from {said}")
     encoder.checkpointing = config.checkpointing
     record = Record(record_width, config.ehr.use, config.ehr.inject, config.ehr.width, config.ehr.predict_weight)
     loss = config.loss.model_dump()

@@ -22,6 +22,7 @@ from pretrain.msn import effective_rank
 
 RANK_WINDOW = 512  # films over which the effective rank is measured
 RANK_FLOOR, PROTOTYPES_FLOOR = 4.0, 0.1  # directions; share of prototypes used lately: below, say so
+PATIENCE = 200  # steps before a collapse can be told from a beginning
 
 
 class Watch:
@@ -31,7 +32,6 @@ class Watch:
         self.log, self.steps, self.accelerator = log, steps, accelerator
         self.batch_size = config.optim.batch_size
         self.num_prototypes = config.loss.prototypes
-        self.patience = max(200, steps.steps_per_epoch)  # steps before a collapse can be told from a beginning
         films = max(RANK_WINDOW, 2 * self.num_prototypes)
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=math.ceil(films / self.batch_size))
         self.pending: list[tuple[int, dict[str, Tensor], float]] = []
@@ -71,19 +71,16 @@ class Watch:
         self.pending, self._since = [], time.monotonic()
 
     def _warn(self, done: int, values: dict[str, float]) -> None:
+        """Say once of each sign that the features may be collapsing."""
+        rank, used = values["train/effective_rank"], values["train/prototypes_used"]
         floor = PROTOTYPES_FLOOR * self.num_prototypes
         signs = {
-            f"effective rank of the features {values['train/effective_rank']:.1f}, under {RANK_FLOOR:g}": (
-                values["train/effective_rank"] < RANK_FLOOR
-            ),
-            f"{values['train/prototypes_used']} of {self.num_prototypes} prototypes in use, under {floor:.0f}": (
-                values["train/prototypes_used"] < floor
-            ),
+            f"effective rank of the features {rank:.1f}, under {RANK_FLOOR:g}": rank < RANK_FLOOR,
+            f"prototypes in use {used} of {self.num_prototypes}, under {floor:.0f}": used < floor,
         }
         for text, low in signs.items():
-            kind = text[:12]
-            if low and done >= self.patience and kind not in self.warned:
-                self.warned.add(kind)
+            if low and done >= PATIENCE and text[:9] not in self.warned:
+                self.warned.add(text[:9])
                 self.log.say(
                     f"warning: step {done}: {text}: the features may be collapsing. What has helped: "
                     "views.normalise: crop, loss.target_temperature: 0.1, fewer prototypes, a lower lr"

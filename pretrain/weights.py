@@ -1,0 +1,129 @@
+"""Weights that others trained: read, renamed to timm's keys, checked, put into an encoder. Nothing is re-initialised.
+
+Comes in: encoder/ (or the run it is in), or a .safetensors / .pth file of timm or torchvision. Goes out: the encoder,
+filled.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from configs import UserError
+from pretrain.encoder import Encoder, differences, read_meta
+
+FIRST = ("patch_embed.proj.weight", "features.conv0.weight", "conv1.weight")  # layers that see the film's channels
+CLASSIFIERS = ("head.", "heads.", "fc.", "classifier.", "head_dist.")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "target_encoder")
+PREFIXES = ("module.", "backbone.", "encoder.net.", "_orig_mod.")
+TORCHVISION_VIT = (
+    (r"^class_token$", "cls_token"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
+)
+
+
+def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> str:
+    """Fill an encoder with weights of the same architecture.
+
+    Args:
+        heads: attention heads of a bare ViT file; its tensors have the same shapes for any number.
+    Returns: what was done, for the log.
+    Raises: UserError: no such weights, of another architecture, or of one that cannot be known to be the same.
+    """
+    path = Path(path)
+    folder = path / "encoder" if (path / "encoder" / "encoder.json").is_file() else path
+    own = encoder.net.blocks[0].attn.num_heads if encoder.is_vit else None
+    if folder.is_dir():
+        _same_network(encoder, read_meta(folder), folder)
+        state, source = read_state(folder / "encoder.safetensors"), f"encoder {folder}"
+    else:
+        state, source = read_state(path), f"file {path}"
+        if encoder.is_vit and heads is None:
+            raise UserError(
+                f"{path}: a bare ViT file does not say how many attention heads it has; give encoder.init_heads "
+                f"(this config makes {own})"
+            )
+        if encoder.is_vit and heads != own:
+            raise UserError(
+                f"{path}: encoder.init_heads {heads}, but this config makes {own} heads; set "
+                f"encoder.model_args: {{num_heads: {heads}}}"
+            )
+    dropped = sorted(key for key in state if key.startswith(CLASSIFIERS))
+    state = {key: value for key, value in state.items() if key not in dropped}
+    wanted = encoder.net.state_dict()
+    state, converted = to_channels(state, encoder.meta["in_chans"])
+    if faults := differences(wanted, state):
+        raise UserError(f"encoder.init {path}: not the weights of {encoder.meta['arch']} as configured: {faults}")
+    encoder.net.load_state_dict(state)
+    notes = [f"{len(state)} tensors from {source}", *([converted] if converted else [])]
+    return "; ".join(notes + ([f"its classifier ({', '.join(dropped)}) left out"] if dropped else []))
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file under timm's keys. Raises: UserError: absent, damaged, or not only tensors."""
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weights file") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds more than tensors, and loading it could run code; save its state_dict"
+        ) from None
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        why = (str(error).strip() or "it is empty").splitlines()[0]
+        raise UserError(f"{path}: damaged, or not a weights file ({why})") from None
+    while isinstance(state, dict) and (inner := next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None)):
+        state = state[inner]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: no state_dict in it; wanted names and tensors")
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if "class_token" in state:
+        state = {_renamed(key): value for key, value in state.items()}
+    return state
+
+
+def to_channels(state: dict[str, Tensor], in_chans: int) -> tuple[dict[str, Tensor], str]:
+    """The same function of a gray film seen through another number of equal channels; what was changed, in words."""
+    first = next((key for key in FIRST if key in state), None)
+    if first is None or state[first].shape[1] == in_chans:
+        return state, ""
+    weight = state[first]
+    gray = weight.sum(dim=1, keepdim=True).expand(-1, in_chans, -1, -1) / in_chans
+    return state | {first: gray.contiguous()}, f"{first} from {weight.shape[1]} to {in_chans} channels (summed)"
+
+
+def _renamed(key: str) -> str:
+    for pattern, by in TORCHVISION_VIT:
+        key = re.sub(pattern, by, key)
+    return key
+
+
+def _same_network(encoder: Encoder, meta: dict[str, Any], folder: Path) -> None:
+    """encoder.json against the config: what the tensors' shapes may not show."""
+    mine, theirs = _traits(encoder.meta), _traits(meta)
+    faults = [f"{key} {theirs[key]} there, {mine[key]} in this config" for key in mine if mine[key] != theirs[key]]
+    if faults:
+        raise UserError(f"encoder.init {folder}: another network: {'; '.join(faults)}; make the config agree")
+
+
+def _traits(meta: dict[str, Any]) -> dict[str, Any]:
+    free = ("img_size", "dynamic_img_size")
+    args = {key: value for key, value in meta["model_args"].items() if key not in free}
+    return {"arch": meta["arch"], "image_size": meta["image_size"], "model_args": args}

@@ -1,0 +1,292 @@
+"""The loop on two dozen small films: what it reads, writes, repeats, refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from configs import UserError, load
+from configs.cli import Stopped
+from pretrain import batches as bt
+from pretrain import encoder as enc
+from pretrain import run, train
+from pretrain.config import ImagesConfig, PretrainConfig
+from pretrain.store import Store, pack
+
+NUM = 24
+SMALL = {
+    "encoder": {"arch": "vit_tiny_patch16_224", "image_size": 32, "model_args": {"embed_dim": 24, "depth": 2}},
+    "views": {"num_focal": 2, "focal_size": 16},
+    "loss": {"prototypes": 8},
+    "head": {"hidden": 16, "out": 8},
+    "optim": {"batch_size": 8, "steps": 6, "lr_batch": None, "warmup_steps": 2},
+}
+SMALL["encoder"]["model_args"]["num_heads"] = 2
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its precision for the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """store/ and features/ of 24 films of 8 subjects: 5 train, 1 val, 2 test; findings stand in the table."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    (folder / "films").mkdir()
+    for i in range(NUM):
+        Image.fromarray(random.integers(0, 255, (40, 40), dtype=np.uint8)).save(folder / f"films/f{i:02d}.png")
+    pack(ImagesConfig(films=str(folder / "films"), out=str(folder / "store"), size=40, workers=1))
+    subject = np.arange(NUM) % 8
+    table = pd.DataFrame(
+        {
+            "dicom_id": [f"f{i:02d}" for i in range(NUM)],
+            "study_id": np.arange(NUM) // 2 + 100,
+            "subject_id": subject,
+            "taken_at": pd.Timestamp("2150-01-01") + pd.to_timedelta(np.arange(NUM), unit="D"),
+            "view": ["PA", "AP", "AP"] * 7 + ["PA", "LATERAL", "LL"],
+            "split": np.select([subject < 5, subject < 6], ["train", "val"], "test"),
+            "sex": ["M", "F"] * 12,
+            "age_years": random.uniform(20, 90, NUM),
+            "Edema": random.integers(0, 2, NUM),
+        }
+    )
+    (folder / "features").mkdir()
+    table.to_parquet(folder / "features/images.parquet")
+    (folder / "features/provenance.json").write_text("{}")
+    return folder
+
+
+def config(data: Path, out: Path, *overrides: str, **sections) -> PretrainConfig:
+    path = out.parent / f"{out.name}.yaml"
+    merged = {key: {**SMALL.get(key, {}), **sections.get(key, {})} for key in {*SMALL, *sections}}
+    merged |= {"features": str(data / "features"), "store": str(data / "store"), "out": str(out)}
+    path.write_text(yaml.safe_dump(merged))
+    return load(PretrainConfig, path, overrides)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["train/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_next_room_needs(data, tmp_path):
+    folder = train.train(config(data, tmp_path / "x", "ehr.groups=[sex,age]"))
+    meta = enc.read_meta(folder / "encoder")
+    assert meta["ehr_groups"] == {"sex": "study", "age": "study"} and meta["splits_seen"] == ["train"]
+    assert meta["step"] == 6 and meta["branch"] == "target"
+    assert enc.load(folder / "encoder").width == 24
+    assert set(pd.read_parquet(folder / "seen_subjects.parquet")["subject_id"]) == set(range(5))
+    assert "sex" in (folder / "encoder/MODEL_CARD.md").read_text()
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    wanted = "loss cross_entropy me_max target_entropy target_max prototypes_used effective_rank grad_norm lr momentum"
+    assert {f"train/{key}" for key in [*wanted.split(), "weight_decay", "films_per_second", "wait_share"]} <= set(line)
+    state = run.load_checkpoint(folder)
+    target = {k.removeprefix("target.net."): v for k, v in state["model"].items() if k.startswith("target.net.")}
+    exported = enc.load(folder / "encoder").net.state_dict()
+    assert all(torch.equal(exported[key], value) for key, value in target.items())
+
+
+def test_no_finding_is_read(data, tmp_path, monkeypatch):
+    read, seen = pd.read_parquet, []
+
+    def watch(path, *args, **kwargs):
+        if Path(path).name == "images.parquet":
+            seen.extend(kwargs["columns"])
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(pd, "read_parquet", watch)
+    train.train(config(data, tmp_path / "x", "ehr.groups=[sex]", "optim.steps=1"))
+    assert sorted(seen) == sorted(["dicom_id", "study_id", "subject_id", "taken_at", "split", "view", "sex"])
+
+
+def test_stopped_and_gone_on_gives_the_losses_of_an_unbroken_run(data, tmp_path, monkeypatch):
+    whole = losses(train.train(config(data, tmp_path / "whole")))
+    calls = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        with pytest.raises(Stopped, match="step 3"):
+            train.train(config(data, tmp_path / "broken"))
+    assert losses(train.train(config(data, tmp_path / "broken"))) == whole
+
+
+def test_workers_do_not_change_the_losses(data, tmp_path):
+    alone = losses(train.train(config(data, tmp_path / "a", "optim.steps=3", "films.views=all")))
+    helped = losses(train.train(config(data, tmp_path / "b", "optim.steps=3", "films.views=all", "workers=1")))
+    assert helped == alone
+
+
+def test_accumulating_exactly_gives_the_losses_of_the_whole_batch(data, tmp_path):
+    layer = {"head": {**SMALL["head"], "norm": "layer"}}
+    whole = losses(train.train(config(data, tmp_path / "a", "ehr.groups=[sex]", **layer)))
+    parts = config(data, tmp_path / "b", "ehr.groups=[sex]", "optim.accumulate=4", **layer)
+    assert losses(train.train(parts)) == pytest.approx(whole, rel=1e-4)
+    rough = config(data, tmp_path / "c", "optim.accumulate=4", "optim.accumulate_mode=approximate", **layer)
+    assert losses(train.train(rough))[0] != pytest.approx(whole[0], rel=1e-4)
+    assert "approximation" in (tmp_path / "c/log.txt").read_text()
+
+
+def test_recomputing_activations_changes_nothing(data, tmp_path):
+    plain = losses(train.train(config(data, tmp_path / "a", "optim.steps=3")))
+    again = losses(train.train(config(data, tmp_path / "b", "optim.steps=3", "checkpointing=true")))
+    assert again == pytest.approx(plain, rel=1e-5)
+
+
+def test_bf16_trains(data, tmp_path):
+    folder = train.train(config(data, tmp_path / "x", "optim.steps=2", "precision=bf16"))
+    assert np.isfinite(losses(folder)).all()
+
+
+def test_a_convolutional_net_trains_with_masked_input(data, tmp_path):
+    net = {"encoder": {"arch": "resnet34", "image_size": 32, "model_args": {}}, "mask": {"cell": 16, "ratio": 0.5}}
+    folder = train.train(config(data, tmp_path / "x", "optim.steps=2", "films.views=all", **net))
+    assert enc.load(folder / "encoder").features(torch.zeros(1, 1, 32, 32)).shape == (1, 512, 1, 1)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(data, tmp_path):
+    """Without batch norm, whose statistics are local on a CPU, nothing else depends on the number of processes."""
+    layer = {"head": {**SMALL["head"], "norm": "layer"}}
+    one = losses(train.train(config(data, tmp_path / "one", **layer)))
+    config(data, tmp_path / "two", **layer)
+    launch = [sys.executable, "-m", "configs.launch", "--processes", "2", "--", "pretrain", "train"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "two.yaml"), "--processes", "2"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stdout
+    assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_75(data, tmp_path):
+    config(data, tmp_path / "x", optim={**SMALL["optim"], "steps": 100000})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain", "train", str(tmp_path / "x.yaml")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "x/metrics.jsonl").exists():
+        assert process.poll() is None, process.stdout.read()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "go on with" in said and "Traceback" not in said
+    assert run.load_checkpoint(tmp_path / "x")["step"] >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_films(data, tmp_path, monkeypatch):
+    def broken(self, *_):
+        out = score(self, *_)
+        return out | {"loss": out["loss"] * (torch.nan if broken.calls == 2 else 1), "calls": bump()}
+
+    def bump():
+        broken.calls += 1
+        return torch.tensor(0.0)
+
+    broken.calls = 0
+    score = train.MSN.score
+    monkeypatch.setattr(train.MSN, "score", broken)
+    with pytest.raises(UserError, match=r"not finite at step 2 \(step 1 was the last finite one\)"):
+        train.train(config(data, tmp_path / "x"))
+    listed = json.loads((tmp_path / "x/bad_batch_2_rank0.json").read_text())
+    assert len(listed["dicom_ids"]) == 8 and run.load_checkpoint(tmp_path / "x") is None
+
+
+def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.watch.RANK_FLOOR", 1e9)
+    monkeypatch.setattr("pretrain.watch.PATIENCE", 3)
+    train.train(config(data, tmp_path / "x"))
+    said = (tmp_path / "x/log.txt").read_text()
+    assert said.count("warning: step 3: effective rank") == 1 and "collapsing" in said
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("optim.batch_size=64", "more than the"),
+        ("optim.batch_size=1", "batch norm"),
+        ("views.focal_size=20", "not whole patches of 16 px"),
+        ("ehr.groups=[sexx]", "did you mean `sex`"),
+        ("ehr.groups=[view,mortality]", "died_in_hospital"),
+        ("mask.ratio=1.0", "mask.ratio"),
+        ("loss.prototypes=1", "loss.prototypes"),
+        ("precision=fp16", "GPU"),
+        ("encoder.init=nowhere.safetensors", "nowhere"),
+        ("encoder.model_args={depth: 2, embed_dim: 25}", "timm cannot make"),
+    ],
+)
+def test_mistakes_are_named(data, tmp_path, override, says):
+    with pytest.raises(UserError, match=says):
+        train.train(config(data, tmp_path / "x", override))
+
+
+def test_films_of_other_splits_and_views_are_left_out_and_counted(data):
+    settings = config(data, data / "y").films
+    films = bt.select_films(data / "features", Store(data / "store"), settings, ["sex"], "default", 0)
+    assert set(films.table["subject_id"]) <= set(range(5)) and len(films) == 15
+    assert films.left_out["not of split train"] == 9
+    capped = settings.model_copy(update={"per_subject_cap": 1})
+    films = bt.select_films(data / "features", Store(data / "store"), capped, [], "default", 0)
+    assert films.table["subject_id"].is_unique and films.left_out["over per_subject_cap"] == 10
+
+
+def test_partners_are_of_the_same_study_or_subject_in_time():
+    table = pd.DataFrame(
+        {
+            "study_id": [1, 1, 2, 3, 4],
+            "subject_id": [1, 1, 1, 1, 2],
+            "taken_at": pd.to_datetime(["2150-01-01", "2150-01-01", "2150-01-03", "2151-01-01", "2150-01-01"]),
+        }
+    )
+    rows = np.arange(5)
+    for u in np.linspace(0, 0.999, 7):
+        draws = np.full(5, u)
+        assert bt.Partners(table, "study", None)(rows, draws).tolist() == [1, 0, 2, 3, 4]
+        near = bt.Partners(table, "patient", 7)(rows, draws)
+        assert near[0] in (1, 2) and near[2] in (0, 1) and near[3] == 3 and near[4] == 4
+        assert bt.Partners(table, "patient", None)(rows, draws)[3] in (0, 1, 2)
+
+
+@pytest.mark.parametrize("positives", ["study", "patient"])
+def test_other_positives_train(data, tmp_path, positives):
+    train.train(config(data, tmp_path / "x", "optim.steps=2", f"films.positives={positives}"))
+
+
+def test_blanked_groups_are_zero_as_a_whole(data, tmp_path):
+    store = Store(data / "store")
+    films = bt.select_films(data / "features", store, config(data, tmp_path / "x").films, ["sex", "age"], "default", 0)
+    accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
+    settings = config(data, tmp_path / "x", "ehr.dropout=0.5")
+    steps = train._steps(settings, films, store, train.build(settings, 5).anchor, accelerator)
+    drawn = torch.cat([steps[i].static for i in range(40)])
+    sex = drawn[:, :3].abs().sum(dim=1)
+    assert set(sex.tolist()) == {0.0, 1.0} and 0.35 < sex.mean() < 0.65
+
+
+def test_the_permuted_record_is_somebody_elses(data, tmp_path, monkeypatch):
+    seen = {}
+    build = train._steps
+
+    def keep(config, films, *rest):
+        seen[config.ehr.permuted] = films.static.copy()
+        return build(config, films, *rest)
+
+    monkeypatch.setattr(train, "_steps", keep)
+    for permuted in ("false", "true"):
+        settings = config(data, tmp_path / permuted, "ehr.groups=[age]", "optim.steps=1", f"ehr.permuted={permuted}")
+        train.train(settings)
+    assert (seen[True][:, 0] != seen[False][:, 0]).mean() > 0.7
+    assert sorted(seen[True][:, 0]) == sorted(seen[False][:, 0])
