@@ -4,7 +4,7 @@ python benchmarks/features.py DEMO [--k 1 5 20] [--scratch FOLDER] [--json FILE]
 
 DEMO is the open MIMIC-IV demo (hosp/, icu/). Each k gets a copy of it with subjects, admissions and stays renumbered k
 times; `python -m ehr_features build` then runs in a process of its own with an empty cache (preset default, tasks
-mortality and phenotypes, no films). Reference: the published extraction (MedFuse, mimic4extract) on two cores of the same kind.
+mortality and phenotypes, no films). Reference: the published extraction (MedFuse, mimic4extract), two such cores.
 """
 
 from __future__ import annotations

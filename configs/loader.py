@@ -73,7 +73,8 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
         config = schema.model_validate(data)
     except ValidationError as error:
         for fault in error.errors():
-            if fault["type"] == "extra_forbidden":  # named above, with the nearest key
+            in_list = any(isinstance(part, int) for part in fault["loc"])
+            if fault["type"] == "extra_forbidden" and not in_list:  # named above, with the nearest key
                 continue
             key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function-"))
             says = fault["msg"].removeprefix("Value error, ")

@@ -1,0 +1,346 @@
+"""Events -> hourly series: each rule on a small table, and all of them against a naive pandas version."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from configs import UserError
+from ehr_features import medfuse, series
+from ehr_features.channels import Channel, check_items, read_channels
+from ehr_features.files import write_json
+from ehr_features.source import Source, batches, hold
+
+IN = pd.Timestamp("2150-01-01 10:00:00")
+CHANNELS = read_channels()
+NAMES = [c.name for c in CHANNELS]
+CHART = ["subject_id", "hadm_id", "stay_id", "itemid", "charttime", "storetime", "value", "valuenum"]
+
+
+def at(hours: float) -> pd.Timestamp:
+    return IN + pd.Timedelta(seconds=round(hours * 3600))
+
+
+def chart(*rows: tuple[Any, ...], stay: int = 1) -> pd.DataFrame:
+    """(itemid, hours, value[, text[, stored hours]])"""
+    full = [(*row, *[None] * (5 - len(row))) for row in rows]
+    out = [
+        (
+            7,
+            5,
+            stay,
+            item,
+            at(h),
+            pd.NaT if stored is None else at(stored),
+            text if text is not None else str(value),
+            value,
+        )
+        for item, h, value, text, stored in full
+    ]
+    return pd.DataFrame(out, columns=CHART).astype({"valuenum": float})
+
+
+def labs(*rows: tuple[Any, ...]) -> pd.DataFrame:
+    """(itemid, drawn hours, value, stored hours or None[, hadm_id])"""
+    out = [
+        (
+            7,
+            row[4] if len(row) > 4 else 5,
+            row[0],
+            at(row[1]),
+            pd.NaT if row[3] is None else at(row[3]),
+            str(row[2]),
+            row[2],
+        )
+        for row in rows
+    ]
+    columns = ["subject_id", "hadm_id", "itemid", "charttime", "storetime", "value", "valuenum"]
+    return pd.DataFrame(out, columns=columns).astype({"valuenum": float})
+
+
+def stay(los: float = 6.0, stay_id: int = 1, begins: float = 0.0) -> pd.DataFrame:
+    row = {"stay_id": stay_id, "subject_id": 7, "hadm_id": 5, "intime": at(begins), "outtime": at(begins + los)}
+    return pd.DataFrame([row | {"los_hours": los}])
+
+
+def run(
+    events: pd.DataFrame | None,
+    lab_events: pd.DataFrame | None = None,
+    stays: pd.DataFrame | None = None,
+    step: int = 1,
+    preset: Any = series,
+    channels: tuple[Channel, ...] = CHANNELS,
+) -> tuple[dict[int, pd.DataFrame], pd.DataFrame, dict[int, np.ndarray]]:
+    """stay_id -> its values by column, the fates of events, stay_id -> observed."""
+    stays = stay() if stays is None else stays
+    events = chart() if events is None else events
+    lab_events = labs() if lab_events is None else lab_events
+    source = Source.from_frames(
+        {"chartevents": events, "labevents": lab_events, "icustays": stays.drop(columns="los_hours")}
+    )
+    los = pd.DataFrame({"stay_id": stays["stay_id"], "los_hours": stays["los_hours"].astype(float)})
+    cohort = source.table("icustays").join(
+        hold(source.con, "los", pa.Table.from_pandas(los, preserve_index=False)), "stay_id"
+    )
+    bins, fates = preset.extract(source, source.table("chartevents"), source.table("labevents"), cohort, channels, step)
+    columns = preset.layout(channels)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "series.safetensors"
+        ids = np.sort(stays["stay_id"].to_numpy())
+        hours = stays.set_index("stay_id").loc[ids, "los_hours"].to_numpy()
+        num = (hours + 1 - 1e-6).astype(int) if preset is medfuse else series.lengths(hours, step)
+        series.write(path, batches(source.con, bins.select(*series.BINS)), ids, num, columns)
+        tensors = load_file(path)
+    edges = tensors["offsets"].tolist()
+    spans = {int(i): slice(*edge) for i, edge in zip(ids, itertools.pairwise(edges), strict=True)}
+    values = {i: pd.DataFrame(tensors["values"][s], columns=list(columns.values)) for i, s in spans.items()}
+    return values, fates, {i: tensors["observed"][s] for i, s in spans.items()}
+
+
+def value(events: pd.DataFrame | None, column: str, lab_events: pd.DataFrame | None = None, **more: Any) -> list[float]:
+    return run(events, lab_events, **more)[0][1][column].astype(float).round(4).tolist()
+
+
+def test_a_bin_begins_at_its_hour_and_its_last_value_wins_then_it_is_carried_forward():
+    events = chart((220045, 1.0, 70), (220045, 1.99, 75), (220045, 2.0, 80), (220045, 0.999, 60))
+    assert value(events, "heart_rate") == [60, 75, 80, 80, 80, 80]
+
+
+def test_before_the_first_value_stands_the_normal_value_and_observed_is_zero():
+    values, _fates, observed = run(chart((220045, 3.5, 70)))
+    assert values[1]["heart_rate"].tolist() == [86, 86, 86, 70, 70, 70]
+    assert observed[1][:, NAMES.index("heart_rate")].tolist() == [0, 0, 0, 1, 0, 0]
+    assert observed[1].sum() == 1
+
+
+def test_values_before_intime_and_after_outtime_are_dropped_and_counted():
+    events = chart((220045, -0.1, 60), (220045, 5.6, 99), (220045, 9.0, 98))
+    values, fates, _ = run(events, stays=stay(5.5))
+    assert values[1]["heart_rate"].tolist() == [86] * 6
+    assert dict(zip(fates["fate"], fates["n"], strict=True)) == {"before intime": 1, "after outtime": 2}
+
+
+def test_ties_go_to_the_latest_storetime_then_the_larger_value():
+    tied = chart(
+        (220045, 1, 90, None, 1.1), (220045, 1, 70, None, 1.2), (220045, 2, 60), (220045, 2, 65), (220045, 2, 62)
+    )
+    assert value(tied, "heart_rate")[1:3] == [70, 65]
+    late = chart((220045, 1, 99), (220045, 1, 61, None, 0.5))
+    assert value(late, "heart_rate")[1] == 61  # an empty storetime is older than any
+
+
+def test_laboratory_values_count_from_storetime_and_fall_back_to_charttime():
+    got, fates, _ = run(None, labs((50931, 0.5, 150, 2.5), (50931, 3.2, 200, None), (50931, -1, 100, 0.2)))
+    assert got[1]["glucose"].tolist() == [100, 100, 150, 200, 200, 200]
+    assert fates["unstored"].sum() == 1
+
+
+def test_laboratory_rows_without_hadm_id_inside_a_stay_count():
+    assert value(None, "ph", labs((50820, 1, 7.2, 1.5, None)))[1] == 7.2
+
+
+def test_urine_is_no_blood():
+    assert value(None, "glucose", labs((51478, 1, 500, 1.5)))[2] == 128
+    assert value(None, "ph", labs((51491, 1, 6.5, 1.5), (50831, 1, 6.4, 1.5), (51094, 1, 6.6, 1.5)))[2] == 7.4
+
+
+@pytest.mark.parametrize(
+    ("item", "charted", "column", "wanted"),
+    [
+        (223835, 50, "fio2", 0.5),
+        (223835, 0.5, "fio2", 0.5),
+        (223835, 1, "fio2", 1.0),
+        (223835, 100, "fio2", 1.0),
+        (226707, 70, "height", 177.8),
+        (226730, 178, "height", 178),
+        (223761, 98.6, "temperature", 37.0),
+        (223762, 37, "temperature", 37.0),
+        (223762, 98.6, "temperature", 37.0),
+        (226531, 200, "weight", 90.7185),
+        (226512, 90, "weight", 90),
+    ],
+)
+def test_units_are_converted(item, charted, column, wanted):
+    assert value(chart((item, 0.5, charted)), column)[0] == wanted
+
+
+def test_out_of_range_values_are_dropped_and_counted():
+    values, fates, observed = run(chart((220045, 0.5, 0), (220045, 0.6, 900), (224639, 0.5, 0), (223835, 0.5, 0)))
+    assert values[1].iloc[0][["heart_rate", "weight", "fio2"]].tolist() == pytest.approx([86, 81, 0.21])
+    assert fates.set_index("fate")["n"].to_dict().keys() == {"out of range"} and fates["n"].sum() == 4
+    assert not observed[1].any()
+
+
+def test_capillary_refill_is_read_from_its_text():
+    texts = ["Normal <3 Seconds", "Abnormal >3 Seconds", "Brisk", "Delayed", "Normal <3 secs", "Abnormal >3 secs"]
+    items = [223951, 224308] * 3
+    events = chart(*((item, h + 0.5, None, text) for h, (item, text) in enumerate(zip(items, texts, strict=True))))
+    values, fates, _ = run(events)
+    assert values[1]["capillary_refill"].tolist() == [0, 1, 0, 1, 0, 1]
+    _, fates, _ = run(chart((223951, 0.5, None, "Other/Remarks")))
+    assert fates["fate"].tolist() == ["no number"]
+
+
+def test_gcs_total_only_where_the_three_parts_share_a_charttime():
+    eye, verbal, motor = 220739, 223900, 223901
+    together = [(eye, 1, 4, "Spontaneously"), (verbal, 1, 5, "Oriented"), (motor, 1, 5, "Localizes Pain")]
+    apart = [(eye, 2, 1, "None"), (verbal, 2.1, 2, "Incomprehensible sounds"), (motor, 2, 1, "No response")]
+    values, _fates, observed = run(chart(*together, *apart))
+    assert values[1]["gcs_total"].tolist() == [15, 14, 14, 14, 14, 14]
+    assert observed[1][:, NAMES.index("gcs_total")].tolist() == [0, 1, 0, 0, 0, 0]
+    assert values[1]["gcs_eye"].tolist() == [4, 4, 1, 1, 1, 1]
+
+
+def test_no_response_ett_is_marked_as_intubated():
+    events = chart((223900, 1, 1, "No Response-ETT"), (223900, 3, 1, "No Response"))
+    assert value(events, "gcs_intubated") == [0, 1, 1, 0, 0, 0]
+    assert value(events, "gcs_verbal") == [5, 1, 1, 1, 1, 1]
+
+
+def test_two_hour_steps():
+    events = chart((220045, 0.5, 60), (220045, 1.9, 61), (220045, 2.0, 62))
+    assert value(events, "heart_rate", step=2, stays=stay(5.0)) == [61, 62, 62]
+
+
+def test_length_is_the_stay_rounded_up():
+    assert series.lengths(np.array([48.0, 48.0003, 0.01, 47.9999]), 1).tolist() == [48, 49, 1, 48]
+    assert series.lengths(np.array([48.0, 49.0]), 2).tolist() == [24, 25]
+
+
+def test_a_user_adds_a_variable_by_an_entry(tmp_path):
+    path = tmp_path / "mine.yaml"
+    entry = "\n  - {name: lactate, unit: mmol/L, range: [0.1, 30], normal: 1.5, items: {50813: as_is}}\n"
+    shipped = Path(series.__file__).with_name("channels.yaml").read_text()
+    path.write_text(shipped + entry)
+    channels = read_channels(path)
+    values, _fates, observed = run(None, labs((50813, 1, 4.2, 1.5)), channels=channels)
+    assert values[1]["lactate"].astype(float).round(4).tolist() == [1.5, 4.2, 4.2, 4.2, 4.2, 4.2]
+    assert observed[1].shape == (6, 18)
+
+
+def test_an_unknown_itemid_and_a_bad_entry_are_named(tmp_path):
+    items = {"d_items": pd.DataFrame({"itemid": [220045]}), "d_labitems": pd.DataFrame({"itemid": [50931]})}
+    wrong = Channel(name="lactate", unit="", range=(0, 1), normal=0, items={999999: "as_is"})
+    with pytest.raises(UserError, match=r"itemid \[999999\] of lactate is in neither"):
+        check_items(Source.from_frames(items), (wrong,), "default", Path("mine.yaml"))
+    assert 223835 in check_items(Source.from_frames(items), CHANNELS, "default")
+    path = tmp_path / "bad.yaml"
+    path.write_text("channels:\n  - {name: a, unit: u, range: [0, 1], normal: 0, items: {1: feet}, colour: red}\n")
+    with pytest.raises(UserError) as caught:
+        read_channels(path)
+    assert "as_is, inches" in str(caught.value) and "colour" in str(caught.value)
+
+
+def test_medfuse_divides_every_fio2_and_leaves_inches():
+    got = run(chart((223835, 0.5, 0.5), (223835, 1.5, 50), (226707, 0.5, 70)), preset=medfuse)[0][1]
+    assert got["Fraction inspired oxygen"].astype(float).round(4).tolist()[:2] == [0.005, 0.5]
+    assert got["Height"].tolist()[0] == 70
+
+
+def test_medfuse_bins_are_closed_on_the_right_and_ties_compare_as_text():
+    got = run(chart((220045, 1.0, 108), (220045, 1.0, 87), (220045, 2.5, 60)), preset=medfuse)[0][1]
+    assert got["Heart Rate"].tolist() == [87, 87, 60, 60, 60, 60]
+
+
+def test_medfuse_loses_laboratory_rows_without_hadm_id_and_mixes_urine_in():
+    lost = run(None, labs((50931, 1.5, 300, 1.6, None)), preset=medfuse)[0][1]
+    mixed = run(None, labs((51478, 1.5, 300, 9)), preset=medfuse)[0][1]
+    assert lost["Glucose"].tolist() == [128] * 6
+    assert mixed["Glucose"].tolist() == [128, 300, 300, 300, 300, 300]
+
+
+def naive(
+    events: pd.DataFrame, lab_events: pd.DataFrame, stays: pd.DataFrame, step: int
+) -> dict[tuple[int, str, int], float]:
+    """(stay, variable, bin) -> the last value, by loops over rows."""
+    channel_of = {item: c for c in CHANNELS for item in c.items}
+    out: dict[tuple[int, str, int], tuple[Any, ...]] = {}
+    for row in stays.itertuples():
+        mine = [
+            (e.charttime, e.storetime, e.itemid, e.valuenum) for e in events[events.stay_id == row.stay_id].itertuples()
+        ]
+        mine += [
+            (e.charttime if pd.isna(e.storetime) else e.storetime, e.storetime, e.itemid, e.valuenum)
+            for e in lab_events.itertuples()
+        ]
+        for time, stored, item, number in mine:
+            channel = channel_of[item]
+            if not row.intime <= time <= row.outtime or not channel.range[0] <= number <= channel.range[1]:
+                continue
+            seconds = int((time - row.intime).total_seconds())
+            if (key := (row.stay_id, channel.name, seconds // (3600 * step)))[2] >= math.ceil(row.los_hours / step):
+                continue
+            rank = (time, pd.Timestamp.min if pd.isna(stored) else stored, number)
+            out[key] = max(out.get(key, rank), rank)
+    return {key: rank[-1] for key, rank in out.items()}
+
+
+minutes = st.integers(-90, 500)
+numbers = st.sampled_from([0, 50, 80, 81, 120, 999])
+stored = st.none() | st.integers(-60, 600)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([220045, 220621]), minutes, numbers, stored, st.sampled_from([1, 2])), max_size=12
+    ),
+    st.lists(st.tuples(minutes, numbers, stored), max_size=6),
+    st.sampled_from([1, 2]),
+)
+def test_series_equal_a_naive_version(chart_rows, lab_rows, step):
+    parts = [chart((item, m / 60, v, None, None if s is None else s / 60), stay=k) for item, m, v, s, k in chart_rows]
+    events = pd.concat(parts, ignore_index=True) if parts else chart()
+    lab_events = labs(*((50931, m / 60, v, None if s is None else s / 60) for m, v, s in lab_rows))
+    stays = pd.concat([stay(3.2), stay(2.5, 2, 4.0)], ignore_index=True)
+    values, _fates, observed = run(events, lab_events, stays, step)
+    wanted = naive(events, lab_events, stays, step)
+    for stay_id in (1, 2):
+        for name in ("heart_rate", "glucose"):
+            seen = observed[stay_id][:, NAMES.index(name)]
+            bins = {b: v for (s, n, b), v in wanted.items() if s == stay_id and n == name}
+            assert np.flatnonzero(seen).tolist() == sorted(bins)
+            now = 86 if name == "heart_rate" else 128
+            for b in range(len(seen)):
+                now = bins.get(b, now)
+                assert values[stay_id][name][b] == now
+
+
+def test_load_normalises_by_the_train_stays_observed_values_only(tmp_path):
+    columns = series.layout(CHANNELS)
+    heart = columns.values.index("heart_rate")
+    rows = {"stay_id": [1, 1, 2, 2, 3], "channel": [NAMES.index("heart_rate")] * 5, "bin": [0, 2, 0, 1, 1]}
+    rows |= {"v": [60.0, 80.0, 100.0, 120.0, 1000.0], "mark": [0.0] * 5}
+    batch = hold(Source.from_frames({}).con, "rows", pa.table(rows)).to_pyarrow().to_batches()
+    path = tmp_path / "series.safetensors"
+    series.write(path, batch, np.array([1, 2, 3]), np.array([4, 2, 3]), columns, chunk=2)
+    fitted = series.fit(path, columns, np.array([True, True, False]), chunk=2)
+    assert fitted["mean"][heart] == 90 and fitted["std"][heart] == pytest.approx(np.std([60, 80, 100, 120]))
+    assert fitted["mean"][columns.values.index("glucose")] is None  # nothing observed: left as it is
+    assert fitted["mean"][columns.values.index("gcs_intubated")] is None
+    write_json(tmp_path / "series.json", {"step_hours": 1, "normaliser": fitted})
+    raw, scaled = series.load(tmp_path, normalise=False), series.load(tmp_path, [3, 1], hours=2)
+    assert {i: a.shape for i, a in raw.items()} == {1: (4, 35), 2: (2, 35), 3: (3, 35)}
+    assert raw[1][:, heart].tolist() == [60, 60, 80, 80] and raw[3][:, heart].tolist() == [86, 1000, 1000]
+    assert list(scaled) == [3, 1] and scaled[1].shape == (2, 35) and scaled[1].dtype == np.float32
+    assert scaled[1][0, heart] == pytest.approx((60 - 90) / fitted["std"][heart])
+    assert raw[1][:, 18 + NAMES.index("heart_rate")].tolist() == [1, 0, 1, 0]
+    with pytest.raises(UserError, match="1 stays have no series"):
+        series.load(tmp_path, [1, 99])
+
+
+def test_default_columns_are_seventeen_variables_and_a_mark():
+    columns = series.layout(CHANNELS)
+    assert len(columns.values) == 18 and len(columns.observed) == 17
+    assert len(medfuse.layout(CHANNELS).values) == 59 and len(medfuse.layout(CHANNELS).observed) == 17

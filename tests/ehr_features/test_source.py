@@ -1,0 +1,107 @@
+"""Raw tables of any layout, form and place; what is wrong with them is said."""
+
+from __future__ import annotations
+
+import shutil
+
+import fsspec
+import pandas as pd
+import pytest
+
+from configs import UserError
+from ehr_features.source import Source, open_source
+
+
+def test_layout_is_told_from_folders_and_columns(tmp_path, frames, write, config):
+    for layout in ("1.0", "2.0", "2.2"):
+        root = write(tmp_path / layout, frames, layout)
+        source = open_source(config(mimic_iv=str(root)))
+        assert source.layout == layout
+        assert source.table("admissions").race.to_pandas().unique().tolist() == ["WHITE"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet", {"chartevents": ".parquet", "patients": ".csv"}])
+def test_forms_can_be_mixed_and_give_the_same_rows(tmp_path, frames, write, config, suffix):
+    source = open_source(config(mimic_iv=str(write(tmp_path / "m", frames, suffix=suffix))))
+    got = source.table("chartevents").order_by(["stay_id", "charttime", "itemid"]).to_pandas()
+    want = frames["chartevents"].sort_values(["stay_id", "charttime", "itemid"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(got, want[list(got.columns)], check_dtype=False)
+
+
+def test_text_none_is_a_value_and_quoted_commas_stay_in_their_column(tmp_path, frames, write, config):
+    source = open_source(config(mimic_iv=str(write(tmp_path / "m", frames))))
+    chart = source.table("chartevents")
+    assert set(chart.filter(chart.itemid == 220739).value.to_pandas()) == {"None"}
+    assert set(source.table("admissions").insurance.to_pandas()) == {'Other, "self"'}
+    assert source.table("labevents").count().execute() == len(frames["labevents"])
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_tables_are_read_from_urls(tmp_path, frames, write, config, protocol):
+    root = write(tmp_path / "m", frames, suffix={"chartevents": ".parquet"})
+    url = f"file://{root}"
+    if protocol == "memory":
+        fsspec.filesystem("memory").put(str(root), "/tables", recursive=True)
+        url = "memory://tables"
+    source = open_source(config(mimic_iv=url))
+    assert source.table("icustays").count().execute() == 8
+    assert source.table("chartevents").count().execute() == len(frames["chartevents"])
+    if protocol == "memory":
+        fsspec.filesystem("memory").rm("/tables", recursive=True)
+
+
+def test_missing_column_names_file_found_columns_and_the_layout_that_has_it(tmp_path, frames, write, config):
+    frames["admissions"] = frames["admissions"].rename(columns={"admittime": "admit_time"})
+    root = write(tmp_path / "m", frames | {"icustays": frames["icustays"].drop(columns="intime")})
+    with pytest.raises(UserError, match=r"icustays\.csv\.gz: column `intime` is missing; found .*'outtime'.*2\.2"):
+        open_source(config(mimic_iv=str(root))).table("icustays")
+
+
+def test_wrong_folder_says_what_is_there_and_which_folder_was_meant(tmp_path, frames, write, config):
+    write(tmp_path / "mimic-iv" / "2.2", frames)
+    with pytest.raises(UserError, match=r"none of its tables is there; found \['2\.2'\].*did you mean .*/2\.2\?"):
+        open_source(config(mimic_iv=str(tmp_path / "mimic-iv")))
+    with pytest.raises(UserError, match="no such folder"):
+        open_source(config(mimic_iv=str(tmp_path / "nowhere")))
+
+
+def test_two_layouts_in_one_folder_are_refused(tmp_path, frames, write, config):
+    root = write(tmp_path / "m", frames, "2.2")
+    (root / "core").mkdir()
+    shutil.copy(root / "hosp/patients.csv.gz", root / "core/patients.csv.gz")
+    with pytest.raises(UserError, match=r"two MIMIC-IV layouts are mixed.*core/patients is 1\.0"):
+        open_source(config(mimic_iv=str(root)))
+
+
+def test_absent_table_names_the_file(tmp_path, frames, write, config):
+    frames.pop("labevents")
+    source = open_source(config(mimic_iv=str(write(tmp_path / "m", frames))))
+    assert not source.has("labevents")
+    with pytest.raises(UserError, match=r"hosp/labevents\{.*no such file"):
+        source.table("labevents")
+    with pytest.raises(UserError, match="the config has no `mimic_ed`"):
+        source.table("edstays")
+
+
+def test_truncated_gz_and_empty_file_are_named(tmp_path, frames, write, config):
+    root = write(tmp_path / "m", frames)
+    path = root / "hosp/patients.csv.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"patients\.csv\.gz: (damaged|IO Error).*[Dd]ownload it again"):
+        open_source(config(mimic_iv=str(root))).table("patients")
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"patients\.csv\.gz: the file is empty"):
+        open_source(config(mimic_iv=str(root)))
+    path.write_bytes(b"subject_id,gender")
+    with pytest.raises(UserError, match=r"patients\.csv\.gz: damaged"):
+        open_source(config(mimic_iv=str(root)))
+
+
+def test_unreadable_text_becomes_null_and_not_another_value():
+    source = Source.from_frames(
+        {"labevents": pd.DataFrame({"valuenum": ["___", "7.4", ""], "itemid": ["1", "2", "x"]})}
+    )
+    got = source.table("labevents").to_pandas()
+    assert got["valuenum"].tolist()[1] == 7.4 and got["valuenum"].isna().sum() == 2
+    assert got["itemid"].isna().sum() == 1
