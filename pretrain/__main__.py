@@ -28,6 +28,13 @@ def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
         print(f"{folder / 'encoder'}\nnext: ./launch.sh probe configs/probe_linear.yaml encoder={folder}")
 
 
+def _export(args: argparse.Namespace) -> None:
+    from pretrain.export import export
+
+    out = export(args.source, args.out, in_chans=args.in_chans, branch=args.branch, form=args.format)
+    print(f"{out}\nnext: read {out / 'MODEL_CARD.md'}: whether these weights may leave your institution")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and leave with an exit code."""
     top, commands = cli.parser("pretrain", "Pack chest films, and pretrain an encoder on them. No label is read.")
@@ -49,6 +56,13 @@ def main(argv: list[str] | None = None) -> None:
         example="python -m pretrain train configs/pretrain_vit_tiny.yaml features=features store=store out=runs/msn",
         distributed=True,
     )
+    out = commands.add_parser("export", help="runs/X/ -> an encoder for use elsewhere", allow_abbrev=False)
+    out.add_argument("source", metavar="RUN", help="a run folder, or an encoder/")
+    out.add_argument("out", metavar="OUT", help="a new folder")
+    out.add_argument("--in-chans", type=int, choices=(1, 3), default=None, help="of the films it will see")
+    out.add_argument("--branch", choices=("target", "anchor"), default="target", help="moving average, or trained")
+    out.add_argument("--format", choices=("timm", "onnx"), default="timm")
+    out.set_defaults(run=_export)
     cli.main(top, argv)
 
 

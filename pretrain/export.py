@@ -5,6 +5,8 @@ Comes in: a run folder, or the target branch of a running one. Goes out: encoder
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ehr_features.files import digest, file_digest
+from configs import UserError
+from ehr_features.files import digest, file_digest, new_folder, write_json
 from pretrain import encoder as encoders
 from pretrain.batches import Films
 from pretrain.card import model_card
 from pretrain.config import PretrainConfig
 from pretrain.encoder import Encoder
+from pretrain.run import load_checkpoint
 from pretrain.store import Store
+from pretrain.weights import to_channels
 
 READ_FILMS = 4000  # at most so many for the readability of EHR columns
 
@@ -97,3 +102,68 @@ def _auroc(positive: Tensor, score: Tensor) -> float:
     rank = (counts.cumsum(0) - (counts - 1) / 2)[place]
     num_pos, num_neg = int(positive.sum()), int((~positive).sum())
     return float((rank[positive].sum() - num_pos * (num_pos + 1) / 2) / (num_pos * num_neg))
+
+
+def export(
+    source: str | Path, out: str | Path, *, in_chans: int | None = None, branch: str = "target", form: str = "timm"
+) -> Path:
+    """Copy the encoder of a run, for use elsewhere.
+
+    Args:
+        source: a run folder, or an encoder/ (target branch only).
+        out: a new folder; for ONNX too (encoder.onnx beside encoder.json).
+        in_chans: 1 or 3: the first layer gives the same features for gray films repeated in so many channels.
+        branch: `anchor` reads the trained branch from the newest checkpoint.
+        form: `timm` or `onnx`.
+    Raises: UserError: no encoder or checkpoint there, `out` exists, or packages for ONNX are missing.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists; choose a folder that does not")
+    folder = source / "encoder" if (source / "encoder" / "encoder.json").is_file() else source
+    encoder = encoders.load(folder)
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8") if (folder / "MODEL_CARD.md").is_file() else None
+    if branch == "anchor":
+        _fill_from_anchor(encoder, source)
+        card = None if card is None else card.replace("the target branch", "the anchor branch")
+    meta = encoder.meta | {"branch": branch}
+    if in_chans is not None and in_chans != meta["in_chans"]:
+        state, said = to_channels(encoder.net.state_dict(), in_chans)
+        meta |= {"in_chans": in_chans}
+        preprocess = dataclasses.replace(encoder.preprocess, in_chans=in_chans)
+        encoder = encoders.create(
+            meta["arch"], in_chans=in_chans, image_size=meta["image_size"], model_args=meta["model_args"],
+            preprocess=preprocess, pool=meta["pool"],
+        )  # fmt: skip
+        encoder.net.load_state_dict(state)
+        card = None if card is None else f"{card}\nExported with {said}.\n"
+    encoder.meta = meta
+    if form == "timm":
+        return encoders.save(out, encoder, card=card)
+    return _to_onnx(out, encoder, card)
+
+
+def _fill_from_anchor(encoder: Encoder, source: Path) -> None:
+    state = load_checkpoint(source) if (source / "checkpoints").is_dir() else None
+    if state is None:
+        raise UserError(f"{source}: no checkpoint, so no anchor branch; give the run folder, or --branch target")
+    net = {k.removeprefix("anchor.net."): v for k, v in state["model"].items() if k.startswith("anchor.net.")}
+    encoder.net.load_state_dict(net)
+    encoder.meta = encoder.meta | {"step": state["step"]}
+
+
+def _to_onnx(out: Path, encoder: Encoder, card: str | None) -> Path:
+    """encoder.onnx: normalised views (N, C, S, S) -> features (N, D), any N."""
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    size, chans = encoder.meta["image_size"], encoder.meta["in_chans"]
+    views = torch.zeros(2, chans, size, size)
+    with new_folder(out) as part:
+        torch.onnx.export(
+            encoder.eval(), (views,), part / "encoder.onnx", input_names=["views"], output_names=["features"],
+            dynamo=True, dynamic_shapes={"x": {0: "films"}}, external_data=False, verbose=False,
+        )  # fmt: skip
+        write_json(part / "encoder.json", {**encoder.meta, "preprocess": encoder.preprocess.to_json()})
+        if card is not None:
+            (part / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    return out

@@ -1,0 +1,89 @@
+"""Exports: the same features elsewhere; and what the end of a run says of the record."""
+
+import importlib.util
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from configs import UserError
+from pretrain import encoder as enc
+from pretrain import run
+from pretrain.export import _auroc, _ridge, export
+
+TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A run folder: target weights in encoder/, anchor weights in a checkpoint."""
+    encoder = enc.create("vit_tiny_patch16_224", image_size=32, model_args=TINY)
+    enc.save(tmp_path / "run/encoder", encoder, {"step": 5}, card="Weights: the target branch.")
+    (tmp_path / "run/checkpoints").mkdir()
+    anchor = {f"anchor.net.{key}": value + 1 for key, value in encoder.net.state_dict().items()}
+    run.save_checkpoint(tmp_path / "run", {"model": anchor}, 7)
+    return tmp_path / "run"
+
+
+def test_three_channels_see_a_gray_film_as_one_does(source, tmp_path):
+    out = export(source, tmp_path / "colour", in_chans=3)
+    one, three = enc.load(source / "encoder"), enc.load(out)
+    meta = enc.read_meta(out)
+    net = timm.create_model(meta["arch"], num_classes=0, in_chans=3, **meta["model_args"]).eval()
+    net.load_state_dict(load_file(out / "encoder.safetensors"))
+    x = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(three(x.expand(-1, 3, -1, -1)), one(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(x.expand(-1, 3, -1, -1)), one(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_anchor_comes_from_the_checkpoint(source, tmp_path):
+    out = export(source, tmp_path / "anchor", branch="anchor")
+    target, anchor = enc.load(source / "encoder"), enc.load(out)
+    torch.testing.assert_close(anchor.net.cls_token, target.net.cls_token + 1)
+    assert anchor.meta["branch"] == "anchor" and anchor.meta["step"] == 7
+    assert "the anchor branch" in (out / "MODEL_CARD.md").read_text()
+
+
+def test_what_cannot_be_exported_is_refused(source, tmp_path):
+    with pytest.raises(UserError, match="exists"):
+        export(source, source)
+    with pytest.raises(UserError, match="not an encoder folder"):
+        export(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(UserError, match="no checkpoint"):
+        export(source / "encoder", tmp_path / "out", branch="anchor")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is not None, reason="onnxscript is installed")
+def test_onnx_says_what_to_install(source, tmp_path):
+    with pytest.raises(UserError, match="pip install onnx"):
+        export(source, tmp_path / "out", form="onnx")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+def test_onnx_gives_the_same_features(source, tmp_path):
+    import onnxruntime
+
+    out = export(source, tmp_path / "out", form="onnx")
+    session = onnxruntime.InferenceSession(out / "encoder.onnx")
+    x = torch.randn(3, 1, 32, 32)
+    with torch.inference_mode():
+        expected = enc.load(source / "encoder")(x)
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {"views": x.numpy()})[0]), expected, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_auroc_counts_pairs():
+    positive = torch.tensor([True, True, False, False, False])
+    score = torch.tensor([0.9, 0.2, 0.2, 0.1, 0.95])
+    assert _auroc(positive, score) == pytest.approx((2 + 1.5) / 6)  # 2 of 3, then 1 and a tie of 3
+
+
+def test_ridge_finds_a_line():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=random)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.0]]) + 4
+    torch.testing.assert_close(_ridge(x[:400], y[:400], x[400:], 1e-6), y[400:], rtol=1e-3, atol=1e-3)
