@@ -26,7 +26,7 @@ class Seen:
     """What is known of an encoder's pretraining: `films` is `none` | `train` | `unknown` | `other source` | `leak`."""
 
     films: str
-    supervision: str  # `none` | `self-supervised` | `outcome-supervised` | `unknown`
+    supervision: str  # `none` | `self-supervised` | `outcome-supervised` | `supervised by ...` | `unknown`
     warnings: list[str]
 
 
@@ -57,6 +57,8 @@ def check_encoder(
     groups = meta.get("ehr_groups") or {}
     outcome = sorted(name for name, at in _available(groups) if at == "discharge")
     supervision = "outcome-supervised" if outcome else "self-supervised" if "ehr_groups" in meta else "unknown"
+    if not outcome and meta.get("supervised_by"):
+        supervision = f"supervised by {meta['supervised_by']}"
     warnings = []
     if outcome:
         warnings.append(

@@ -7,6 +7,7 @@ same one serves whole and fractional training sets and shifts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ class Fitted(NamedTuple):
     predict: Callable[[Rows], NDArray[np.float64]]  # rows -> logits (n, L)
     chosen: dict[str, Any]  # what validation chose, and its AUROC
     head: LinearHead | None = None  # where there is one that can be kept
+    export: Callable[[Path], None] | None = None  # writes the tuned encoder into a run folder
 
 
 Learner = Callable[[Rows, Rows, int], Fitted]  # train rows, val rows, seed

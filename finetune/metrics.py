@@ -3,8 +3,9 @@
 Comes in: labels and scores, one column a label. Goes out: a table, a row per label and metric, and label `macro`.
 Rules: a missing (NaN) label leaves its row out for that label. A label with one class in the sample has no value, and
 says why. A resample in which a label has one class is left out of that label's interval, and the label out of that
-resample's macro; where more than half of the resamples fall out, the interval is null. The macro is the mean over the
-labels with both classes; its interval is that of the macro of each resample. Intervals are the middle 95% of these.
+resample's macro; where more than 5% of the resamples fall out (fewer than about three positive subjects), the interval
+is null. The macro is the mean over the labels with both classes; its interval is that of the macro of each resample.
+Intervals are the middle 95% of resamples.
 The calibration intercept and slope are those of the resample's first Newton step from the whole sample's fit.
 """
 
@@ -75,7 +76,7 @@ def evaluate(
             rows.append([name, metric, value, *interval(drawn, value), total, positives[chosen].sum(), reason])
     table = pd.DataFrame(rows, columns=COLUMNS)
     lost = table["low"].isna() & table["value"].notna() & (samples > 0)
-    table.loc[lost, "reason"] = "no interval: more than half of the resamples have one class only"
+    table.loc[lost, "reason"] = "no interval: more than 5% of the resamples have one class only"
     table["reason"] = table["reason"].astype(object).where(table["reason"].notna(), None)
     return table
 
@@ -179,9 +180,9 @@ def macro(values: Floats, both: NDArray[np.bool_]) -> Floats:
 
 
 def interval(draws: Floats, value: float = 0.0) -> tuple[float, float]:
-    """The middle 95% of resamples; NaN where the value is, or more than half of the resamples are undefined."""
+    """The middle 95% of resamples; NaN where the value is, or more than 5% of the resamples are undefined."""
     defined = draws[~np.isnan(draws)]
-    if np.isnan(value) or not len(defined) or len(defined) < len(draws) / 2:
+    if np.isnan(value) or not len(defined) or len(defined) < 0.95 * len(draws):
         return (np.nan, np.nan)
     low, high = np.quantile(defined, [0.025, 0.975])
     return (float(low), float(high))

@@ -152,9 +152,13 @@ def evaluate(config: ProbeConfig, films: Films, learn: Learner, folder: Path) ->
     best = fits[0]  # of the largest fraction
     for split in ("val", "test"):
         rows = films.rows(split)
-        scored(films, rows, best.predict(rows), unit=config.unit).write(folder, split)
+        on = scored(films, rows, best.predict(rows), unit=config.unit)
+        if run.is_main():
+            on.write(folder, split)
     if best.head is not None:
         transfer.save(folder, config, films.names, best, _thresholds(config, films, best))
+    if best.export is not None and run.is_main():
+        best.export(folder)
     tests = extra(config, films, best)
     if config.subgroups:
         on = scored(films, films.rows("test"), best.predict(films.rows("test")), unit=config.unit)

@@ -28,7 +28,7 @@ def table(rows: pd.DataFrame, title: str) -> None:
     """The test split, all subjects, the largest fraction; then the macros of the other subsets and fractions."""
     grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("label", "AUROC", "95% interval", "AUPRC", "prevalence", "n", "positive"):
-        grid.add_column(name, justify="left" if name == "label" else "right")
+        grid.add_column(name, justify="left" if name == "label" else "right", no_wrap=True)
     largest = rows["fraction"].max()
     whole: pd.DataFrame = rows[(rows["split"] == "test") & (rows["subset"] == "all") & (rows["fraction"] == largest)]
     for label in dict.fromkeys(whole["label"]):
@@ -42,18 +42,19 @@ def table(rows: pd.DataFrame, title: str) -> None:
         words += [f"{fraction!s} of train subjects"] if fraction != largest else []
         words += [str(split)] if split != "test" else []
         _row(grid, ", ".join(words), part)
-    Console(highlight=False).print(grid)
+    console = Console(highlight=False)
+    console.print(grid, soft_wrap=not console.is_terminal)
 
 
 def _row(grid: Table, name: str, part: pd.DataFrame) -> None:
-    by = part.set_index("metric")
-    auroc = by.loc["auroc"]
-    counts = (f"{int(auroc['n']):,}", f"{int(auroc['positives']):,}")
+    by: dict[str, Any] = {str(row["metric"]): row for row in part.astype(object).to_dict("records")}
+    auroc = by["auroc"]
+    counts = (f"{auroc['n']:,}", f"{auroc['positives']:,}")
     if np.isnan(auroc["value"]):
-        grid.add_row(name, "-", str(auroc["reason"]), "", "", *counts)
+        grid.add_row(name, "-", str(auroc["reason"]).partition(":")[0], "", "", *counts)
         return
     interval = f"{auroc['low']:.3f} - {auroc['high']:.3f}" if not np.isnan(auroc["low"]) else "-"
-    numbers = [f"{by.loc[m, 'value']:.3f}" for m in ("auprc", "prevalence")]
+    numbers = [f"{by[m]['value']:.3f}" for m in ("auprc", "prevalence")]
     grid.add_row(name, f"{auroc['value']:.3f}", interval, *numbers, *counts)
 
 

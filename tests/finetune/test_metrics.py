@@ -123,14 +123,14 @@ def test_a_resample_with_one_class_leaves_the_label_out_of_its_macro() -> None:
     np.testing.assert_array_equal(got, [0.8, 0.8, np.nan])
 
 
-def test_no_interval_where_most_resamples_have_one_class() -> None:
-    y, p = np.array([1.0, 0, 0, 0]), np.array([0.9, 0.1, 0.2, 0.3])
-    table = evaluate(y, p, groups=[0, 0, 0, 0], samples=100)  # one subject: every resample is the sample
-    assert value(table, "auroc", column="low") == value(table, "auroc") == 1.0
-    draws = np.array([np.nan] * 6 + [0.5] * 4)
-    from finetune.metrics import interval
-
-    assert np.isnan(interval(draws)).all()
+def test_no_interval_where_many_resamples_have_one_class() -> None:
+    y, p = np.zeros(60), np.linspace(0, 1, 60)
+    y[40] = 1
+    table = evaluate(y, p, samples=200)  # a resample misses the only positive with probability 1/e
+    assert value(table, "auroc") == pytest.approx(40 / 59) and np.isnan(value(table, "auroc", column="low"))
+    assert "5% of the resamples" in value(table, "auroc", column="reason")
+    y[[20, 50, 55, 58]] = 1  # 5 positives: e^-5
+    assert value(evaluate(y, p, samples=200), "auroc", column="low") > 0
 
 
 def test_missing_labels_are_left_out() -> None:
