@@ -33,6 +33,10 @@ def _report(args: argparse.Namespace) -> None:
     print(f"reading {len(args.runs)} folders")
     out = report(args.runs, args.out, with_films=args.with_films, truth=args.truth)
     print(f"{out}\nopen it in a browser")
+    if args.screenshot:
+        from finetune.report_screenshot import screenshot
+
+        print(screenshot(out, args.screenshot))
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -83,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         "--with-films", action="store_true", help="show films too; such a page must not leave the house"
     )
     report.add_argument("--truth", metavar="FILE", help="truth.json of a synthetic hospital, if it was moved")
+    report.add_argument("--screenshot", metavar="FILE.png", help="also draw the top of the page (needs Chromium)")
     report.set_defaults(run=_report)
     demo = commands.add_parser("demo", help="from raw synthetic tables to report.html, on two CPU cores")
     demo.add_argument(

@@ -149,6 +149,9 @@ class FuseConfig(Settings):
     pairing: Literal["paired", "partial"] = "partial"  # train and choose on stays with a film, or on all
     freeze: bool = True  # film features computed once; false tunes the encoder too
     pool: Literal["cls", "avg", "both"] | None = None  # of the encoder; its own if none
+    film: Literal["features", "findings", "both"] = (
+        "both"  # features, logits of findings fitted on train films, or both
+    )
     context: bool = True  # give the film's view and age beside its features
     standardise: bool = True  # film features by the mean and deviation of the train films
     hidden: int = Field(256, ge=1)  # width of the record's LSTM and of a projected film

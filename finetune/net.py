@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from finetune.fusion import Output
+from finetune.samples import CONTEXT
 from pretrain import encoder as encoders
 from pretrain.preprocess import Preprocess
 
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
     from pretrain.encoder import Encoder
 
 
-class Net(nn.Module):
-    """Films -> features -> model.
+class FilmBranch(nn.Module):
+    """Films -> what a model is given of each: scaled features, logits of findings, view and age.
 
     Args:
-        model: one of fusion.MODELS, built for film features of width D (+ context).
-        width: D of the encoder; 0 for a model of the record alone.
         encoder: to be tuned; None where batches bring the features of a frozen one.
-        pool: of the encoder; `both` puts its two first ones side by side.
-        context: append the film's view and age.
+        pool: of the encoder; `both` puts its two side by side.
+        mean, deviation: (D,) of the train films' features.
+        findings: a fitted head for the findings; None leaves its logits out.
+        keep: give the features themselves.
+        context: give the film's view and age.
     """
 
     mean: Tensor
@@ -41,19 +43,23 @@ class Net(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
-        width: int,
+        mean: Tensor,
+        deviation: Tensor,
         *,
         encoder: Encoder | None = None,
         pool: str | None = None,
+        findings: nn.Linear | None = None,
+        keep: bool = True,
         context: bool = True,
     ) -> None:
         super().__init__()
-        self.model, self.encoder, self.pool, self.context = model, encoder, pool, context
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
+        self.encoder, self.pool, self.findings, self.keep, self.context = encoder, pool, findings, keep, context
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self.width = len(mean) * keep + (0 if findings is None else findings.out_features) + CONTEXT * context
 
-    def forward(self, batch: dict[str, Tensor]) -> Output:
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """A batch of `Samples` -> (B, K, width), zero where there is no film."""
         present = batch["has_image"]  # (B, K)
         if "images" in batch:
             assert self.encoder is not None, "a batch of films needs an encoder"
@@ -61,18 +67,14 @@ class Net(nn.Module):
             if len(batch["images"]):
                 film[present] = pooled(self.encoder, batch["images"], self.pool).float()
         else:
-            film = batch.get("film", torch.zeros(*present.shape, len(self.mean), device=present.device))
+            film = batch["film"]
         film = (film - self.mean) / self.deviation
-        if self.context:
-            film = torch.cat([film, batch["context"]], dim=2)
-        film = torch.where(present[..., None], film, 0.0)
-        hours = batch["hours"]
-        if not getattr(self.model, "many_films", False):
-            film, present, hours = film[:, 0], present[:, 0], hours[:, 0]
-        output: Output = self.model(batch["series"], batch["lengths"], film, present, hours)
-        return output
+        given = [film] if self.keep else []
+        given += [self.findings(film)] if self.findings is not None else []
+        given += [batch["context"]] if self.context else []
+        return torch.where(present[..., None], torch.cat(given, dim=2), 0.0)
 
-    def train(self, mode: bool = True) -> Net:
+    def train(self, mode: bool = True) -> FilmBranch:
         """Batch norm of a pretrained encoder keeps its statistics: a batch may hold one film."""
         super().train(mode)
         for module in self.encoder.modules() if self.encoder is not None else ():
@@ -81,12 +83,28 @@ class Net(nn.Module):
         return self
 
 
+class Net(nn.Module):
+    """A film branch (None for a model of the record alone) and a model of fusion.MODELS."""
+
+    def __init__(self, films: FilmBranch | None, model: nn.Module) -> None:
+        super().__init__()
+        self.films, self.model = films, model
+
+    def forward(self, batch: dict[str, Tensor]) -> Output:
+        present, hours = batch["has_image"], batch["hours"]
+        film = self.films(batch) if self.films is not None else batch["context"]
+        if not getattr(self.model, "many_films", False):
+            film, present, hours = film[:, 0], present[:, 0], hours[:, 0]
+        output: Output = self.model(batch["series"], batch["lengths"], film, present, hours)
+        return output
+
+
 def pooled(encoder: Encoder, films: Tensor | NDArray[np.uint8], pool: str | None) -> Tensor:
     """Films uint8 (P, S, S) -> features (P, D), or (P, 2 D) for pool `both`."""
     features = encoder.features(encoder.preprocess(films).to(next(encoder.parameters()).device))
     if pool == "both":
-        return torch.cat([encoder.pool(features, name) for name in encoder.pools], dim=1)
-    return encoder.pool(features, pool)
+        return torch.cat([encoder.pool(features, name) for name in sorted(encoder.pools) if name != "max"], dim=1)
+    return encoder.pool(features, pool or ("cls" if "cls" in encoder.pools else "avg"))
 
 
 def open_encoder(spec: str, seed: int = 0) -> tuple[Encoder, Path | None]:

@@ -60,12 +60,13 @@ def write(
     return table
 
 
-def save(folder: Path, net: Net, samples: Samples, encoder: Any, config: FuseConfig) -> None:
+def save(folder: Path, net: Net, samples: Samples, config: FuseConfig) -> None:
     """model.safetensors (without the encoder), and encoder/ where it was tuned."""
-    state = {k: v.contiguous() for k, v in weights_of(net).items() if not k.startswith("encoder.")}
+    state = {k: v.contiguous() for k, v in weights_of(net).items() if not k.startswith("films.encoder.")}
     with new_file(folder / "model.safetensors") as part:
         save_file(state, part)
-    if not config.freeze:
+    encoder = None if net.films is None else net.films.encoder
+    if encoder is not None:
         groups = {**(encoder.meta.get("ehr_groups") or {}), config.task: "discharge"}
         encoders.save(folder / "encoder", encoder, {"ehr_groups": groups, "tuned_from": config.encoder})
         seen = samples.table.loc[samples.table["split"] == "train", ["subject_id"]].drop_duplicates()

@@ -7,7 +7,7 @@ batch with one index operation; and the order of batches, by length, so that lit
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,7 @@ def load(
     folder: str | Path,
     task: str,
     *,
-    readable: Collection[str] | None = None,
+    readable: Container[str] | None = None,
     films: int = 1,
     max_hours: int | None = None,
 ) -> Samples:
@@ -108,7 +108,7 @@ def load(
     Args:
         folder: a features/ folder.
         task: a table of its samples/.
-        readable: dicom_id of the films that a store has; others count as absent; None: all are there.
+        readable: the store, or any container of dicom_id; others count as absent; None: all are there.
         films: K, the last films before the prediction to give; the sample's own film is the last of them.
         max_hours: read no more than the last so many hours before the prediction; all if None.
     Raises: UserError: no such task, a stay without a series.
@@ -122,7 +122,7 @@ def load(
     if table.empty:
         raise UserError(f"{folder}/samples/{task}.parquet: no samples; attrition.json says what fell out and why")
     step = float(read_json(Path(folder) / "series.json").get("step_hours", 1))
-    loaded = series.load(folder, stay_ids=table["stay_id"].unique())
+    loaded = series.load(folder, stay_ids=table["stay_id"].unique().tolist())
     ids = np.array(list(loaded))
     size = np.array([len(loaded[i]) for i in ids])
     order = pd.Series(np.arange(len(ids)), index=ids)
@@ -170,7 +170,7 @@ def batches(
         rng: shuffles the rows among their like, and the batches; in order of length if None.
     Returns: arrays of row numbers, each row once; only one batch may be short.
     """
-    jitter = 1.0 if rng is None else rng.uniform(0.9, 1.1, len(lengths))
+    jitter = 1.0 if rng is None else rng.uniform(0.95, 1.05, len(lengths))
     order = np.argsort(lengths * jitter, kind="stable")
     cut = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
@@ -202,7 +202,7 @@ def another_film(samples: Samples, seed: int = 0) -> Samples:
 
 
 def _films(
-    folder: str | Path, table: pd.DataFrame, readable: Collection[str] | None, count: int
+    folder: str | Path, table: pd.DataFrame, readable: Container[str] | None, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str], NDArray[np.float32]]:
     """The last `count` readable films up to each sample's own: rows and hours (N, count), ids (M,), views (M, 4)."""
     rows = np.full((len(table), count), -1, np.int64)
@@ -211,7 +211,7 @@ def _films(
     taken = taken.drop_duplicates(["stay_id", "dicom_id"]).sort_values("hours_from_intime", kind="stable")
     own = table.loc[table["dicom_id"].notna(), ["stay_id", "dicom_id", "predict_at_hours"]]
     if readable is not None:
-        own, taken = (part[part["dicom_id"].isin(set(readable))] for part in (own, taken))
+        own, taken = (part[[film in readable for film in part["dicom_id"]]] for part in (own, taken))
     pairs = own.reset_index(names="row").merge(taken, on=["stay_id", "dicom_id"], how="left", validate="m:1")
     if len(lost := pairs[pairs["hours_from_intime"].isna()]):
         raise UserError(

@@ -7,7 +7,7 @@ where the encoder was tuned, encoder/. Validation chooses the epoch; the test sp
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +21,15 @@ from torch.nn import functional
 
 from configs import UserError
 from configs.cli import Stopped
-from finetune import guard, metrics, outputs
+from finetune import metrics, outputs
 from finetune.config import FuseConfig
-from finetune.frozen import Features, film_features, open_frozen
 from finetune.fusion import MODELS, Output, Sizes
-from finetune.net import Net, fit_scale, open_encoder
+from finetune.inputs import prepare
+from finetune.net import FilmBranch, Net
 from finetune.outputs import Predictions, weights_of
-from finetune.samples import CONTEXT, Samples, batches, load, stream
+from finetune.samples import Samples, batches, stream
 from pretrain import run
 from pretrain.progress import Bar
-from pretrain.store import Store
 
 
 class Scores(NamedTuple):
@@ -54,75 +53,31 @@ def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
     """
     uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may hold no film
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
-    samples, encoder, about = prepare(config, accelerator)
+    samples, films, about = prepare(config, accelerator)
     sources = [Path(config.features) / name for name in ("provenance.json", f"samples/{config.task}.parquet")]
     folder = run.open_run(config.out, config, sources=sources, may_differ=["workers", "cache"])
     if run.complete(folder):
         return folder
     log = run.Log(folder, accelerator)
-    net = build(config, samples, encoder)
+    net = build(config, samples, films)
     paired = "paired" if getattr(net.model, "needs_film", False) else config.pairing
     parts = {split: samples.rows(split, paired) for split in ("train", "val", "test")}
     outputs.announce(log, config, samples, parts, net, about)
     train(net, samples, parts["train"], parts["val"], config, accelerator, log, folder)
     held_out = {split: predict(net, samples, parts[split], config, accelerator) for split in ("val", "test")}
     if accelerator.is_main_process:
-        outputs.save(folder, net, samples, encoder, config)
+        outputs.save(folder, net, samples, config)
         outputs.show(log, outputs.write(folder, samples, held_out, config, about), folder)
     run.finish(folder)
     return folder
 
 
-def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Any, dict[str, Any]]:
-    """The samples with their films, the encoder (None without one), and what results.json says of them."""
-    if config.model not in MODELS:
-        raise UserError(f"model={config.model}: no such model; there are {', '.join(MODELS)}")
-    about: dict[str, Any] = {"warnings": [], "encoder": config.encoder, "supervision": "none", "films_seen": "none"}
-    kind = MODELS[config.model]
-    store = None if config.store is None else Store(config.store)
-    readable = None if store is None else set(store.index["dicom_id"])
-    films = 5 if getattr(kind, "many_films", False) else 1
-    samples = load(config.features, config.task, readable=readable, films=films, max_hours=config.max_hours)
-    lost = int((samples.table["dicom_id"].notna().to_numpy() & ~samples.has_image).sum())
-    if lost:
-        about["warnings"].append(f"{lost} samples have a film that the store lacks; they count as without a film")
-    if not getattr(kind, "uses_film", True):
-        return samples, None, about | {"encoder": None}
-    assert store is not None and config.encoder is not None, "checked by the config"
-    frozen = open_frozen(config.encoder, seed=config.seed, device=accelerator.device)
-    if frozen.folder is not None:
-        subjects = samples.table[["subject_id", "split"]].drop_duplicates()
-        seen = guard.check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
-        about["warnings"] += seen.warnings
-        about |= {"supervision": seen.supervision, "films_seen": seen.films}
-    cache = Path(config.cache) if config.cache else Path(config.out).parent / "cache"
-    with accelerator.main_process_first():
-        pools = film_features(frozen, store, samples.film_ids, cache=cache)
-    encoder = None if config.freeze else open_encoder(config.encoder, config.seed)[0]
-    return replace(samples, features=_pool(pools, _pool_of(config)), store=store), encoder, about
-
-
-def _pool_of(config: FuseConfig) -> str | None:
-    """The config's pool, else the model's."""
-    return config.pool or getattr(MODELS[config.model], "pool", None)
-
-
-def _pool(pools: Features, pool: str | None) -> NDArray[np.float32]:
-    """One pool of the features, all side by side for `both`, the first if None. Raises: UserError: no such pool."""
-    if pool == "both":
-        return np.concatenate(list(pools.values()), axis=1)
-    if pool is not None and pool not in pools:
-        raise UserError(f"pool={pool}: this encoder has {', '.join(pools)}")
-    return pools[pool or next(iter(pools))]
-
-
-def build(config: FuseConfig, samples: Samples, encoder: Any) -> Net:
-    """A fresh net, the scale of the film features fitted on train films."""
-    width = 0 if samples.features is None else samples.features.shape[1]
+def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net:
+    """A fresh net on a copy of the film branch."""
     torch.manual_seed(config.seed)
     sizes = Sizes(
         inputs=samples.num_inputs,
-        film=width + CONTEXT * config.context,
+        film=0 if films is None else films.width,
         labels=len(samples.names),
         hidden=config.hidden,
         layers=config.layers,
@@ -130,12 +85,7 @@ def build(config: FuseConfig, samples: Samples, encoder: Any) -> Net:
         dropout=config.dropout,
         missing=config.missing,
     )
-    kind = MODELS[config.model]
-    net = Net(kind(sizes), width, encoder=encoder, pool=_pool_of(config), context=config.context)
-    train = samples.films[samples.rows("train")]
-    if config.standardise and samples.features is not None and (train >= 0).any():
-        net.mean, net.deviation = fit_scale(samples.features[np.unique(train[train >= 0])])
-    return net
+    return Net(copy.deepcopy(films), MODELS[config.model](sizes))
 
 
 def loss_of(output: Output, labels: Tensor, has_image: Tensor, part_weight: float) -> Tensor:
@@ -259,8 +209,9 @@ def scores(predictions: Predictions, samples: Samples) -> Scores:
 
 def _groups(net: Net, config: FuseConfig) -> list[dict[str, Any]]:
     """Weights of the model with decay, its biases without, and the encoder's with its own lr."""
-    own = [p for name, p in net.named_parameters() if not name.startswith("encoder.") and p.requires_grad]
-    encoder = [p for p in net.encoder.parameters() if p.requires_grad] if net.encoder is not None else []
+    learned = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    encoder = [p for name, p in learned if name.startswith("films.encoder.")]
+    own = [p for name, p in learned if not name.startswith("films.encoder.")]
     groups = []
     for weights, lr in ((own, config.lr), (encoder, config.encoder_lr)):
         for kept, decay in (

@@ -118,7 +118,11 @@ def icu_world(folder: Path, *, stays: int = 160, seed: int = 0, films: int = 3, 
     features = folder / "features"
     (features / "samples").mkdir(parents=True, exist_ok=True)
     taken.to_parquet(features / "stay_films.parquet")
-    taken.merge(samples[["stay_id", "subject_id", "split"]]).to_parquet(features / "images.parquet")
+    images = taken.merge(samples[["stay_id", "subject_id", "split"]])
+    images["Edema"] = (
+        images["stay_id"].map(pd.Series(film, index=stay)) + rng.logistic(size=len(images)) > 0.5
+    ).astype(float)
+    images.assign(study_id=np.arange(len(images))).to_parquet(features / "images.parquet")
     samples.to_parquet(features / "samples" / "mortality.parquet")
     phenotypes = samples.assign(predict_at_hours=hours - 0.5, phenotype_2=death, phenotype_49=rng.permutation(death))
     phenotypes["dicom_id"] = pd.Series(stay).map(taken.groupby("stay_id")["dicom_id"].last()).to_numpy(object)
@@ -153,7 +157,7 @@ def make_icu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
 
     def make(**options: object) -> Path:
         store = icu_world(tmp_path, **options)  # type: ignore[arg-type]
-        monkeypatch.setattr("finetune.train.Store", lambda folder: store)
+        monkeypatch.setattr("finetune.inputs.Store", lambda folder: store)
         return tmp_path
 
     return make

@@ -1,0 +1,93 @@
+"""What a fusion run starts from: the samples with their films, and the film branch, fitted on train films.
+
+Comes in: a FuseConfig. Goes out: samples, a film branch (none for a model of the record alone), and what results.json
+says of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from configs import UserError
+from finetune import findings, guard
+from finetune.config import FuseConfig
+from finetune.frozen import Features, Frozen, film_features, open_frozen
+from finetune.fusion import MODELS
+from finetune.net import FilmBranch, fit_scale, open_encoder
+from finetune.samples import Samples, load
+from pretrain.store import Store
+
+
+def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, FilmBranch | None, dict[str, Any]]:
+    """Read, check and fit. Raises: UserError: no such model or task, an encoder that saw val or test subjects."""
+    if config.model not in MODELS:
+        raise UserError(f"model={config.model}: no such model; there are {', '.join(MODELS)}")
+    about: dict[str, Any] = {"warnings": [], "encoder": config.encoder, "supervision": "none", "films_seen": "none"}
+    kind = MODELS[config.model]
+    store = None if config.store is None else Store(config.store)
+    films = 5 if getattr(kind, "many_films", False) else 1
+    samples = load(config.features, config.task, readable=store, films=films, max_hours=config.max_hours)
+    lost = int((samples.table["dicom_id"].notna().to_numpy() & ~samples.has_image).sum())
+    if lost:
+        about["warnings"].append(f"{lost} samples have a film that the store lacks; they count as without a film")
+    if not getattr(kind, "uses_film", True):
+        return samples, None, about | {"encoder": None}
+    assert store is not None and config.encoder is not None, "checked by the config"
+    frozen = open_frozen(config.encoder, seed=config.seed, device=accelerator.device)
+    if frozen.folder is not None:
+        subjects = samples.table[["subject_id", "split"]].drop_duplicates()
+        seen = guard.check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
+        about["warnings"] += seen.warnings
+        about |= {"supervision": seen.supervision, "films_seen": seen.films}
+    with accelerator.main_process_first():
+        samples, branch, more = _films(config, samples, frozen, store)
+    return samples, branch, about | more
+
+
+def _films(
+    config: FuseConfig, samples: Samples, frozen: Frozen, store: Store
+) -> tuple[Samples, FilmBranch, dict[str, Any]]:
+    """The samples with features, and the branch fitted on train films."""
+    cache = Path(config.cache) if config.cache else Path(config.out).parent / "cache"
+    name = config.pool or getattr(MODELS[config.model], "pool", None)
+    features = pool(film_features(frozen, store, samples.film_ids, cache=cache), name)
+    rows = samples.films[samples.rows("train")]
+    rows = np.unique(rows[rows >= 0])
+    if not len(rows):
+        raise UserError(f"{config.features}: no train sample of {config.task} has a film in {config.store}")
+    width = features.shape[1]
+    mean, deviation = fit_scale(features[rows]) if config.standardise else (torch.zeros(width), torch.ones(width))
+    head, more = None, dict[str, float]()
+    if config.film != "features":
+        labelled = findings.labelled_films(config.features, frozen, store, cache)
+        scaled = [((torch.from_numpy(pool(labelled[s][0], name)) - mean) / deviation, labelled[s][1]) for s in labelled]
+        head, more = findings.fit(*scaled)
+    branch = FilmBranch(
+        mean,
+        deviation,
+        encoder=None if config.freeze else open_encoder(str(config.encoder), config.seed)[0],
+        pool=name,
+        findings=head,
+        keep=config.film != "findings",
+        context=config.context,
+    )
+    return replace(samples, features=features, store=store), branch, {"findings_head": more} if more else {}
+
+
+def pool(pools: Features, name: str | None) -> NDArray[np.float32]:
+    """One pool of the features, all side by side for `both`, the class token's (else the mean) if None.
+
+    Raises: UserError: no such pool.
+    """
+    if name == "both":
+        return np.concatenate([pools[key] for key in sorted(pools)], axis=1)
+    if name is not None and name not in pools:
+        raise UserError(f"pool={name}: this encoder has {', '.join(pools)}")
+    return pools[name or max(pools)]
