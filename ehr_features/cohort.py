@@ -32,7 +32,7 @@ class Attrition:
         Args:
             table: what the rows are of. why: the reason, for a reader. ids: of the rows that fell out.
         """
-        gone = sorted({i.item() if isinstance(i, np.generic) else i for i in ids}, key=str)
+        gone = sorted({i.item() if isinstance(i, np.generic) else i for i in ids})
         entry = {"table": table, "why": why, "before": int(before), "after": int(after), "num_ids": len(gone)}
         self.exclusions.append(entry | {"ids": gone[:LISTED]})
 
@@ -123,5 +123,5 @@ def _published(frame: pd.DataFrame, attrition: Attrition) -> pd.DataFrame:
 
 def _drop(frame: pd.DataFrame, gone: pd.Series, why: str, attrition: Attrition) -> pd.DataFrame:
     gone = gone.fillna(False).astype(bool)
-    attrition.add("stays", why, len(frame), len(frame) - int(gone.sum()), frame.loc[gone, "stay_id"])
+    attrition.add("stays", why, len(frame), len(frame) - int(gone.sum()), frame.loc[gone, "stay_id"].dropna().astype("int64"))
     return frame[~gone]

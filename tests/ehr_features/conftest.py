@@ -18,7 +18,8 @@ HOSP = ("patients", "admissions", "diagnoses_icd", "labevents", "d_labitems")
 HOURS = (60, 50, 30, 100, 49, 20, 72, 48)  # of the eight stays
 ORDER = {  # of 2.2
     "admissions": "subject_id hadm_id admittime dischtime deathtime admission_type admit_provider_id "
-    "admission_location discharge_location insurance language marital_status race edregtime edouttime hospital_expire_flag",
+    "admission_location discharge_location insurance language marital_status race edregtime edouttime "
+    "hospital_expire_flag",
     "chartevents": "subject_id hadm_id stay_id caregiver_id charttime storetime itemid value valuenum valueuom warning",
     "labevents": "labevent_id subject_id hadm_id specimen_id itemid order_provider_id charttime storetime value "
     "valuenum valueuom ref_range_lower ref_range_upper flag priority comments",

@@ -1,0 +1,114 @@
+"""Open every table and say what it is, how large, and what can be done with it; nothing is extracted.
+
+Large CSV files are not read to the end: their row count is told from the first megabytes, and marked `about`.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import fsspec
+
+from configs import UserError
+from ehr_features import channels, release
+from ehr_features.config import FeaturesConfig
+from ehr_features.events import fingerprint
+from ehr_features.schema import READ
+from ehr_features.source import Source, check_columns, open_source, readable
+
+COUNTED = 30_000_000  # bytes; a larger CSV file's rows are estimated
+SAMPLED = 4_000_000
+STEPS = {  # step: (tables it needs, what is lost without them)
+    "stays": (("patients", "admissions", "icustays"), "nothing can be built"),
+    "series": (("chartevents", "labevents", "d_items", "d_labitems"), "nothing can be built"),
+    "phenotypes": (("diagnoses_icd",), "leave phenotypes out of tasks"),
+    "films": (("cxr_metadata",), "no images.parquet, no stay_films.parquet, dicom_id empty in every sample"),
+    "findings": (("cxr_chexpert",), "the finding columns are empty"),
+    "official film split": (("cxr_split",), "no official val / test subjects are pinned"),
+    "emergency stays": (("edstays",), "ed_stay_id is empty"),
+    "triage": (("triage",), "the group ed_triage is all missing"),
+}
+
+
+def check(config: FeaturesConfig) -> int:
+    """Print the report. Returns: 0 if `build` has what it needs, else 2."""
+    source = open_source(config)
+    faults: dict[str, str] = {}
+    rows: dict[str, int] = {}
+    print(f"layout of {config.mimic_iv}: MIMIC-IV {source.layout}{' to 3.1' if source.layout == '2.2' else ''}")
+    print(f"{'table':<14}{'rows':>16}  {'columns':>7}  {'size':>9}  file")
+    for name, path in source.files.items():
+        size = int(fingerprint(path)["bytes"] or 0)
+        try:
+            check_columns(name, path, source.columns[name], source.layout)
+            counted, exact = num_rows(source, name, size)
+        except UserError as error:
+            faults[name], counted, exact = str(error), 0, False
+        if exact:
+            rows[name] = counted
+        told = "?" if name in faults else f"{'' if exact else 'about '}{counted:,}"
+        print(f"{name:<14}{told:>16}  {len(source.columns[name]):>7}  {_size(size):>9}  {path}")
+    said = release.claimed(config.mimic_iv)
+    print(
+        f"release: {said or release.recognised(rows) or 'unknown'}{' (by the folder)' if said else ' (by row counts)'}"
+    )
+    for warning in release.differences(rows, said):
+        print(f"warning: {warning}")
+    for fault in faults.values():
+        print(f"fault: {fault}")
+    _links(source, faults)
+    if not {"d_items", "d_labitems"} & faults.keys() and source.has("d_items") and source.has("d_labitems"):
+        declared = channels.read_channels(config.channels)
+        if absent := channels.check_items(source, declared, config.preset, config.channels):
+            print(f"itemids of channels.yaml that this release's dictionaries lack: {absent}")
+    return _steps(source, config, faults)
+
+
+def num_rows(source: Source, name: str, size: int) -> tuple[int, bool]:
+    """Rows of a table, and whether they were counted (else estimated)."""
+    path = source.files[name]
+    with readable(path):
+        if path.endswith(".parquet") or size <= COUNTED:
+            return int(source.table(name).count().execute()), True
+        with fsspec.open(path, "rb") as file:
+            head = file.read(SAMPLED)
+    text = zlib.decompressobj(wbits=31).decompress(head) if path.endswith(".gz") else head
+    return int(round(text.count(b"\n") * size / len(head), -3)), False
+
+
+def _links(source: Source, faults: dict[str, str]) -> None:
+    """How many films belong to subjects who have a record."""
+    if not source.has("cxr_metadata") or {"cxr_metadata", "patients"} & faults.keys():
+        return
+    films = source.table("cxr_metadata")
+    own = films.semi_join(source.table("patients"), "subject_id")
+    n, known = int(films.count().execute()), int(own.count().execute())
+    print(
+        f"films: {n:,} of {int(films.subject_id.nunique().execute()):,} subjects; {known:,} of subjects with a record"
+    )
+
+
+def _steps(source: Source, config: FeaturesConfig, faults: dict[str, str]) -> int:
+    usable = 0
+    for step, (tables, lost) in STEPS.items():
+        missing = [name for name in tables if not source.has(name) or name in faults]
+        can = (
+            "yes"
+            if not missing
+            else f"no: {', '.join(missing)} {'faulty' if set(missing) & faults.keys() else 'absent'}; {lost}"
+        )
+        print(f"{step:<22}{can}")
+        needed = step in ("stays", "series") or (step == "phenotypes" and "phenotypes" in " ".join(config.tasks))
+        usable = 2 if missing and needed else usable
+    unread = sorted(set(READ) - set(source.files))
+    if unread:
+        print(f"tables not found: {', '.join(unread)}")
+    return usable
+
+
+def _size(size: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000  # type: ignore[assignment]
+    return f"{size:.1f} GB"

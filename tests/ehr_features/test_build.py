@@ -1,0 +1,176 @@
+"""The whole extraction on a tiny MIMIC: contracts of the folder, cache, layouts, bad input, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from configs import UserError
+from ehr_features import build, events, schema, series
+from ehr_features.check import check
+from ehr_features.config import FeaturesConfig
+from ehr_features.files import read_table
+
+ALL = ("mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay")
+
+
+@pytest.fixture
+def mimic(tmp_path, frames, write):
+    return write(tmp_path / "mimic", frames)
+
+
+def same(one, two) -> None:
+    """Two features folders hold the same tables and series."""
+    names = sorted(p.relative_to(one).as_posix() for p in one.rglob("*.parquet"))
+    assert names == sorted(p.relative_to(two).as_posix() for p in two.rglob("*.parquet")) and names
+    for name in names:
+        pd.testing.assert_frame_equal(pd.read_parquet(one / name), pd.read_parquet(two / name))
+    a, b = (load_file(folder / "series.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_the_folder_keeps_its_contract(mimic, config):
+    out = build.build(config(tasks=ALL))
+    said = json.loads((out / "schema.json").read_text())
+    for path in out.rglob("*.parquet"):
+        table = pd.read_parquet(path)
+        assert list(said[path.relative_to(out).with_suffix("").as_posix()]) == list(table.columns), path
+        if path.parent.name == "samples":
+            assert list(table.columns[: len(schema.SAMPLES)]) == list(schema.SAMPLES)
+            assert table.sample_id.is_unique and set(table.split) <= {"train", "val", "test"}
+    tensors = load_file(out / "series.safetensors")
+    about = json.loads((out / "series.json").read_text())
+    assert tensors["values"].shape[1] + tensors["observed"].shape[1] == len(about["columns"]) == 35
+    assert tensors["values"].dtype == np.float32 and tensors["observed"].dtype == np.uint8
+    assert tensors["stay_id"].tolist() == read_table(out, "stays")["stay_id"].tolist()
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["rows_read"]["icustays"] == 8 and record["layout"] == "2.2"
+    assert record["rows_read"]["chartevents"] == len(pd.read_csv(mimic / "icu/chartevents.csv.gz"))
+    assert not list(out.parent.glob(".*partial*"))
+
+
+def test_1_0_2_0_2_2_and_parquet_give_the_same_features(tmp_path, frames, write, config):
+    first = build.build(config(mimic_iv=str(write(tmp_path / "a", frames, "2.2")), out=tmp_path / "fa"))
+    for name, layout, suffix in (("b", "1.0", ".csv.gz"), ("c", "2.0", ".csv"), ("d", "2.2", ".parquet")):
+        root = write(tmp_path / name, frames, layout, suffix)
+        same(first, build.build(config(mimic_iv=str(root), out=tmp_path / f"f{name}")))
+
+
+def test_memory_urls_give_the_same_features(tmp_path, mimic, config):
+    import fsspec
+
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(mimic), "/remote", recursive=True)
+    one = build.build(config())
+    same(one, build.build(config(mimic_iv="memory://remote", out=tmp_path / "two")))
+    filesystem.rm("/remote", recursive=True)
+
+
+def test_a_second_run_reads_nothing_and_a_changed_config_only_what_depends_on_it(mimic, config, monkeypatch):
+    out = build.build(config())
+    written = (out / "provenance.json").stat().st_mtime_ns
+    monkeypatch.setattr(events, "_write", lambda *a: pytest.fail("an event table was read again"))
+    build.build(config(memory="900MB"))
+    assert (out / "provenance.json").stat().st_mtime_ns == written
+    monkeypatch.setattr(series, "extract", lambda *a: pytest.fail("the series were binned again"))
+    build.build(config(seed=1, landmark_hours=24))
+    assert set(read_table(out, "samples/mortality").predict_at_hours) == {24.0}
+    monkeypatch.undo()
+    monkeypatch.setattr(events, "_write", lambda *a: pytest.fail("an event table was read again"))
+    build.build(config(step_hours=2, landmark_hours=24))
+    assert json.loads((out / "series.json").read_text())["step_hours"] == 2
+
+
+def test_changed_events_are_read_again(mimic, frames, write, config):
+    out = build.build(config())
+    before = series.load(out, normalise=False)
+    frames["chartevents"]["valuenum"] += 1
+    write(mimic, {"chartevents": frames["chartevents"]})
+    after = series.load(build.build(config()), normalise=False)
+    assert any(not np.array_equal(before[k], after[k]) for k in before)
+
+
+def test_sixty_hours_of_series_hold_nothing_from_later(tmp_path, frames, write, config):
+    """Events after hour 48 may change, and the first 48 hours stay as they were."""
+    root = write(tmp_path / "a", frames)
+    one = series.load(build.build(config(mimic_iv=str(root), out=tmp_path / "fa")), hours=48, normalise=False)
+    chart = frames["chartevents"].merge(frames["icustays"][["stay_id", "intime"]], on="stay_id")
+    late = chart.charttime >= chart.intime + pd.Timedelta(hours=48)
+    frames["chartevents"].loc[late.to_numpy(), "valuenum"] = 61.0
+    known = frames["labevents"].merge(frames["icustays"][["subject_id", "intime"]], on="subject_id")
+    later = known.storetime >= known.intime + pd.Timedelta(hours=48)
+    frames["labevents"].loc[later.to_numpy(), "valuenum"] = 99.0
+    root = write(tmp_path / "b", frames)
+    two = series.load(build.build(config(mimic_iv=str(root), out=tmp_path / "fb")), hours=48, normalise=False)
+    assert late.any() and later.any()
+    for stay in one:
+        np.testing.assert_array_equal(one[stay], two[stay])
+
+
+def test_a_truncated_event_table_leaves_no_features(mimic, config):
+    path = mimic / "icu/chartevents.csv.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(UserError, match=r"chartevents\.csv\.gz: .*[Dd]ownload it again"):
+        build.build(config())
+    assert not config().out.exists() and not list(config().cache_folder.glob("chartevents*"))
+
+
+def test_a_folder_of_something_else_is_not_overwritten(mimic, config):
+    config().out.mkdir()
+    (config().out / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds files that are no features"):
+        build.build(config())
+
+
+def test_a_killed_run_leaves_nothing_that_looks_complete_and_the_next_one_goes_on(mimic, config, tmp_path):
+    yaml = tmp_path / "c.yaml"
+    yaml.write_text(f"mimic_iv: {mimic}\nout: {config().out}\nmemory: 800MB\n")
+    command = [sys.executable, "-m", "ehr_features", "build", str(yaml)]
+    for wait in (0.9, 1.4, 1.9):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(wait)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not config().out.exists() or (config().out / "provenance.json").is_file()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and str(config().out) in done.stdout, done.stderr
+    assert len(series.load(config().out)) == 8
+
+
+def test_check_reports_tables_and_what_can_be_done(mimic, config, capsys):
+    assert check(config()) == 0
+    said = capsys.readouterr().out
+    assert "layout" in said and "MIMIC-IV 2.2" in said and "films                 no: cxr_metadata absent" in said
+    (mimic / "hosp/labevents.csv.gz").unlink()
+    assert check(config()) == 2
+    assert "series                no: labevents absent; nothing can be built" in capsys.readouterr().out
+
+
+def test_check_names_a_faulty_table_and_goes_on(mimic, frames, write, config, capsys):
+    write(mimic, {"icustays": frames["icustays"].drop(columns="los")})
+    assert check(config()) == 2
+    said = capsys.readouterr().out
+    assert "column `los` is missing" in said and "chartevents" in said
+
+
+def test_config_faults_are_told_together():
+    with pytest.raises(ValueError, match="defined for step_hours=1"):
+        FeaturesConfig(mimic_iv="x", out="y", preset="medfuse", step_hours=2)
+    with pytest.raises(ValueError, match="multiple of `step_hours`"):
+        FeaturesConfig(mimic_iv="x", out="y", step_hours=5)
+    with pytest.raises(ValueError, match="needs mimic_cxr"):
+        FeaturesConfig(mimic_iv="x", out="y", tasks=["findings"])
+    with pytest.raises(ValueError, match="such as 4GB"):
+        FeaturesConfig(mimic_iv="x", out="y", memory="lots")

@@ -1,0 +1,102 @@
+"""Who is in the cohort, what fell out, and why."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from configs import UserError
+from ehr_features.cohort import Attrition, stays
+from ehr_features.source import Source
+
+DAY = pd.Timedelta(days=1)
+
+
+def chosen(frames, preset="default"):
+    attrition = Attrition()
+    table = stays(Source.from_frames(frames), preset, attrition).to_pandas()
+    gone = {e["why"]: e["ids"] for e in attrition.exclusions if e["ids"]}
+    return table.set_index("stay_id"), gone, attrition
+
+
+def test_every_adult_stay_is_in(frames):
+    table, gone, attrition = chosen(frames)
+    assert list(table.index) == sorted(frames["icustays"].stay_id) and not gone
+    assert table.los_hours.tolist() == [60, 50, 30, 100, 49, 20, 72, 48]
+    assert [e["before"] for e in attrition.exclusions] == [8] * len(attrition.exclusions)
+
+
+def test_impossible_rows_are_dropped_counted_and_listed(frames):
+    icu = frames["icustays"]
+    icu.loc[0, "outtime"] = icu.loc[0, "intime"] - DAY  # outtime before intime
+    icu.loc[1, "outtime"] = pd.NaT
+    frames["admissions"].loc[2, "deathtime"] = icu.loc[2, "intime"]  # dead on arrival
+    frames["patients"].loc[4, "anchor_age"] = 17
+    twin = icu.iloc[[5]].assign(intime=icu.loc[5, "intime"] + DAY)  # one stay_id, two rows
+    same = icu.iloc[[6]]
+    frames["icustays"] = pd.concat([icu, twin, same], ignore_index=True)
+    table, gone, _ = chosen(frames)
+    first = 30_000_001
+    assert gone == {
+        "the same row of icustays twice; one kept": [first + 6],
+        "one stay_id in different rows; none kept": [first + 5],
+        "no intime or no outtime": [first + 1],
+        "outtime not after intime": [first],
+        "intime not before deathtime": [first + 2],
+        "younger than 18 at intime, or of unknown age": [first + 4],
+    }
+    assert list(table.index) == [first + 3, first + 6, first + 7]
+
+
+def test_age_is_that_at_intime_and_91_is_marked_as_capped(frames):
+    frames["patients"].loc[0, ["anchor_age", "anchor_year"]] = [17, 2148]  # 19 in 2150
+    frames["patients"].loc[1, "anchor_age"] = 91
+    table, gone, _ = chosen(frames)
+    assert table.age_years.tolist()[:2] == [19, 91] and not gone
+    assert table.age_capped.tolist()[:3] == [False, True, False]
+
+
+def test_death_comes_from_flag_or_deathtime_and_not_from_dod(frames):
+    frames["patients"]["dod"] = frames["admissions"].dischtime.dt.strftime("%Y-%m-%d")
+    frames["admissions"].loc[0, "hospital_expire_flag"] = 1  # no deathtime: dead by the end of the admission
+    table, _, _ = chosen(frames)
+    assert table.died.tolist() == [True, False, False, True, False, False, False, False]
+    assert table.death_at.iloc[0] == table.dischtime.iloc[0]
+    assert table.death_at.iloc[3] == table.intime.iloc[3] + pd.Timedelta(hours=90)
+
+
+def test_a_stay_without_its_admission_or_patient_is_listed(frames):
+    frames["admissions"] = frames["admissions"].iloc[1:]
+    frames["patients"] = frames["patients"].iloc[:-1]
+    _, gone, _ = chosen(frames)
+    assert list(gone.values()) == [[30_000_001], [30_000_008]]
+
+
+def test_an_empty_cohort_says_which_rule_emptied_it(frames):
+    frames["patients"]["anchor_age"] = 5
+    with pytest.raises(UserError, match="the cohort is empty: no ICU stay is left after `younger than 18"):
+        chosen(frames)
+
+
+def test_an_admission_in_two_different_rows_is_refused(frames):
+    twin = frames["admissions"].iloc[[0]].assign(race="ASIAN")
+    frames["admissions"] = pd.concat([frames["admissions"], twin])
+    with pytest.raises(UserError, match=r"1 hadm_id have two different rows, e\.g\. \[20000001\]"):
+        chosen(frames)
+
+
+def test_medfuse_cohort_counts_stays_per_admission_after_dropping_transfers(frames):
+    icu = frames["icustays"]
+    moved = icu.iloc[[0]].assign(stay_id=39, last_careunit="SICU")  # its admission keeps the other stay
+    second = icu.iloc[[1]].assign(stay_id=40)
+    frames["icustays"] = pd.concat([icu, moved, second], ignore_index=True)
+    table, gone, _ = chosen(frames, "medfuse")
+    assert gone["first and last care unit differ"] == [39]
+    assert gone["the admission has another such stay"] == [40, 30_000_002]
+    assert 30_000_001 in table.index
+
+
+def test_medfuse_death_comes_from_dod_too(frames):
+    frames["patients"].loc[0, "dod"] = str((frames["admissions"].loc[0, "dischtime"]).date())
+    table, _, _ = chosen(frames, "medfuse")
+    assert table.died.tolist() == [True, False, False, True, False, False, False, False]

@@ -1,0 +1,39 @@
+"""engine: pyspark gives the features that DuckDB gives."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from ehr_features.build import build
+from ehr_features.config import FeaturesConfig
+
+pytestmark = [pytest.mark.spark, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs():
+    pytest.importorskip("pyspark", reason="pyspark is not installed (extra `spark`)")
+    if shutil.which("java") is None:
+        pytest.skip("Java is not on this machine")
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("default")
+def test_spark_equals_duckdb_on_the_real_demo(shared, tmp_path):
+    tables = {"mimic_iv": str(shared / "data/mimic-iv-demo-2.2"), "mimic_cxr": str(shared / "data/mimic-cxr-linked")}
+    tasks = ("mortality", "phenotypes", "decompensation", "length_of_stay")
+    made = {
+        engine: build(FeaturesConfig(**tables, out=tmp_path / engine, engine=engine, memory="2GB", tasks=tasks))
+        for engine in ("duckdb", "pyspark")
+    }
+    for path in made["duckdb"].rglob("*.parquet"):
+        other = made["pyspark"] / path.relative_to(made["duckdb"])
+        pd.testing.assert_frame_equal(pd.read_parquet(path), pd.read_parquet(other))
+    a, b = (load_file(folder / "series.safetensors") for folder in made.values())
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
