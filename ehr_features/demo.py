@@ -119,8 +119,10 @@ def _check(out: Path, plan: Plan) -> None:
     ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "truth.json").is_file()))
     if not ours:
         raise UserError(f"{out}: is not empty and was not written by `ehr_features demo`; give another folder")
-    if plan.subjects < 20:
-        raise UserError(f"subjects: got {plan.subjects}, wanted 20 or more, so that every kind of row occurs")
+    if plan.subjects < 50:
+        raise UserError(f"subjects: got {plan.subjects}, wanted 50 or more, so that every kind of row occurs")
+    if plan.seed < 0:
+        raise UserError(f"seed: got {plan.seed}, wanted 0 or more")
     if not 32 <= plan.film_size <= 2048:
         raise UserError(f"film_size: got {plan.film_size}, wanted 32 to 2048 pixels")
     for name in ("view_shortcut", "ed_text"):

@@ -61,7 +61,7 @@ def people(plan: Plan, outcomes: Outcomes) -> People:
         rng.integers(20, 900, admissions["subject_id"].nunique()), "D"
     )
     dod = after[rng.random(len(after)) < 0.12]
-    subjects["dod"] = subjects["subject_id"].map(last).fillna(subjects["subject_id"].map(dod)).dt.normalize()
+    subjects["dod"] = pd.concat([last, dod[~dod.index.isin(last.index)]]).reindex(subjects["subject_id"]).to_numpy()
     studies = draw_studies(rng, plan, subjects, stays, visits, film)
     return People(subjects, admissions, stays, visits, studies, record, film, phenotypes)
 

@@ -73,7 +73,7 @@ def _body(c: Canvas, broad: Array) -> Array:
 def _bones(c: Canvas, broad: Array) -> Array:
     """Ribs, spine, windpipe, clavicles, shoulder blades; bones fade with age and are denser in men."""
     x, y, ax = c.x, c.y, np.abs(c.x)
-    bone = (1.0 - 0.12 * c.age + c.normal(0.08)) * (0.9 + 0.2 * c.male)
+    bone = (1.0 - 0.20 * c.age + c.normal(0.06)) * (0.9 + 0.2 * c.male)
     slope = 0.42 + c.trait(0.04) + 0.13 * c.portable
     spacing = 0.152 + c.trait(0.010)
     behind = (y + 0.30 - slope * (ax - 0.15) + 0.88 * (ax - 0.25) ** 2) / spacing
@@ -176,7 +176,7 @@ def lateral(c: Canvas) -> Array:
     arch = np.exp(-(((np.hypot(x - 0.12, y + 0.24) - 0.20) / 0.07) ** 2)) * step(-0.15 - y, 0.1)
     hila = np.exp(-(((x - 0.06) / 0.12) ** 2) - ((y + 0.05) / 0.15) ** 2)
     vascular = 0.06 * arch * np.clip(1 + 0.25 * c.age, 0.5, 2) + 0.11 * hila + 0.014 * (c.grain(0) + c.grain(1))
-    bone = 1.0 - 0.12 * c.age + c.normal(0.08)
+    bone = 1.0 - 0.20 * c.age + c.normal(0.06)
     vertebra = 0.13 + 0.05 * np.cos(2 * np.pi * (y - 0.2 * x) / 0.15)
     spine = vertebra * dome(((x - 0.50 - 0.10 * np.cos(1.8 * (y - 0.1))) / 0.115) ** 2)
     breast = 0.10 * np.exp(-(((x + 0.60 + broad - 0.10 * np.clip(-y, 0, 1)) / 0.035) ** 2)) * step(0.3 - y, 0.1)

@@ -284,7 +284,7 @@ def test_foreign_folders_and_wild_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was not written by"):
         demo.generate(tmp_path / "theirs", **SMALL)
     assert (tmp_path / "theirs/notes.txt").read_text() == "mine"
-    for wrong in ({"subjects": 3}, {"film_size": 8}, {"ed_text": 2.0}, {"risk": "none"}):
+    for wrong in ({"subjects": 3}, {"seed": -1}, {"film_size": 8}, {"ed_text": 2.0}, {"risk": "none"}):
         with pytest.raises(UserError):
             demo.generate(tmp_path / "new", **(SMALL | wrong))
     assert not (tmp_path / "new").exists()
