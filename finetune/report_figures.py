@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,8 @@ def _axes(x: Scale, y: Scale, frame: Frame, width: int, height: int, title: str)
 def _line(s: Series, x: Scale, y: Scale) -> Html:
     """One series; what lies outside the axes is left out."""
     room = 1e-6 * (y.high - y.low)
-    kept = [i for i, v in enumerate(s.y) if y.low - room <= v <= y.high + room]
+    inside = [y.low - room <= v <= y.high + room for v in s.y]
+    kept = [i for i, shown in enumerate(inside) if shown]
     points = [(x(s.x[i]), y(s.y[i])) for i in kept]
     css = f"c{s.index % COLOURS}"
     parts: list[Html] = []
@@ -196,8 +198,11 @@ def _line(s: Series, x: Scale, y: Scale) -> Html:
             parts.append(tag("polygon", points=_points(band), class_=f"band {css}"))
     if not s.whiskers:
         dash = DASHES[(s.index // COLOURS) % len(DASHES)]
-        name = tag("title", s.name)
-        parts.append(tag("polyline", name, points=_points(points), class_=f"line {css}", stroke_dasharray=dash))
+        for shown, part in groupby(range(len(s.y)), key=lambda i: inside[i]):
+            piece = _points([(x(s.x[i]), y(s.y[i])) for i in part])
+            if shown:
+                name = tag("title", s.name)
+                parts.append(tag("polyline", name, points=piece, class_=f"line {css}", stroke_dasharray=dash))
     if s.marks or len(points) == 1:
         parts += [mark(s.index, a, b, 3.5) for a, b in points]
     return join(parts)

@@ -78,7 +78,9 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
 
 def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> dict[Any, Any] | None:
     """The main label's paired difference on the test rows that all these runs have; None where there are too few."""
-    read = [_rows(run) for run in (*a, *b)]
+    read = [rows for run in (*a, *b) if (rows := _rows(run)) is not None]
+    if len(read) < len(a) + len(b):
+        return None
     common = read[0].index
     for one in read[1:]:
         common = common.intersection(one.index)
@@ -103,12 +105,11 @@ def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> dict[Any, Any]
     return row if np.isfinite(row["difference"]) else None
 
 
-def _rows(run: Run) -> pd.DataFrame:
-    """The test predictions by sample_id, study_id or dicom_id, whichever tells the rows apart."""
+def _rows(run: Run) -> pd.DataFrame | None:
+    """The test predictions by sample_id, study_id or dicom_id, whichever tells the rows apart; None where none does."""
     table = run.predictions()
-    assert table is not None, "runs without predictions are left out before"
-    keys = [c for c in ("sample_id", "study_id", "dicom_id") if c in table and table[c].is_unique]
-    return table.set_index(keys[0]) if keys else table
+    keys = [c for c in ("sample_id", "study_id", "dicom_id") if table is not None and c in table and table[c].is_unique]
+    return table.set_index(keys[0]) if table is not None and keys else None
 
 
 def _note(found: Sequence[tuple[str, str, dict[Any, Any]]], apart: Sequence[str]) -> str:

@@ -1,9 +1,8 @@
-"""The report, on run folders written from the contract."""
+"""Run folders written from the contract, for the report."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,8 @@ import yaml
 from safetensors.numpy import save_file
 from scipy.special import expit
 
-from configs import UserError
 from ehr_features.files import provenance, write_json
 from finetune.metrics import evaluate
-from finetune.report import report
-from finetune.report_data import read_runs
 from finetune.results import write_predictions, write_results
 
 FINDINGS = ["Cardiomegaly", "Edema", "Pleural Effusion", "Pneumothorax", "Support Devices"]
@@ -145,103 +141,6 @@ def make_runs(folder: Path) -> list[Path]:
     return made
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+@pytest.fixture(scope="session")
+def report_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return make_runs(tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture(scope="module")
-def html(runs: list[Path]) -> str:
-    return report(runs, runs[0].parents[1] / "report.html").read_text(encoding="utf-8")
-
-
-def figures(html: str) -> list[str]:
-    return re.findall(r'<figure id="figure-([^"]+)">', html)
-
-
-def test_every_part_of_a_full_set_of_runs_is_there(html: str) -> None:
-    wanted = {
-        "hidden",
-        "pairs-findings",
-        "pairs-mortality",
-        "curves-findings",
-        "flow",
-        "splits",
-        "missing",
-        "pretraining",
-        "watch",
-        "overview-findings",
-        "labels-findings",
-    }
-    assert wanted | {"fractions-findings", "overview-mortality", "subgroups-findings"} <= set(figures(html))
-    assert len(figures(html)) == len(set(figures(html)))
-
-
-def test_each_figure_has_its_numbers_as_a_table(html: str) -> None:
-    for body in html.split("<figure")[1:]:
-        assert "<table>" in body.split("</figure>")[0]
-
-
-def test_nothing_is_loaded_and_no_script_runs(html: str) -> None:
-    assert "default-src 'none'" in html.replace("&#x27;", "'")
-    assert not re.search(r"<(script|link|iframe|object)\b", html)
-    assert not re.search(r"""(src|href)=["'](?!#|data:)""", html) and "@import" not in html
-
-
-def test_text_from_data_is_escaped(html: str) -> None:
-    assert HOSTILE not in html and "&lt;script&gt;" in html
-
-
-def test_numbers_are_those_of_results_json(runs: list[Path], html: str) -> None:
-    for run in read_runs(runs):
-        if head := run.headline():
-            assert f"{head['value']:.3f} ({head['low']:.3f}–{head['high']:.3f})" in html
-
-
-def test_warnings_stand_above_every_section(html: str) -> None:
-    top = html[: html.index("<section")]
-    assert "allow_leak" in top and "collapsed" in top
-
-
-def test_a_healthy_run_has_no_warning_of_collapse(runs: list[Path], tmp_path: Path) -> None:
-    html = report(runs[:1], tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "No warnings" in html and "No sign of collapse" in html
-
-
-def test_a_part_without_data_says_so_or_is_left_out(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "empty", {"features": "nowhere"})
-    html = report([run], tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "is not here" in html and not figures(html) and "no results yet" in html
-
-
-def test_a_folder_of_runs_stands_for_its_runs(runs: list[Path]) -> None:
-    assert {run.folder.name for run in read_runs([runs[0].parent])} == {run.name for run in runs}
-
-
-def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
-    made = [make_run(tmp_path / seed / "probe", {}) for seed in ("a", "b")]
-    assert [run.name for run in read_runs(made)] == ["a/probe", "b/probe"]
-
-
-@pytest.mark.parametrize(
-    ("file", "content"), [("results.json", "{"), ("metrics.jsonl", "x\n{}\n"), ("config.yaml", "a: [")]
-)
-def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str) -> None:
-    run = make_run(tmp_path / "run", {})
-    (run / file).write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=file):
-        report([run], tmp_path / "r.html")
-    assert not (tmp_path / "r.html").exists()
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a run"):
-        report([tmp_path], tmp_path / "r.html")
-    with pytest.raises(UserError, match="no such folder"):
-        report([tmp_path / "none"], tmp_path / "r.html")
-
-
-def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path, runs: list[Path]) -> None:
-    run = make_run(tmp_path / "run", {})
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
-    assert len(read_runs([run])[0].metrics) == 1
