@@ -25,7 +25,7 @@ from ehr_features.verdict import PROVED, REFUTED, UNKNOWN
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small raw MIMIC, and the features/ built from it."""
     root = tmp_path_factory.mktemp("audit")
-    demo.generate(root / "raw", subjects=40, seed=3, film_size=32)
+    demo.generate(root / "raw", subjects=60, seed=3, film_size=32)
     raw = {f"mimic_{name}": str(root / "raw" / folder) for name, folder in (("iv", "mimic-iv"), ("cxr", "mimic-cxr"))}
     config = FeaturesConfig(**raw, mimic_ed=str(root / "raw" / "mimic-iv-ed"), out=root / "features")
     return build(config)
@@ -93,14 +93,15 @@ def _films_ten_hours_early(stay_films: pd.DataFrame) -> None:
 
 
 def _filled_backwards(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    begin, end = arrays["offsets"][:2]
     layout = series.layout(channels.read_channels())
-    for column, channel in enumerate(layout.source):
-        seen = np.flatnonzero(arrays["observed"][begin:end, channel])
-        if len(seen) and seen[0] > 0 and layout.category[column] == -1:
-            arrays["values"][begin : begin + seen[0], column] = arrays["values"][begin + seen[0], column]
-            return
-    raise AssertionError("every variable of the first stay is observed in its first hour")
+    for begin, end in zip(arrays["offsets"], arrays["offsets"][1:], strict=False):
+        for column, channel in enumerate(layout.source):
+            seen = np.flatnonzero(arrays["observed"][begin:end, channel])
+            values = arrays["values"][begin:end, column]
+            if len(seen) and values[seen[0]] != values[0]:
+                values[: seen[0]] = values[seen[0]]
+                return
+    raise AssertionError("no first value differs from the normal one")
 
 
 def _an_hour_early(folder: Path, arrays: dict[str, np.ndarray]) -> None:
