@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from configs import cli
 from finetune.config import FuseConfig, ProbeConfig
 
 
 def _probe(config: ProbeConfig, args: argparse.Namespace) -> None:
+    if args.watch:
+        from finetune.watch import watch
+
+        watch(config, args.watch)
+        return
     from finetune.probe import probe
 
     probe(config, args)
@@ -25,6 +31,24 @@ def _score(args: argparse.Namespace) -> None:
     from finetune.score import score
 
     score(args.labels, args.scores, groups=args.groups, samples=args.samples, seed=args.seed, out=args.out)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from finetune.compare import show
+
+    show(args.a, args.b, split=args.split, samples=args.samples, seed=args.seed)
+
+
+def _embed(args: argparse.Namespace) -> None:
+    from finetune.embed import embed
+
+    embed(args.encoder, args.films, args.out, pool=args.pool)
+
+
+def _nearest(args: argparse.Namespace) -> None:
+    from finetune.embed import nearest
+
+    nearest(args.embeddings, args.film, number=args.number, encoder=args.encoder)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -51,18 +75,31 @@ def _runs(args: argparse.Namespace) -> None:
     show(args.folder)
 
 
+def _command(commands: Any, name: str, *, says: str, example: str) -> argparse.ArgumentParser:
+    """A command without a config, with its worked example."""
+    return commands.add_parser(
+        name,
+        help=says,
+        description=says,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and leave with an exit code."""
     top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
-    cli.config_command(
+    probe = cli.config_command(
         commands,
         "probe",
         ProbeConfig,
         _probe,
-        says="score an encoder on the findings of its films: linear, logistic, kNN",
+        says="score an encoder on the findings of its films: linear, attentive, logistic, kNN, finetune, transfer",
         example="python -m finetune probe configs/probe_linear.yaml encoder=runs/vit/encoder out=runs/probe",
         distributed=True,
     )
+    probe.add_argument("--watch", metavar="RUN", help="follow a pretraining: probe each encoder that it exports")
     cli.config_command(
         commands,
         "fuse",
@@ -80,15 +117,45 @@ def main(argv: list[str] | None = None) -> None:
     score.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
     score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     score.set_defaults(run=_score)
-    report = commands.add_parser("report", help="one HTML page for any set of runs")
+    compare = commands.add_parser("compare", help="paired difference between two methods on the same test subjects")
+    compare.add_argument("a", metavar="RUN", nargs="+", help="runs of one method, a training seed each")
+    compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", required=True, help="runs of the other method")
+    compare.add_argument("--split", default="test", choices=("val", "test"))
+    compare.add_argument("--samples", type=int, default=1000, help="resamples (default 1000)")
+    compare.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
+    compare.set_defaults(run=_compare)
+    embed = commands.add_parser("embed", help="features of any films, by an exported encoder alone")
+    embed.add_argument("encoder", metavar="ENCODER", help="encoder/, or a run that has one")
+    embed.add_argument("films", metavar="FILMS", help="a folder, a list (.txt, .csv with a column path), or one film")
+    embed.add_argument("out", metavar="OUT.parquet")
+    embed.add_argument("--pool", choices=("cls", "avg", "max"), help="default: the encoder's own")
+    embed.set_defaults(run=_embed)
+    nearest = commands.add_parser("nearest", help="the films most alike to one")
+    nearest.add_argument("embeddings", metavar="EMBEDDINGS.parquet", help="what `embed` wrote")
+    nearest.add_argument("film", metavar="FILM", help="an id or path in it, or another film's file")
+    nearest.add_argument("--number", type=int, default=10, help="how many (default 10)")
+    nearest.add_argument("--encoder", help="in place of the one that EMBEDDINGS names")
+    nearest.set_defaults(run=_nearest)
+    report = _command(
+        commands,
+        "report",
+        says="one HTML page for any set of runs: curves, intervals, differences, warnings",
+        example="python -m finetune report runs/pretrain runs/probe runs/fuse --out report.html",
+    )
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a folder that holds runs")
     report.add_argument("--out", metavar="FILE", default="report.html", help="default report.html")
-    report.add_argument(
-        "--with-films", action="store_true", help="show films too; such a page must not leave the house"
-    )
+    report.add_argument("--with-films", action="store_true", help="show films too; such a page must not be passed on")
     report.add_argument("--truth", metavar="FILE", help="truth.json of a synthetic hospital, if it was moved")
     report.add_argument("--screenshot", metavar="FILE.png", help="also draw the top of the page (needs Chromium)")
     report.set_defaults(run=_report)
+    runs = _command(
+        commands,
+        "runs",
+        says="list the runs in a folder with their key numbers",
+        example="python -m finetune runs runs",
+    )
+    runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default runs")
+    runs.set_defaults(run=_runs)
     demo = commands.add_parser("demo", help="from raw synthetic tables to report.html, on two CPU cores")
     demo.add_argument(
         "out", metavar="OUT", nargs="?", default="demo", help="a new folder, or one to go on with (default demo)"
@@ -99,9 +166,6 @@ def main(argv: list[str] | None = None) -> None:
         "--shuffled", action="store_true", help="permute findings, codes and deaths: nothing can be learned"
     )
     demo.set_defaults(run=_demo)
-    runs = commands.add_parser("runs", help="list the runs in a folder with their key numbers")
-    runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default runs")
-    runs.set_defaults(run=_runs)
     cli.main(top, argv)
 
 

@@ -20,6 +20,8 @@ from configs import UserError
 from ehr_features.files import read_json
 from finetune.results import COLUMNS, read_results
 
+MARK = "config.yaml"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -109,25 +111,33 @@ def plain(rows: pd.DataFrame, subset: str = "all") -> pd.DataFrame:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read runs; a folder that holds run folders stands for all of them.
+    """Read runs, in the order given; a folder that holds run folders stands for all of them.
 
     Raises: UserError: no such folder, not a run, or a damaged file.
     """
-    found: list[Path] = []
+    found = find_runs(folders)
+    return [read_run(path, name) for path, name in zip(found, _names(found), strict=True)]
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[Path]:
+    """The run folders among these, or one or two levels below them, each once. Raises: UserError: none."""
+    found: dict[Path, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give run folders, e.g. runs/pretrain runs/probe")
-        inside = [folder] if is_run(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and is_run(p))
+        inside = (
+            [folder] if is_run(folder) else [p.parent for p in [*folder.glob(f"*/{MARK}"), *folder.glob(f"*/*/{MARK}")]]
+        )
         if not inside:
             raise UserError(
-                f"{folder}: neither a run (config.yaml beside results.json or metrics.jsonl) nor a folder of runs"
+                f"{folder}: neither a run ({MARK} beside results.json or metrics.jsonl) nor a folder of runs"
             )
-        found += [path for path in inside if path.resolve() not in {f.resolve() for f in found}]
-    return [_read(path, name) for path, name in zip(found, _names(found), strict=True)]
+        found |= {path.resolve(): path for path in sorted(inside) if path.resolve() not in found}
+    return list(found.values())
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
+    return (folder / MARK).is_file()
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -140,7 +150,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [folder.as_posix() for folder in folders]
 
 
-def _read(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str) -> Run:
+    """Read one run. Raises: UserError: a file in it is damaged."""
     result, rows = read_results(folder) if (folder / "results.json").is_file() else ({}, pd.DataFrame(columns=COLUMNS))
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from configs import UserError
+from finetune.__main__ import main
 from finetune.report import report
-from finetune.report_data import read_runs
+from finetune.report_data import find_runs, read_runs
+from finetune.report_runs import show
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -116,3 +118,36 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path, report_runs: 
     run = make_run(tmp_path / "run", {})
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
     assert len(read_runs([run])[0].metrics) == 1
+
+
+def test_runs_of_a_grid_are_found_two_levels_down(tmp_path: Path) -> None:
+    made = [make_run(tmp_path / "grid" / name, {}) for name in ("a", "b")]
+    assert find_runs([tmp_path]) == made
+
+
+def test_the_list_of_runs_has_their_numbers_and_no_colours_when_piped(
+    report_runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(report_runs[0].parent)
+    printed = capsys.readouterr().out
+    for run in read_runs(report_runs):
+        assert run.name in printed
+        if head := run.headline():
+            assert f"{head['value']:.3f} ({head['low']:.3f}–{head['high']:.3f})" in printed
+    assert "\x1b" not in printed
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "whole", {})
+    (make_run(tmp_path / "broken", {}) / "results.json").write_text("{", encoding="utf-8")
+    show(tmp_path)
+    printed = capsys.readouterr().out
+    assert "damaged" in printed and "whole" in printed
+
+
+@pytest.mark.parametrize("command", ["report", "runs"])
+def test_help_fits_a_screen_and_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "example:" in printed and printed.count("\n") <= 24
