@@ -111,6 +111,17 @@ def compare_runs(
     return paired(first[1], *stacked, groups=first[2], names=first[3], samples=samples, seed=seed, same_seeds=same)
 
 
+def show(a: Sequence[str], b: Sequence[str], *, split: str, samples: int, seed: int) -> pd.DataFrame:
+    """Print `compare_runs`."""
+    table = compare_runs(a, b, split=split, samples=samples, seed=seed)
+    shown = table.drop(columns=["metric", "runs_a", "runs_b", "claim"])
+    print(f"AUROC on {split}: a = {', '.join(a)}; b = {', '.join(b)}")
+    print(shown.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    if table["claim"].iloc[0] == "one run":
+        print(f"this compares the runs at hand; a claim between methods takes {ENOUGH_SEEDS} training seeds of each")
+    return table
+
+
 def _units(folder: str | Path, split: str) -> tuple[list[Any], Any, Any, Any, list[str]]:
     """keys, labels (N, L), probabilities (N, L), subjects, names, sorted by key."""
     ids, labels, logits = read_predictions(folder, split)

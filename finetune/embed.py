@@ -1,0 +1,130 @@
+"""`embed` and `nearest`: features of any films by an exported encoder, with nothing of the record.
+
+Comes in: encoder/ and a folder of films, a list of paths (.txt, .csv with a column path), or one film. Goes out:
+Parquet with dicom_id, path and columns f0 ... f(D-1); films that cannot be read are set aside, named and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from configs import UserError
+from ehr_features.files import new_file
+from finetune.net import open_encoder
+from pretrain import encoder as encoders
+from pretrain.films import SUFFIXES, BadFilm, decode, fit
+from pretrain.progress import Bar
+
+
+def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_size: int = 64) -> Path:
+    """Write features of `films` to `out`.
+
+    Args:
+        pool: of the encoder; its own if None.
+    Raises: UserError: no encoder, no films, or none that can be read.
+    """
+    made, _ = open_encoder(encoder)
+    paths = film_paths(films)
+    print(f"{len(paths):,} films by {encoder}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept: list[Path] = []
+    bad: list[tuple[Path, str]] = []
+    parts: list[np.ndarray] = []
+    with Bar("embedding", len(paths), "films") as bar:
+        for start in range(0, len(paths), batch_size):
+            batch = []
+            for path in paths[start : start + batch_size]:
+                try:
+                    batch.append(fit(decode(path), made.preprocess.size))
+                    kept.append(path)
+                except BadFilm as error:
+                    bad.append((path, str(error)))
+            if batch:
+                found = encoders.embed(made, np.stack(batch), pool=pool, batch_size=batch_size, device=device)
+                parts.append(found.numpy())
+            bar.advance(len(paths[start : start + batch_size]))
+    for path, why in bad[:10]:
+        print(f"left out: {path}: {why}")
+    if not kept:
+        raise UserError(f"{films}: none of {len(paths)} films can be read; the first: {bad[0][0]}: {bad[0][1]}")
+    features = np.concatenate(parts)
+    table = pa.table(
+        {
+            "dicom_id": [path.stem for path in kept],
+            "path": [path.as_posix() for path in kept],
+            **{f"f{i}": features[:, i] for i in range(features.shape[1])},
+        },
+        metadata={"ehr_msn": json.dumps({"encoder": encoder, "pool": pool or made.meta["pool"], "left_out": len(bad)})},
+    )
+    with new_file(out) as part:
+        pq.write_table(table, part)
+    print(f"wrote {out}: {len(kept):,} films x {features.shape[1]} features" + f", {len(bad)} left out" * bool(bad))
+    print(f"next: python -m finetune nearest {out} {kept[0]}")
+    return Path(out)
+
+
+def film_paths(films: str) -> list[Path]:
+    """The films that a folder, a list or a path stands for. Raises: UserError: none."""
+    path = Path(films)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    elif not path.is_file():
+        raise UserError(f"{films}: no such folder, list or film")
+    elif path.suffix == ".txt":
+        found = [path.parent / line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif path.suffix == ".csv":
+        table = pd.read_csv(path)
+        if "path" not in table:
+            raise UserError(f"{films}: no column `path`; found {', '.join(map(str, table.columns))}")
+        found = [path.parent / str(p) for p in table["path"]]
+    else:
+        found = [path]
+    if not found:
+        raise UserError(f"{films}: no film here (wanted {', '.join(SUFFIXES)})")
+    return found
+
+
+def nearest(embeddings: str, film: str, *, number: int = 10, encoder: str | None = None) -> pd.DataFrame:
+    """Print the films most alike to one, by the cosine of centred features.
+
+    Args:
+        embeddings: a file that `embed` wrote.
+        film: an id or a path in it, or another film's file (then its encoder is needed).
+        encoder: in place of the one that the file names.
+    Raises: UserError: not such a file, no such film.
+    """
+    try:
+        table = pq.read_table(embeddings)
+        about = json.loads((table.schema.metadata or {})[b"ehr_msn"])
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{embeddings}: not a file that `python -m finetune embed` wrote ({error})") from None
+    frame = table.to_pandas()
+    x = frame[[c for c in frame if c.startswith("f") and c[1:].isdigit()]].to_numpy(np.float32)
+    centre = x.mean(0)
+    own = np.flatnonzero((frame["dicom_id"] == film) | (frame["path"] == film))
+    if len(own):
+        query = x[own[0]]
+    elif Path(film).is_file():
+        made, _ = open_encoder(encoder or about["encoder"])
+        try:
+            pixels = fit(decode(film), made.preprocess.size)
+        except BadFilm as error:
+            raise UserError(f"{film}: {error}") from None
+        query = encoders.embed(made, pixels[None], pool=about["pool"]).numpy()[0]
+    else:
+        raise UserError(f"{film}: neither a film of {embeddings} nor a file")
+    a, b = x - centre, query - centre
+    cosine = a @ b / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b), 1e-12)
+    if len(own):
+        cosine[own] = -np.inf
+    order = np.argsort(-cosine)[: min(number, len(frame) - len(own))]
+    found = frame.iloc[order][["dicom_id", "path"]].assign(cosine=cosine[order]).reset_index(drop=True)
+    print(found.to_string(index=False, float_format="{:.3f}".format))
+    return found

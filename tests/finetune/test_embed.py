@@ -1,0 +1,125 @@
+"""`embed`, `nearest`, `score`, `probe --watch`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from configs import UserError
+from ehr_features.files import write_json
+from finetune.config import ProbeConfig
+from finetune.embed import embed, nearest
+from finetune.metrics import evaluate
+from finetune.score import score
+from finetune.watch import watch
+from pretrain import encoder as encoders
+
+World = Callable[..., Path]
+
+
+def tiny(folder: Path, step: int = 1, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    args = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
+    made = encoders.create("vit_tiny_patch16_224", image_size=32, model_args=args)
+    return encoders.save(folder / "encoder", made, {"step": step, "ehr_groups": {}})
+
+
+def draw(folder: Path, count: int = 6) -> Path:
+    (folder / "films").mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 30), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"films/film{i}.png")
+    return folder / "films"
+
+
+def test_films_of_a_folder_are_embedded_by_the_exported_encoder_alone(tmp_path: Path) -> None:
+    encoder, films = tiny(tmp_path), draw(tmp_path)
+    (films / "bad.jpg").write_bytes(b"\xff\xd8\xff no film")
+    table = pd.read_parquet(embed(str(encoder), str(films), str(tmp_path / "out.parquet"), batch_size=4))
+    assert table["dicom_id"].tolist() == [f"film{i}" for i in range(6)]  # the bad one is set aside
+    assert table.filter(regex=r"^f\d+$").shape == (6, 24)
+    one = pd.read_parquet(embed(str(encoder), str(films / "film3.png"), str(tmp_path / "one.parquet")))
+    np.testing.assert_allclose(one.filter(regex=r"^f\d+$"), table.filter(regex=r"^f\d+$").iloc[[3]], atol=1e-5)
+
+
+def test_the_nearest_film_to_a_copy_is_the_film(tmp_path: Path) -> None:
+    encoder, films = tiny(tmp_path), draw(tmp_path)
+    out = str(embed(str(encoder), str(films), str(tmp_path / "out.parquet")))
+    copy = tmp_path / "copy.png"
+    copy.write_bytes((films / "film2.png").read_bytes())
+    assert nearest(out, str(copy), number=3)["dicom_id"].tolist()[0] == "film2"
+    found = nearest(out, "film2", number=99)
+    assert "film2" not in found["dicom_id"].tolist() and len(found) == 5
+    with pytest.raises(UserError, match="neither a film of"):
+        nearest(out, "film99")
+
+
+@pytest.mark.parametrize("kind", ["npy", "csv", "parquet"])
+def test_any_two_arrays_are_scored(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    y = pd.DataFrame(rng.integers(2, size=(50, 2)), columns=["a", "b"]).astype(float)
+    s = pd.DataFrame(rng.random((50, 2)), columns=["a", "b"])
+    y.iloc[0, 0] = np.nan
+    names = ["a", "b"] if kind != "npy" else ["0", "1"]
+    for name, frame in (("y", y), ("s", s[["b", "a"]] if kind != "npy" else s)):  # columns are matched by name
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "npy":
+            np.save(path, frame.to_numpy())
+        elif kind == "csv":
+            frame.to_csv(path, index=False)
+        else:
+            frame.to_parquet(path)
+    groups = tmp_path / "groups.csv"
+    pd.DataFrame({"who": [f"p{i // 2}" for i in range(50)]}).to_csv(groups, index=False)
+    out = tmp_path / "table.csv"
+    got = score(str(tmp_path / f"y.{kind}"), str(tmp_path / f"s.{kind}"), groups=str(groups), samples=20, out=str(out))
+    wanted = evaluate(y, s, names=names, groups=[i // 2 for i in range(50)], samples=20)
+    pd.testing.assert_frame_equal(got, wanted)
+    assert "auroc" in capsys.readouterr().out and len(pd.read_csv(out)) == len(wanted)
+
+
+def test_arrays_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "y.npy", np.zeros(4))
+    np.save(tmp_path / "s.npy", np.zeros(5))
+    with pytest.raises(UserError, match=r"4 rows and .* 5"):
+        score(str(tmp_path / "y.npy"), str(tmp_path / "s.npy"))
+    with pytest.raises(UserError, match="no such file"):
+        score(str(tmp_path / "none.npy"), str(tmp_path / "s.npy"))
+
+
+def test_each_exported_encoder_is_probed_once_and_watching_ends_with_the_run(
+    make_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_world()
+    run = folder / "pretrain"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 0\n")
+    write_json(run / "provenance.json", {})
+    looks: list[int] = []
+
+    def next_export(seconds: float) -> None:  # what the pretraining does while the watcher sleeps
+        looks.append(1)
+        if len(looks) <= 2:
+            tiny(run, step=10 * len(looks), seed=len(looks))
+        elif len(looks) == 4:
+            write_json(run / "provenance.json", {"finished_at": "now"})
+
+    monkeypatch.setattr("finetune.watch.time.sleep", next_export)
+    images = folder / "features/images.parquet"
+    table = pd.read_parquet(images)
+    given = {"features": str(folder / "features"), "store": "memory", "encoder": str(run), "out": "unused", "epochs": 3}
+    config = ProbeConfig.model_validate(given)
+    lines = [json.loads(line) for line in watch(config, run).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20] and len(looks) == 4
+    assert all(0 <= line[key] <= 1 for line in lines for key in ("linear/auroc", "knn/auroc"))
+    findings = ["Edema", "Pneumonia", "Pneumothorax"]
+    table.loc[table["split"] == "test", findings] = 1 - table.loc[table["split"] == "test", findings]
+    table.to_parquet(images)  # test labels are not read: other ones change nothing
+    (run / "probe.jsonl").unlink()
+    again = [json.loads(line) for line in watch(config, run).read_text().splitlines()]
+    assert again == lines[1:]

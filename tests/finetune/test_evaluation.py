@@ -1,0 +1,168 @@
+"""Fractions, subgroups, shifts, transfer, and what needs no film."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from configs import UserError
+from finetune.config import ProbeConfig
+from finetune.evaluation import Scored, subgroups
+from finetune.films import fraction_rows, read_films
+from finetune.probe import probe
+from finetune.results import read_predictions, read_results
+
+World = Callable[..., Path]
+
+
+def config(folder: Path, **more: object) -> ProbeConfig:
+    given = {"features": str(folder / "features"), "store": "memory", "encoder": "pixels", "pixels": 4}
+    given |= {"out": str(folder / "runs/probe"), "epochs": 15, "samples": 60, **more}
+    return ProbeConfig.model_validate(given)
+
+
+def macros(folder: Path, **where: object) -> pd.DataFrame:
+    rows = read_results(folder)[1]
+    rows = rows[(rows["label"] == "macro") & (rows["metric"] == "auroc") & (rows["split"] == "test")]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    return rows.reset_index(drop=True)
+
+
+def test_a_fraction_never_splits_a_subject_and_smaller_ones_lie_inside(make_world: World) -> None:
+    films = read_films(make_world(subjects=300) / "features")
+    subject = films.table["subject_id"].to_numpy()
+    inside: set[int] = set()
+    for fraction in (0.05, 0.1, 0.5, 1.0):
+        rows = fraction_rows(films, fraction, seed=3)
+        kept = set(subject[rows])
+        assert set(films.table["split"].iloc[rows]) == {"train"}
+        assert len(rows) == np.isin(subject[films.rows("train")], list(kept)).sum()  # all films of each
+        assert inside <= kept
+        assert len(kept) == round(fraction * len(set(subject[films.rows("train")])))
+        inside = kept
+    assert set(fraction_rows(films, 0.1, 3)) != set(fraction_rows(films, 0.1, 4))
+    with pytest.raises(UserError, match="less than one"):
+        fraction_rows(films, 0.001, 0)
+
+
+def test_fractions_are_repeated_and_averaged(make_world: World) -> None:
+    out = probe(config(make_world(), fraction=[0.1, 1.0], repeats=3, method="logistic"))
+    rows = macros(out)
+    assert rows["fraction"].tolist() == [0.1, 1.0]
+    fits = read_results(out)[0]["fractions"]
+    assert [(f["fraction"], f["draw"]) for f in fits] == [(0.1, 0), (0.1, 1), (0.1, 2), (1.0, 0)]
+    assert len({f["val_auroc"] for f in fits[:3]}) > 1
+    wide, narrow = (rows["high"] - rows["low"])[0], (rows["high"] - rows["low"])[1]
+    assert rows["value"][0] < rows["value"][1] and wide > narrow
+
+
+def test_subgroups_and_the_largest_gap_of_a_planted_one() -> None:
+    rng = np.random.default_rng(0)
+    n = 400
+    y = (rng.random((n, 2)) < 0.4).astype(np.float32)
+    sex = np.array(["F", "M"])[rng.integers(2, size=n)]
+    worse = np.where(sex == "F", 0.0, 3.0)[:, None]  # nothing is learned of F
+    p = 1 / (1 + np.exp(-(rng.normal(size=(n, 2)) + worse * (y - 0.5))))
+    table = pd.DataFrame({"subject_id": np.arange(n), "by_sex": sex, "by_view": ["AP", "PA"] * (n // 2)})
+    rows, gaps = subgroups(Scored(table, y, p, ["a", "b"]), ["view", "sex"], samples=100, seed=0)
+    assert set(rows["subset"]) == {"sex=F", "sex=M", "view=AP", "view=PA"}
+    assert (gaps[0]["field"], gaps[0]["higher"], gaps[0]["lower"]) == ("sex", "M", "F")
+    assert gaps[0]["low"] > 0.2 and gaps[0]["labels"] == 2 and gaps[0]["difference"] > gaps[1]["difference"]
+    each = rows[(rows["subset"] == "sex=F") & (rows["label"] == "macro") & (rows["metric"] == "auroc")].iloc[0]
+    assert each["n"] == (sex == "F").sum()
+    with pytest.raises(UserError, match="no field `race` here; there are sex, view"):
+        subgroups(Scored(table, y, p, ["a", "b"]), ["race"], samples=0, seed=0)
+
+
+def test_a_view_shortcut_is_caught_by_the_shift(make_world: World) -> None:
+    folder = make_world(subjects=300)
+    store = __import__("finetune.sources").sources.Store("memory")
+    images = pd.read_parquet(folder / "features/images.parquet")
+    for film, view, edema in images[["dicom_id", "view", "Edema"]].itertuples(index=False):
+        pixels = store.films[film]
+        pixels[:] = np.random.default_rng(len(film)).integers(90, 110, pixels.shape)
+        marked = edema == 1 if view == "AP" else int(film[-1]) % 2  # on PA films the marker says nothing
+        pixels[24:, 24:] = 220 if marked else 20
+    out = probe(config(folder, labels=["Edema"], shift={"field": "view"}))
+    rows = macros(out).set_index("subset")["value"]
+    assert rows["view: AP -> AP"] > 0.95 and rows["view: AP -> PA"] < 0.65
+    says = read_results(out)[0]["shift"]
+    assert says["source"] == ["AP"] and says["target"] == ["PA"]
+    assert {"a", "b", "difference", "low", "high", "p"} <= set(says["comparison"][0])
+
+
+def test_a_finding_that_is_there_in_both_views_survives_the_shift(make_world: World) -> None:
+    out = probe(config(make_world(subjects=300), shift={"field": "view"}, method="logistic"))
+    assert macros(out, subset="view: AP -> PA")["value"].item() > 0.8
+    assert abs(read_results(out)[0]["shift"]["comparison"][0]["difference"]) < 0.1
+
+
+def test_a_head_is_scored_elsewhere_without_being_fitted(make_world: World) -> None:
+    folder = make_world()
+    first = probe(config(folder, labels=["Edema", "Pneumonia"]))
+    again = probe(config(folder, method="transfer", head=str(first), out=str(folder / "runs/transfer"), views="all"))
+    about, rows = read_results(again)
+    assert about["transfer"]["labels"] == ["Edema", "Pneumonia"] and set(rows["split"]) == {"test"}
+    ids, _, logits = read_predictions(first, "test")
+    other_ids, _, other = read_predictions(again, "test")
+    merged = pd.concat([ids, logits], axis=1).merge(pd.concat([other_ids, other], axis=1), on="dicom_id")
+    single = merged[(merged["num_films_x"] == 1) & (merged["num_films_y"] == 1)]
+    assert len(single) > 20
+    np.testing.assert_allclose(single["Edema_x"], single["Edema_y"], atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["logistic", "boosting"])
+def test_metadata_alone_finds_what_the_record_says_and_no_more(make_world: World, method: str) -> None:
+    folder = make_world(subjects=300)
+    path = folder / "features/images.parquet"
+    images = pd.read_parquet(path)
+    images["Edema"] = ((images["sex"] == "F") ^ (np.random.default_rng(0).random(len(images)) < 0.1)).astype(float)
+    images.to_parquet(path)
+    more = {"encoder": "metadata", "groups": ["sex", "age"], "method": method, "store": None}
+    out = probe(config(folder, **more))
+    rows = read_results(out)[1].query("metric == 'auroc' and split == 'test'").set_index("label")
+    assert rows.loc["Edema", "low"] > 0.75
+    assert rows.loc["Pneumonia", "low"] < 0.55
+    about = read_results(out)[0]
+    assert about["encoder"] == "metadata (sex, age)" and about["pretraining_films"] == "none"
+
+
+def test_metadata_refuses_outcomes(make_world: World) -> None:
+    with pytest.raises(UserError, match="mortality: known only at discharge"):
+        probe(config(make_world(), encoder="metadata", groups=["sex", "mortality"], method="logistic"))
+
+
+def test_radiologists_labels_are_a_second_test_set(make_world: World) -> None:
+    folder = make_world()
+    images = pd.read_parquet(folder / "features/images.parquet")
+    studies = images.query("split == 'test' and view != 'LATERAL'")["study_id"].unique()[:40]
+    rng = np.random.default_rng(0)
+    theirs = pd.DataFrame({"study_id": studies, "Edema": rng.integers(2, size=40), "Airspace Opacity": 0})
+    theirs.to_csv(folder / "labeled.csv", index=False)
+    out = probe(config(folder, radiologists=str(folder / "labeled.csv")))
+    rows = read_results(out)[1]
+    mine = rows[(rows["split"] == "test_radiologist") & (rows["metric"] == "auroc")].set_index("label")
+    assert mine.loc["Edema", "n"] == 40 and mine.loc["Edema", "positives"] == theirs["Edema"].sum()
+    assert mine.loc["Pneumonia", "n"] == 0 or np.isnan(mine.loc["Pneumonia", "value"])
+    theirs["study_id"] += 10**6
+    theirs.to_csv(folder / "labeled.csv", index=False)
+    with pytest.raises(UserError, match="none of its 40 studies"):
+        probe(config(folder, radiologists=str(folder / "labeled.csv"), out=str(folder / "runs/other")))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"features": None}, "one of `features`"),
+        ({"store": None}, "`store` is missing"),
+        ({"method": "transfer"}, "go together"),
+        ({"method": "finetune"}, "needs an encoder"),
+        ({"encoder": "metadata", "method": "attentive"}, "needs films"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, more: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        config(tmp_path, **more)
