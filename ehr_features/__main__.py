@@ -14,9 +14,11 @@ from ehr_features.demo import add_arguments as demo_arguments
 
 def _build(config: Any, args: argparse.Namespace) -> int:
     from ehr_features.build import build
+    from ehr_features.source import interruptible
 
     print(f"features: {config.mimic_iv} (preset {config.preset}) -> {config.out}", file=sys.stderr, flush=True)
-    out = build(config)
+    with interruptible():
+        out = build(config)
     print(out)
     print(
         f"next: ./launch.sh images configs/images.yaml, or ./launch.sh fuse configs/fuse_mortality.yaml features={out}"

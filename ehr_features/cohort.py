@@ -123,5 +123,6 @@ def _published(frame: pd.DataFrame, attrition: Attrition) -> pd.DataFrame:
 
 def _drop(frame: pd.DataFrame, gone: pd.Series, why: str, attrition: Attrition) -> pd.DataFrame:
     gone = gone.fillna(False).astype(bool)
-    attrition.add("stays", why, len(frame), len(frame) - int(gone.sum()), frame.loc[gone, "stay_id"].dropna().astype("int64"))
+    ids = frame.loc[gone, "stay_id"].dropna().astype("int64")
+    attrition.add("stays", why, len(frame), int((~gone).sum()), ids)
     return frame[~gone]

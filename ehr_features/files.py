@@ -63,6 +63,13 @@ def new_file(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def tidy(folder: str | Path) -> None:
+    """Remove what processes that are gone have left half-written in a folder."""
+    for old in Path(folder).glob(f".*{PARTIAL}-*"):
+        if not _alive(old.name.rpartition(f"{PARTIAL}-")[2].partition(".")[0]):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON, readable by eye; NaN is refused (write None)."""
     with new_file(path) as part:

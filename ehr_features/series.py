@@ -72,7 +72,7 @@ def timed(chart: ir.Table, labs: ir.Table, stays: ir.Table) -> ir.Table:
         without storetime).
     """
     window = stays.select("stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds())
-    chart = chart.filter(_.charttime.notnull()).select(
+    chart = chart.select(
         "stay_id", "itemid", "value", "valuenum", at=_.charttime.epoch_seconds(), stored=_.storetime.epoch_seconds()
     )
     chart = chart.join(window, "stay_id")
@@ -113,6 +113,7 @@ def converted(events: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
     number = _.number.coalesce((_.valuenum > _.above).ifelse(_.valuenum * _.factor + _["add"], _.valuenum))
     read = read.mutate(v=number, marked=(_.text == _["mark"].strip().lower()).fill_null(False).cast("int64"))
     fate = ibis.cases(
+        (_.seconds.isnull(), "no charttime"),
         (_.v.isnull() | _.v.isnan(), "no number"),
         (~_.v.between(_.low, _.high), "out of range"),
         (_.seconds < 0, "before intime"),

@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+import os
 import re
+import signal
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import UserError
+from configs.cli import Stopped
 from ehr_features.config import FeaturesConfig
+from ehr_features.files import PARTIAL, tidy
 from ehr_features.schema import READ, Raw
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
@@ -127,7 +132,9 @@ def open_source(config: FeaturesConfig) -> Source:
     columns = {name: header(path) for name, path in files.items()}
     layout = _layout(config.mimic_iv, files, columns)
     config.cache_folder.mkdir(parents=True, exist_ok=True)
-    con = connect(config.engine, memory=config.memory, threads=config.threads, spill=config.cache_folder)
+    tidy(config.cache_folder)
+    spill = config.cache_folder / f".spill{PARTIAL}-{os.getpid()}"
+    con = connect(config.engine, memory=config.memory, threads=config.threads, spill=spill)
     for protocol in {path.partition("://")[0] for path in files.values() if "://" in path}:
         if config.engine == "duckdb":
             con.register_filesystem(fsspec.filesystem(protocol))
@@ -167,6 +174,7 @@ def _spark(memory: str, threads: int) -> Any:
         .config("spark.driver.memory", memory.replace(" ", "").removesuffix("B").lower())
         .config("spark.sql.session.timeZone", "UTC")
         .config("spark.sql.shuffle.partitions", 2 * threads)
+        .config("spark.sql.warehouse.dir", tempfile.gettempdir())
         .config("spark.ui.enabled", False)
         .config("spark.ui.showConsoleProgress", False)
         .getOrCreate()
@@ -190,7 +198,8 @@ def hold(con: Any, name: str, table: pa.Table) -> ir.Table:
     if con.name == "duckdb":  # ibis 12's create_table writes SQL that DuckDB 2.0 refuses
         con.con.register(name, table)
         return con.table(name)
-    return con.create_table(name, table, overwrite=True)
+    con._session.createDataFrame(table).createOrReplaceTempView(name)
+    return con.table(name)
 
 
 def batches(con: Any, table: ir.Table, rows: int = 500_000) -> Iterator[pa.RecordBatch]:
@@ -305,6 +314,35 @@ def readable(path: str) -> Iterator[None]:
         if (says := _damage(error)) is None:
             raise
         raise UserError(f"{path}: {says}; is the file whole? Download it again") from None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end a query as they end Python: DuckDB makes "Query interrupted" of either."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, note)
+    try:
+        yield
+    except Exception as error:
+        if not came or "interrupt" not in str(error).lower():
+            raise
+        raise (KeyboardInterrupt if came[0] == signal.SIGINT else Stopped)() from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _damage(error: BaseException) -> str | None:

@@ -94,3 +94,46 @@ def test_medfuse_phenotypes_equal_the_published_ones(published, shared):
     assert sorted(mine.sum()) == sorted(by_total)
     columns = {tuple(mine[c]) for c in labels}  # a label is known by its column of 57 answers
     assert columns == {tuple(golden[c]) for c in golden}
+
+
+def test_default_series_equal_a_naive_pandas_version(default, tables):
+    """Every stay, five variables: the last value of each hour, from the raw files, with pandas alone."""
+    root = tables["mimic_iv"]
+    times = ["charttime", "storetime"]
+    chart = pd.read_csv(f"{root}/icu/chartevents.csv.gz", parse_dates=times, low_memory=False)
+    labs = pd.read_csv(f"{root}/hosp/labevents.csv.gz", parse_dates=times, low_memory=False)
+    stays = pd.read_csv(f"{root}/icu/icustays.csv.gz", parse_dates=["intime", "outtime"])
+    labs = labs.drop(columns="hadm_id").merge(stays[["subject_id", "stay_id"]], on="subject_id")
+    labs["at"], chart["at"] = labs["storetime"].fillna(labs["charttime"]), chart["charttime"]
+    ranges = {
+        "heart_rate": (1, 350),
+        "glucose": (10, 2000),
+        "ph": (6.3, 8.4),
+        "temperature": (26, 45),
+        "gcs_motor": (1, 6),
+    }
+    items = {220045: "heart_rate", 50931: "glucose", 50809: "glucose", 225664: "glucose", 220621: "glucose"}
+    items |= {226537: "glucose", 50820: "ph", 223830: "ph", 220274: "ph", 223761: "temperature", 223762: "temperature"}
+    items |= {223901: "gcs_motor"}
+    columns = ["stay_id", "itemid", "at", "storetime", "valuenum"]
+    events = pd.concat([chart[columns], labs[columns]]).merge(stays[["stay_id", "intime", "outtime"]], on="stay_id")
+    events["name"] = events["itemid"].map(items)
+    events = events.dropna(subset=["name", "valuenum"])
+    fahrenheit = (events.itemid == 223761) | ((events.itemid == 223762) & (events.valuenum > 50))
+    events.loc[fahrenheit, "valuenum"] = (events.loc[fahrenheit, "valuenum"] - 32) * 5 / 9
+    low, high = (events["name"].map({name: edge[side] for name, edge in ranges.items()}) for side in (0, 1))
+    inside = (events["at"] >= events.intime) & (events["at"] <= events.outtime)
+    events = events[inside & events.valuenum.between(low, high)]
+    events["bin"] = ((events["at"] - events.intime).dt.total_seconds() // 3600).astype(int)
+    events["storetime"] = events["storetime"].fillna(pd.Timestamp("1900-01-01"))
+    events = events.sort_values(["stay_id", "name", "at", "storetime", "valuenum"])
+    last = events.groupby(["stay_id", "name", "bin"])["valuenum"].last()
+    about = json.loads((default / "series.json").read_text())
+    values = {name: about["columns"].index(name) for name in ranges}
+    masks = {name: about["columns"].index(f"mask->{name}") for name in ranges}
+    for stay, got in series.load(default, normalise=False).items():
+        for name in ranges:
+            want = last.loc[stay, name] if (stay, name) in last.index.droplevel("bin") else pd.Series(dtype=float)
+            want = want[want.index < len(got)]
+            assert np.flatnonzero(got[:, masks[name]]).tolist() == want.index.tolist(), (stay, name)
+            np.testing.assert_allclose(got[want.index, values[name]], want, rtol=1e-6)

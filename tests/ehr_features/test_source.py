@@ -105,3 +105,14 @@ def test_unreadable_text_becomes_null_and_not_another_value():
     got = source.table("labevents").to_pandas()
     assert got["valuenum"].tolist()[1] == 7.4 and got["valuenum"].isna().sum() == 2
     assert got["itemid"].isna().sum() == 1
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path, frames, write, config):
+    root = write(tmp_path / "m", frames, suffix=".csv")
+    for path in root.rglob("*.csv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    source = open_source(config(mimic_iv=str(root)))
+    assert source.table("patients").subject_id.to_pandas().tolist() == frames["patients"].subject_id.tolist()
+    assert source.table("labevents").count().execute() == len(frames["labevents"])
+    d_items = source.table("d_items").to_pandas()
+    assert d_items.label.tolist() == ["HR", "eye", "verbal", "motor"]
