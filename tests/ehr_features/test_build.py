@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 
 from configs import UserError
 from ehr_features import build, events, schema, series
-from ehr_features.check import check
+from ehr_features.check import check, num_rows
 from ehr_features.config import FeaturesConfig
-from ehr_features.files import read_table
+from ehr_features.files import read_table, tidy
+from ehr_features.source import open_source
 
 ALL = ("mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay")
 
@@ -174,3 +175,54 @@ def test_config_faults_are_told_together():
         FeaturesConfig(mimic_iv="x", out="y", tasks=["findings"])
     with pytest.raises(ValueError, match="such as 4GB"):
         FeaturesConfig(mimic_iv="x", out="y", memory="lots")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_long_query_with_its_own_exit_code(number, code):
+    program = (
+        "from configs.cli import guard\n"
+        "from ehr_features.source import connect, interruptible\n"
+        "con = connect('duckdb').con\n"
+        "def run():\n"
+        "    with interruptible():\n"
+        "        print('ready', flush=True)\n"
+        "        con.execute('SELECT sum(a.range * b.range) FROM range(10000000) a, range(1000000) b').fetchall()\n"
+        "raise SystemExit(guard(run, signals=True))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    time.sleep(0.3)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    process.stdout.close()
+
+
+def test_check_tells_about_how_many_rows_a_large_file_has(mimic, config, monkeypatch):
+    source = open_source(config())
+    monkeypatch.setattr("ehr_features.check.COUNTED", 10)
+    size = (mimic / "icu/chartevents.csv.gz").stat().st_size
+    exact = len(pd.read_csv(mimic / "icu/chartevents.csv.gz"))
+    assert num_rows(source, "chartevents", size) == (round(exact, -3), False)
+
+
+def test_half_written_files_of_dead_processes_are_removed_and_others_left(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".spill.partial-{gone.pid}").mkdir()
+    for name in (f".chart.partial-{gone.pid}.parquet", f".lab.partial-{os.getpid()}.parquet", "series.json"):
+        (tmp_path / name).touch()
+    tidy(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".lab.partial-{os.getpid()}.parquet", "series.json"]
+
+
+def test_every_written_column_is_declared_with_its_availability(mimic, config):
+    out = build.build(config(tasks=ALL))
+    said = json.loads((out / "schema.json").read_text())
+    for table, columns in said.items():
+        for name, about in columns.items():
+            assert about.keys() == {"type", "unit", "group", "available_at"}, (table, name)
+            assert about["available_at"] in ("study", "admission", "discharge")
+    assert said["stays"]["outtime"]["available_at"] == said["stays"]["los_hours"]["available_at"] == "discharge"
+    for task in ALL:
+        label = list(said[f"samples/{task}"].values())[len(schema.SAMPLES) :]
+        assert label and all(about["available_at"] == "discharge" for about in label)
