@@ -139,9 +139,8 @@ class FuseConfig(Settings):
 
     features: str  # a features/ folder: series, samples, films of stays
     store: str | None = None  # a store/ of packed films; a model of the record alone needs none
-    encoder: str | None = (
-        None  # an encoder/ folder or a run's; `random:ARCH` or `random:FOLDER`; none for the record alone
-    )
+    encoder: str | None = None  # an encoder/ folder or a run's; `random:...`, `pixels`; none for the record alone
+    weights: WeightsConfig | None = None  # what `encoder: path.safetensors` is
     out: str
     seed: int = 0
     task: str = "mortality"  # a table of features/samples/
@@ -149,10 +148,11 @@ class FuseConfig(Settings):
     pairing: Literal["paired", "partial"] = "partial"  # train and choose on stays with a film, or on all
     freeze: bool = True  # film features computed once; false tunes the encoder too
     pool: Literal["cls", "avg", "both"] | None = None  # of the encoder; its own if none
-    film: Literal["features", "findings", "both"] = (
-        "both"  # features, logits of findings fitted on train films, or both
-    )
+    unpaired_share: float = Field(1.0, ge=0, le=1)  # of the train stays without a film, drawn once by seed
+    epoch_samples: int | None = Field(None, ge=1)  # train rows of an epoch, drawn anew each time; all if none
+    film: Literal["features", "findings", "both"] = "both"  # findings: logits of a head fitted on all train films
     context: bool = True  # give the film's view and age beside its features
+    control: Literal["none", "context", "another"] = "none"  # no pixels; or another subject's film of the same view
     standardise: bool = True  # film features by the mean and deviation of the train films
     hidden: int = Field(256, ge=1)  # width of the record's LSTM and of a projected film
     layers: int = Field(2, ge=1)
@@ -160,15 +160,23 @@ class FuseConfig(Settings):
     dropout: float = Field(0.3, ge=0, lt=1)
     missing: Literal["zero", "learnable"] = "learnable"  # concat's token for an absent film
     part_weight: float = Field(0.5, ge=0)  # of the loss of each branch by itself
+    record_weights: str | None = None  # stage one: a finished record_lstm run whose weights the record branch takes
+    film_weights: str | None = None  # stage one: a finished film_only run whose head the film branch takes
+    freeze_record: bool = False  # keep the record branch as it is (with freeze: the published `early`)
+    unfreeze_after: int | None = Field(None, ge=1)  # with freeze false: epochs on frozen features before tuning begins
     max_hours: int | None = Field(None, ge=1)  # read the last so many hours before the prediction; all if none
     lr: float = Field(1e-3, gt=0)
+    lr_draws: int = Field(0, ge=0)  # search: so many lr drawn log-uniformly from lr_range; validation chooses
+    lr_range: tuple[float, float] = (1e-5, 1e-3)
     encoder_lr: float = Field(1e-5, gt=0)
+    seeds: int = Field(1, ge=1)  # trainings, of seed, seed + 1, ...; results.json holds their means
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = Field(1.0, gt=0)  # largest norm of the gradient
     batch_size: int = Field(64, ge=1)
     epochs: int = Field(50, ge=1)
     patience: int = Field(10, ge=1)  # epochs without a better validation AUROC
+    plateau: int | None = Field(None, ge=1)  # halve lr after so many epochs without a lower validation loss
     checkpoint_every: int = Field(5, ge=0)  # epochs; 0: only when stopped
     samples: int = Field(1000, ge=0)  # resamples of the intervals
     workers: int = Field(0, ge=0)  # processes that read films ahead when the encoder is tuned
@@ -182,6 +190,14 @@ class FuseConfig(Settings):
         if film and (self.store is None or self.encoder is None):
             missing = " and ".join(key for key in ("store", "encoder") if getattr(self, key) is None)
             raise ValueError(f"`{missing}` missing: model={self.model} looks at films; model=record_lstm needs neither")
+        if self.lr_range[0] > self.lr_range[1] or self.lr_range[0] <= 0:
+            raise ValueError("`lr_range` is [lowest, highest], both above 0")
+        if self.unfreeze_after is not None and self.freeze:
+            raise ValueError("`unfreeze_after` needs freeze=false: it says when tuning begins")
+        if self.freeze_record and self.record_weights is None:
+            raise ValueError("`freeze_record` needs `record_weights`: a record branch that never learned says nothing")
+        if self.control != "none" and not (film and self.freeze):
+            raise ValueError("`control` needs a model with a film and freeze=true")
         if not film and not self.freeze:
             raise ValueError(f"`freeze` false: model={self.model} has no film encoder to tune")
         return self

@@ -18,29 +18,33 @@ from numpy.typing import NDArray
 from configs import UserError
 from finetune import findings, guard
 from finetune.config import FuseConfig
-from finetune.frozen import Features, Frozen, film_features, open_frozen
+from finetune.frozen import Features, Frozen, film_features, open_any, open_frozen
 from finetune.fusion import MODELS
-from finetune.net import FilmBranch, fit_scale, open_encoder
-from finetune.samples import Samples, load
+from finetune.net import FilmBranch, fit_scale
+from finetune.samples import Samples, another_film, load
 from pretrain.store import Store
 
 
 def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, FilmBranch | None, dict[str, Any]]:
     """Read, check and fit. Raises: UserError: no such model or task, an encoder that saw val or test subjects."""
-    if config.model not in MODELS:
-        raise UserError(f"model={config.model}: no such model; there are {', '.join(MODELS)}")
+    if config.model not in MODELS and config.model != "record_gbm":
+        raise UserError(f"model={config.model}: no such model; there are record_gbm, {', '.join(MODELS)}")
     about: dict[str, Any] = {"warnings": [], "encoder": config.encoder, "supervision": "none", "films_seen": "none"}
-    kind = MODELS[config.model]
+    kind = MODELS.get(config.model)
     store = None if config.store is None else Store(config.store)
     films = 5 if getattr(kind, "many_films", False) else 1
     samples = load(config.features, config.task, readable=store, films=films, max_hours=config.max_hours)
     lost = int((samples.table["dicom_id"].notna().to_numpy() & ~samples.has_image).sum())
     if lost:
         about["warnings"].append(f"{lost} samples have a film that the store lacks; they count as without a film")
-    if not getattr(kind, "uses_film", True):
+    if config.task == "findings" and config.model != "film_only":
+        raise UserError(
+            "task=findings has films without a stay: take model=film_only, or task=radiology with the record"
+        )
+    if kind is None or not getattr(kind, "uses_film", True):
         return samples, None, about | {"encoder": None}
     assert store is not None and config.encoder is not None, "checked by the config"
-    frozen = open_frozen(config.encoder, seed=config.seed, device=accelerator.device)
+    frozen = open_frozen(config.encoder, seed=config.seed, device=accelerator.device, weights=config.weights)
     if frozen.folder is not None:
         subjects = samples.table[["subject_id", "split"]].drop_duplicates()
         seen = guard.check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
@@ -57,11 +61,14 @@ def _films(
     """The samples with features, and the branch fitted on train films."""
     cache = Path(config.cache) if config.cache else Path(config.out).parent / "cache"
     name = config.pool or getattr(MODELS[config.model], "pool", None)
-    features = pool(film_features(frozen, store, samples.film_ids, cache=cache), name)
     rows = samples.films[samples.rows("train")]
     rows = np.unique(rows[rows >= 0])
     if not len(rows):
         raise UserError(f"{config.features}: no train sample of {config.task} has a film in {config.store}")
+    if config.control == "context":
+        nothing = torch.zeros(0)
+        return replace(samples, store=store), FilmBranch(nothing, nothing, keep=False), {}
+    features = pool(film_features(frozen, store, samples.film_ids, cache=cache), name)
     width = features.shape[1]
     mean, deviation = fit_scale(features[rows]) if config.standardise else (torch.zeros(width), torch.ones(width))
     head, more = None, dict[str, float]()
@@ -72,13 +79,15 @@ def _films(
     branch = FilmBranch(
         mean,
         deviation,
-        encoder=None if config.freeze else open_encoder(str(config.encoder), config.seed)[0],
+        encoder=None if config.freeze else open_any(str(config.encoder), config.seed, config.weights)[0],
         pool=name,
         findings=head,
         keep=config.film != "findings",
         context=config.context,
     )
-    return replace(samples, features=features, store=store), branch, {"findings_head": more} if more else {}
+    samples = replace(samples, features=features, store=store)
+    samples = another_film(samples, config.seed) if config.control == "another" else samples
+    return samples, branch, {"findings_head": more} if more else {}
 
 
 def pool(pools: Features, name: str | None) -> NDArray[np.float32]:

@@ -67,7 +67,7 @@ class FilmBranch(nn.Module):
             if len(batch["images"]):
                 film[present] = pooled(self.encoder, batch["images"], self.pool).float()
         else:
-            film = batch["film"]
+            film = batch.get("film", torch.zeros(*present.shape, len(self.mean), device=present.device))
         film = (film - self.mean) / self.deviation
         given = [film] if self.keep else []
         given += [self.findings(film)] if self.findings is not None else []
@@ -135,18 +135,19 @@ def file_weights(value: Tensor) -> str:
     return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def load_branch(model: nn.Module, folder: str | Path) -> None:
-    """Put the weights of a finished `record_lstm` run into the record branch; every name must fit.
+def load_branch(branch: nn.Module, folder: str | Path, model: str) -> None:
+    """Put the weights of a finished run of one branch alone into that branch; every name and shape must fit.
 
-    Raises: UserError: no such run, another branch, another shape.
+    Args:
+        folder: a run of `fuse model=MODEL`.
+    Raises: UserError: no such run, or weights of another shape.
     """
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the folder of a finished `fuse model=record_lstm` run")
+        raise UserError(f"{path}: no such file; give the folder of a finished `fuse model={model}` run")
     state = {k.removeprefix("model."): v for k, v in load_file(path).items() if k.startswith("model.")}
-    branch = getattr(model, "record", model)
     if faults := encoders.differences(branch.state_dict(), state):
-        raise UserError(f"{path}: these weights are not of this model's record branch: {faults}")
+        raise UserError(f"{path}: these are not the weights of this model's {model} branch: {faults}")
     branch.load_state_dict(state)
 
 

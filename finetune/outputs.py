@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs import UserError
-from ehr_features.files import new_file
-from finetune import metrics, results
+from ehr_features.files import new_file, read_table
+from finetune import metrics, results, tasks
 from finetune.config import FuseConfig
-from finetune.net import Net
+from finetune.net import FilmBranch, Net
 from finetune.samples import Samples
 from pretrain import encoder as encoders
 from pretrain import run
@@ -31,33 +31,71 @@ class Predictions(NamedTuple):
 
 
 def write(
-    folder: Path, samples: Samples, found: dict[str, Predictions], config: FuseConfig, about: dict[str, Any]
+    folder: Path,
+    samples: Samples,
+    rows: dict[str, NDArray[np.int64]],
+    trainings: list[dict[str, Predictions]],
+    config: FuseConfig,
+    about: dict[str, Any],
 ) -> pd.DataFrame:
-    """predictions/ and results.json; returns the rows of the latter."""
+    """predictions/ (of the first training) and results.json (means over trainings); returns the rows of the latter."""
+    ages = read_table(config.features, "stays", ["stay_id", "age_years"]).set_index("stay_id")["age_years"]
+    table = samples.table.assign(age_years=samples.table["stay_id"].map(ages))
     tables = []
-    for split, predictions in found.items():
-        rows = predictions.rows
-        ids = samples.table.iloc[rows][["sample_id", "stay_id", "subject_id", "dicom_id"]]
-        ids = ids.assign(has_image=samples.has_image[rows])
-        if predictions.weights is not None:
-            ids = ids.assign(weight_record=predictions.weights[:, 0], weight_film=predictions.weights[:, 1])
-        labels = pd.DataFrame(samples.labels[rows], columns=samples.names)
-        results.write_predictions(folder, split, ids, labels, predictions.logits)
-        for subset, keep in {"all": np.ones(len(rows), bool), "paired": samples.has_image[rows]}.items():
-            if keep.any():
-                table = metrics.evaluate(
-                    samples.labels[rows][keep],
-                    torch.from_numpy(predictions.logits[keep]).sigmoid().numpy(),
-                    names=samples.names,
-                    groups=ids["subject_id"].to_numpy()[keep],
-                    samples=config.samples,
-                    seed=config.seed,
-                )
-                tables.append(table.assign(split=split, subset=subset))
-    table = pd.concat(tables, ignore_index=True)
-    facts = {"task": config.task, "model": config.model, "seed": config.seed, "allow_leak": config.allow_leak}
-    results.write_results(folder, {**facts, "pairing": config.pairing, "freeze": config.freeze, **about}, table)
-    return table
+    for split in trainings[0]:
+        found = [training[split] for training in trainings]
+        at = found[0].rows
+        ids = table.iloc[at][["sample_id", "stay_id", "subject_id", "dicom_id"]].assign(has_image=samples.has_image[at])
+        if (weights := found[0].weights) is not None:
+            ids = ids.assign(weight_record=weights[:, 0], weight_film=weights[:, 1])
+        labels = pd.DataFrame(samples.labels[at], columns=samples.names)
+        results.write_predictions(folder, split, ids, labels, found[0].logits)
+        chances = torch.from_numpy(np.stack([f.logits for f in found])).sigmoid().numpy()  # (trainings, N, L)
+        for subset, keep in subsets(table.iloc[at], samples.has_image[at], split).items():
+            rated = _rate(samples, rows["train"], at[keep], chances[:, keep], config)
+            tables.append(rated.assign(split=split, subset=subset))
+    done = pd.concat(tables, ignore_index=True)
+    keys = ("task", "model", "seed", "seeds", "allow_leak", "pairing", "freeze", "film", "control")
+    results.write_results(folder, {**{key: getattr(config, key) for key in keys}, **about}, done)
+    return done
+
+
+def subsets(table: pd.DataFrame, has_image: NDArray[np.bool_], split: str) -> dict[str, NDArray[np.bool_]]:
+    """All samples, those with a film; of the test split also age bands and code status."""
+    out = {"all": np.ones(len(table), bool), "paired": has_image}
+    if split == "test":
+        for low, high in ((18, 40), (40, 60), (60, 80), (80, 200)):
+            name = f"age={low}-{high - 1}" if high < 200 else f"age={low}+"
+            out[name] = table["age_years"].between(low, high, inclusive="left").to_numpy(bool)
+        for status in table["code_status"].dropna().unique() if "code_status" in table else ():
+            out[f"code_status={status}"] = (table["code_status"] == status).to_numpy(bool, na_value=False)
+        if len(out) > 6:
+            out["code_status=not charted"] = table["code_status"].isna().to_numpy()
+    return {name: keep for name, keep in out.items() if keep.any()}
+
+
+def _rate(
+    samples: Samples,
+    train: NDArray[np.int64],
+    at: NDArray[np.int64],
+    chances: NDArray[np.float64],
+    config: FuseConfig,
+) -> pd.DataFrame:
+    """Metrics of some rows; chances (trainings, N, L)."""
+    subjects = samples.table["subject_id"].to_numpy()[at]
+    table = metrics.evaluate(
+        samples.labels[at],
+        chances,
+        names=samples.names,
+        groups=subjects,
+        samples=config.samples,
+        seed=config.seed,
+        macros=tasks.macros(samples.names),
+    )
+    if samples.hours_left is None:
+        return table
+    more = tasks.length_of_stay(samples, train, at, chances, subjects, config.samples, config.seed)
+    return pd.concat([table, more], ignore_index=True)
 
 
 def save(folder: Path, net: Net, samples: Samples, config: FuseConfig) -> None:
@@ -78,32 +116,30 @@ def announce(
     log: run.Log,
     config: FuseConfig,
     samples: Samples,
-    parts: dict[str, NDArray[np.int64]],
-    net: Net,
+    rows: dict[str, NDArray[np.int64]],
+    films: FilmBranch | None,
     about: dict[str, Any],
 ) -> None:
     """What will be done, before it is done. Raises: UserError: an empty split."""
-    number = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    encoder = (
-        "no film encoder"
-        if about["encoder"] is None
-        else f"encoder {about['encoder']} {'frozen' if config.freeze else 'tuned'}"
-    )
-    log.say(f"fuse: {config.model} ({number:,} weights) on {config.task}, {config.pairing} stays, {encoder}")
-    for split, rows in parts.items():
-        events = int(np.median(np.nansum(samples.labels[rows], axis=0)))
-        log.say(f"  {split:5} {len(rows):6} samples, {samples.has_image[rows].sum()} with a film, {events} positive")
-        if not len(rows):
+    encoder = "no films" if films is None else f"{config.encoder} {'frozen' if config.freeze else 'tuned'}"
+    control = "" if config.control == "none" else f", control: {config.control}"
+    seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
+    log.say(f"fuse: {config.model} on {config.task}, {config.pairing} stays, {encoder}{control}{seeds}")
+    for split, own in rows.items():
+        if not len(own):
             raise UserError(f"{config.features}: no {split} samples of {config.task} with pairing={config.pairing}")
+        events = int(np.median(np.nansum(samples.labels[own], axis=0)))
+        log.say(f"  {split:5} {len(own):6} samples, {samples.has_image[own].sum()} with a film, {events} positive")
     for warning in about["warnings"]:
         log.say(f"  warning: {warning}")
 
 
 def show(log: run.Log, table: pd.DataFrame, folder: Path) -> None:
     """The test numbers with their intervals, where they are, and what to run next."""
-    kept = table[(table["split"] == "test") & table["metric"].isin(["auroc", "auprc"])]
+    chosen = table["metric"].isin(["auroc", "auprc", "kappa", "mae_hours"]) & table["subset"].isin(["all", "paired"])
+    kept = table[(table["split"] == "test") & chosen]
     labels = list(dict.fromkeys(kept["label"]))
-    kept = kept[kept["label"] == ("macro" if len(labels) > 2 else labels[0])]
+    kept = kept[kept["label"].str.startswith(("macro", "los_hours")) if len(labels) > 2 else kept["label"] == labels[0]]
     for row in kept.to_dict("records"):
         interval = "" if pd.isna(row["low"]) else f"  ({row['low']:.3f} to {row['high']:.3f})"
         value = "  -  " if pd.isna(row["value"]) else f"{row['value']:.3f}"

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from configs import UserError
 from ehr_features import series
 from ehr_features.files import read_json, read_table
+from finetune.tasks import KEYS, one_hot, read_samples
 
 if TYPE_CHECKING:
     from pretrain.store import Store
 
 SPLITS = ("train", "val", "test")
 VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for another or an unknown view
-KEYS = ("sample_id", "stay_id", "subject_id", "split", "predict_at_hours", "dicom_id")
 CONTEXT = len(VIEWS) + 1  # columns of `Samples.context`
 
 
@@ -46,6 +46,7 @@ class Samples:
     views: NDArray[np.float32]  # (M, len(VIEWS)) one-hot
     features: NDArray[np.float32] | None = None  # (M, D) of a frozen encoder
     store: Store | None = None  # the films, for an encoder that is tuned
+    hours_left: NDArray[np.float64] | None = None  # (N,) of length_of_stay, whose labels exclude each other
 
     def __len__(self) -> int:
         return len(self.table)
@@ -113,43 +114,47 @@ def load(
         max_hours: read no more than the last so many hours before the prediction; all if None.
     Raises: UserError: no such task, a stay without a series.
     """
-    table = read_table(folder, f"samples/{task}").sort_values("sample_id", ignore_index=True)
-    names = [c for c in table if c not in KEYS and pd.api.types.is_numeric_dtype(table[c])]
-    if missing := [c for c in KEYS if c not in table] or ([] if names else ["a label"]):
-        raise UserError(
-            f"{folder}/samples/{task}.parquet: no column {', '.join(missing)}; found {', '.join(map(str, table))}"
-        )
-    if table.empty:
-        raise UserError(f"{folder}/samples/{task}.parquet: no samples; attrition.json says what fell out and why")
-    step = float(read_json(Path(folder) / "series.json").get("step_hours", 1))
-    loaded = series.load(folder, stay_ids=table["stay_id"].unique().tolist())
-    ids = np.array(list(loaded))
-    size = np.array([len(loaded[i]) for i in ids])
-    order = pd.Series(np.arange(len(ids)), index=ids)
-    if len(lost := table.loc[~table["stay_id"].isin(order.index), "stay_id"]):
-        raise UserError(f"{folder}: {lost.nunique()} stays of samples/{task} have no series; build the features again")
-    at = order[table["stay_id"]].to_numpy()
-    start = (np.cumsum(size) - size)[at]
-    los = read_table(folder, "stays", ["stay_id", "los_hours"]).set_index("stay_id")["los_hours"]
-    length = complete_steps(
-        table["predict_at_hours"].to_numpy(float), table["stay_id"].map(los).to_numpy(float), step, size[at]
-    )
+    table = read_samples(folder, task)
+    hours_left = table["los_remaining_hours"].to_numpy(float) if "los_bin" in table else None
+    table = one_hot(table) if hours_left is not None else table
+    names = [str(c) for c in table if c not in KEYS and pd.api.types.is_numeric_dtype(table[c])]
+    values, start, length = _record(folder, table, task)
     if max_hours is not None:
+        step = float(read_json(Path(folder) / "series.json").get("step_hours", 1))
         cut = np.maximum(length - round(max_hours / step), 0)
         start, length = start + cut, length - cut
-    linked, film_hours, film_ids, views = _films(folder, table, readable, films)
+    linked, film_hours, film_ids, views = _place(_film_rows(folder, table, task, readable, films), len(table), films)
     return Samples(
-        table=table[list(KEYS)],
-        labels=table[names].to_numpy(np.float32),
-        names=[str(name) for name in names],
-        values=np.concatenate([loaded[i] for i in ids]).astype(np.float32, copy=False),
-        start=start.astype(np.int64),
-        length=length.astype(np.int64),
+        table=table[[*KEYS, *[c for c in ("code_status",) if c in table]]],
+        labels=table[names].to_numpy(np.float32, na_value=np.nan),
+        names=names,
+        values=values,
+        start=start,
+        length=length,
         film_ids=film_ids,
         films=linked,
         hours=film_hours,
         views=views,
+        hours_left=hours_left,
     )
+
+
+def _record(
+    folder: str | Path, table: pd.DataFrame, task: str
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """All series on end (hours, F), and each sample's first row and number of hours in them."""
+    if task == "findings":  # films alone
+        return np.zeros((1, 1), np.float32), *np.zeros((2, len(table)), np.int64)
+    step = float(read_json(Path(folder) / "series.json").get("step_hours", 1))
+    loaded = series.load(folder, stay_ids=table["stay_id"].unique().tolist())
+    ids = np.array(list(loaded))
+    size = np.array([len(loaded[i]) for i in ids])
+    at = pd.Series(np.arange(len(ids)), index=ids)[table["stay_id"]].to_numpy()
+    los = read_table(folder, "stays", ["stay_id", "los_hours"]).set_index("stay_id")["los_hours"]
+    los_hours = table["stay_id"].map(los).to_numpy(float)
+    length = complete_steps(table["predict_at_hours"].to_numpy(float), los_hours, step, size[at])
+    values = np.concatenate([loaded[i] for i in ids]).astype(np.float32, copy=False)
+    return values, (np.cumsum(size) - size)[at].astype(np.int64), length.astype(np.int64)
 
 
 def complete_steps(
@@ -201,27 +206,27 @@ def another_film(samples: Samples, seed: int = 0) -> Samples:
     return replace(samples, films=films)
 
 
-def _films(
-    folder: str | Path, table: pd.DataFrame, readable: Container[str] | None, count: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str], NDArray[np.float32]]:
-    """The last `count` readable films up to each sample's own: rows and hours (N, count), ids (M,), views (M, 4)."""
-    rows = np.full((len(table), count), -1, np.int64)
-    hours = np.zeros((len(table), count), np.float32)
+def _film_rows(
+    folder: str | Path, table: pd.DataFrame, task: str, readable: Container[str] | None, count: int
+) -> pd.DataFrame:
+    """The last `count` readable films up to each sample's own, in order: row, dicom_id, hours (ago), view.
+
+    Raises: UserError: a film that stay_films.parquet lacks, or from after the prediction.
+    """
+    own = table.loc[table["dicom_id"].notna(), ["stay_id", "dicom_id", "predict_at_hours"]]
+    own = own if readable is None else own[[film in readable for film in own["dicom_id"]]]
+    own = own.reset_index(names="row")
+    if task == "findings":
+        views = read_table(folder, "images", ["dicom_id", "view"])
+        return own.merge(views, on="dicom_id", validate="m:1").assign(hours=0.0)[["row", "dicom_id", "hours", "view"]]
     taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime", "view"])
     taken = taken.drop_duplicates(["stay_id", "dicom_id"]).sort_values("hours_from_intime", kind="stable")
-    own = table.loc[table["dicom_id"].notna(), ["stay_id", "dicom_id", "predict_at_hours"]]
-    if readable is not None:
-        own, taken = (part[[film in readable for film in part["dicom_id"]]] for part in (own, taken))
-    pairs = own.reset_index(names="row").merge(taken, on=["stay_id", "dicom_id"], how="left", validate="m:1")
-    if len(lost := pairs[pairs["hours_from_intime"].isna()]):
-        raise UserError(
-            f"{folder}: {len(lost)} films of the samples are not in stay_films.parquet; build the features again"
-        )
-    late = pairs["hours_from_intime"] > pairs["predict_at_hours"] + 1e-6
-    if late.any():
-        raise UserError(
-            f"{folder}: {late.sum()} samples have a film from after the prediction; build the features again"
-        )
+    taken = taken if readable is None else taken[[film in readable for film in taken["dicom_id"]]]
+    pairs = own.merge(taken, on=["stay_id", "dicom_id"], how="left", validate="m:1")
+    lost, late = pairs["hours_from_intime"].isna(), pairs["hours_from_intime"] > pairs["predict_at_hours"] + 1e-6
+    for bad, why in ((lost, "are not in stay_films.parquet"), (late, "were taken after the prediction")):
+        if bad.any():
+            raise UserError(f"{folder}: {bad.sum()} films of samples/{task} {why}; build the features again")
     if count > 1:
         earlier = pairs.merge(taken, on="stay_id", suffixes=("_own", ""))
         keep = (earlier["hours_from_intime"] < earlier["hours_from_intime_own"]) & (earlier["hours_from_intime"] >= 0)
@@ -229,10 +234,18 @@ def _films(
         columns = ["row", "dicom_id", "predict_at_hours", "hours_from_intime", "view"]
         pairs = pd.concat([earlier.loc[keep, columns], pairs[columns]])
         pairs = pairs.sort_values(["row", "hours_from_intime"], kind="stable").groupby("row").tail(count)
+    return pairs.assign(hours=pairs["predict_at_hours"] - pairs["hours_from_intime"])
+
+
+def _place(
+    pairs: pd.DataFrame, num: int, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str], NDArray[np.float32]]:
+    """Films as arrays: rows of the ids (num, count), hours (num, count), ids (M,), views (M, 4)."""
+    rows, hours = np.full((num, count), -1, np.int64), np.zeros((num, count), np.float32)
     ids = pd.Index(pairs["dicom_id"].unique())
     place = pairs.groupby("row").cumcount()
     rows[pairs["row"], place] = ids.get_indexer(pairs["dicom_id"])
-    hours[pairs["row"], place] = pairs["predict_at_hours"] - pairs["hours_from_intime"]
+    hours[pairs["row"], place] = pairs["hours"]
     view = pairs.drop_duplicates("dicom_id").set_index("dicom_id")["view"].reindex(ids)
     one_hot = (view.to_numpy(object)[:, None] == np.array(VIEWS, object)).astype(np.float32)
     return rows, hours, [str(i) for i in ids], one_hot if len(ids) else np.zeros((1, len(VIEWS)), np.float32)

@@ -1,7 +1,8 @@
-"""The one loop of the fusion models: features/ + films + encoder/ -> results.json, predictions, a model.
+"""`fuse`: features/ + films + encoder/ -> results.json, predictions, a model.
 
 Comes in: a FuseConfig. Goes out: runs/X/ with results.json, predictions/{val,test}.parquet, model.safetensors and,
-where the encoder was tuned, encoder/. Validation chooses the epoch; the test split is read once, at the end.
+where the encoder was tuned, encoder/. Validation chooses the epoch and the lr; the test split is read once, at the end.
+With `seeds` above 1 each training leaves its own in runs/X/seed_N/, and the results.json above them holds their means.
 """
 
 from __future__ import annotations
@@ -9,39 +10,26 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from safetensors.torch import load_file, save_file
 
-from configs import UserError
-from configs.cli import Stopped
-from finetune import metrics, outputs
+from ehr_features.files import new_file, read_json, write_json
+from finetune import gbm, outputs
 from finetune.config import FuseConfig
-from finetune.fusion import MODELS, Output, Sizes
+from finetune.fusion import MODELS, Sizes
 from finetune.inputs import prepare
-from finetune.net import FilmBranch, Net
+from finetune.loop import Scores, predict, train
+from finetune.net import FilmBranch, Net, load_branch
 from finetune.outputs import Predictions, weights_of
-from finetune.samples import Samples, batches, stream
+from finetune.samples import Samples
 from pretrain import run
-from pretrain.progress import Bar
 
-
-class Scores(NamedTuple):
-    """What validation says of an epoch; the higher AUROC is better, then the lower loss."""
-
-    auroc: float  # NaN where no label has both classes
-    loss: float
-
-    def better(self, other: Scores | None) -> bool:
-        if other is None or np.isnan(self.auroc):
-            return other is None or self.loss < other.loss
-        return (self.auroc, -self.loss) > (other.auroc, -other.loss)
+Rows = dict[str, NDArray[np.int64]]
 
 
 def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
@@ -54,170 +42,112 @@ def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
     uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may hold no film
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
     samples, films, about = prepare(config, accelerator)
-    sources = [Path(config.features) / name for name in ("provenance.json", f"samples/{config.task}.parquet")]
-    folder = run.open_run(config.out, config, sources=sources, may_differ=["workers", "cache"])
+    rows = choose_rows(config, samples)
+    folder = run.open_run(config.out, config, sources=_sources(config), may_differ=["workers", "cache"])
     if run.complete(folder):
         return folder
     log = run.Log(folder, accelerator)
-    net = build(config, samples, films)
-    paired = "paired" if getattr(net.model, "needs_film", False) else config.pairing
-    parts = {split: samples.rows(split, paired) for split in ("train", "val", "test")}
-    outputs.announce(log, config, samples, parts, net, about)
-    train(net, samples, parts["train"], parts["val"], config, accelerator, log, folder)
-    held_out = {split: predict(net, samples, parts[split], config, accelerator) for split in ("val", "test")}
+    outputs.announce(log, config, samples, rows, films, about)
+    found: list[dict[str, Predictions]] = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        own = config.model_copy(update={"seed": seed})
+        place = folder if config.seeds == 1 else folder / f"seed_{seed}"
+        if config.model == "record_gbm":
+            found.append(gbm.train(samples, rows, seed))
+        else:
+            net = search(own, samples, films, rows, accelerator, log, place)
+            found.append({split: predict(net, samples, rows[split], own, accelerator) for split in ("val", "test")})
+            if accelerator.is_main_process:
+                outputs.save(place, net, samples, own)
+        if accelerator.is_main_process and config.seeds > 1:
+            outputs.write(place, samples, rows, [found[-1]], own, about)
     if accelerator.is_main_process:
-        outputs.save(folder, net, samples, config)
-        outputs.show(log, outputs.write(folder, samples, held_out, config, about), folder)
+        outputs.show(log, outputs.write(folder, samples, rows, found, config, about), folder)
     run.finish(folder)
     return folder
 
 
-def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net:
-    """A fresh net on a copy of the film branch."""
-    torch.manual_seed(config.seed)
-    sizes = Sizes(
-        inputs=samples.num_inputs,
-        film=0 if films is None else films.width,
-        labels=len(samples.names),
-        hidden=config.hidden,
-        layers=config.layers,
-        joint=config.joint,
-        dropout=config.dropout,
-        missing=config.missing,
-    )
-    return Net(copy.deepcopy(films), MODELS[config.model](sizes))
+def choose_rows(config: FuseConfig, samples: Samples) -> Rows:
+    """Row numbers of each split; a model that needs a film, or pairing=paired, takes those with one."""
+    paired = "paired" if getattr(MODELS.get(config.model), "needs_film", False) else config.pairing
+    rows = {split: samples.rows(split, paired) for split in ("train", "val", "test")}
+    if config.unpaired_share < 1:
+        film = samples.has_image[rows["train"]]
+        without = rows["train"][~film]
+        drawn = np.random.default_rng([config.seed, 0]).permutation(without)[
+            : round(config.unpaired_share * len(without))
+        ]
+        rows["train"] = np.sort(np.concatenate([rows["train"][film], drawn]))
+    return rows
 
 
-def loss_of(output: Output, labels: Tensor, has_image: Tensor, part_weight: float) -> Tensor:
-    """Binary cross-entropy of the logits, plus part_weight times that of each branch (the film's where it is there)."""
-    loss = _entropy(output.logits, labels)
-    for name, logits in output.parts.items():
-        known = has_image[:, :1] | torch.zeros_like(labels, dtype=torch.bool) if name == "film" else None
-        loss = loss + part_weight * _entropy(logits, labels, known)
-    return loss
-
-
-def _entropy(logits: Tensor, labels: Tensor, where: Tensor | None = None) -> Tensor:
-    known = ~labels.isnan() if where is None else ~labels.isnan() & where
-    losses = functional.binary_cross_entropy_with_logits(logits.float(), labels.nan_to_num(), reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
-
-
-def train(
-    net: Net,
-    samples: Samples,
-    train_rows: NDArray[np.int64],
-    val_rows: NDArray[np.int64],
+def search(
     config: FuseConfig,
+    samples: Samples,
+    films: FilmBranch | None,
+    rows: Rows,
     accelerator: Accelerator,
     log: run.Log,
     folder: Path,
-) -> None:
-    """Train until validation stops getting better; leaves the best epoch's weights in `net`. Goes on if stopped."""
-    optimizer = torch.optim.AdamW(_groups(net, config), betas=config.betas)
-    state = run.load_checkpoint(folder)
-    first, best, kept, waited = 0, None, weights_of(net), 0
-    if state is not None:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, best, kept, waited = state["epoch"], Scores(*state["best"]), state["kept"], state["waited"]
-    log.cut(first)
-    wrapped, optimizer = accelerator.prepare(net, optimizer)
-    with run.stopping() as stop, Bar("training", config.epochs, "epochs", shown=accelerator.is_main_process) as bar:
-        bar.advance(first)
-        for epoch in range(first, config.epochs):
-            if waited >= config.patience:
-                break
-            loss = run_epoch(wrapped, optimizer, samples, train_rows, config, accelerator, epoch)
-            now = scores(predict(net, samples, val_rows, config, accelerator), samples)
-            waited = 0 if now.better(best) else waited + 1
-            if waited == 0:
-                best, kept = now, weights_of(net)
-            log.log({"train/loss": loss, "val/loss": now.loss, "val/auroc/macro": now.auroc}, epoch + 1)
-            bar.advance(1, f"loss {loss:.3f} val AUROC {now.auroc:.3f}")
-            ended = stop.agreed()
-            if ended or (config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0):
-                assert best is not None, "there was an epoch"
-                checkpoint = {"net": weights_of(net), "optimizer": optimizer.state_dict(), "kept": kept}
-                checkpoint |= {"epoch": epoch + 1, "best": list(best), "waited": waited}
-                run.save_checkpoint(folder, checkpoint, epoch + 1)
-            if ended:
-                raise Stopped(run.go_on(folder, epoch + 1))
-    net.load_state_dict(kept)
+) -> Net:
+    """Train with each lr that is to be tried; the net of the best validation score. No trial is done twice."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if not config.lr_draws:
+        net = build(config, samples, films)
+        train(net, samples, rows, config, accelerator, log if folder == log.folder else run.Log(folder), folder)
+        return net
+    low, high = np.log(config.lr_range)
+    lrs = np.exp(np.random.default_rng([config.seed, 1]).uniform(low, high, config.lr_draws)).tolist()
+    best: tuple[Scores, Net] | None = None
+    for i, lr in enumerate(lrs):
+        own = config.model_copy(update={"lr": lr})
+        net, value = _trial(own, samples, films, rows, accelerator, folder / "search" / f"lr_{i}")
+        log.say(f"  lr {lr:.2e}: validation AUROC {value.auroc:.3f}, loss {value.loss:.3f}")
+        if value.better(best and best[0]):
+            best = value, net
+    assert best is not None, "there was a draw"
+    return best[1]
 
 
-def run_epoch(
-    wrapped: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    samples: Samples,
-    rows: NDArray[np.int64],
-    config: FuseConfig,
-    accelerator: Accelerator,
-    epoch: int,
-) -> float:
-    """One pass over the rows in an order that depends on seed and epoch only. Returns: the mean loss."""
-    rng = np.random.default_rng([config.seed, epoch])
-    parts = batches(samples.length[rows], config.batch_size, rng)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    parts = [rows[part] for part in parts + parts[: -len(parts) % world]][rank::world]
-    torch.manual_seed(int(rng.integers(2**62)) + rank)  # of dropout
-    wrapped.train()
-    total = 0.0
-    for batch in stream(samples, parts, config.workers, images=not config.freeze):
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        with accelerator.autocast():
-            loss = loss_of(wrapped(batch), batch["labels"], batch["has_image"], config.part_weight)
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower lr ({config.lr}) or encoder_lr")
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        if config.clip is not None:
-            accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
-        optimizer.step()
-        total += loss.item()
-    return total / len(parts)
+def _trial(
+    config: FuseConfig, samples: Samples, films: FilmBranch | None, rows: Rows, accelerator: Accelerator, folder: Path
+) -> tuple[Net, Scores]:
+    """One training of a search, read back if it was finished before."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    net, done = build(config, samples, films), folder / "trial.json"
+    if done.is_file():
+        net.load_state_dict(load_file(folder / "net.safetensors"))
+        return net, Scores(*read_json(done)["scores"])
+    value = train(net, samples, rows, config, accelerator, run.Log(folder), folder)
+    if accelerator.is_main_process:
+        with new_file(folder / "net.safetensors") as part:
+            save_file({key: weight.contiguous() for key, weight in weights_of(net).items()}, part)
+        write_json(done, {"lr": config.lr, "seed": config.seed, "scores": [None if np.isnan(v) else v for v in value]})
+    accelerator.wait_for_everyone()
+    return net, value
 
 
-@torch.no_grad()
-def predict(
-    net: Net, samples: Samples, rows: NDArray[np.int64], config: FuseConfig, accelerator: Accelerator
-) -> Predictions:
-    """Logits of the rows, each exactly once, whatever the number of processes."""
-    net.eval()
-    parts = [rows[part] for part in batches(samples.length[rows], 4 * config.batch_size)]
-    found = []
-    for batch in stream(
-        samples, parts[accelerator.process_index :: accelerator.num_processes], config.workers, not config.freeze
-    ):
-        output = net({key: value.to(accelerator.device) for key, value in batch.items()})
-        weights = output.weights if output.weights is not None else output.logits[:, :0]
-        found.append((batch["rows"].numpy(), output.logits.double().cpu().numpy(), weights.double().cpu().numpy()))
-    found = gather_object(found) if accelerator.num_processes > 1 else found
-    at, logits, weights = (np.concatenate(column) for column in zip(*found, strict=True))
-    order = np.argsort(at)
-    assert np.array_equal(at[order], np.sort(rows)), "each sample is predicted once"
-    return Predictions(at[order], logits[order], weights[order] if weights.shape[1] else None)
+def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net:
+    """A fresh net on a copy of the film branch, with the weights of stage one where the config names them."""
+    torch.manual_seed(config.seed)
+    given = {key: getattr(config, key) for key in ("hidden", "layers", "joint", "dropout", "missing")}
+    sizes = Sizes(
+        inputs=samples.num_inputs, film=0 if films is None else films.width, labels=len(samples.names), **given
+    )
+    if config.film_weights is not None:
+        head = load_file(Path(config.film_weights) / "model.safetensors").get("model.head.weight", torch.zeros(0))
+        sizes = Sizes(**{**vars(sizes), "film_labels": len(head)})
+    net = Net(copy.deepcopy(films), MODELS[config.model](sizes))
+    if config.record_weights is not None:
+        load_branch(getattr(net.model, "record", net.model), config.record_weights, "record_lstm")
+    if config.film_weights is not None:
+        load_branch(getattr(net.model, "film", net.model), config.film_weights, "film_only")
+    if config.freeze_record:
+        net.model.record.requires_grad_(False)
+    return net
 
 
-def scores(predictions: Predictions, samples: Samples) -> Scores:
-    """Macro AUROC and loss, without intervals."""
-    labels = samples.labels[predictions.rows]
-    table = metrics.evaluate(labels, predictions.logits, names=samples.names, samples=0)
-    value = table.loc[(table["label"] == "macro") & (table["metric"] == "auroc"), "value"].item()
-    return Scores(float(value), _entropy(torch.from_numpy(predictions.logits), torch.from_numpy(labels)).item())
-
-
-def _groups(net: Net, config: FuseConfig) -> list[dict[str, Any]]:
-    """Weights of the model with decay, its biases without, and the encoder's with its own lr."""
-    learned = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    encoder = [p for name, p in learned if name.startswith("films.encoder.")]
-    own = [p for name, p in learned if not name.startswith("films.encoder.")]
-    groups = []
-    for weights, lr in ((own, config.lr), (encoder, config.encoder_lr)):
-        for kept, decay in (
-            ([p for p in weights if p.ndim > 1], config.weight_decay),
-            ([p for p in weights if p.ndim < 2], 0.0),
-        ):
-            if kept:
-                groups.append({"params": kept, "lr": lr, "weight_decay": decay})
-    return groups
+def _sources(config: FuseConfig) -> list[Path]:
+    """Files by whose content a run knows its input again."""
+    names: list[Any] = ["provenance.json", *sorted(p.name for p in Path(config.features).glob("samples/*.parquet"))]
+    return [Path(config.features) / (name if name == "provenance.json" else f"samples/{name}") for name in names]

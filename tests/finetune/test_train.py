@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import debug_launcher
+from safetensors.torch import load_file
 
 from configs import UserError
 from configs.cli import Stopped
+from finetune import loop
 from finetune.config import FuseConfig
 from finetune.fusion import MODELS
 from finetune.results import read_results
@@ -32,7 +38,7 @@ def test_a_run_leaves_results_and_every_sample_once(make_icu: Make) -> None:
     folder = make_icu()
     run = fuse(config(folder))
     about, rows = read_results(run)
-    assert about["model"] == "medfuse" and set(rows["subset"]) == {"all", "paired"}
+    assert about["model"] == "medfuse" and {"all", "paired", "age=40-59"} <= set(rows["subset"])
     samples = pd.read_parquet(folder / "features/samples/mortality.parquet")
     assert (run / "model.safetensors").is_file() and not (run / "encoder").exists()
     for split in ("val", "test"):
@@ -65,7 +71,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(make_icu: Make, mo
     pd.testing.assert_frame_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("model", [*MODELS])
+@pytest.mark.parametrize("model", [*MODELS, "record_gbm"])
 def test_every_model_trains_and_predicts(make_icu: Make, model: str) -> None:
     folder = make_icu(stays=60)
     run = fuse(config(folder, model=model, epochs=1, samples=0))
@@ -158,3 +164,105 @@ def test_mistakes_are_named(make_icu: Make) -> None:
     with pytest.raises(ValueError, match="looks at films"):
         config(folder, encoder=None)
     fuse(config(folder, model="record_lstm", encoder=None, store=None, epochs=1))
+
+
+def test_several_seeds_leave_each_training_and_their_mean(make_icu: Make) -> None:
+    folder = make_icu(stays=120)
+    run = fuse(config(folder, seeds=2, epochs=2, samples=20))
+    found = [read_results(run / f"seed_{seed}")[1] for seed in (0, 1)]
+    _, mean = read_results(run)
+    keys = ["split", "subset", "label", "metric"]
+    values = [table.set_index(keys)["value"].loc[("test", "all", "mortality", "auroc")] for table in (*found, mean)]
+    assert values[0] != values[1] and abs((values[0] + values[1]) / 2 - values[2]) < 1e-9
+
+
+def test_the_search_takes_the_lr_of_the_best_validation_and_records_all(make_icu: Make) -> None:
+    folder = make_icu(stays=120)
+    run = fuse(config(folder, lr_draws=3, lr_range=[1e-5, 1e-1], epochs=2, samples=0))
+    trials = [json.loads((run / "search" / f"lr_{i}" / "trial.json").read_text()) for i in range(3)]
+    assert len({trial["lr"] for trial in trials}) == 3 and all(1e-5 <= trial["lr"] <= 1e-1 for trial in trials)
+    best = max(range(3), key=lambda i: (trials[i]["scores"][0], -trials[i]["scores"][1]))
+    chosen, kept = load_file(run / "model.safetensors"), load_file(run / "search" / f"lr_{best}" / "net.safetensors")
+    assert all(torch.equal(chosen[name], kept[name]) for name in chosen)
+
+
+def test_stage_one_weights_are_taken_strictly(make_icu: Make) -> None:
+    folder = make_icu(stays=60)
+    stage = fuse(config(folder, model="record_lstm", epochs=2, out=str(folder / "stage")))
+    early = {"record_weights": str(stage), "freeze_record": True, "epochs": 1}
+    run = fuse(config(folder, **early))
+    before, after = load_file(stage / "model.safetensors"), load_file(run / "model.safetensors")
+    for name, value in before.items():
+        assert torch.equal(value, after[name.replace("model.", "model.record.", 1)])
+    with pytest.raises(UserError, match="another shape"):
+        fuse(config(folder, **early, hidden=16, out=str(folder / "other")))
+
+
+def test_tuning_begins_after_the_frozen_epochs(
+    make_icu: Make, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    real = loop.stream
+    monkeypatch.setattr(loop, "stream", lambda s, p, w, images: seen.append(images) or real(s, p, w, images))
+    folder = make_icu(stays=60)
+    fuse(config(folder, encoder=str(tiny_encoder), freeze=False, unfreeze_after=2, epochs=3, patience=9))
+    assert seen[:6:2] == [False, False, True]  # training; validation reads films throughout
+
+
+@pytest.mark.parametrize("control", ["context", "another"])
+def test_controls_see_no_pixels_of_the_own_film(make_icu: Make, control: str) -> None:
+    """The film carries half of the planted risk, so without it the film branch is at chance."""
+    folder = make_icu(stays=900)
+    found = {}
+    for name in ("none", control):
+        run = fuse(config(folder, model="film_only", control=name, epochs=10, samples=0, out=str(folder / name)))
+        table = read_results(run)[1].set_index(["split", "subset", "label", "metric"])["value"]
+        found[name] = table.loc[("test", "paired", "mortality", "auroc")]
+    assert found["none"] > 0.65 and found[control] < 0.62
+
+
+def test_length_of_stay_has_kappa_and_hours(make_icu: Make) -> None:
+    folder = make_icu(stays=200)
+    path = folder / "features/samples/mortality.parquet"
+    table = pd.read_parquet(path)
+    left = np.random.default_rng(0).gamma(2, 40, len(table))
+    hours = table.drop(columns="mortality").assign(
+        los_remaining_hours=left, los_bin=np.searchsorted(24 * np.array([1, 2, 3, 4, 5, 6, 7, 8, 14]), left, "right")
+    )
+    hours.to_parquet(path.with_name("length_of_stay.parquet"))
+    _, rows = read_results(fuse(config(folder, task="length_of_stay", model="record_lstm", epochs=1)))
+    of = rows[(rows["label"] == "los_hours") & (rows["split"] == "test") & (rows["subset"] == "all")].set_index(
+        "metric"
+    )
+    assert abs(of["value"]["kappa"]) < 0.3 and 10 < of["value"]["mae_hours"] < 100
+    assert of["low"]["mae_hours"] < of["value"]["mae_hours"] < of["high"]["mae_hours"]
+
+
+def test_findings_are_predicted_from_the_film_and_with_the_record_before_it(make_icu: Make) -> None:
+    folder = make_icu(stays=300)
+    images = pd.read_parquet(folder / "features/images.parquet")
+    table = images.assign(sample_id=images["dicom_id"], predict_at_hours=np.nan)
+    kept = ["sample_id", "stay_id", "subject_id", "split", "predict_at_hours", "dicom_id", "Edema"]
+    table.loc[::5, "stay_id"] = pd.NA
+    table.astype({"stay_id": "Int64"})[kept].to_parquet(folder / "features/samples/findings.parquet")
+    for task, model in (("findings", "film_only"), ("radiology", "medfuse")):
+        run = fuse(config(folder, task=task, model=model, out=str(folder / task), epochs=5))
+        found = pd.read_parquet(run / "predictions/test.parquet")
+        assert found["stay_id"].isna().any() == (task == "findings")
+        assert found["has_image"].all() or task == "radiology"
+    with pytest.raises(UserError, match="task=radiology"):
+        fuse(config(folder, task="findings"))
+
+
+@pytest.mark.slow
+def test_two_processes_predict_each_sample_once_and_learn(tmp_path: Path, make_icu: Make) -> None:
+    """The predictions of two processes are of all samples, and both processes end with the same weights."""
+    folder = make_icu(stays=120)
+    debug_launcher(_two, (str(folder),), num_processes=2)
+    table = pd.read_parquet(folder / "run/predictions/test.parquet")
+    wanted = pd.read_parquet(folder / "features/samples/mortality.parquet").query("split == 'test'")
+    assert sorted(table["sample_id"]) == sorted(wanted["sample_id"])
+
+
+def _two(folder: str) -> None:
+    fuse(config(Path(folder), model="record_lstm", store=None, encoder=None, epochs=2), argparse.Namespace(processes=2))
