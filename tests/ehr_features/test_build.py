@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from configs import UserError
 from ehr_features import build, events, schema, series
+from ehr_features.channels import SHIPPED
 from ehr_features.check import check, num_rows
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import read_table, tidy
@@ -226,3 +227,20 @@ def test_every_written_column_is_declared_with_its_availability(mimic, config):
     for task in ALL:
         label = list(said[f"samples/{task}"].values())[len(schema.SAMPLES) :]
         assert label and all(about["available_at"] == "discharge" for about in label)
+
+
+def test_a_user_s_channels_file_adds_its_variable_to_the_folder(mimic, frames, write, config, tmp_path):
+    labs = frames["labevents"]
+    frames["labevents"] = pd.concat([labs, labs.assign(itemid=50813, valuenum=3.5, value="3.5")])
+    frames["d_labitems"] = pd.DataFrame({"itemid": [50931, 50813], "label": ["Glucose", "Lactate"], "fluid": "Blood"})
+    write(mimic, frames)
+    mine = tmp_path / "mine.yaml"
+    entry = "\n  - {name: lactate, unit: mmol/L, range: [0.1, 30], normal: 1.5, items: {50813: as_is}}\n"
+    mine.write_text(SHIPPED.read_text() + entry)
+    before = build.build(config())
+    assert "lactate" not in json.loads((before / "series.json").read_text())["columns"]
+    out = build.build(config(channels=mine))
+    columns = json.loads((out / "series.json").read_text())["columns"]
+    got = series.load(out, normalise=False)[30_000_001]
+    assert set(got[:, columns.index("lactate")]) == {1.5, 3.5}
+    assert got[:, columns.index("mask->lactate")].sum() == 7  # stored at hours 7, 15, ... 55

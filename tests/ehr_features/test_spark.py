@@ -20,10 +20,15 @@ def needs():
     pytest.importorskip("pyspark", reason="pyspark is not installed (extra `spark`)")
     if shutil.which("java") is None:
         pytest.skip("Java is not on this machine")
+    yield
+    from pyspark.sql import SparkSession
+
+    if session := SparkSession.getActiveSession():
+        session.stop()
 
 
 @pytest.mark.real
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")  # py4j leaves its sockets to the end
 def test_spark_equals_duckdb_on_the_real_demo(shared, tmp_path):
     tables = {"mimic_iv": str(shared / "data/mimic-iv-demo-2.2"), "mimic_cxr": str(shared / "data/mimic-cxr-linked")}
     tasks = ("mortality", "phenotypes", "decompensation", "length_of_stay")
