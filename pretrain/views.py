@@ -148,16 +148,18 @@ def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
 
 def _cut_one_by_one(films: Tensor, plan: Plan) -> Tensor:
     """On a CPU a small resize beats a matrix product over the whole film."""
-    size, boxes = (plan.size, plan.size), plan.boxes.flatten(0, 1).int().tolist()
-    views = torch.empty(len(boxes), 1, *size, dtype=torch.uint8)
+    size, boxes = [plan.size, plan.size], plan.boxes.flatten(0, 1).int().tolist()
+    views = torch.empty(len(boxes), 1, 1, *size, dtype=torch.uint8)
+    sources, places = films[:, None, None].unbind(0), views.unbind(0)
+    resize = torch.ops.aten._upsample_bilinear2d_aa.out  # F.interpolate(antialias=True) without its checks
     for i, (top, left, height, width) in enumerate(boxes):
-        film = films[i % len(films)][None, None]
-        box = film.narrow(2, top, height).narrow(3, left, width)
-        views[i] = F.interpolate(box, size=size, mode="bilinear", antialias=True)[0]
+        box = sources[i % len(sources)].narrow(2, top, height).narrow(3, left, width)
+        resize(box, size, False, None, None, out=places[i])
+    views = views[:, 0, 0]
     if plan.flips:
         flipped = plan.flip.flatten()
-        views[flipped] = views[flipped].flip(3)
-    return views[:, 0].float().div_(255)
+        views[flipped] = views[flipped].flip(2)
+    return views.float().div_(255)
 
 
 def _change(views: Tensor, changes: Tensor) -> Tensor:
