@@ -43,9 +43,10 @@ def add_record(source: Source, films: ibis.Table) -> ibis.Table:
     Returns: the same rows with the columns that schema.IMAGES lists; null where the record does not say.
     """
     n = films.count().execute()
-    films = _emergency(source, _stay(source, _person(source, films)))
-    films = _by_date(source, _earlier_admissions(source, earlier_studies(films)))
-    films = held(source, _findings(source, films))
+    steps = (_person, _stay, _emergency, _earlier_admissions, _by_date, _findings)
+    films = held(source, earlier_studies(films))
+    for step in steps:  # one after the other: engines plan a dozen joins at once badly
+        films = held(source, step(source, films), instead_of=films)
     assert films.count().execute() == n, "a lookup multiplied the films"
     return films
 

@@ -27,6 +27,8 @@ YEARS = (1950, 2300)  # shifted MIMIC dates lie in 2100-2215, the films of other
 AGES = (0, 120)
 VIEW_CODES = {"antero-posterior": "AP", "postero-anterior": "PA", "lateral": "LATERAL"}
 KEYS = ("hadm_id", "stay_id", "ed_stay_id")
+KEYED = {"patients": "subject_id", "admissions": "hadm_id", "icustays": "stay_id", "edstays": "stay_id"}
+KEYED |= {"triage": "stay_id", "cxr_chexpert": "study_id"}
 
 
 def link_films(
@@ -48,8 +50,9 @@ def link_films(
     for key, intervals in _intervals(source).items():
         found = nearest(films, intervals, key, tolerance_hours=ed_tolerance_hours if key == "ed_stay_id" else 0.0)
         linked = linked.left_join(found, "dicom_id").drop("dicom_id_right")
-    linked = held(source, linked)
+    linked = held(source, linked, instead_of=films)
     _count(linked, attrition)
+    _repeated_keys(source, attrition)
     return linked.drop(*(f"{key}_candidates" for key in KEYS))
 
 
@@ -118,9 +121,12 @@ def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hou
     return best.select("dicom_id", key, **columns)
 
 
-def held(source: Source, table: ibis.Table) -> ibis.Table:
-    """Compute a table of at most one row per film once, and keep it in memory."""
-    return hold(source.con, gen_name("films"), table.to_pyarrow())
+def held(source: Source, table: ibis.Table, *, instead_of: ibis.Table | None = None) -> ibis.Table:
+    """Compute a table of at most one row per film once, and keep it in memory; `instead_of` is then given up."""
+    computed = hold(source.con, gen_name("films"), table.to_pyarrow())
+    if instead_of is not None and source.con.name == "duckdb":
+        source.con.con.unregister(instead_of.get_name())
+    return computed
 
 
 def first(table: ibis.Table, by: Sequence[str], order: Sequence) -> ibis.Table:
@@ -204,7 +210,7 @@ def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.T
         whole = films.count().execute()
     attrition.add("films", "study of two subjects (the ids are studies)", once, whole, torn)
     patients = source.table("patients").select("subject_id", born=_.anchor_year - _.anchor_age)
-    films = films.left_join(patients, "subject_id").drop("subject_id_right")
+    films = films.left_join(first(patients, ["subject_id"], [_.born]), "subject_id").drop("subject_id_right")
     age = films.taken_at.year() - films.born
     true = films.taken_at.notnull() & age.between(*AGES).fill_null(True)
     films = held(source, films.mutate(taken_at=where(true, films.taken_at)).drop("born"))
@@ -222,6 +228,18 @@ def _count(linked: ibis.Table, attrition: Attrition) -> None:
     sums["without_view"] = _["view"].isnull().sum()
     counts = linked.agg(films=_.count(), **sums).to_pyarrow().to_pylist()[0]
     attrition.note("linking", {name: int(n or 0) for name, n in counts.items()})
+
+
+def _repeated_keys(source: Source, attrition: Attrition) -> None:
+    """Rows of one key in tables that should have one each: a film takes the first (film_record.py)."""
+    for name, key in KEYED.items():
+        if not source.has(name):
+            continue
+        several = source.table(name).group_by(key).agg(n=_.count()).filter(_.n > 1)
+        rows = several.agg(n=_.n.sum(), ids=_.count()).to_pyarrow().to_pylist()[0]
+        if rows["ids"]:
+            why = f"{key} in several rows; one kept for films"
+            attrition.add(name, why, rows["n"], rows["ids"], _ids(several[key]))
 
 
 def _ids(column: ibis.Value) -> list:

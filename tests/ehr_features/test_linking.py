@@ -225,3 +225,10 @@ def test_emergency_stay_is_found_within_the_tolerance(tolerance: float, link_: s
         assert pd.isna(film.ed_stay_id) and pd.isna(film.ed_stay_id_link)
     else:
         assert (film.ed_stay_id, film.ed_stay_id_link, film.ed_stay_id_gap_hours) == (40, link_, 8.0)
+
+
+def test_patient_listed_twice_links_once_and_is_counted() -> None:
+    patient = {"subject_id": 10, "gender": "F", "anchor_age": 60, "anchor_year": 2149}
+    linked, attrition = link([{}], patients=[patient, patient])
+    assert linked.index.tolist() == ["a"]
+    assert excluded(attrition, "subject_id in several rows")["ids"] == [10]
