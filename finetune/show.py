@@ -28,7 +28,7 @@ def table(rows: pd.DataFrame, title: str) -> None:
     """The test split, all subjects, the largest fraction; then the macros of the other subsets and fractions."""
     grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("label", "AUROC", "95% interval", "AUPRC", "prevalence", "n", "positive"):
-        grid.add_column(name, justify="left" if name == "label" else "right", no_wrap=True)
+        grid.add_column(name, justify="left" if name == "label" else "right", no_wrap=name != "label")
     largest = rows["fraction"].max()
     whole: pd.DataFrame = rows[(rows["split"] == "test") & (rows["subset"] == "all") & (rows["fraction"] == largest)]
     for label in dict.fromkeys(whole["label"]):
@@ -43,7 +43,7 @@ def table(rows: pd.DataFrame, title: str) -> None:
         words += [str(split)] if split != "test" else []
         _row(grid, ", ".join(words), part)
     console = Console(highlight=False)
-    console.print(grid, soft_wrap=not console.is_terminal)
+    console.print(grid, width=console.width if console.is_terminal else 100)
 
 
 def _row(grid: Table, name: str, part: pd.DataFrame) -> None:
