@@ -118,7 +118,7 @@ def _summary(runs: Sequence[Run]) -> Html:
     for task, chosen in report_results.by_task(runs).items():
         for run in chosen:
             head, precision = run.headline() or {}, run.headline("auprc") or {}
-            about = f"{_short(task)} · {run.result.get('model')} · {report_results.encoder_of(run)}"
+            about = f"{_short(task)} · {report_results.model_of(run)} · {report_results.encoder_of(run)}"
             name = tag("span", tag("strong", run.name), tag("small", about), class_="two")
             values = [interval(h.get("value"), h.get("low"), h.get("high")) for h in (head, precision)]
             rows.append([name, *values, number(head.get("n")), number(head.get("positives"))])

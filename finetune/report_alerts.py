@@ -41,8 +41,21 @@ def _of_runs(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:
             yield "leak" in str(warning).lower(), str(warning), run.name
         for sign in collapse(run):
             yield True, f"{sign}.", run.name
+        if (below := _below_random(run, runs)) is not None:
+            yield True, below, run.name
         if run.kind == "unfinished":
             yield False, "holds no results yet.", run.name
+
+
+def _below_random(run: Run, runs: Sequence[Run]) -> str | None:
+    """Where a pretrained encoder's interval lies wholly below that of random weights on the same task."""
+    own = run.headline() if run.result.get("supervision") in ("self-supervised", "outcome-supervised") else None
+    for other in runs:
+        if own and other.task == run.task == "findings" and str(other.result.get("encoder")).startswith("random:"):
+            floor = other.headline()
+            if floor and own["high"] is not None and own["high"] < floor["low"]:
+                return f"reads findings worse than random weights ({other.name}): its pretraining has not worked."
+    return None
 
 
 def _few(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:

@@ -75,9 +75,11 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: damaged Parquet file ({error}); run the evaluation again") from None
 
-    def row(self, label: str = "macro", metric: str = "auroc", subset: str = "all") -> dict[str, Any] | None:
-        """One number of the test split, with all training subjects; None where it is absent or has no value."""
-        rows = plain(self.rows, subset)
+    def row(
+        self, label: str = "macro", metric: str = "auroc", subset: str = "all", split: str = "test"
+    ) -> dict[str, Any] | None:
+        """One number, with all training subjects; None where it is absent or has no value."""
+        rows = plain(self.rows, subset, split)
         rows = (
             rows[(rows["label"] == label) & (rows["metric"] == metric) & rows["value"].notna()] if len(rows) else rows
         )
@@ -104,9 +106,9 @@ def is_macro(label: str) -> bool:
     return label.split()[0] == "macro" if label else False
 
 
-def plain(rows: pd.DataFrame, subset: str = "all") -> pd.DataFrame:
-    """Rows of the test split, of one subset, with the most training subjects there were."""
-    rows = rows[(rows["split"] == "test") & (rows["subset"] == subset)]
+def plain(rows: pd.DataFrame, subset: str = "all", split: str = "test") -> pd.DataFrame:
+    """Rows of one split and subset, with the most training subjects there were."""
+    rows = rows[(rows["split"] == split) & (rows["subset"] == subset)]
     return rows[rows["fraction"] == rows["fraction"].max()]
 
 

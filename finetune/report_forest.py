@@ -46,7 +46,7 @@ def forest(
     left = min(max(len(text) for row in rows for text in (row.name, row.remark)) * LETTER + 16, 230 if wide else 124)
     values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
     values += [row.best for row in rows if row.best is not None] + ([chance] if chance is not None else [])
-    x = Scale(*span([values], pad=0.04), left, width - (148 if wide else 40))
+    x = Scale(*span([values], pad=0.04), left, width - ((170 if chance == 0 else 148) if wide else 40))
     stripes: list[Any] = []
     blocks: list[Any] = []
     y = float(TOP)

@@ -1,7 +1,8 @@
 """The report's differences: each pair of methods on the same test rows, with the interval of the difference.
 
 Comes in: evaluated runs of one task; runs whose names differ by a seed alone (`x_seed1`, `x_seed2`) are one method.
-Goes out: one figure. All pairs of up to FEW methods, else each against the first; p is Holm-adjusted over the pairs.
+Goes out: one figure. All pairs of up to FEW methods, else each against the best record-only model on validation, or
+the first where there is none; p is Holm-adjusted over the pairs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
     """Differences of the main AUROC between methods."""
     able = methods([run for run in runs if run.predictions() is not None and run.headline() is not None])
     names = list(able)
-    chosen = combinations(names, 2) if len(names) <= FEW else ((names[0], name) for name in names[1:])
+    base = reference(able)
+    chosen = combinations(names, 2) if len(names) <= FEW else ((base, name) for name in names if name != base)
     found, apart = [], []
     for first, second in chosen:
         if (row := _compare(able[second], able[first], samples)) is None:
@@ -74,6 +76,16 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
         frame(pd.DataFrame(cells, columns=columns)),
         note=_note(found, apart),
     )
+
+
+def reference(able: dict[str, list[Run]]) -> str:
+    """What many methods are compared with: the best record-only model on validation, else the first."""
+    records = {}
+    for name, runs in able.items():
+        head = runs[0].row(runs[0].main, split="val")
+        if str(runs[0].result.get("model")).startswith("record") and head:
+            records[name] = float(head["value"])
+    return max(records, key=lambda name: records[name]) if records else next(iter(able))
 
 
 def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> dict[Any, Any] | None:

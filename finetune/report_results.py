@@ -87,7 +87,7 @@ def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subse
         auroc, auprc = (interval(h.get("value"), h.get("low"), h.get("high")) for h in (head, precision))
         about = run.result.get("compared_by") or {}
         size = [about.get(key) for key in ("parameters", "image_size", "films_seen")]
-        cells.append([run.name, run.result.get("model"), auroc, auprc, head["n"], head["positives"], best, *size])
+        cells.append([run.name, model_of(run), auroc, auprc, head["n"], head["positives"], best, *size])
     if not rows:
         return None
     names = {i: run.name for i, run in enumerate(runs)}
@@ -154,6 +154,12 @@ def _why_not(run: Run, label: str) -> str:
 
 def encoder_of(run: Run) -> str:
     """Which encoder a run was given, in few words."""
-    given = run.result.get("encoder") or run.config.get("encoder") or "none"
-    text = str(given).removesuffix("/").removesuffix("/encoder")
-    return text.rsplit("/", 1)[-1] if not text.startswith(("random:", "pixels")) else text.split(":")[0]
+    text = str(run.result.get("encoder") or "no film").removesuffix("/").removesuffix("/encoder")
+    return text.split(":")[0] if text.startswith("random:") else text.rsplit("/", 1)[-1]
+
+
+def model_of(run: Run) -> str:
+    """The model, and what else tells its runs apart: a control, several seeds."""
+    control = {"context": "no pixels", "another": "another's film"}.get(str(run.result.get("control")))
+    seeds = f"{run.result['seeds']} seeds" if run.result.get("seeds", 1) > 1 else None
+    return ", ".join(str(part) for part in (run.result.get("model"), control, seeds) if part)

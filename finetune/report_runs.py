@@ -11,7 +11,7 @@ from rich.table import Table
 from configs import UserError
 from finetune.report_data import Run, column, find_runs, read_run
 from finetune.report_html import interval, number
-from finetune.report_results import encoder_of
+from finetune.report_results import encoder_of, model_of
 
 PIPED = 160  # columns where there is no terminal
 
@@ -38,7 +38,7 @@ def cells(run: Run, broad: bool) -> list[str]:
     """What the table says of a run."""
     head, precision = run.headline() or {}, run.headline("auprc") or {}
     loss = column(run.metrics, "loss")
-    kind = f"{run.task} · {run.result.get('model')}" if run.kind == "evaluation" else run.kind
+    kind = f"{run.task} · {model_of(run)}" if run.kind == "evaluation" else run.kind
     numbers = interval(head.get("value"), head.get("low"), head.get("high"))
     if run.kind == "pretraining" and loss and "step" in run.metrics:
         last = run.metrics[["step", loss]].dropna().iloc[-1]
