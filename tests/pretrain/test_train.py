@@ -60,7 +60,7 @@ def data(tmp_path_factory) -> Path:
             "taken_at": pd.Timestamp("2150-01-01") + pd.to_timedelta(np.arange(NUM), unit="D"),
             "view": ["PA", "AP", "AP"] * 7 + ["PA", "LATERAL", "LL"],
             "split": np.select([subject < 5, subject < 6], ["train", "val"], "test"),
-            "sex": ["M", "F"] * 12,
+            "sex": np.where(np.arange(NUM) // 8 % 2, "M", "F"),
             "age_years": random.uniform(20, 90, NUM),
             "Edema": random.integers(0, 2, NUM),
         }
@@ -290,3 +290,76 @@ def test_the_permuted_record_is_somebody_elses(data, tmp_path, monkeypatch):
         train.train(settings)
     assert (seen[True][:, 0] != seen[False][:, 0]).mean() > 0.7
     assert sorted(seen[True][:, 0]) == sorted(seen[False][:, 0])
+
+
+def test_the_papers_preset_fills_what_is_not_given_and_trains(data, tmp_path):
+    paper = {"optim": {"batch_size": 8, "steps": 2}, "head": {}, "ehr": {"groups": ["sex"]}}
+    path = tmp_path / "paper.yaml"
+    small = {key: {**value, **paper.get(key, {})} for key, value in SMALL.items() if key not in ("optim", "head")}
+    keys = {
+        "preset": "paper",
+        "features": str(data / "features"),
+        "store": str(data / "store"),
+        "out": str(tmp_path / "x"),
+    }
+    path.write_text(yaml.safe_dump({**small, **paper, **keys}))
+    settings = load(PretrainConfig, path, ["views.flip=0.25"])
+    assert settings.views.flip == 0.25 and settings.views.normalise == "dataset" and settings.mask.focal
+    assert settings.ehr.inject == "concat" and settings.optim.ema == settings.optim.ema_end == 0.996
+    msn = train.build(settings, 2)
+    assert msn.anchor_head[0].out_features == 4 * 24 and msn.prototypes.shape == (8, 24)
+    assert len(msn.groups(settings.optim.decay_all)[1]["params"]) == 0
+    folder = train.train(settings)
+    meta = enc.read_meta(folder / "encoder")
+    assert meta["preprocess"]["normalise"] == "dataset" and meta["preprocess"]["mean"] == 0.449
+
+
+def test_the_record_can_be_a_target_instead(data, tmp_path):
+    folder = train.train(config(data, tmp_path / "x", "ehr.groups=[sex]", "ehr.use=predict", "optim.steps=3"))
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["train/record_error"] > 0
+    assert "a target of the anchor (control)" in (folder / "encoder/MODEL_CARD.md").read_text()
+
+
+def test_readability_is_told_of_conditioned_columns(data, tmp_path):
+    folder = train.train(config(data, tmp_path / "x", "ehr.groups=[sex,age]", "optim.steps=2"))
+    readable = enc.read_meta(folder / "encoder")["readability"]
+    assert readable["sex_m"]["metric"] == "auroc" and 0 <= readable["sex_m"]["value"] <= 1
+    assert readable["age_years"]["metric"] == "r2" and readable["age_years"]["chance"] == 0.0
+
+
+def test_another_config_or_other_input_is_refused_in_a_run_folder(data, tmp_path):
+    train.train(config(data, tmp_path / "x", "optim.steps=1"))
+    with pytest.raises(UserError, match="another config"):
+        train.train(config(data, tmp_path / "x", "optim.steps=1", "ehr.groups=[sex]"))
+
+
+def test_a_full_disk_while_saving_loses_nothing(data, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    calls = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        with pytest.raises(Stopped):
+            train.train(config(data, tmp_path / "x"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match="could not be written"):
+            train.train(config(data, tmp_path / "x"))
+    assert run.load_checkpoint(tmp_path / "x")["step"] == 3
+    assert losses(train.train(config(data, tmp_path / "x"))) == losses(train.train(config(data, tmp_path / "y")))
+
+
+def test_encoder_is_exported_on_the_way(data, tmp_path, monkeypatch):
+    steps = []
+    write = train.export.write
+    monkeypatch.setattr(train.export, "write", lambda *a, **k: (steps.append(a[5]), write(*a, **k))[1])
+    train.train(config(data, tmp_path / "x", "optim.steps=3", "export_every_epochs=2", "films.views=all"))
+    assert steps == [2, 3]  # one step an epoch: 15 films, batches of 8; then the end
+
+
+def test_tensorboard_gets_what_metrics_jsonl_gets(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    train.train(config(data, tmp_path / "x", "optim.steps=1", "trackers=[tensorboard]"))
+    assert list((tmp_path / "x").rglob("events.out.tfevents*"))
