@@ -40,7 +40,7 @@ def write(
 ) -> pd.DataFrame:
     """predictions/ (of the first training) and results.json (means over trainings); returns the rows of the latter."""
     ages = read_table(config.features, "stays", ["stay_id", "age_years"]).set_index("stay_id")["age_years"]
-    table = samples.table.assign(age_years=samples.table["stay_id"].map(ages))
+    table = samples.table.assign(age_years=samples.table["stay_id"].map(ages).astype(float))
     tables = []
     for split in trainings[0]:
         found = [training[split] for training in trainings]

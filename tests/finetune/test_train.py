@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from configs import UserError
@@ -265,4 +266,5 @@ def test_two_processes_predict_each_sample_once_and_learn(tmp_path: Path, make_i
 
 
 def _two(folder: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the fork's parent had one process
     fuse(config(Path(folder), model="record_lstm", store=None, encoder=None, epochs=2), argparse.Namespace(processes=2))
