@@ -25,7 +25,7 @@ from finetune import (
 )
 from finetune.report_alerts import alerts
 from finetune.report_data import Run, read_runs
-from finetune.report_html import Html, interval, number, page, section, table, tag
+from finetune.report_html import Html, number, page, section, table, tag
 
 
 def report(
@@ -43,10 +43,10 @@ def report(
     """
     read = read_runs(runs)
     known = _truth(read, truth)
-    sections = [("summary", "Summary", _summary(read)), ("data", "Data", report_cohort.cohort_section(read))]
+    sections = [("summary", "At a glance", _summary(read, known)), ("data", "Data", report_cohort.cohort_section(read))]
     sections.append(("pretraining", "Pretraining", report_training.curves_section(read)))
     sections += [
-        (f"task-{task}", _short(task), _task(task, chosen, known))
+        (report_results.key_of("task", task), _short(task), _task(task, chosen, known))
         for task, chosen in report_results.by_task(read).items()
     ]
     sections.append(("encoder", "What it sees", _encoder(read, with_films)))
@@ -112,26 +112,15 @@ def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
     return tag("div", tiles, class_="tiles") if tiles else None
 
 
-def _summary(runs: Sequence[Run]) -> Html:
-    """A line for each run that has numbers, task by task."""
-    rows = []
-    for task, chosen in report_results.by_task(runs).items():
-        for run in chosen:
-            head, precision = run.headline() or {}, run.headline("auprc") or {}
-            about = f"{_short(task)} · {report_results.model_of(run)} · {report_results.encoder_of(run)}"
-            name = tag("span", tag("strong", run.name), tag("small", about), class_="two")
-            values = [interval(h.get("value"), h.get("low"), h.get("high")) for h in (head, precision)]
-            rows.append([name, *values, number(head.get("n")), number(head.get("positives"))])
-    if not rows:
-        return Html("")
-    lead = "Every evaluated run: its task, model and encoder, and macro values where the task has several labels."
-    columns = ["run", "AUROC (95%)", "AUPRC (95%)", "n", "positive"]
-    return section("summary", "Summary", tag("div", table(columns, rows), class_="card"), lead=lead)
+def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+    """Every evaluated run in one row, task by task."""
+    tasks = report_results.by_task(runs)
+    figures = [report_results.overview_figure(task, chosen, truth) for task, chosen in tasks.items()]
+    return section("summary", "Results at a glance", figures, lead=report_results.CAUTION)
 
 
 def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
     parts = [
-        report_results.overview_figure(task, runs, truth),
         report_results.overview_figure(task, runs, truth, subset="paired"),
         report_pairs.pairs_figure(task, runs),
         report_results.labels_figure(task, runs, truth),
@@ -139,7 +128,7 @@ def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
         report_groups.fraction_figure(task, runs),
         report_groups.subgroups_figure(task, runs),
     ]
-    return section(f"task-{task}", report_results.title(task), parts)
+    return section(report_results.key_of("task", task), report_results.title(task), parts)
 
 
 def _encoder(runs: Sequence[Run], with_films: bool) -> Html:
@@ -168,4 +157,7 @@ def _provenance(runs: Sequence[Run]) -> Html:
 
 
 def _short(task: str) -> str:
-    return {"findings": "Linear evaluation", "mortality": "Mortality"}.get(task, task.replace("_", " ").capitalize())
+    """A task's name for the list of contents."""
+    name = task.removesuffix(report_results.APART)
+    short = {"findings": "Linear evaluation"}.get(name, name.replace("_", " ").capitalize())
+    return short + (" (outcome-supervised)" if name != task else "")

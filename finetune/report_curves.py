@@ -17,7 +17,7 @@ from scipy.special import expit
 from finetune.report_data import Run
 from finetune.report_figures import Frame, Series, legend, panels
 from finetune.report_html import Html, figure, join, number, table, tag
-from finetune.report_results import told
+from finetune.report_results import key_of, told
 
 Floats = NDArray[np.float64]
 POINTS = 80  # of a drawn curve
@@ -60,7 +60,7 @@ def curves_figure(task: str, runs: Sequence[Run]) -> Html | None:
         "patients given 30% three have the outcome; each point is a tenth of the rows, with its Wilson interval where "
         "one or two runs are drawn. Net benefit: worth using where above treating all (dashed) and treating none (0)."
     )
-    return figure(f"curves-{task}", "Discrimination, calibration, net benefit", join([names, *blocks]), caption)
+    return figure(key_of("curves", task), "Discrimination, calibration, net benefit", join([names, *blocks]), caption)
 
 
 def _block(label: str, scored: Sequence[Scored], opened: bool) -> Html:

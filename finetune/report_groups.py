@@ -13,7 +13,7 @@ from finetune.report_data import Run, is_macro
 from finetune.report_figures import Frame, Series, legend, panel
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, tag
-from finetune.report_results import SIDE_BY_SIDE
+from finetune.report_results import SIDE_BY_SIDE, key_of
 
 
 def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
@@ -45,7 +45,7 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
     )
     names = tag("div", legend([(line.index, line.name) for line in lines]), class_="narrow")
     numbers = frame(pd.DataFrame(cells, columns=["run", "labelled subjects", "AUROC", "n"]))
-    return figure(f"fractions-{task}", "With few labels", join([names, drawing]), caption, numbers)
+    return figure(key_of("fractions", task), "With few labels", join([names, drawing]), caption, numbers)
 
 
 def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
@@ -75,7 +75,7 @@ def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
     gaps = "; ".join(f"{run.name}: {gap}" for run in shown if (gap := largest_gap(run)))
     numbers = frame(pd.DataFrame(cells, columns=["group", "run", "AUROC", "n", "positives"]))
     note = f"The largest gap. {gaps}." if gaps else None
-    return figure(f"subgroups-{task}", "Subgroups", drawing, caption, numbers, note=note)
+    return figure(key_of("subgroups", task), "Subgroups", drawing, caption, numbers, note=note)
 
 
 def largest_gap(run: Run) -> str | None:

@@ -20,6 +20,7 @@ from finetune.compare import holm, paired
 from finetune.report_data import Run
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, number
+from finetune.report_results import key_of
 
 FEW = 5
 FEWEST = 20  # test rows in common
@@ -69,7 +70,7 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
     )
     columns = ["pair", "first", "second", "difference", "p", "p (Holm)", "n", "seeds of first", "of second"]
     return figure(
-        f"pairs-{task}",
+        key_of("pairs", task),
         "Differences between runs",
         drawing,
         caption,

@@ -5,6 +5,7 @@ Comes in: evaluated runs. Goes out: a section for each task. Values and interval
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,14 @@ from finetune.report_html import Html, both_widths, figure, frame, interval, joi
 
 SIDE_BY_SIDE = 8  # runs in one block of a forest
 CAUTION = (
-    "One interval above another does not show that two runs differ, nor overlap that they are equal; only a paired "
-    "difference on the same rows, with its own interval, does."
+    "Each run on its test split, with 95% intervals over subjects. One interval above another does not show that two runs "
+    "differ, nor overlap that they are equal: the paired differences further down do."
 )
+COLUMNS = (
+    *("run", "model", "encoder", "AUROC", "AUPRC", "n", "positives", "possible"),
+    *("parameters", "film size", "films seen"),
+)
+APART = ", outcome-supervised"
 SUBSETS = {"paired": "stays with a film"}
 TASKS = {
     "findings": "Linear evaluation: findings from the film",
@@ -31,17 +37,20 @@ TASKS = {
 
 
 def by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Evaluated runs of each task, findings first."""
+    """Evaluated runs of each task, findings first; those of outcome-supervised encoders under a task of their own."""
     tasks: dict[str, list[Run]] = {}
     for run in runs:
         if run.kind == "evaluation":
-            tasks.setdefault(run.task, []).append(run)
-    known = list(TASKS)
+            apart = APART if run.result.get("supervision") == "outcome-supervised" else ""
+            tasks.setdefault(run.task + apart, []).append(run)
+    known = [name + apart for name in TASKS for apart in ("", APART)]
     return dict(sorted(tasks.items(), key=lambda item: known.index(item[0]) if item[0] in known else len(known)))
 
 
 def title(task: str) -> str:
-    return TASKS.get(task, task.replace("_", " ").capitalize())
+    """A task's name for a heading."""
+    name = task.removesuffix(APART)
+    return TASKS.get(name, name.replace("_", " ").capitalize()) + (f" ({APART[2:]} encoders)" if name != task else "")
 
 
 def told(label: str) -> str:
@@ -57,6 +66,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 def possible(truth: dict[str, Any], task: str, label: str, run: Run | None = None, subset: str = "all") -> float | None:
     """The generator's Bayes-optimal AUROC of a label, for what the run's model sees."""
+    task = task.removesuffix(APART)
     bayes = truth.get("bayes", {}).get(task)
     if not isinstance(bayes, dict):
         return None
@@ -87,23 +97,28 @@ def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subse
         auroc, auprc = (interval(h.get("value"), h.get("low"), h.get("high")) for h in (head, precision))
         about = run.result.get("compared_by") or {}
         size = [about.get(key) for key in ("parameters", "image_size", "films_seen")]
-        cells.append([run.name, model_of(run), auroc, auprc, head["n"], head["positives"], best, *size])
+        cells.append(
+            [run.name, model_of(run), encoder_of(run), auroc, auprc, head["n"], head["positives"], best, *size]
+        )
     if not rows:
         return None
     names = {i: run.name for i, run in enumerate(runs)}
     drawing = both_widths(lambda width: forest(rows, names, width))
-    what = "macro AUROC over the labels" if len(labels(runs)) > 1 else "AUROC"
     where = "the test split" if subset == "all" else f"{SUBSETS.get(subset, subset)} of the test split"
-    caption = f"Each run's {what} on {where}, with its 95% interval over subjects; the dashed line is chance."
+    what = f"macro AUROC over {len(labels(runs))} labels" if len(labels(runs)) > 1 else "AUROC"
+    caption = f"{what[0].upper()}{what[1:]} on {where}; the dashed line is chance."
     if any(row.best for row in rows):
         caption += " Dotted: the best that is possible for what the model sees, known as the data is synthetic."
-    columns = ["run", "model", "AUROC", "AUPRC", "n", "positives", "possible", "parameters", "film size", "films seen"]
-    given = [i for i in range(len(columns)) if any(cell[i] is not None for cell in cells)]
-    numbers = table([columns[i] for i in given], [[cell[i] for i in given] for cell in cells])
-    note = CAUTION if len(rows) > 1 else None
-    heading = "Runs side by side" if subset == "all" else f"The same, on {SUBSETS.get(subset, subset)} only"
-    key = f"overview-{task}" + ("" if subset == "all" else f"-{subset}")
-    return figure(key, heading, drawing, caption, numbers, note=note)
+    given = [i for i in range(len(COLUMNS)) if any(cell[i] is not None for cell in cells)]
+    numbers = table([COLUMNS[i] for i in given], [[cell[i] for i in given] for cell in cells])
+    heading = title(task) if subset == "all" else f"On {SUBSETS.get(subset, subset)} only"
+    return figure(
+        key_of("overview", task) + ("" if subset == "all" else f"-{subset}"), heading, drawing, caption, numbers
+    )
+
+
+def key_of(kind: str, task: str) -> str:
+    return f"{kind}-{re.sub('[^a-z0-9]+', '-', task.lower())}"
 
 
 def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
@@ -143,7 +158,7 @@ def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html
         "AUROC of each label with its 95% interval over subjects; under each name, positives of labelled test rows."
     )
     numbers = frame(pd.DataFrame(cells, columns=["label", "run", "AUROC", "why not", "n", "positives"]))
-    return figure(f"labels-{task}", "Label by label", drawing, caption, numbers, note=note)
+    return figure(key_of("labels", task), "Label by label", drawing, caption, numbers, note=note)
 
 
 def _why_not(run: Run, label: str) -> str:
