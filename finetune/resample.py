@@ -55,9 +55,9 @@ class Label:
     )  # (K + 1, G): negative rows from each threshold up to the next higher one; the last: below all
     tied: sparse.csr_array  # (ties, G): negative rows equal to a threshold
     tied_at: NDArray[np.intp]  # (ties,): which thresholds
-    sums: sparse.csr_array  # (S, G): what is summed over rows for the other statistics
+    sums: Floats  # (S, G): what is summed over rows for the other statistics
+    gaps: sparse.csr_array | None  # (BINS, G): outcomes less probabilities, by bin of probability
     fit: tuple[float, float]  # calibration intercept and slope of the whole sample
-    probabilities: bool
     threshold: float | None
 
     @classmethod
@@ -82,16 +82,20 @@ class Label:
             return sparse.coo_array((np.ones(len(row)), (row, of)), shape=(num_rows, num_groups)).tocsr()
 
         terms = _terms(y, scores, fit, probabilities, threshold)  # (S, n)
-        rows, columns = np.nonzero(terms)
+        sums = [np.bincount(group, weights=term, minlength=num_groups) for term in terms]
+        gaps = None
+        if probabilities:
+            bins = np.minimum((scores * BINS).astype(int), BINS - 1)
+            gaps = sparse.coo_array((y - scores, (bins, group)), shape=(BINS, num_groups)).tocsr()
         k = len(thresholds)
         return cls(
             positives=count(place, group[positive], k),
             negatives=count(at, group[~positive], k + 1),
             tied=count(tie_row, group[~positive][ties], len(tied_at)),
             tied_at=tied_at,
-            sums=sparse.coo_array((terms[rows, columns], (rows, group[columns])), (len(terms), num_groups)).tocsr(),
+            sums=np.array(sums, dtype=np.float64).reshape(len(terms), num_groups),
+            gaps=gaps,
             fit=fit,
-            probabilities=probabilities,
             threshold=threshold,
         )
 
@@ -103,32 +107,34 @@ class Label:
         Returns: name -> (R,); NaN where a resample has one class only.
         """
         positives = self.positives @ counts  # (K, R)
-        above = np.cumsum((self.negatives @ counts), axis=0)  # (K + 1, R): negatives at or above each threshold
+        above = self.negatives @ counts
+        np.cumsum(above, axis=0, out=above)  # (K + 1, R): negatives at or above each threshold
         found = np.cumsum(positives, axis=0)  # (K, R)
         p, n = found[-1], above[-1]
         above = above[:-1]
         with np.errstate(invalid="ignore", divide="ignore"):
-            pairs = np.einsum("kr,kr->r", positives, n - above)
+            pairs = p * n - np.einsum("kr,kr->r", positives, above)
             pairs += 0.5 * np.einsum("tr,tr->r", positives[self.tied_at], self.tied @ counts)
-            precision = found / np.maximum(found + above, 1.0)
-            allowed = above <= (1 - SPECIFICITY) * n + 1e-9
+            last = (above <= (1 - SPECIFICITY) * n + 1e-9).sum(axis=0)  # `above` never falls
+            above += found
+            np.maximum(above, 1.0, out=above)
+            np.divide(found, above, out=above)  # precision at each threshold
             out = {
                 "auroc": pairs / (p * n),
-                "auprc": np.einsum("kr,kr->r", positives, precision) / p,
-                "sensitivity_at_specificity_90": np.max(np.where(allowed, found, 0.0), axis=0) / p,
+                "auprc": np.einsum("kr,kr->r", positives, above) / p,
+                "sensitivity_at_specificity_90": np.where(last > 0, found[last - 1, np.arange(len(p))], 0.0) / p,
                 "prevalence": p / (p + n),
             }
             sums = self.sums @ counts  # (S, R)
-            out |= self._sums(sums, p, n)
+            out |= self._sums(sums, p, n, counts)
         defined = (p > 0) & (n > 0)
         return {name: np.where(defined, value, np.nan) for name, value in out.items()}
 
-    def _sums(self, sums: Floats, p: Floats, n: Floats) -> dict[str, Floats]:
+    def _sums(self, sums: Floats, p: Floats, n: Floats, counts: Floats) -> dict[str, Floats]:
         out = {}
-        if self.probabilities:
+        if self.gaps is not None:
             out["brier"] = sums[0] / (p + n)
-            gaps = sums[6 : 6 + BINS]  # (bins, R): outcomes less probabilities
-            out["calibration_error"] = np.abs(gaps).sum(0) / (p + n)
+            out["calibration_error"] = np.abs(self.gaps @ counts).sum(0) / (p + n)
             gradient, curvature = sums[1:3], sums[3:6]  # one Newton step from the whole sample's fit
             determinant = curvature[0] * curvature[2] - curvature[1] ** 2
             intercept = (curvature[2] * gradient[0] - curvature[1] * gradient[1]) / determinant
@@ -181,8 +187,6 @@ def _terms(y: Floats, s: Floats, fit: tuple[float, float], probabilities: bool, 
         mu = expit(fit[0] + fit[1] * x)
         v = mu * (1 - mu)
         terms += [(s - y) ** 2, y - mu, (y - mu) * x, v, v * x, v * x * x]
-        bins = np.minimum((s * BINS).astype(int), BINS - 1)
-        terms += [np.where(bins == b, y - s, 0.0) for b in range(BINS)]
     if threshold is not None:
         called = s >= threshold
         terms += [(called & (y > 0)).astype(float), (called & (y <= 0)).astype(float)]
