@@ -11,6 +11,8 @@ from finetune.config import FuseConfig, ProbeConfig
 
 
 def _probe(config: ProbeConfig, args: argparse.Namespace) -> None:
+    if args.shift:
+        config = ProbeConfig.model_validate(config.model_dump() | {"shift": {"field": args.shift}})
     if args.watch:
         from finetune.watch import watch
 
@@ -98,6 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         says="score an encoder on the findings of its films: linear, attentive, logistic, kNN, finetune, transfer",
         example="python -m finetune probe configs/probe_linear.yaml encoder=runs/vit/encoder out=runs/probe",
         distributed=True,
+    )
+    probe.add_argument(
+        "--shift", metavar="FIELD", help="also train on some groups, test on others: view, year_group"
     )
     probe.add_argument("--watch", metavar="RUN", help="follow a pretraining: probe each encoder that it exports")
     cli.config_command(

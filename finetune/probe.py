@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
     if not tuned and run.check_world(args) > 1:
         raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
     accelerator = run.accelerator(args) if tuned else None
-    films, store = open_films(config)
+    with accelerator.main_process_first() if accelerator else nullcontext():  # one process packs
+        films, store = open_films(config)
     if config.method != "transfer":
         check_splits(films)
     device = str(accelerator.device) if accelerator else "cuda" if torch.cuda.is_available() else "cpu"

@@ -256,5 +256,8 @@ def test_a_damaged_results_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_shipped_configs_load() -> None:
-    for path in ("configs/probe_linear.yaml", "configs/demo/probe_linear.yaml"):
-        assert load(ProbeConfig, Path(__file__).parents[2] / path).method == "linear"
+    root = Path(__file__).parents[2] / "configs"
+    wanted = {"probe_linear": "linear", "demo/probe_linear": "linear", "probe_nih": "linear", "probe_csv": "linear"}
+    for name, method in (wanted | {"probe_chexpert": "transfer"}).items():
+        assert load(ProbeConfig, root / f"{name}.yaml").method == method
+        assert (root / f"{name}.yaml").read_text().startswith("# ")
