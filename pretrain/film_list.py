@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -94,7 +95,10 @@ def _folder_or_list(path: Path) -> pd.DataFrame:
         table = _read(path)
     if "path" not in table:
         raise UserError(f"{path}: no column `path`; found {', '.join(table.columns)}")
-    names = table.path.fillna("").map(Path)
+    for column in table.columns.intersection(["path", "dicom_id"]):
+        if empty := int((table[column].fillna("").str.strip() == "").sum()):
+            raise UserError(f"{path}: {empty} rows have no {column}")
+    names = table.path.map(Path)
     ids = table.dicom_id if "dicom_id" in table else names.map(lambda p: p.stem)
     return pd.DataFrame({"dicom_id": ids, "path": names.map(lambda p: (path.parent / p).as_posix())})
 
@@ -103,7 +107,7 @@ def _read(path: Path) -> pd.DataFrame:
     """A table, every column as text."""
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str)
-    except (OSError, EOFError, ValueError) as error:  # gzip, pandas and pyarrow each raise their own
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # gzip, pandas and pyarrow each raise their own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a table ({first}); was it copied whole?") from None
     return table.astype("string").astype(object)

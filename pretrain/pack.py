@@ -6,33 +6,23 @@ same command goes on with.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-from PIL import Image
 
 from configs import UserError
 from ehr_features.files import PARTIAL, digest, new_file, provenance, read_json, write_json
 from pretrain.config import ImagesConfig
 from pretrain.film_list import films_digest, list_films
-from pretrain.films import SUFFIXES, BadFilm, decode, fit
 from pretrain.lock import lock
 from pretrain.progress import Bar
+from pretrain.workers import Job, Row, workers
 
 FORMAT = 1
 SCHEMA = pa.schema(
@@ -45,8 +35,6 @@ SCHEMA = pa.schema(
     ]
 )
 SHARD_BYTES = 128 * 2**20  # a shard is held in memory until it is written
-QUALITY = 95
-Row = tuple[str, bytes | None, str]  # dicom_id, the packed film or None, the path or why it is set aside
 
 
 def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: int | None = None) -> Path:
@@ -70,7 +58,7 @@ def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: i
     mine = [n for n in range(part[0] - 1, len(groups), part[1]) if not _finished(out / shard_name(n), plan)]
     _check_disk(out, config, sum(len(groups[n]) for n in mine))
     began = time.monotonic()
-    with Bar("packing", sum(len(groups[n]) for n in mine), "films") as bar, _workers(config.workers) as work:
+    with Bar("packing", sum(len(groups[n]) for n in mine), "films") as bar, workers(config.workers) as work:
         for number in mine:
             group = groups[number]
             jobs: list[Job] = [
@@ -82,7 +70,7 @@ def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: i
                 rows.append(row)
                 bar.advance()
             _write_shard(out / shard_name(number), rows, config, plan)
-    if all((out / shard_name(n)).is_file() for n in range(len(groups))):
+    if all(_finished(out / shard_name(n), plan) for n in range(len(groups))):
         _complete(out, config, plan, films, counts, len(groups), time.monotonic() - began)
     else:
         print(f"{out}: part {part[0]} of {part[1]} is packed; the store is complete once the other parts are")
@@ -127,14 +115,14 @@ def _opened(out: Path, plan: dict[str, Any], part: tuple[int, int]) -> bool:
     if held.name == "store.json":
         print(f"{out}: complete, nothing to do; to redo it, remove the folder or choose another out=...")
         return True
-    for stale in out.glob(f".*{PARTIAL}-*"):
-        if part[1] == 1:
-            stale.unlink()  # left by a process that was killed
     return False
 
 
 def _finished(path: Path, plan: dict[str, Any]) -> bool:
-    return path.is_file() and _metadata(path)["plan"] == digest(plan)
+    try:
+        return path.is_file() and _metadata(path)["plan"] == digest(plan)
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+        return False  # damaged: it is packed again
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -180,6 +168,8 @@ def _complete(
     seconds: float,
 ) -> None:
     """All shards are there: write index, rejected and, last, store.json."""
+    for stale in out.glob(f".shard-*{PARTIAL}-*"):
+        stale.unlink(missing_ok=True)  # left by a process that was killed
     index, rejected, hashes = [], [], []
     for number in range(shards):
         about = _metadata(out / shard_name(number))
@@ -222,83 +212,3 @@ def _complete(
     print(f"{out}: {len(packed)} films, {size:.0f} MB, {rate:.0f} films/s")
     if says:
         print(f"{len(bad)} films set aside: {says}; each with its reason in {out / 'rejected.parquet'}")
-
-
-# ---- the workers ----------------------------------------------------------------------------------------------------
-Job = tuple[str, str, int, str, Any]
-
-
-def pack_film(job: Job) -> Row:
-    """One film, decoded, resized, padded and encoded; or why not."""
-    dicom_id, path, size, encoding, dicom = job
-    try:
-        square = fit(decode(_existing(path), dicom=dicom, near=2 * size), size)
-    except BadFilm as why:
-        return dicom_id, None, f"{path}\n{why}"
-    if encoding == "raw":
-        return dicom_id, square.tobytes(), path
-    file = io.BytesIO()
-    Image.fromarray(square).save(file, "JPEG", quality=QUALITY)
-    return dicom_id, file.getvalue(), path
-
-
-def _existing(path: str) -> str:
-    """The path, or the same film as .dcm or .png beside where it should be (MIMIC-CXR has .dcm, MIMIC-CXR-JPG .jpg)."""
-    if os.path.exists(path):
-        return path
-    others = (os.path.splitext(path)[0] + suffix for suffix in SUFFIXES)
-    return next((other for other in others if os.path.exists(other)), path)
-
-
-@contextlib.contextmanager
-def _workers(number: int | None) -> Iterator[Callable[[list[Job]], Iterator[Row]]]:
-    """Give a function that packs films in order, with `number` processes; they end with this one, however it ends."""
-    number = number or len(os.sched_getaffinity(0))
-    if number == 1:
-        yield lambda jobs: map(pack_film, jobs)
-        return
-    pool: list[ProcessPoolExecutor] = []
-
-    def run(jobs: list[Job]) -> Iterator[Row]:
-        if not pool:
-            pool.append(_pool(number))
-        done = 0
-        try:
-            for row in pool[0].map(pack_film, jobs, chunksize=max(1, min(16, len(jobs) // number))):
-                done += 1
-                yield row
-        except BrokenProcessPool:  # a decoder died of a film: find it, one film and one process at a time
-            pool.clear()
-            for job in jobs[done:]:
-                with _pool(1) as single:
-                    try:
-                        yield single.submit(pack_film, job).result()
-                    except BrokenProcessPool:
-                        yield job[0], None, f"{job[1]}\nthe decoder crashed"
-
-    try:
-        yield run
-    except BaseException:
-        for executor in pool:
-            for process in list(executor._processes.values()):
-                process.kill()
-        raise
-    finally:
-        for executor in pool:
-            executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _pool(number: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin_worker)
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the others
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
