@@ -119,7 +119,7 @@ def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 
         return Html("")
     x_range = frame.x_range or span([s.x for s in lines], pad=0.0)
     y_range = frame.y_range or span([v for s in lines for v in (s.y, s.low, s.high) if v is not None], pad=0.06)
-    right = 12 + (max(len(s.name) for s in lines) * 6.3 if frame.labels else 0)
+    right = 12 + (max(len(s.name) for s in lines) * 7.2 if frame.labels else 0)
     x = Scale(*x_range, 50 if frame.y_label else 42, width - min(right, width * 0.36), log=frame.log_x)
     y = Scale(*y_range, height - 40, 30 if title else 12)
     parts = [_axes(x, y, frame, width, height, title)]

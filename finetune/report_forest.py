@@ -11,7 +11,7 @@ import numpy as np
 from finetune.report_figures import COLOURS, Scale, mark, span, svg, tick_text
 from finetune.report_html import Html, interval, join, number, tag
 
-LETTER = 6.4  # pixels of a letter, about
+LETTER, SMALL = 7.2, 6.1  # pixels of a letter, about
 GAP, TOP = 14, 26
 
 
@@ -43,7 +43,8 @@ def forest(
     """
     wide = width > 500
     step = 17 if max(len(row.points) for row in rows) <= 4 else 14
-    left = min(max(len(text) for row in rows for text in (row.name, row.remark)) * LETTER + 16, 230 if wide else 124)
+    room = max(max(len(row.name) * LETTER, len(row.remark) * SMALL) for row in rows) + 18
+    left = min(room, 270 if wide else 128)
     values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
     values += [row.best for row in rows if row.best is not None] + ([chance] if chance is not None else [])
     x = Scale(*span([values], pad=0.04), left, width - ((170 if chance == 0 else 148) if wide else 40))
@@ -76,7 +77,9 @@ def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: 
 
 
 def _name(row: Row, middle: float, letters: int) -> Html:
-    name = row.name if len(row.name) <= letters else row.name[: letters - 1] + "…"
+    name = row.name
+    if len(name) > letters:  # the end tells seeds apart
+        name = f"{name[: (letters - 1) // 2]}…{name[-(letters // 2) :]}"
     at = middle - 3 if row.remark else middle + 4
     full = tag("title", row.name) if name != row.name else None
     text = tag("text", full, name, x=6, y=at, class_="row-name strong" if row.strong else "row-name")

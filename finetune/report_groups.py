@@ -6,6 +6,7 @@ Comes in: evaluated runs of one task. Goes out: figures; None where the runs do 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -14,6 +15,8 @@ from finetune.report_figures import Frame, Series, legend, panel
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, tag
 from finetune.report_results import SIDE_BY_SIDE, key_of
+
+BANDS = 4  # lines up to which bands can be told apart
 
 
 def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
@@ -30,6 +33,8 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
             [run.name, f"{100 * r['fraction']:g}%", interval(r["value"], r["low"], r["high"]), r["n"]]
             for r in rows.to_dict("records")
         ]
+    if len(lines) > BANDS:
+        lines = [replace(line, low=None, high=None) for line in lines]
     if not lines:
         return None
     drawing = both_widths(
@@ -41,7 +46,8 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
         )
     )
     caption = (
-        "What each encoder reaches with few labels: the higher on the left, the less it needs. Bands are 95% intervals."
+        "What each encoder reaches with few labels: the higher on the left, the less it needs. Bands, where few "
+        "runs are drawn, are 95% intervals over subjects."
     )
     names = tag("div", legend([(line.index, line.name) for line in lines]), class_="narrow")
     numbers = frame(pd.DataFrame(cells, columns=["run", "labelled subjects", "AUROC", "n"]))

@@ -18,8 +18,8 @@ from finetune.report_html import Html, both_widths, figure, frame, interval, joi
 
 SIDE_BY_SIDE = 8  # runs in one block of a forest
 CAUTION = (
-    "Each run on its test split, with 95% intervals over subjects. One interval above another does not show that two runs "
-    "differ, nor overlap that they are equal: the paired differences further down do."
+    "Each run on its test split, with 95% intervals over subjects. One interval above another does not show that two "
+    "runs differ, nor overlap that they are equal: the paired differences further down do."
 )
 COLUMNS = (
     *("run", "model", "encoder", "AUROC", "AUPRC", "n", "positives", "possible"),
