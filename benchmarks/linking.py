@@ -118,7 +118,8 @@ def timed(what: str, folder: Path) -> dict[str, Any]:
     _pid, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{what} failed with status {status}")
-    return json.loads(said.splitlines()[-1]) | {"peak_mb": round(usage.ru_maxrss / 1024)}
+    cpu = round(usage.ru_utime + usage.ru_stime, 1)
+    return json.loads(said.splitlines()[-1]) | {"cpu": cpu, "peak_mb": round(usage.ru_maxrss / 1024)}
 
 
 def main() -> None:
@@ -143,7 +144,7 @@ def main() -> None:
     for name, result in results.items():
         steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in result["seconds"].items())
         counts = {k: v for k, v in result["counts"].items() if k.endswith("_linked")}
-        print(f"{name:12} {steps}; {result['peak_mb']} MB; {counts}")
+        print(f"{name:12} {steps} ({result['cpu']} s of CPU in all); {result['peak_mb']} MB; {counts}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.scratch is None:

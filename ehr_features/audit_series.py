@@ -24,8 +24,9 @@ from safetensors import safe_open
 from configs import UserError
 from ehr_features import channels, events, medfuse, series
 from ehr_features.config import FeaturesConfig
+from ehr_features.engine import batches, hold
 from ehr_features.files import read_json
-from ehr_features.source import Source, batches, hold, open_source
+from ehr_features.source import Source, open_source
 from ehr_features.verdict import Verdict, cannot, decide
 
 KNOWN = "no vital sign or laboratory value is from after its hour"

@@ -16,10 +16,10 @@ import pyarrow as pa
 from ibis import _
 from ibis.util import gen_name
 
-from ehr_features import labels
-from ehr_features.linking import first, held, hours, where
+from ehr_features import phenotypes
+from ehr_features.engine import hold
+from ehr_features.films import first, held, hours, where
 from ehr_features.schema import FINDINGS
-from ehr_features.source import hold
 
 if TYPE_CHECKING:
     from ehr_features.source import Source
@@ -140,7 +140,7 @@ def _earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
     films = films.mutate(num_prior_admissions=where(known, _.n.fill_null(0).cast("float64"))).drop("n")
     if not source.has("diagnoses_icd"):
         return films.mutate(prior_phenotypes=ibis.null("string"))
-    groups = labels.groups()
+    groups = phenotypes.groups()
     films = _lookup(films, _first_coded(source, ended, groups), "subject_id")
     names = [ibis.cases((films[f"since_{g}"] < films.taken_at, f"{g} "), else_="") for g in groups]
     listed = functools.reduce(operator.add, names).strip()
@@ -150,7 +150,7 @@ def _earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
 def _first_coded(source: Source, ended: ibis.Table, groups: Sequence[int]) -> ibis.Table:
     """subject_id, since_GROUP: the end of the first admission with a diagnosis of each group."""
     diagnoses = source.table("diagnoses_icd").select("hadm_id", "icd_code", "icd_version").filter(_.icd_code.notnull())
-    codes = labels.group_codes(diagnoses.select("icd_code", "icd_version").distinct().to_pandas(), "default")
+    codes = phenotypes.group_codes(diagnoses.select("icd_code", "icd_version").distinct().to_pandas(), "default")
     codes = codes.dropna(subset="ccs").astype({"ccs": "int64", "icd_version": "int64", "icd_code": "string"})
     table = pa.Table.from_pandas(codes[["icd_code", "icd_version", "ccs"]], preserve_index=False)
     mapped = diagnoses.join(hold(source.con, gen_name("codes"), table), ["icd_code", "icd_version"])

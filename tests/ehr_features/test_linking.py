@@ -12,7 +12,8 @@ from ibis.util import gen_name
 
 from ehr_features import linking
 from ehr_features.cohort import Attrition
-from ehr_features.source import Source, connect, hold
+from ehr_features.engine import connect, hold
+from ehr_features.source import Source
 
 CON = connect("duckdb")
 START = pd.Timestamp("2150-01-01")

@@ -14,6 +14,7 @@ from ehr_features import film_record, linking, schema, static
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig
 from ehr_features.source import open_source
+from ehr_features.static_groups import POSITIONS, VIEWS
 
 
 def images(**columns: list) -> pd.DataFrame:
@@ -162,7 +163,7 @@ def test_published_sets_equal_what_the_notebooks_give(shared: Path, real_images:
     in_order = [column for column in golden if column in names]
     assert names == in_order  # the published order
     same = np.isclose(array, golden[names].to_numpy(), rtol=0, atol=1e-6)
-    for field, columns in (("view", static.VIEWS), ("position", static.POSITIONS)):
+    for field, columns in (("view", VIEWS), ("position", POSITIONS)):
         imputed = golden[f"{field}_missing"].to_numpy() == 1  # filled in by the notebook's forest: not comparable
         same |= np.outer(imputed, [c in columns for c in names])
     assert same.all(), {n: int((~same[:, i]).sum()) for i, n in enumerate(names) if not same[:, i].all()}
