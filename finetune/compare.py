@@ -132,8 +132,8 @@ def _units(folder: str | Path, split: str) -> tuple[list[Any], Any, Any, Any, li
 
 
 def _p(difference: NDArray[Any]) -> float:
-    """Two-sided, from the share of resamples on the other side of 0; never 0."""
+    """Two-sided, from the share of resamples on the other side of 0; never 0; null where the interval is."""
     d = difference[~np.isnan(difference)]
-    if not len(d):
+    if not len(d) or len(d) < 0.95 * len(difference):
         return float("nan")
     return float(min(1.0, 2 * (1 + min((d <= 0).sum(), (d >= 0).sum())) / (1 + len(d))))

@@ -43,7 +43,9 @@ def table(rows: pd.DataFrame, title: str) -> None:
         words += [str(split)] if split != "test" else []
         _row(grid, ", ".join(words), part)
     console = Console(highlight=False)
-    console.print(grid, width=console.width if console.is_terminal else 100)
+    if not console.is_terminal:
+        console.width = 110  # a log file
+    console.print(grid)
 
 
 def _row(grid: Table, name: str, part: pd.DataFrame) -> None:

@@ -58,6 +58,14 @@ def test_a_difference_within_the_noise_of_training_is_no_claim_between_methods()
     assert three["claim"] == "method" and three["low"] < 0 < three["high"]
 
 
+def test_a_label_with_one_positive_has_no_p() -> None:
+    y, a, b, group = sample(better=0.5)
+    y[:, 1] = np.arange(300) == 7
+    table = paired(y, a[None], b[None], groups=group, names=["x", "rare"], samples=200).set_index("label")
+    assert np.isnan(table.loc["rare", ["low", "p", "p_holm"]].astype(float)).all()
+    assert table.loc["x", "p_holm"] == table.loc["x", "p"]  # Holm counts the labels that have a p
+
+
 def test_runs_of_equal_seeds_are_drawn_together() -> None:
     y, a, _, group = sample(better=0.0)
     strength = [0.0, 0.5, 1.0]
