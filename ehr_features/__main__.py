@@ -14,7 +14,7 @@ from ehr_features.demo import add_arguments as demo_arguments
 
 def _build(config: Any, args: argparse.Namespace) -> int:
     from ehr_features.build import build
-    from ehr_features.source import interruptible
+    from ehr_features.engine import interruptible
 
     print(f"features: {config.mimic_iv} (preset {config.preset}) -> {config.out}", file=sys.stderr, flush=True)
     with interruptible():

@@ -21,8 +21,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ibis import _
-from safetensors import safe_open
 
 from configs import UserError
 from ehr_features import (
@@ -33,24 +31,17 @@ from ehr_features import (
     labels,
     linking,
     medfuse,
+    outputs,
     release,
-    schema,
     series,
+    series_file,
     splits,
 )
 from ehr_features.config import FeaturesConfig
-from ehr_features.files import digest, file_digest, new_file, new_folder, provenance, read_json, write_json
-from ehr_features.schema import Column
-from ehr_features.source import EVENTS, Source, batches, hold, open_source
+from ehr_features.engine import batches, hold
+from ehr_features.files import digest, file_digest, new_folder, provenance, read_json, write_json
+from ehr_features.source import EVENTS, Source, open_source
 
-ARROW = {
-    "int64": pa.int64(),
-    "string": pa.string(),
-    "float64": pa.float64(),
-    "timestamp": pa.timestamp("us"),
-    "date": pa.date32(),
-    "boolean": pa.bool_(),
-}
 NO_EFFECT = {"out", "cache", "memory", "threads"}  # keys that change no result
 
 
@@ -101,12 +92,14 @@ def build(config: FeaturesConfig) -> Path:
             split = _split(source, stays, films, config)
             stays = stays.join(split, "subject_id")
             stay_films = None if films is None else linking.stay_films(films, stays)
-            tables = _tables(source.con, part, stays, films, stay_films, split)
+            tables = outputs.tables(source.con, part, stays, films, stay_films, split)
         with steps("writing the samples"):
             shutil.copyfile(binned, part / "series.safetensors")
             status = labels.code_status(found["chartevents"][0], stays)
-            cohort_ = labels.Cohort(source, _with_death(stays), _first_hours(source, binned, config), config)
-            tables |= _samples(part, cohort_, stay_films, status, attrition)
+            cohort_ = labels.Cohort(
+                source, outputs.with_death(stays), outputs.first_hours(source, binned, config), config
+            )
+            tables |= outputs.samples(part, cohort_, stay_films, status, attrition)
         with steps("fitting the normaliser"):
             about = _about_series(source, part, stays, columns, config) | {"events": fates}
             write_json(part / "series.json", about)
@@ -162,7 +155,7 @@ def _series(
     who = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
     prints = [events.fingerprint(source.files[name]) for name in EVENTS if name in source.files]
     said = [channel.model_dump(mode="json") for channel in declared]
-    code = _code("series.py", "medfuse.py", "channels.py", "events.py", "source.py")
+    code = _code("series*.py", "medfuse.py", "channels.py", "events.py", "source.py", "engine.py")
     key = digest([prints, who, said, config.preset, config.step_hours, config.engine, code])
     path = config.cache_folder / f"series-{key}.safetensors"
     facts = path.with_suffix(".json")
@@ -172,9 +165,9 @@ def _series(
             source, found["chartevents"][0], found["labevents"][0], stays, declared, config.step_hours
         )
         with events.progress(source.con, "binning the series"):
-            series.write(
+            series_file.write(
                 path,
-                batches(source.con, bins.select(*series.BINS)),
+                batches(source.con, bins.select(*series_file.BINS)),
                 frame["stay_id"].to_numpy(),
                 _lengths(frame["los_hours"].to_numpy(), config),
                 preset.layout(declared),
@@ -213,66 +206,6 @@ def _split(source: Source, stays: ir.Table, films: ir.Table | None, config: Feat
     )
 
 
-def _tables(
-    con: Any, part: Path, stays: ir.Table, films: ir.Table | None, stay_films: ir.Table | None, split: ir.Table
-) -> dict[str, Any]:
-    """Write stays, images and stay_films; returns their entries of schema.json."""
-    write_table(con, stays.order_by("stay_id"), part / "stays.parquet", schema.STAYS)
-    tables = {"stays": schema.described(schema.STAYS)}
-    if films is not None and stay_films is not None:
-        films = films.join(split, "subject_id")
-        write_table(con, films.order_by("dicom_id"), part / "images.parquet", schema.IMAGES)
-        ordered = stay_films.order_by("stay_id", "hours_from_intime", "dicom_id")
-        write_table(con, ordered, part / "stay_films.parquet", schema.STAY_FILMS)
-        tables |= {"images": schema.described(schema.IMAGES), "stay_films": schema.described(schema.STAY_FILMS)}
-    return tables
-
-
-def _with_death(stays: ir.Table) -> ir.Table:
-    return stays.mutate(death_hours=(_.death_at.epoch_seconds() - _.intime.epoch_seconds()) / 3600)
-
-
-def _first_hours(source: Source, binned: Path, config: FeaturesConfig) -> ir.Table:
-    """stay_id, first_hour: where the first bin with a measurement begins; stays with one only."""
-    with safe_open(binned, "numpy") as file:
-        stay, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
-        seen = np.flatnonzero(file.get_tensor("observed").any(1))
-    at = np.searchsorted(seen, offsets[:-1])
-    first = np.append(seen, offsets[-1])[at]
-    has = first < offsets[1:]
-    table = {"stay_id": stay[has], "first_hour": ((first - offsets[:-1]) * config.step_hours)[has]}
-    return hold(source.con, "first_hours", pa.table(table))
-
-
-def _samples(
-    part: Path, cohort_: labels.Cohort, stay_films: ir.Table | None, status: ir.Table, attrition: cohort.Attrition
-) -> dict[str, Any]:
-    """Write samples/TASK.parquet of each task; returns their entries of schema.json."""
-    tables, con = {}, cohort_.source.con
-    for task in cohort_.config.tasks:
-        columns = {**schema.SAMPLES, **labels.label_columns(task)}
-        path = part / "samples" / f"{task}.parquet"
-        if task == "findings":
-            images = pd.read_parquet(part / "images.parquet")
-            write_table(con, labels.finding_samples(images, cohort_.config.findings), path, columns)
-        else:
-            samples = labels.TASKS[task](cohort_, attrition)
-            samples = labels.latest(samples, status, "code_status")
-            samples = _with_film(samples, stay_films)
-            write_table(con, samples.order_by("stay_id", "predict_at_hours"), path, columns)
-        attrition.note(f"samples/{task}", pq.read_metadata(path).num_rows)
-        tables[f"samples/{task}"] = schema.described(columns)
-    return tables
-
-
-def _with_film(samples: ir.Table, stay_films: ir.Table | None) -> ir.Table:
-    import ibis
-
-    if stay_films is None:
-        return samples.mutate(dicom_id=ibis.null("string"))
-    return samples.left_join(linking.last_film(samples, stay_films), "sample_id").drop("sample_id_right")
-
-
 def _about_series(
     source: Source, part: Path, stays: ir.Table, columns: series.Layout, config: FeaturesConfig
 ) -> dict[str, Any]:
@@ -289,17 +222,6 @@ def _about_series(
         "normaliser": series.fit(part / "series.safetensors", columns, train)
         | {"fitted_on": "train", "num_stays": int(train.sum())},
     }
-
-
-def write_table(con: Any, table: ir.Table | pd.DataFrame, path: Path, columns: Mapping[str, Column]) -> None:
-    """Write a table of features/ with exactly its declared columns and types."""
-    want = pa.schema([(name, ARROW[column.type]) for name, column in columns.items()])
-    with new_file(path) as part, pq.ParquetWriter(part, want, compression="zstd") as writer:
-        if isinstance(table, pd.DataFrame):
-            writer.write_table(pa.Table.from_pandas(table[want.names], preserve_index=False).cast(want))
-            return
-        for batch in batches(con, table.select(*want.names)):
-            writer.write_table(pa.Table.from_batches([batch]).cast(want))
 
 
 def _provenance(

@@ -11,7 +11,8 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, model_validator
 
 from configs import Settings, UserError, load
-from ehr_features.source import Source, hold
+from ehr_features.engine import hold
+from ehr_features.source import Source
 
 SHIPPED = Path(__file__).with_name("channels.yaml")
 FIRST_CHART_ITEM = 220_000  # laboratory itemids lie below

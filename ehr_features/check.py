@@ -12,9 +12,10 @@ import fsspec
 from configs import UserError
 from ehr_features import channels, release
 from ehr_features.config import FeaturesConfig
+from ehr_features.engine import readable
 from ehr_features.events import fingerprint
 from ehr_features.schema import READ
-from ehr_features.source import Source, check_columns, open_source, readable
+from ehr_features.source import Source, check_columns, open_source
 
 COUNTED = 30_000_000  # bytes; a larger CSV file's rows are estimated
 SAMPLED = 4_000_000

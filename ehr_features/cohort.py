@@ -14,7 +14,8 @@ import pandas as pd
 import pyarrow as pa
 
 from configs import UserError
-from ehr_features.source import Source, hold
+from ehr_features.engine import hold
+from ehr_features.source import Source
 
 LISTED = 1000  # ids listed for one reason
 

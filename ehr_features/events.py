@@ -19,8 +19,9 @@ import fsspec
 import ibis.expr.types as ir
 import pyarrow as pa
 
+from ehr_features.engine import hold, readable
 from ehr_features.files import digest, new_file, new_folder, write_json
-from ehr_features.source import EVENTS, Source, hold, readable
+from ehr_features.source import EVENTS, Source
 
 
 def cached(

@@ -10,7 +10,6 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ibis
@@ -22,14 +21,15 @@ from ibis import _
 
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig, Findings
+from ehr_features.engine import hold
+from ehr_features.phenotypes import groups, with_phenotypes
 from ehr_features.schema import FINDINGS, SAMPLES, Column
-from ehr_features.source import Source, hold
+from ehr_features.source import Source
 
 CODE_STATUS = (223758, 228687)
 FIRST_HOUR = 5  # decompensation and length of stay begin after four hours
 WITHIN_HOURS = 24  # decompensation: death within a day
 LOS_DAYS = (1, 2, 3, 4, 5, 6, 7, 8, 14)  # inner edges of the ten bins
-PHENOTYPES = Path(__file__).with_name("phenotypes.csv")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def mortality(cohort: Cohort, attrition: Attrition) -> ir.Table:
 def phenotypes(cohort: Cohort, attrition: Attrition) -> ir.Table:
     """25 groups of diagnoses, from the whole stay."""
     stays = cohort.stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=_.los_hours)
-    return _with_phenotypes(cohort, stays, attrition)
+    return with_phenotypes(cohort.source, stays, cohort.config.preset, attrition)
 
 
 def phenotypes_early(cohort: Cohort, attrition: Attrition) -> ir.Table:
@@ -70,7 +70,7 @@ def phenotypes_early(cohort: Cohort, attrition: Attrition) -> ir.Table:
     at = float(cohort.config.landmark_hours)
     stays = _keep(cohort.stays, _.los_hours >= at, attrition, "phenotypes_early", f"shorter than {at:.0f} h")
     stays = stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=ibis.literal(at))
-    return _with_phenotypes(cohort, stays, attrition)
+    return with_phenotypes(cohort.source, stays, cohort.config.preset, attrition)
 
 
 def decompensation(cohort: Cohort, attrition: Attrition) -> ir.Table:
@@ -137,79 +137,6 @@ def _hourly(cohort: Cohort, attrition: Attrition, task: str) -> ir.Table:
     return rows.mutate(
         sample_id=_.stay_id.cast("string") + "-" + _.hour.cast("string"), predict_at_hours=_.hour.cast("float64")
     )
-
-
-def groups() -> list[int]:
-    """The CCS ids of the 25 phenotypes."""
-    return sorted(pd.read_csv(PHENOTYPES, usecols=["ccs"])["ccs"].unique().tolist())
-
-
-def group_codes(codes: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """Which of the 25 groups each ICD code belongs to.
-
-    Args:
-        codes: icd_code, icd_version; distinct.
-        preset: `default`: by code and version; an ICD-10 code that is not in the tables but extends one that is (a
-        newer
-            subdivision) takes its group, if all codes under that one agree. `medfuse`: by code alone, the published
-            list.
-    Returns: icd_code, icd_version, ccs (null: in none of the groups), how (exact | prefix | ambiguous | other).
-    """
-    table = pd.read_csv(PHENOTYPES, dtype={"icd_code": str})
-    table = table[table["presets"].str.split().map(lambda names: preset in names)]
-    codes = codes.assign(plain=codes["icd_code"].str.strip().str.replace(".", "", regex=False).str.upper())
-    keys = ["plain"] if preset == "medfuse" else ["plain", "icd_version"]
-    known = table.rename(columns={"icd_code": "plain"})[[*keys, "ccs"]].drop_duplicates()
-    found = codes.merge(known, on=keys, how="left")
-    found["how"] = np.where(found["ccs"].notna(), "exact", "other")
-    if preset == "medfuse":
-        return found.drop(columns="plain")
-    tens = set(known.loc[known["icd_version"] == 10, "plain"])
-    by_code = known[known["icd_version"] == 10].groupby("plain")["ccs"].agg(set).to_dict()
-    for row in found.index[found["ccs"].isna() & (found["icd_version"] == 10)]:
-        code = str(found.at[row, "plain"])
-        parent = next((code[:n] for n in range(len(code) - 1, 2, -1) if code[:n] in tens), None)
-        if parent is None:
-            continue
-        under = set().union(*(ccs for known_code, ccs in by_code.items() if str(known_code).startswith(parent)))
-        found.at[row, "how"] = "prefix" if len(under) == 1 else "ambiguous"
-        if len(under) == 1:
-            found.at[row, "ccs"] = under.pop()
-    return found.drop(columns="plain")
-
-
-def _with_phenotypes(cohort: Cohort, stays: ir.Table, attrition: Attrition) -> ir.Table:
-    """Add phenotype_* of the stay's admission."""
-    diagnoses = cohort.source.table("diagnoses_icd").semi_join(cohort.stays, "hadm_id")
-    diagnoses = diagnoses.select("hadm_id", "icd_code", "icd_version").filter(_.icd_code.notnull())
-    counted = diagnoses.group_by("icd_code", "icd_version").agg(n=_.count()).to_pandas()
-    mapped = group_codes(counted.drop(columns="n"), cohort.config.preset)
-    told = mapped.merge(counted, on=["icd_code", "icd_version"])
-    for (version, how), part in told.groupby(["icd_version", "how"]):
-        attrition.note(f"ICD-{version} diagnoses, group by {how}", {"codes": len(part), "rows": int(part["n"].sum())})
-    attrition.note(
-        "ICD-10 codes that no group could be told for", sorted(mapped.loc[mapped["how"] == "ambiguous", "icd_code"])
-    )
-    mapped = mapped.dropna(subset="ccs").astype({"ccs": "int64", "icd_version": "int64"})[
-        ["icd_code", "icd_version", "ccs"]
-    ]
-    held = hold(cohort.source.con, "icd_groups", pa.Table.from_pandas(mapped, preserve_index=False))
-    has = diagnoses.join(held, ["icd_code", "icd_version"]).select("hadm_id", "ccs", "icd_version").distinct()
-    _prevalence(cohort, diagnoses, has, attrition)
-    flags = {f"phenotype_{g}": (_.ccs == g).cast("int64").max() for g in groups()}
-    wide = has.group_by("hadm_id").agg(**flags)
-    stays = stays.left_join(wide, "hadm_id").drop("hadm_id_right")
-    return stays.mutate(**{name: _[name].fill_null(0) for name in flags})
-
-
-def _prevalence(cohort: Cohort, diagnoses: ir.Table, has: ir.Table, attrition: Attrition) -> None:
-    """How many admissions of each ICD version have each group."""
-    coded = diagnoses.select("hadm_id", "icd_version").distinct().group_by("icd_version").agg(n=_.count()).to_pandas()
-    positive = has.group_by("icd_version", "ccs").agg(n=_.hadm_id.nunique()).to_pandas()
-    for version, n in zip(coded["icd_version"].tolist(), coded["n"].tolist(), strict=True):
-        part = positive[positive["icd_version"] == version].set_index("ccs")["n"]
-        prevalence = {f"phenotype_{g}": round(int(part.get(g, 0)) / n, 4) for g in groups()}
-        attrition.note(f"phenotype prevalence in {n} admissions coded in ICD-{version}", prevalence)
 
 
 def findings(images: pd.DataFrame, uncertain: str = "zeros", empty: str = "zeros") -> pd.DataFrame:

@@ -20,8 +20,9 @@ import pyarrow as pa
 from ibis import _
 
 from ehr_features.channels import Channel, Published
+from ehr_features.engine import hold
 from ehr_features.series import Layout
-from ehr_features.source import Source, hold
+from ehr_features.source import Source
 
 EPSILON = 1e-6  # hours
 POUNDS, FAHRENHEIT = (226531,), (223761,)  # items whose label says so

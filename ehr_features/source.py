@@ -8,16 +8,9 @@ drops.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import gzip
 import os
-import re
-import signal
-import tempfile
-import threading
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import UserError
-from configs.cli import Stopped
 from ehr_features.config import FeaturesConfig
+from ehr_features.engine import connect, hold, read, readable
 from ehr_features.files import PARTIAL, tidy
 from ehr_features.schema import READ, Raw
 
@@ -143,74 +136,6 @@ def open_source(config: FeaturesConfig) -> Source:
     return source
 
 
-def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path | None = None) -> Any:
-    """An ibis backend; `memory` bounds it, and DuckDB spills what does not fit below `spill`."""
-    if engine == "pyspark":
-        return _spark(memory, threads)
-    con = ibis.duckdb.connect()
-    number, unit = re.fullmatch(r"([\d.]+)\s*([MGT]B)", memory).groups()  # type: ignore[union-attr]
-    size = float(number) * {"MB": 1, "GB": 1000, "TB": 1_000_000}[unit]
-    settings = {
-        "memory_limit": f"{int(max(size * 0.6, size - 1500))}MB",  # the rest: Python, CSV buffers, the series' pages
-        "threads": threads,
-        "preserve_insertion_order": False,
-        "enable_progress_bar": False,
-        "TimeZone": "UTC",
-        "temp_directory": str(spill or tempfile.gettempdir()),
-    }
-    for name, value in settings.items():
-        con.con.execute(f"SET {name} = {value!r}")
-    return con
-
-
-def _spark(memory: str, threads: int) -> Any:
-    try:
-        from pyspark.sql import SparkSession
-    except ImportError:
-        raise UserError("engine=pyspark: pyspark is not installed; pip install 'ehr-msn[spark]', and Java 17") from None
-    session = (
-        SparkSession.builder.master(f"local[{threads}]")
-        .appName("ehr_features")
-        .config("spark.driver.memory", memory.replace(" ", "").removesuffix("B").lower())
-        .config("spark.sql.session.timeZone", "UTC")
-        .config("spark.sql.shuffle.partitions", 2 * threads)
-        .config("spark.sql.warehouse.dir", tempfile.gettempdir())
-        .config("spark.ui.enabled", False)
-        .config("spark.ui.showConsoleProgress", False)
-        .getOrCreate()
-    )
-    session.sparkContext.setLogLevel("ERROR")
-    return ibis.pyspark.connect(session)
-
-
-def read(con: Any, path: str, columns: list[str]) -> ir.Table:
-    """Open one file; every CSV column is text."""
-    if path.endswith(".parquet"):
-        return con.read_parquet(path)
-    if con.name == "duckdb":
-        text = dict.fromkeys(columns, "VARCHAR")
-        return con.read_csv(path, columns=text, header=True, auto_detect=False, delim=",", quote='"', escape='"')
-    return con.read_csv(path, header=True, inferSchema=False, multiLine=True, escape='"')
-
-
-def hold(con: Any, name: str, table: pa.Table) -> ir.Table:
-    """Give the engine a small table of ours."""
-    if con.name == "duckdb":  # ibis 12's create_table writes SQL that DuckDB 2.0 refuses
-        con.con.register(name, table)
-        return con.table(name)
-    con._session.createDataFrame(table).createOrReplaceTempView(name)
-    return con.table(name)
-
-
-def batches(con: Any, table: ir.Table, rows: int = 500_000) -> Iterator[pa.RecordBatch]:
-    """The rows of an expression, some at a time."""
-    if con.name == "duckdb":  # ibis 12's to_pyarrow_batches calls what DuckDB 2.0 renamed
-        found = con.con.sql(ibis.to_sql(table, dialect="duckdb"))
-        yield from found.to_arrow_reader(rows) if hasattr(found, "to_arrow_reader") else found.fetch_record_batch(rows)
-    else:
-        yield from table.to_pyarrow_batches(chunk_size=rows)
-
-
 def _cast(column: ir.Value, to: str) -> ir.Value:
     if to == "string":
         return column.cast("string").nullif("")
@@ -301,54 +226,3 @@ def _layout(root: str, files: Mapping[str, str], columns: Mapping[str, list[str]
     if "1.0" in signs.values():
         return "1.0"
     return "2.2" if "chartevents.caregiver_id" in signs or "chartevents" not in columns else "2.0"
-
-
-@contextlib.contextmanager
-def readable(path: str) -> Iterator[None]:
-    """Turn what a damaged file makes the readers raise into a message for the user."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
-    except Exception as error:
-        if (says := _damage(error)) is None:
-            raise
-        raise UserError(f"{path}: {says}; is the file whole? Download it again") from None
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a query as they end Python: DuckDB makes "Query interrupted" of either."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        came.append(number)
-        handler = before[signal.Signals(number)]
-        if callable(handler):
-            handler(number, frame)
-
-    for number, handler in before.items():
-        if callable(handler):
-            signal.signal(number, note)
-    try:
-        yield
-    except Exception as error:
-        if not came or "interrupt" not in str(error).lower():
-            raise
-        raise (KeyboardInterrupt if came[0] == signal.SIGINT else Stopped)() from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _damage(error: BaseException) -> str | None:
-    """The first line of an engine's complaint about a file; None if it is something else."""
-    text = str(error).strip()
-    if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "pyspark", "py4j"):
-        return None
-    marks = ("GZIP", "gzip", "CSV Error", "Parquet", "EOFException", "ZipException", "Unexpected end", "No magic bytes")
-    return text.splitlines()[0][:300] if any(mark in text for mark in marks) else None

@@ -182,7 +182,7 @@ def test_config_faults_are_told_together():
 def test_a_signal_ends_a_long_query_with_its_own_exit_code(number, code):
     program = (
         "from configs.cli import guard\n"
-        "from ehr_features.source import connect, interruptible\n"
+        "from ehr_features.engine import connect, interruptible\n"
         "con = connect('duckdb').con\n"
         "def run():\n"
         "    with interruptible():\n"

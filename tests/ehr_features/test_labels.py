@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ehr_features import labels
+from ehr_features import labels, phenotypes
 from ehr_features.cohort import Attrition, stays
 from ehr_features.config import FeaturesConfig, Findings
+from ehr_features.engine import hold
 from ehr_features.schema import FINDINGS
-from ehr_features.source import Source, hold
+from ehr_features.source import Source
 
 FIRST = 30_000_001
 
@@ -106,12 +107,12 @@ def test_phenotypes_come_from_the_stays_admission(samples, frames):
     ],
 )
 def test_icd_codes_find_their_group(code, version, group, how):
-    found = labels.group_codes(pd.DataFrame({"icd_code": [code], "icd_version": [version]}), "default").iloc[0]
+    found = phenotypes.group_codes(pd.DataFrame({"icd_code": [code], "icd_version": [version]}), "default").iloc[0]
     assert (None if pd.isna(found.ccs) else int(found.ccs), found.how) == (group, how)
 
 
 def test_medfuse_groups_ignore_the_icd_version():
-    found = labels.group_codes(pd.DataFrame({"icd_code": ["4280"], "icd_version": [10]}), "medfuse")
+    found = phenotypes.group_codes(pd.DataFrame({"icd_code": ["4280"], "icd_version": [10]}), "medfuse")
     assert found.ccs.tolist() == [108]
 
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from configs import UserError
-from ehr_features import medfuse, series
+from ehr_features import medfuse, series, series_file
 from ehr_features.channels import Channel, check_items, read_channels
+from ehr_features.engine import batches, hold
 from ehr_features.files import write_json
-from ehr_features.source import Source, batches, hold
+from ehr_features.source import Source
 
 IN = pd.Timestamp("2150-01-01 10:00:00")
 CHANNELS = read_channels()
@@ -100,7 +101,7 @@ def run(
         ids = np.sort(stays["stay_id"].to_numpy())
         hours = stays.set_index("stay_id").loc[ids, "los_hours"].to_numpy()
         num = (hours + 1 - 1e-6).astype(int) if preset is medfuse else series.lengths(hours, step)
-        series.write(path, batches(source.con, bins.select(*series.BINS)), ids, num, columns)
+        series_file.write(path, batches(source.con, bins.select(*series_file.BINS)), ids, num, columns)
         tensors = load_file(path)
     edges = tensors["offsets"].tolist()
     spans = {int(i): slice(*edge) for i, edge in zip(ids, itertools.pairwise(edges), strict=True)}
@@ -324,7 +325,7 @@ def test_load_normalises_by_the_train_stays_observed_values_only(tmp_path):
     rows |= {"v": [60.0, 80.0, 100.0, 120.0, 1000.0], "mark": [0.0] * 5}
     batch = hold(Source.from_frames({}).con, "rows", pa.table(rows)).to_pyarrow().to_batches()
     path = tmp_path / "series.safetensors"
-    series.write(path, batch, np.array([1, 2, 3]), np.array([4, 2, 3]), columns, chunk=2)
+    series_file.write(path, batch, np.array([1, 2, 3]), np.array([4, 2, 3]), columns, chunk=2)
     fitted = series.fit(path, columns, np.array([True, True, False]), chunk=2)
     assert fitted["mean"][heart] == 90 and fitted["std"][heart] == pytest.approx(np.std([60, 80, 100, 120]))
     assert fitted["mean"][columns.values.index("glucose")] is None  # nothing observed: left as it is
