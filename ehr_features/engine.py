@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -23,11 +25,11 @@ from configs.cli import Stopped
 
 def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path | None = None) -> Any:
     """An ibis backend; `memory` bounds it, and DuckDB spills what does not fit below `spill`."""
-    if engine == "pyspark":
-        return _spark(memory, threads)
-    con = ibis.duckdb.connect()
     number, unit = re.fullmatch(r"([\d.]+)\s*([MGT]B)", memory).groups()  # type: ignore[union-attr]
     size = float(number) * {"MB": 1, "GB": 1000, "TB": 1_000_000}[unit]
+    if engine == "pyspark":
+        return _spark(int(size), threads)
+    con = ibis.duckdb.connect()
     settings = {
         "memory_limit": f"{int(max(size * 0.6, size - 1500))}MB",  # the rest: Python, CSV buffers, the series' pages
         "threads": threads,
@@ -41,15 +43,19 @@ def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path |
     return con
 
 
-def _spark(memory: str, threads: int) -> Any:
+def _spark(megabytes: int, threads: int) -> Any:
     try:
         from pyspark.sql import SparkSession
     except ImportError:
         raise UserError("engine=pyspark: pyspark is not installed; pip install 'ehr-msn[spark]', and Java 17") from None
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        raise UserError("engine=pyspark: Java is not installed; Spark 4 needs Java 17 or 21. Or take engine=duckdb")
+    builder = SparkSession.builder
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # not under spark-submit, which names the cluster
+        builder = builder.master(f"local[{threads}]")
     session = (
-        SparkSession.builder.master(f"local[{threads}]")
-        .appName("ehr_features")
-        .config("spark.driver.memory", memory.replace(" ", "").removesuffix("B").lower())
+        builder.appName("ehr_features")
+        .config("spark.driver.memory", f"{megabytes}m")
         .config("spark.sql.session.timeZone", "UTC")
         .config("spark.sql.shuffle.partitions", 2 * threads)
         .config("spark.sql.warehouse.dir", tempfile.gettempdir())

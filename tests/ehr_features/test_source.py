@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from configs import UserError
+from ehr_features.engine import connect
 from ehr_features.source import Source, open_source
 
 
@@ -116,3 +117,11 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path, frames, writ
     assert source.table("labevents").count().execute() == len(frames["labevents"])
     d_items = source.table("d_items").to_pandas()
     assert d_items.label.tolist() == ["HR", "eye", "verbal", "motor"]
+
+
+def test_spark_without_java_says_what_to_install(monkeypatch):
+    pytest.importorskip("pyspark", reason="pyspark is not installed (extra `spark`)")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(UserError, match="Java is not installed"):
+        connect("pyspark")
