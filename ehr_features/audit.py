@@ -46,7 +46,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     """Check every claim. Raises: UserError: no features folder, or no run folder."""
     stays = read_table(features, "stays")
     films = (features / "images.parquet").is_file()
-    images = read_table(features, "images") if films else pd.DataFrame({c: [] for c in schema.IMAGES})
+    images = read_table(features, "images") if films else _no_images()
     samples = {p.stem: read_table(features, f"samples/{p.stem}") for p in sorted(features.glob("samples/*.parquet"))}
     subjects = pd.concat([t[["subject_id", "split"]] for t in (stays, images, *samples.values())])
     verdicts = [check_splits({"stays": stays, "images": images, **{f"samples/{n}": t for n, t in samples.items()}})]
@@ -57,6 +57,11 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     verdicts += check_series(features, stays)
     verdicts.append(check_inputs(features))
     return verdicts + check_runs(runs, subjects.drop_duplicates())
+
+
+def _no_images() -> pd.DataFrame:
+    types = {"string": "str", "timestamp": "datetime64[us]"}
+    return pd.DataFrame({c: pd.Series(dtype=types.get(s.type, s.type)) for c, s in schema.IMAGES.items()})
 
 
 def check_splits(tables: dict[str, pd.DataFrame]) -> Verdict:

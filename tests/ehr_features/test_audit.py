@@ -181,6 +181,14 @@ def test_clean_folder_is_proved(features: Path) -> None:
     assert set(outcomes(features).values()) == {PROVED}
 
 
+def test_folder_without_films_is_proved(features: Path) -> None:
+    for name in ("images", "stay_films"):
+        (features / f"{name}.parquet").unlink()
+    for path in (features / "samples").glob("*.parquet"):
+        pd.read_parquet(path).assign(dicom_id=pd.NA).to_parquet(path)
+    assert set(outcomes(features).values()) == {PROVED}
+
+
 @pytest.mark.parametrize("name", list(LEAKS))
 def test_planted_leak_is_refuted(features: Path, name: str) -> None:
     leak, claim = LEAKS[name]
