@@ -7,7 +7,8 @@ file that loads nothing, needs no script, prints, and fits a phone. A part witho
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from finetune import (
 from finetune.report_alerts import alerts
 from finetune.report_data import Run, read_runs
 from finetune.report_html import Html, number, page, section, table, tag
+from pretrain.progress import Bar
 
 
 def report(
@@ -43,15 +45,21 @@ def report(
     """
     read = read_runs(runs)
     known = _truth(read, truth)
-    sections = [("summary", "At a glance", _summary(read, known)), ("data", "Data", report_cohort.cohort_section(read))]
-    sections.append(("pretraining", "Pretraining", report_training.curves_section(read)))
-    sections += [
-        (report_results.key_of("task", task), _short(task), _task(task, chosen, known))
-        for task, chosen in report_results.by_task(read).items()
+    tasks = report_results.by_task(read)
+    parts: list[tuple[str, str, Callable[[], Html]]] = [
+        ("summary", "At a glance", lambda: _summary(read, known)),
+        ("data", "Data", lambda: report_cohort.cohort_section(read)),
+        ("pretraining", "Pretraining", lambda: report_training.curves_section(read)),
+        *[(report_results.key_of("task", t), _short(t), partial(_task, t, own, known)) for t, own in tasks.items()],
+        ("encoder", "What it sees", lambda: _encoder(read, with_films)),
+        ("checklist", "Checklist", lambda: report_checklist.checklist_section(read)),
+        ("provenance", "Provenance", lambda: _provenance(read)),
     ]
-    sections.append(("encoder", "What it sees", _encoder(read, with_films)))
-    sections.append(("checklist", "Checklist", report_checklist.checklist_section(read)))
-    sections.append(("provenance", "Provenance", _provenance(read)))
+    sections = []
+    with Bar("report", len(parts), "parts") as bar:
+        for key, name, build in parts:
+            sections.append((key, name, build()))
+            bar.advance(note=name)
     made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
     foot = f"Made {made} by EHR-MSN from {len(read)} runs. Nothing in this file is loaded from elsewhere."
     text = page("EHR-MSN report", _head(read, known), sections, foot)
@@ -122,11 +130,13 @@ def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
 def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
     parts = [
         report_results.overview_figure(task, runs, truth, subset="paired"),
+        report_results.overview_figure(task, runs, truth, split="test_radiologist"),
         report_pairs.pairs_figure(task, runs),
         report_results.labels_figure(task, runs, truth),
         report_curves.curves_figure(task, runs),
         report_groups.fraction_figure(task, runs),
         report_groups.subgroups_figure(task, runs),
+        report_groups.shift_figure(task, runs),
     ]
     return section(report_results.key_of("task", task), report_results.title(task), parts)
 

@@ -96,9 +96,9 @@ class Run:
         """The label that stands for the run: its only one, or the macro."""
         return self.labels[0] if len(self.labels) == 1 else "macro"
 
-    def headline(self, metric: str = "auroc", subset: str = "all") -> dict[str, Any] | None:
+    def headline(self, metric: str = "auroc", subset: str = "all", split: str = "test") -> dict[str, Any] | None:
         """The main label's number."""
-        return self.row(self.main, metric, subset)
+        return self.row(self.main, metric, subset, split)
 
 
 def is_macro(label: str) -> bool:

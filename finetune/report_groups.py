@@ -56,13 +56,42 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
 
 def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
     """AUROC in each subgroup, runs side by side, and the largest gap of each run."""
-    shown = list(runs)[:SIDE_BY_SIDE]
-    subsets = dict.fromkeys(str(s) for run in runs for s in run.rows.loc[run.rows["split"] == "test", "subset"])
-    wanted = [s for s in subsets if "=" in s]
-    if not wanted:
+    wanted = [s for s in _subsets(runs) if "=" in s]
+    caption = "AUROC within each group, with its 95% interval over subjects. Small groups differ by chance too."
+    gaps = "; ".join(f"{run.name}: {gap}" for run in runs if (gap := largest_gap(run)))
+    note = f"The largest gap. {gaps}." if gaps else None
+    return _groups_figure(key_of("subgroups", task), "Subgroups", runs, ["all", *wanted], caption, note)
+
+
+def shift_figure(task: str, runs: Sequence[Run]) -> Html | None:
+    """Trained on some groups, tested on others."""
+    wanted = [s for s in _subsets(runs) if " -> " in s]
+    caption = (
+        "Trained on the group before the arrow, tested on that after it. A probe that falls where the group changes "
+        "leans on something that only its own group has."
+    )
+    said = [(run.name, run.result.get("shift")) for run in runs]
+    note = "; ".join(
+        f"{name}: {shift['says']}" for name, shift in said if isinstance(shift, dict) and shift.get("says")
+    )
+    return _groups_figure(
+        key_of("shift", task), "From one group to another", runs, ["", *wanted], caption, note or None
+    )
+
+
+def _subsets(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(str(s) for run in runs for s in run.rows.loc[run.rows["split"] == "test", "subset"]))
+
+
+def _groups_figure(
+    key: str, heading: str, runs: Sequence[Run], subsets: Sequence[str], caption: str, note: str | None
+) -> Html | None:
+    """A block for each subset, in it a line for each run; None where there is none but the first."""
+    if len(subsets) < 2:
         return None
+    shown = list(runs)[:SIDE_BY_SIDE]
     rows, cells = [], []
-    for subset in ["all", *wanted]:
+    for subset in filter(None, subsets):
         points, remark = [], ""
         for i, run in enumerate(shown):
             row = run.headline(subset=subset)
@@ -74,14 +103,13 @@ def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
             cells.append([subset, run.name, auroc, row["n"], row["positives"]])
         if points:
             rows.append(Row(_group(subset), points, remark, strong=subset == "all"))
+    if not rows:
+        return None
     names = {i: run.name for i, run in enumerate(shown)}
-    key = legend(list(names.items())) if len(names) > 1 else None
-    drawing = join([key, both_widths(lambda width: forest(rows, names, width))])
-    caption = "AUROC within each group, with its 95% interval over subjects. Small groups differ by chance too."
-    gaps = "; ".join(f"{run.name}: {gap}" for run in shown if (gap := largest_gap(run)))
+    shared = legend(list(names.items())) if len(names) > 1 else None
+    drawing = join([shared, both_widths(lambda width: forest(rows, names, width))])
     numbers = frame(pd.DataFrame(cells, columns=["group", "run", "AUROC", "n", "positives"]))
-    note = f"The largest gap. {gaps}." if gaps else None
-    return figure(key_of("subgroups", task), "Subgroups", drawing, caption, numbers, note=note)
+    return figure(key, heading, drawing, caption, numbers, note=note)
 
 
 def largest_gap(run: Run) -> str | None:
@@ -96,4 +124,4 @@ def largest_gap(run: Run) -> str | None:
 
 def _group(subset: str) -> str:
     """`age=under 40` for a reader."""
-    return subset.replace("_", " ").replace("=", ": ", 1)
+    return subset.replace("_", " ").replace("=", ": ", 1).replace(" -> ", " → ")

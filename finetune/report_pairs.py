@@ -17,12 +17,13 @@ import pandas as pd
 from scipy.special import expit
 
 from finetune.compare import holm, paired
-from finetune.report_data import Run
+from finetune.report_data import Run, is_macro
 from finetune.report_forest import Row, forest
-from finetune.report_html import Html, both_widths, figure, frame, interval, number
-from finetune.report_results import key_of
+from finetune.report_html import Html, both_widths, figure, frame, interval, join, number
+from finetune.report_results import key_of, told
 
 FEW = 5
+LABELS = ["pair", "label", "difference", "p (Holm over labels)", "n"]
 FEWEST = 20  # test rows in common
 SEED = re.compile(r"[-_/]?s(eed)?[-_=]?\d+$")
 
@@ -46,12 +47,13 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
     names = list(able)
     base = reference(able)
     chosen = combinations(names, 2) if len(names) <= FEW else ((base, name) for name in names if name != base)
-    found, apart = [], []
+    found, apart, each = [], [], []
     for first, second in chosen:
-        if (row := _compare(able[second], able[first], samples)) is None:
+        if (table := _compare(able[second], able[first], samples)) is None:
             apart.append(f"{second} and {first}")
         else:
-            found.append((second, first, row))
+            found.append((second, first, table[table["main"]].iloc[0].to_dict()))
+            each += _each(f"{second} − {first}", table)
     if not found:
         return None
     adjusted = holm(np.array([row["p"] for *_, row in found], dtype=float))
@@ -74,7 +76,9 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
         "Differences between runs",
         drawing,
         caption,
-        frame(pd.DataFrame(cells, columns=columns)),
+        join(
+            [frame(pd.DataFrame(cells, columns=columns)), frame(pd.DataFrame(each, columns=LABELS)) if each else None]
+        ),
         note=_note(found, apart),
     )
 
@@ -89,8 +93,8 @@ def reference(able: dict[str, list[Run]]) -> str:
     return max(records, key=lambda name: records[name]) if records else next(iter(able))
 
 
-def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> dict[Any, Any] | None:
-    """The main label's paired difference on the test rows that all these runs have; None where there are too few."""
+def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> pd.DataFrame | None:
+    """Paired differences of each label on the test rows that all these runs have; None where there are too few."""
     read = [rows for run in (*a, *b) if (rows := _rows(run)) is not None]
     if len(read) < len(a) + len(b):
         return None
@@ -114,8 +118,8 @@ def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> dict[Any, Any]
     together = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
     groups = read[0]["subject_id"].to_numpy()
     table = paired(labels, *sides, groups=groups, names=names, samples=samples, same_seeds=together)
-    row = table[table["label"] == a[0].main].iloc[0].to_dict()
-    return row if np.isfinite(row["difference"]) else None
+    main = table["label"] == a[0].main
+    return table.assign(main=main) if np.isfinite(table.loc[main, "difference"]).all() else None
 
 
 def _rows(run: Run) -> pd.DataFrame | None:
@@ -123,6 +127,15 @@ def _rows(run: Run) -> pd.DataFrame | None:
     table = run.predictions()
     keys = [c for c in ("sample_id", "study_id", "dicom_id") if table is not None and c in table and table[c].is_unique]
     return table.set_index(keys[0]) if table is not None and keys else None
+
+
+def _each(pair: str, table: pd.DataFrame) -> list[list[Any]]:
+    """Rows of the table behind the figure: each label's difference, p adjusted over the labels."""
+    labels = table[~table["label"].map(is_macro) & table["difference"].notna()].to_dict("records")
+    cells = [
+        [pair, told(r["label"]), interval(r["difference"], r["low"], r["high"]), r["p_holm"], r["n"]] for r in labels
+    ]
+    return cells if len(cells) > 1 else []
 
 
 def _note(found: Sequence[tuple[str, str, dict[Any, Any]]], apart: Sequence[str]) -> str:

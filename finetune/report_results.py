@@ -26,7 +26,7 @@ COLUMNS = (
     *("parameters", "film size", "films seen"),
 )
 APART = ", outcome-supervised"
-SUBSETS = {"paired": "stays with a film"}
+WHERE = {"paired": "test stays with a film", "test_radiologist": "the radiologists' own labels"}
 TASKS = {
     "findings": "Linear evaluation: findings from the film",
     "mortality": "Death in hospital, from the first 48 hours",
@@ -83,11 +83,14 @@ def possible(truth: dict[str, Any], task: str, label: str, run: Run | None = Non
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subset: str = "all") -> Html | None:
-    """A row for each run: the macro AUROC, or that of the only label; on all test rows or a subset of them."""
+def overview_figure(
+    task: str, runs: Sequence[Run], truth: dict[str, Any], subset: str = "all", split: str = "test"
+) -> Html | None:
+    """A row for each run: the macro AUROC, or that of the only label; on all test rows or some of them."""
     rows, cells = [], []
     for i, run in enumerate(runs):
-        head, precision = run.headline(subset=subset), run.headline("auprc", subset) or {}
+        head = run.headline("auroc", subset, split)
+        precision = run.headline("auprc", subset, split) or {}
         if head is None:
             continue
         several = is_macro(str(head["label"]))
@@ -104,17 +107,16 @@ def overview_figure(task: str, runs: Sequence[Run], truth: dict[str, Any], subse
         return None
     names = {i: run.name for i, run in enumerate(runs)}
     drawing = both_widths(lambda width: forest(rows, names, width))
-    where = "the test split" if subset == "all" else f"{SUBSETS.get(subset, subset)} of the test split"
+    part = WHERE.get(subset if split == "test" else split)
     what = f"macro AUROC over {len(labels(runs))} labels" if len(labels(runs)) > 1 else "AUROC"
-    caption = f"{what[0].upper()}{what[1:]} on {where}; the dashed line is chance."
+    caption = f"{what[0].upper()}{what[1:]} on {part or 'the test split'}; the dashed line is chance."
     if any(row.best for row in rows):
         caption += " Dotted: the best that is possible for what the model sees, known as the data is synthetic."
     given = [i for i in range(len(COLUMNS)) if any(cell[i] is not None for cell in cells)]
     numbers = table([COLUMNS[i] for i in given], [[cell[i] for i in given] for cell in cells])
-    heading = title(task) if subset == "all" else f"On {SUBSETS.get(subset, subset)} only"
-    return figure(
-        key_of("overview", task) + ("" if subset == "all" else f"-{subset}"), heading, drawing, caption, numbers
-    )
+    heading = f"On {part}" if part else title(task)
+    key = key_of("overview", f"{task} {part}" if part else task)
+    return figure(key, heading, drawing, caption, numbers)
 
 
 def key_of(kind: str, task: str) -> str:

@@ -26,6 +26,7 @@ PANELS = (
     ("lr", ("lr",), "Learning rate"),
     ("films", ("films_per_second",), "Films per second"),
 )
+PROBES = {"linear/auroc": "Linear probe, AUROC on val", "knn/auroc": "kNN, AUROC on val"}
 METRICS = {"r2": "R²", "auroc": "AUROC"}
 RANK_FLOOR = 4.0
 PROTOTYPE_FLOOR = 0.1
@@ -134,7 +135,9 @@ def watch_figure(runs: Sequence[Run]) -> Html | None:
                 data = run.watched[["step", probe]].dropna().sort_values("step")
                 lines.append(Series(run.name, list(data["step"]), list(data[probe]), i, marks=True))
                 rows += [(run.name, str(probe), int(s), float(v)) for s, v in data.itertuples(index=False)]
-        drawn.append((lines, Frame(x_label="optimizer step", marks_y=[(0.5, "chance")]), str(probe)))
+        drawn.append(
+            (lines, Frame(x_label="optimizer step", marks_y=[(0.5, "chance")]), PROBES.get(str(probe), str(probe)))
+        )
     losses = [Series(run.name, *thin(*curve(run, ("loss",))), i) for i, run in chosen]
     drawn.append((losses, Frame(x_label="optimizer step"), "Loss"))
     names = legend([(i, run.name) for i, run in chosen]) if len(chosen) > 1 else None

@@ -75,8 +75,8 @@ def make_pretraining(folder: Path, features: Path, rng: np.random.Generator, col
             file.write(json.dumps(line) + "\n")
     with (folder / "probe.jsonl").open("w", encoding="utf-8") as file:
         for step in range(400, 2001, 400):
-            values = {"linear": 0.6 + step / 12000, "knn": 0.58 + step / 14000}
-            file.write(json.dumps({"step": step, "val/auroc": {"macro": values}}) + "\n")
+            values = {"linear/auroc": 0.6 + step / 12000, "knn/auroc": 0.58 + step / 14000, "linear/pool": "cls"}
+            file.write(json.dumps({"step": step, **values}) + "\n")
     (folder / "encoder").mkdir()
     readable = {"sex": {"metric": "auroc", "value": 0.71, "chance": 0.5}, "age_years": {"metric": "r2", "value": 0.2}}
     meta = {"arch": "vit_tiny_patch16_224", "width": 96, "pool": "cls", "readability": readable}
@@ -102,7 +102,11 @@ def make_evaluation(
         weak = expit(logits + (0.5 - fraction) * 2 * noise.standard_normal(labels.shape))
         result = evaluate(labels, weak, names=names, groups=subjects, samples=50)
         tables.append(result.assign(split="test", subset="all", fraction=fraction))
-    about = {"model": "linear", "seed": 0, "allow_leak": False, "warnings": [], "encoder": None, **run}
+    gaps = [{"field": "sex", "higher": "F", "lower": "M", "difference": 0.07, "low": 0.01, "high": 0.13}]
+    about: dict[str, Any] = {"gaps": gaps} if run["task"] == "findings" else {}
+    about |= {"model": "linear", "seed": 0, "allow_leak": False, "warnings": [], "encoder": None, **run}
+    if run["task"] == "findings":
+        tables.append(tables[0].assign(split="test_radiologist"))
     write_results(folder, about, pd.concat(tables))
     id_ = "dicom_id" if run["task"] == "findings" else "sample_id"
     write_predictions(folder, "test", rows[[id_, "subject_id"]], pd.DataFrame(labels, columns=names), logits)
@@ -110,7 +114,10 @@ def make_evaluation(
 
 
 def subsets(rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    return {f"sex={v}": (rows["sex"] == v).to_numpy() for v in ("F", "M")} if "sex" in rows else {}
+    if "sex" not in rows:
+        return {"paired": rows["dicom_id"].notna().to_numpy()}
+    groups = {f"sex={v}": (rows["sex"] == v).to_numpy() for v in ("F", "M")}
+    return groups | {f"view: {v} -> PA": (rows["view"] == "PA").to_numpy() for v in ("AP", "PA")}
 
 
 def make_runs(folder: Path) -> list[Path]:
