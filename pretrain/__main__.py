@@ -31,7 +31,7 @@ def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from pretrain.export import export
 
-    out = export(args.source, args.out, in_chans=args.in_chans, branch=args.branch, form=args.format)
+    out = export(args.source, args.out, in_chans=args.in_chans, branch=args.branch, form=args.format, probe=args.probe)
     print(f"{out}\nnext: read {out / 'MODEL_CARD.md'}: whether these weights may leave your institution")
 
 
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     out.add_argument("--in-chans", type=int, choices=(1, 3), default=None, help="of the films it will see")
     out.add_argument("--branch", choices=("target", "anchor"), default="target", help="moving average, or trained")
     out.add_argument("--format", choices=("timm", "onnx"), default="timm")
+    out.add_argument("--probe", metavar="RUN", default=None, help="a probe's run folder, for the model card")
     out.set_defaults(run=_export)
     cli.main(top, argv)
 

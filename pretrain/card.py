@@ -11,8 +11,11 @@ Trained on credentialed data (PhysioNet) where it was MIMIC: the data must not l
 carry traces of patients. Share them only after checking the data use agreement. For research; not a medical device."""
 
 
-def model_card(meta: dict[str, Any], config: PretrainConfig, results: str = "") -> str:
-    """The card's Markdown, from encoder.json, the config, and probe results where they exist."""
+NO_RESULTS = "None yet: `./launch.sh probe` measures it, `python -m pretrain export --probe RUN` writes it here."
+
+
+def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
+    """The card's Markdown, from encoder.json and the config; `probe_table` takes the place of `NO_RESULTS`."""
     lines = [
         f"# {meta['arch']}, pretrained on chest films with masked Siamese networks",
         "",
@@ -35,8 +38,23 @@ def model_card(meta: dict[str, Any], config: PretrainConfig, results: str = "") 
         lines += ["", "## How linearly readable the record is from the frozen features", ""]
         lines += ["| column | metric | value | chance |", "|---|---|---|---|"]
         lines += [f"| {n} | {r['metric']} | {r['value']:.3f} | {r['chance']:g} |" for n, r in readable.items()]
-    lines += ["", "## Results", "", results or "None yet: `./launch.sh probe` measures it.", ""]
+    lines += ["", "## Results", "", NO_RESULTS, ""]
     return "\n".join([*lines, "## Licence and use", "", LICENCE, ""])
+
+
+def probe_table(results: dict[str, Any]) -> str:
+    """Markdown of a probe's results.json: the mean over labels of each metric on the test split."""
+    run, rows = results["run"], results["rows"]
+    kept = [
+        r for r in rows if r.get("label") == "macro" and r.get("split") == "test" and r.get("subset") in (None, "all")
+    ]
+    lines = [f"{run.get('task')}, {run.get('model')} on frozen features, test split:", ""]
+    lines += ["| metric | value | 95% interval | films |", "|---|---|---|---|"]
+    for r in kept:
+        if r.get("value") is not None:
+            low, high = (f"{r[k]:.3f}" if r.get(k) is not None else "?" for k in ("low", "high"))
+            lines.append(f"| {r['metric']} | {r['value']:.3f} | {low} to {high} | {r.get('n', '')} |")
+    return "\n".join(lines)
 
 
 def _record(meta: dict[str, Any], config: PretrainConfig) -> str:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from ehr_features.files import digest, file_digest, new_folder, write_json
+from ehr_features.files import digest, file_digest, new_folder, read_json, write_json
 from pretrain import encoder as encoders
 from pretrain.batches import Films
-from pretrain.card import model_card
+from pretrain.card import NO_RESULTS, model_card, probe_table
 from pretrain.config import PretrainConfig
 from pretrain.encoder import Encoder
 from pretrain.run import load_checkpoint
@@ -105,7 +105,13 @@ def _auroc(positive: Tensor, score: Tensor) -> float:
 
 
 def export(
-    source: str | Path, out: str | Path, *, in_chans: int | None = None, branch: str = "target", form: str = "timm"
+    source: str | Path,
+    out: str | Path,
+    *,
+    in_chans: int | None = None,
+    branch: str = "target",
+    form: str = "timm",
+    probe: str | Path | None = None,
 ) -> Path:
     """Copy the encoder of a run, for use elsewhere.
 
@@ -115,6 +121,7 @@ def export(
         in_chans: 1 or 3: the first layer gives the same features for gray films repeated in so many channels.
         branch: `anchor` reads the trained branch from the newest checkpoint.
         form: `timm` or `onnx`.
+        probe: a probe's run folder; its numbers go into the model card.
     Raises: UserError: no encoder or checkpoint there, `out` exists, or packages for ONNX are missing.
     """
     source, out = Path(source), Path(out)
@@ -123,6 +130,8 @@ def export(
     folder = source / "encoder" if (source / "encoder" / "encoder.json").is_file() else source
     encoder = encoders.load(folder)
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8") if (folder / "MODEL_CARD.md").is_file() else None
+    if card is not None and probe is not None:
+        card = card.replace(NO_RESULTS, probe_table(read_json(Path(probe) / "results.json")))
     if branch == "anchor":
         _fill_from_anchor(encoder, source)
         card = None if card is None else card.replace("the target branch", "the anchor branch")

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from configs import UserError
+from ehr_features.files import write_json
 from pretrain import encoder as enc
 from pretrain import run
+from pretrain.card import NO_RESULTS
 from pretrain.export import _auroc, _ridge, export
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -19,7 +21,7 @@ TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 def source(tmp_path):
     """A run folder: target weights in encoder/, anchor weights in a checkpoint."""
     encoder = enc.create("vit_tiny_patch16_224", image_size=32, model_args=TINY)
-    enc.save(tmp_path / "run/encoder", encoder, {"step": 5}, card="Weights: the target branch.")
+    enc.save(tmp_path / "run/encoder", encoder, {"step": 5}, card=f"Weights: the target branch.\n{NO_RESULTS}")
     (tmp_path / "run/checkpoints").mkdir()
     anchor = {f"anchor.net.{key}": value + 1 for key, value in encoder.net.state_dict().items()}
     run.save_checkpoint(tmp_path / "run", {"model": anchor}, 7)
@@ -44,6 +46,15 @@ def test_the_anchor_comes_from_the_checkpoint(source, tmp_path):
     torch.testing.assert_close(anchor.net.cls_token, target.net.cls_token + 1)
     assert anchor.meta["branch"] == "anchor" and anchor.meta["step"] == 7
     assert "the anchor branch" in (out / "MODEL_CARD.md").read_text()
+
+
+def test_the_card_takes_the_probes_numbers(source, tmp_path):
+    row = {"split": "test", "label": "macro", "subset": "all", "metric": "auroc", "value": 0.7, "low": 0.6, "high": 0.8}
+    others = [row | {"split": "val", "value": 0.9}, row | {"label": "Edema", "value": 0.91}]
+    results = {"run": {"task": "findings", "model": "linear"}, "rows": [row | {"n": 31}, *others]}
+    write_json(tmp_path / "probe/results.json", results)
+    card = (export(source, tmp_path / "out", probe=tmp_path / "probe") / "MODEL_CARD.md").read_text()
+    assert "| auroc | 0.700 | 0.600 to 0.800 | 31 |" in card and "0.9" not in card and NO_RESULTS not in card
 
 
 def test_what_cannot_be_exported_is_refused(source, tmp_path):

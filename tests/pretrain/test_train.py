@@ -21,6 +21,7 @@ from pretrain import batches as bt
 from pretrain import encoder as enc
 from pretrain import run, train
 from pretrain.config import ImagesConfig, PretrainConfig
+from pretrain.run import load_checkpoint
 from pretrain.store import Store, pack
 
 NUM = 24
@@ -185,6 +186,31 @@ def test_sigterm_saves_and_exits_75(data, tmp_path):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 75 and "go on with" in said and "Traceback" not in said
     assert run.load_checkpoint(tmp_path / "x")["step"] >= 1
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(data, tmp_path):
+    config(data, tmp_path / "x", optim={**SMALL["optim"], "steps": 100000})
+    launch = [sys.executable, "-m", "configs.launch", "--processes", "2", "--", "pretrain", "train"]
+    process = subprocess.Popen(
+        [*launch, str(tmp_path / "x.yaml"), "--processes", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (tmp_path / "x/metrics.jsonl").exists():
+        assert process.poll() is None, process.stdout.read()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 75 and "go on with" in said and "Traceback" not in said
+    assert run.load_checkpoint(tmp_path / "x")["step"] >= 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(data, tmp_path, monkeypatch):
+    """As when EHR columns have become more since: the widths are named."""
+    train.train(config(data, tmp_path / "a", "ehr.groups=[sex]", "optim.steps=1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "load_checkpoint", lambda _: load_checkpoint(tmp_path / "a"))
+        with pytest.raises(UserError, match=r"condition\.weight\.weight \(24, 3\) instead of \(24, 5\)"):
+            train.train(config(data, tmp_path / "b", "ehr.groups=[sex,age]", "optim.steps=1"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_films(data, tmp_path, monkeypatch):
