@@ -24,7 +24,7 @@ from finetune.heads import macro_auroc
 if TYPE_CHECKING:
     from pretrain.store import Store
 
-PENALTIES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the sum of squared weights, beside the mean loss
+PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the sum of squared weights, beside the mean loss
 
 
 def labelled_films(
