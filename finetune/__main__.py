@@ -101,9 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         example="python -m finetune probe configs/probe_linear.yaml encoder=runs/vit/encoder out=runs/probe",
         distributed=True,
     )
-    probe.add_argument(
-        "--shift", metavar="FIELD", help="also train on some groups, test on others: view, year_group"
-    )
+    probe.add_argument("--shift", metavar="FIELD", help="also train on some groups, test on others: view, year_group")
     probe.add_argument("--watch", metavar="RUN", help="follow a pretraining: probe each encoder that it exports")
     cli.config_command(
         commands,
@@ -165,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     demo.add_argument(
         "out", metavar="OUT", nargs="?", default="demo", help="a new folder, or one to go on with (default demo)"
     )
-    demo.add_argument("--subjects", type=int, default=800, help="of the synthetic hospital (default 800)")
+    demo.add_argument("--subjects", type=int, default=1600, help="of the synthetic hospital (default 1600)")
     demo.add_argument("--seed", type=int, default=0, help="of the data and of the training (default 0)")
     demo.add_argument(
         "--shuffled", action="store_true", help="permute findings, codes and deaths: nothing can be learned"
