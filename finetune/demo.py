@@ -184,9 +184,10 @@ def table(out: Path) -> Table:
         result.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     result.add_row("[bold]findings, frozen encoder (macro)[/]")
     for says, run in PROBES.items():
-        labels = _labels(out / "runs" / run)
-        possible = sum(bayes["findings"][label] for label in labels) / len(labels)
-        result.add_row("  " + says, *_cells(out / "runs" / run, "all"), f"{possible:.3f}")
+        best = [
+            bayes["findings"][r["label"]] for r in _rows(out / "runs" / run, "all") if r["label"] in bayes["findings"]
+        ]
+        result.add_row("  " + says, *_cells(out / "runs" / run, "all"), f"{sum(best) / len(best):.3f}")
     result.add_row("[bold]death in hospital, from 48 h[/]")
     for says, (run, part) in FUSIONS.items():
         result.add_row("  " + says, *_cells(out / "runs" / run, "paired"), f"{bayes['mortality'][part]:.3f}")
@@ -201,11 +202,6 @@ def _cells(run: Path, subset: str) -> tuple[str, str, str]:
         return "-", row["reason"] or "-", f"{row['n']}"
     interval = "-" if row["low"] is None else f"{row['low']:.3f} - {row['high']:.3f}"
     return f"{row['value']:.3f}", interval, f"{row['n']}"
-
-
-def _labels(run: Path) -> list[str]:
-    """The findings that the macro is the mean of."""
-    return [r["label"] for r in _rows(run, "all") if r["label"] != "macro" and r["value"] is not None]
 
 
 def _rows(run: Path, subset: str) -> list[dict[str, Any]]:
