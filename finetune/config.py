@@ -178,6 +178,7 @@ class FuseConfig(Settings):
     patience: int = Field(10, ge=1)  # epochs without a better validation AUROC
     plateau: int | None = Field(None, ge=1)  # halve lr after so many epochs without a lower validation loss
     checkpoint_every: int = Field(5, ge=0)  # epochs; 0: only when stopped
+    robustness: bool = False  # also rate the test split without films, and without the last hours of the series
     samples: int = Field(1000, ge=0)  # resamples of the intervals
     workers: int = Field(0, ge=0)  # processes that read films ahead when the encoder is tuned
     precision: Literal["no", "bf16", "fp16"] = "no"

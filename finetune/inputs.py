@@ -84,6 +84,7 @@ def _films(
         findings=head,
         keep=config.film != "findings",
         context=config.context,
+        fixed_norm=not str(config.encoder).startswith("random:"),
     )
     samples = replace(samples, features=features, store=store)
     samples = another_film(samples, config.seed) if config.control == "another" else samples

@@ -36,6 +36,7 @@ class FilmBranch(nn.Module):
         findings: a fitted head for the findings; None leaves its logits out.
         keep: give the features themselves.
         context: give the film's view and age.
+        fixed_norm: batch norm keeps its statistics (a batch may hold one film); False for random weights.
     """
 
     mean: Tensor
@@ -51,8 +52,10 @@ class FilmBranch(nn.Module):
         findings: nn.Linear | None = None,
         keep: bool = True,
         context: bool = True,
+        fixed_norm: bool = True,
     ) -> None:
         super().__init__()
+        self.fixed_norm = fixed_norm
         self.encoder, self.pool, self.findings, self.keep, self.context = encoder, pool, findings, keep, context
         self.register_buffer("mean", mean)
         self.register_buffer("deviation", deviation)
@@ -75,9 +78,9 @@ class FilmBranch(nn.Module):
         return torch.where(present[..., None], torch.cat(given, dim=2), 0.0)
 
     def train(self, mode: bool = True) -> FilmBranch:
-        """Batch norm of a pretrained encoder keeps its statistics: a batch may hold one film."""
+        """Batch norm stays in eval mode where its statistics are fixed."""
         super().train(mode)
-        for module in self.encoder.modules() if self.encoder is not None else ():
+        for module in self.encoder.modules() if self.encoder is not None and self.fixed_norm else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,10 @@ def write(
     for split in trainings[0]:
         found = [training[split] for training in trainings]
         at = found[0].rows
+        if split not in ("val", "test"):  # the test split made poorer: its name is the subset
+            chances = torch.from_numpy(np.stack([f.logits for f in found])).sigmoid().numpy()
+            tables.append(_rate(samples, rows["train"], at, chances, config).assign(split="test", subset=split))
+            continue
         ids = table.iloc[at][["sample_id", "stay_id", "subject_id", "dicom_id"]].assign(has_image=samples.has_image[at])
         if (weights := found[0].weights) is not None:
             ids = ids.assign(weight_record=weights[:, 0], weight_film=weights[:, 1])
@@ -58,6 +63,12 @@ def write(
     keys = ("task", "model", "seed", "seeds", "allow_leak", "pairing", "freeze", "film", "control")
     results.write_results(folder, {**{key: getattr(config, key) for key in keys}, **about}, done)
     return done
+
+
+def poorer(samples: Samples, has_films: bool) -> dict[str, Samples]:
+    """The samples with less to see: no film at all, or a series that ends 6 or 24 hours early."""
+    out = {f"without the last {h} h": replace(samples, length=np.maximum(samples.length - h, 0)) for h in (6, 24)}
+    return out | ({"without films": replace(samples, films=np.full_like(samples.films, -1))} if has_films else {})
 
 
 def subsets(table: pd.DataFrame, has_image: NDArray[np.bool_], split: str) -> dict[str, NDArray[np.bool_]]:

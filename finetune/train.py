@@ -57,6 +57,8 @@ def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
         else:
             net = search(own, samples, films, rows, accelerator, log, place)
             found.append({split: predict(net, samples, rows[split], own, accelerator) for split in ("val", "test")})
+            for name, changed in outputs.poorer(samples, films is not None).items() if config.robustness else ():
+                found[-1][name] = predict(net, changed, rows["test"], own, accelerator)
             if accelerator.is_main_process:
                 outputs.save(place, net, samples, own)
         if accelerator.is_main_process and config.seeds > 1:

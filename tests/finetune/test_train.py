@@ -255,6 +255,19 @@ def test_findings_are_predicted_from_the_film_and_with_the_record_before_it(make
         fuse(config(folder, task="findings"))
 
 
+def test_a_poorer_test_split_is_rated_beside_the_whole(make_icu: Make) -> None:
+    """Without films a fused model says what it says of stays without films; predictions/ stay those of the whole."""
+    folder = make_icu(stays=120)
+    run = fuse(config(folder, robustness=True, epochs=3))
+    table = read_results(run)[1].set_index(["split", "subset", "label", "metric"])["value"]
+    values = {
+        name: table.loc[("test", name, "mortality", "auroc")]
+        for name in ("all", "without films", "without the last 24 h")
+    }
+    assert len(set(values.values())) == 3
+    assert sorted(p.name for p in (run / "predictions").iterdir()) == ["test.parquet", "val.parquet"]
+
+
 @pytest.mark.slow
 def test_two_processes_predict_each_sample_once_and_learn(tmp_path: Path, make_icu: Make) -> None:
     """The predictions of two processes are of all samples, and both processes end with the same weights."""
