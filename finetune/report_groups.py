@@ -14,7 +14,7 @@ from finetune.report_data import Run, is_macro
 from finetune.report_figures import Frame, Series, legend, panel
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, tag
-from finetune.report_results import SIDE_BY_SIDE, key_of
+from finetune.report_results import SIDE_BY_SIDE, key_of, lacking
 
 BANDS = 4  # lines up to which bands can be told apart
 
@@ -109,7 +109,7 @@ def _groups_figure(
     shared = legend(list(names.items())) if len(names) > 1 else None
     drawing = join([shared, both_widths(lambda width: forest(rows, names, width))])
     numbers = frame(pd.DataFrame(cells, columns=["group", "run", "AUROC", "n", "positives"]))
-    return figure(key, heading, drawing, caption, numbers, note=note)
+    return figure(key, heading, drawing, caption + lacking(rows), numbers, note=note)
 
 
 def largest_gap(run: Run) -> str | None:

@@ -55,7 +55,7 @@ def title(task: str) -> str:
 
 def told(label: str) -> str:
     """A label for a reader."""
-    text = "all labels (macro)" if label == "macro" else label.replace("_", " ")
+    text = "mean (macro)" if label == "macro" else label.replace("_", " ")
     return text[:1].upper() + text[1:]
 
 
@@ -112,11 +112,18 @@ def overview_figure(
     caption = f"{what[0].upper()}{what[1:]} on {part or 'the test split'}; the dashed line is chance."
     if any(row.best for row in rows):
         caption += " Dotted: the best that is possible for what the model sees, known as the data is synthetic."
+    caption += lacking(rows)
     given = [i for i in range(len(COLUMNS)) if any(cell[i] is not None for cell in cells)]
     numbers = table([COLUMNS[i] for i in given], [[cell[i] for i in given] for cell in cells])
     heading = f"On {part}" if part else title(task)
     key = key_of("overview", f"{task} {part}" if part else task)
     return figure(key, heading, drawing, caption, numbers)
+
+
+def lacking(rows: Sequence[Row]) -> str:
+    """A sentence on points without an interval, where there are any."""
+    missing = any(low is None or pd.isna(low) for row in rows for _, _, low, _ in row.points)
+    return " A point without a bar has no interval: too few rows of one class." if missing else ""
 
 
 def key_of(kind: str, task: str) -> str:
@@ -159,6 +166,7 @@ def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html
     caption = (
         "AUROC of each label with its 95% interval over subjects; under each name, positives of labelled test rows."
     )
+    caption += lacking(rows)
     numbers = frame(pd.DataFrame(cells, columns=["label", "run", "AUROC", "why not", "n", "positives"]))
     return figure(key_of("labels", task), "Label by label", drawing, caption, numbers, note=note)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -29,6 +29,7 @@ def scored(rows: list[tuple[bool, int]]) -> Scored:
     return Scored(0, "run", np.array(y, float), np.array(p, float) / 10 + 0.05)
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_roc_is_scikit_learns_with_ties(rows: list[tuple[bool, int]]) -> None:
     s = scored(rows)
@@ -38,6 +39,7 @@ def test_roc_is_scikit_learns_with_ties(rows: list[tuple[bool, int]]) -> None:
     np.testing.assert_allclose(true, wanted_true)
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_precision_and_recall_are_scikit_learns(rows: list[tuple[bool, int]]) -> None:
     s = scored(rows)
@@ -102,6 +104,7 @@ def test_what_is_possible_depends_on_what_the_model_sees(report_runs: list[Path]
     assert possible({}, "mortality", "mortality", runs["medfuse"]) is None
 
 
+@settings(deadline=None)
 @given(st.floats(-50, 50), st.floats(1e-3, 100))
 def test_ticks_lie_inside_their_axis_and_read_as_different_numbers(low: float, size: float) -> None:
     ticks = Scale(low, low + size, 0, 100).ticks()
@@ -111,6 +114,7 @@ def test_ticks_lie_inside_their_axis_and_read_as_different_numbers(low: float, s
         assert len({tick_text(t, step) for t in ticks}) == len(ticks)
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 def test_whatever_text_comes_in_is_text_in_the_markup(text: str, attribute: str) -> None:
     made = tag("p", text, title=attribute)
