@@ -69,6 +69,7 @@ class ViewsConfig(Settings):
     target_scale: tuple[float, float] = (0.3, 1.0)
     random_scale: tuple[float, float] = (0.3, 1.0)
     focal_scale: tuple[float, float] = (0.05, 0.3)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of width / height; 1, 1 keeps the heart's shape
     flip: float = Field(default=0.0, ge=0, le=1)  # the heart is on the left
     brightness: float = Field(default=0.2, ge=0, lt=1)
     contrast: float = Field(default=0.2, ge=0, lt=1)
@@ -81,6 +82,8 @@ class ViewsConfig(Settings):
     def _agree(self) -> Self:
         if self.num_random + self.num_focal == 0:
             raise ValueError("num_random and num_focal are both 0: there is no anchor to train")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be 0 < low <= high, got {self.ratio[0]}, {self.ratio[1]}")
         for name in ("target_scale", "random_scale", "focal_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:

@@ -156,7 +156,7 @@ def _steps(config: PretrainConfig, films: Films, store: Store, encoder: encoders
 
 
 def _views(v: ViewsConfig, count: int, size: int, scale: tuple[float, float]) -> Views:
-    return Views(count, size, scale, flip=v.flip, brightness=v.brightness, contrast=v.contrast, gamma=v.gamma)
+    return Views(count, size, scale, v.ratio, v.flip, v.brightness, v.contrast, v.gamma)
 
 
 def _loop(
@@ -278,11 +278,16 @@ def _batches(steps: Steps, start: int, end: int, workers: int, device: torch.dev
     """Batches on the device; there, films are cut while the next ones are read."""
     cuda = device.type == "cuda"
     options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 2} if workers else {}
+    order = range(start, end)
     loader = DataLoader(
-        steps, batch_size=None, sampler=range(start, end), num_workers=workers, pin_memory=cuda, **options
+        steps, batch_size=None, sampler=order, num_workers=workers, pin_memory=cuda, collate_fn=_as_it_is, **options
     )
     for item in loader:
         yield item if isinstance(item, Batch) else steps.cutter.cut(to_device(item, device))
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:

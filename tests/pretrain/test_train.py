@@ -291,6 +291,26 @@ def test_other_positives_train(data, tmp_path, positives):
     train.train(config(data, tmp_path / "x", "optim.steps=2", f"films.positives={positives}"))
 
 
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "resnet34"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_films_cut_on_the_device_give_the_same_batches(data, tmp_path, arch, workers):
+    """As on a GPU: workers read films and plans, the views are cut where the model is."""
+    network = {"arch": arch, "image_size": 32, "model_args": SMALL["encoder"]["model_args"] if "vit" in arch else {}}
+    settings = config(data, tmp_path / "x", "mask.ratio=0.5", "mask.cell=16", encoder=network)
+    store = Store(data / "store")
+    films = bt.select_films(data / "features", store, settings.films, ["sex"], "default", 0)
+    accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
+    encoder = enc.create(arch, image_size=32, model_args=network["model_args"])
+    steps = train._steps(settings, films, store, encoder, accelerator)
+    here = [steps[i] for i in range(2)]
+    steps.cut_here = False
+    for mine, other in zip(here, train._batches(steps, 0, 2, workers, torch.device("cpu")), strict=True):
+        for a, b in zip(
+            [mine.target, mine.static, *mine.anchors], [other.target, other.static, *other.anchors], strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_blanked_groups_are_zero_as_a_whole(data, tmp_path):
     store = Store(data / "store")
     films = bt.select_films(data / "features", store, config(data, tmp_path / "x").films, ["sex", "age"], "default", 0)
