@@ -1,5 +1,6 @@
 """The record's columns of each film: worked tables, and nothing from after the film."""
 
+import shutil
 from typing import Any
 
 import pandas as pd
@@ -43,9 +44,11 @@ TABLES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def images(films: list[dict[str, Any]], ed_tolerance_hours: float = 48.0, **tables: Any) -> pd.DataFrame:
+def images(
+    films: list[dict[str, Any]], ed_tolerance_hours: float = 48.0, engine: str = "duckdb", **tables: Any
+) -> pd.DataFrame:
     frames = TABLES | tables | {"cxr_metadata": [FILM | film for film in films]}
-    source = Source.from_frames({name: pd.DataFrame(rows) for name, rows in frames.items() if rows})
+    source = Source.from_frames({name: pd.DataFrame(rows) for name, rows in frames.items() if rows}, engine)
     linked = linking.link_films(source, Attrition(), ed_tolerance_hours=ed_tolerance_hours)
     return add_record(source, linked).to_pandas().set_index("dicom_id").sort_index()
 
@@ -122,3 +125,21 @@ def test_earlier_studies_are_those_that_began_before(films: list[tuple[int, int]
         assert film.num_prior_studies == len(earlier)
         since = film.hours_since_prior_study
         assert since == hour - max(earlier) if earlier else pd.isna(since)
+
+
+@pytest.mark.slow
+@pytest.mark.spark
+@pytest.mark.filterwarnings("ignore")  # py4j leaves its sockets to the end
+def test_spark_equals_duckdb_on_every_column() -> None:
+    pytest.importorskip("pyspark", reason="pyspark is not installed (extra `spark`)")
+    if shutil.which("java") is None:
+        pytest.skip("Java is not on this machine")
+    films = [
+        {},
+        {"dicom_id": "b", "study_id": 51, "StudyDate": 21490102},
+        {"dicom_id": "c", "study_id": 52, "StudyDate": 19000101},
+        {"dicom_id": "d", "study_id": 53, "subject_id": 99, "StudyTime": 500.0, "ViewPosition": None},
+        {"dicom_id": "e", "study_id": 54},
+        {"dicom_id": "f", "study_id": 54, "subject_id": 99},
+    ]
+    pd.testing.assert_frame_equal(images(films), images(films, engine="pyspark"), check_dtype=False)
