@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from configs.cli import Stopped
 from ehr_features.files import read_json
-from finetune import tune
+from finetune import tune, tune_net
 from finetune.config import ProbeConfig, TuneConfig
 from finetune.probe import probe
 from finetune.results import read_predictions, read_results
@@ -105,8 +105,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
 
 def test_lower_layers_move_less_and_biases_do_not_decay() -> None:
     made = encoders.create("vit_tiny_patch16_224", image_size=32, model_args=TINY)
-    net = tune.Tuned(made, torch.zeros(3), attentive=False, scratch=True)
-    found = tune.groups(net, TuneConfig.model_validate({"layer_decay": 0.5, "weight_decay": 0.1}))
+    net = tune_net.Tuned(made, torch.zeros(3), attentive=False, scratch=True)
+    found = tune_net.groups(net, TuneConfig.model_validate({"layer_decay": 0.5, "weight_decay": 0.1}))
     scale = {id(p): (g["lr_scale"], g["weight_decay"]) for g in found for p in g["params"]}
     assert len(scale) == len(list(net.parameters()))
     blocks = [scale[id(net.encoder.net.blocks[i].mlp.fc1.weight)] for i in range(2)]
@@ -119,17 +119,17 @@ def test_lower_layers_move_less_and_biases_do_not_decay() -> None:
 def test_augmentation_of_strength_zero_changes_nothing_and_never_flips() -> None:
     films = torch.randint(0, 256, (4, 16, 16), dtype=torch.uint8)
     still = TuneConfig.model_validate({"rotate": 0, "zoom": 0, "shift": 0, "contrast": 0})
-    same = tune.augment(films, still, torch.Generator().manual_seed(0))
+    same = tune_net.augment(films, still, torch.Generator().manual_seed(0))
     torch.testing.assert_close(same[:, 0], films.float() / 255, atol=1e-5, rtol=0)
     left = torch.zeros(64, 32, 32, dtype=torch.uint8)
     left[:, :, :10] = 200
-    moved = tune.augment(left, TuneConfig.model_validate({}), torch.Generator().manual_seed(1))
+    moved = tune_net.augment(left, TuneConfig.model_validate({}), torch.Generator().manual_seed(1))
     assert (moved[:, 0, :, :16].mean((1, 2)) > moved[:, 0, :, 16:].mean((1, 2))).all()
     assert moved.min() >= 0 and moved.max() <= 1 and (moved[0] != moved[1]).any()
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    values = [tune.schedule(step, 100, 10) for step in range(100)]
+    values = [tune_net.schedule(step, 100, 10) for step in range(100)]
     assert values[0] < values[5] < values[10] == 1.0 and np.argmax(values) == 10
     assert values[-1] < 1e-3 and all(a >= b for a, b in itertools.pairwise(values[10:]))
 
