@@ -71,7 +71,7 @@ def possible(truth: dict[str, Any], task: str, label: str, run: Run | None = Non
     if not isinstance(bayes, dict):
         return None
     if task == "findings":
-        values = [v for v in bayes.values() if isinstance(v, (int, float))]
+        values = [v for name in (run.labels if run else bayes) if isinstance(v := bayes.get(name), (int, float))]
         best = sum(values) / len(values) if label == "macro" and values else bayes.get(label)
         return float(best) if isinstance(best, (int, float)) else None
     groups = bayes.get("groups", {})
@@ -152,7 +152,7 @@ def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html
                 points.append((i, row["value"], row["low"], row["high"]))
                 remark = remark if is_macro(label) else f"{row['positives']:,.0f} of {row['n']:,.0f}"
         if points:
-            rows.append(Row(told(label), points, remark, possible(truth, task, label), strong=is_macro(label)))
+            rows.append(Row(told(label), points, remark, possible(truth, task, label, runs[0]), strong=is_macro(label)))
     if not rows:
         return None
     names = {i: run.name for i, run in enumerate(shown)}

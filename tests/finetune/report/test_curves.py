@@ -101,6 +101,8 @@ def test_what_is_possible_depends_on_what_the_model_sees(report_runs: list[Path]
     assert possible(truth, "mortality", "mortality", runs["medfuse"], "paired") == 0.9
     assert possible(truth, "phenotypes", "phenotype_2", runs["medfuse"]) == 0.7
     assert possible(truth, "phenotypes", "macro", runs["medfuse"]) == 0.75
+    findings = {"bayes": {"findings": {"Edema": 0.9, "Pneumothorax": 0.8, "Fracture": 0.5, "Cardiomegaly": None}}}
+    assert possible(findings, "findings", "macro", runs["pixels"]) == pytest.approx(0.85)  # Fracture is not probed
     assert possible({}, "mortality", "mortality", runs["medfuse"]) is None
 
 
