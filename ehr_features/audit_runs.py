@@ -79,8 +79,8 @@ def _starts_from(config: dict[str, Any]) -> str | None:
     encoder = config.get("encoder")
     if isinstance(encoder, dict):
         return encoder.get("init")
-    if encoder is None or str(encoder).startswith(UNTRAINED):
-        return None
+    if encoder is None or str(encoder).startswith(UNTRAINED) or str(config.get("model")).startswith("record_"):
+        return None  # a model of the record alone has no use for the encoder that its config may name
     return str(encoder)
 
 
@@ -95,7 +95,8 @@ def _inputs(run: Path, config: dict[str, Any]) -> Verdict:
     """The EHR groups that a run reads exist as inputs; discharge groups are listed, and are for pretraining only."""
     claim = f"{run}: no label is among its inputs"
     ehr = config.get("ehr") or {}
-    groups, preset = list(ehr.get("groups") or config.get("groups") or []), ehr.get("preset", "default")
+    baseline = config.get("groups") if config.get("encoder") == "metadata" else None  # no other probe reads them
+    groups, preset = list(ehr.get("groups") or baseline or []), ehr.get("preset", "default")
     exported = run / "encoder" / "encoder.json"
     told = read_json(exported).get("ehr_groups") or {} if exported.is_file() and "ehr" in config else {}
     refused, late = [], []

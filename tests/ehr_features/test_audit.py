@@ -256,6 +256,11 @@ def test_untrained_features_saw_nobody(features: Path, tmp_path: Path, encoder: 
     assert of(outcomes(features, run), "pretraining saw no val or test subject") == PROVED
 
 
+def test_model_of_the_record_alone_needs_no_encoder(features: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"encoder": "elsewhere/encoder", "model": "record_lstm"})
+    assert of(outcomes(features, run), "pretraining saw no val or test subject") == PROVED
+
+
 @pytest.mark.parametrize(
     "config",
     [pretrain(["sex", "Pneumonia"]), pretrain(["race"]), {"encoder": "metadata", "groups": ["age", "mortality"]}],
