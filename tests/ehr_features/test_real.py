@@ -65,11 +65,12 @@ def test_no_film_of_a_sample_is_later_than_its_prediction(default):
 
 @pytest.mark.parametrize(("name", "hours"), [("in-hospital-mortality", 48), ("phenotyping", None)])
 def test_medfuse_series_equal_the_published_ones(published, shared, name, hours):
-    golden = np.load(shared / f"golden/{name}.npz")
+    with np.load(shared / f"golden/{name}.npz") as file:
+        golden = {stay: file[stay] for stay in file.files}
     columns = (shared / "golden/header.txt").read_text().split("\n")
     assert json.loads((published / "series.json").read_text())["columns"] == [c for c in columns if c]
-    got = series.load(published, [int(stay) for stay in golden.files], hours=hours, normalise=False)
-    for stay in golden.files:
+    got = series.load(published, [int(stay) for stay in golden], hours=hours, normalise=False)
+    for stay in golden:
         np.testing.assert_allclose(got[int(stay)], golden[stay], rtol=1e-6, atol=1e-5, err_msg=stay)
 
 
