@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from configs import load
+from ehr_features.config import FeaturesConfig
+from finetune.config import FuseConfig, ProbeConfig
+from pretrain.config import ImagesConfig, PretrainConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["configs", "ehr_features", "pretrain", "finetune"]  # imports go to the left only
 
@@ -50,3 +55,33 @@ def test_shipped_configs_start_with_a_header() -> None:
         head = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         assert len(head) >= 3 and all(line.startswith("#") for line in head), f"{path}: wanted a header of comments"
         assert any("./launch.sh" in line for line in head), f"{path}: the header names no command"
+
+
+SHIPPED = ["features", "images", "pretrain_vit_tiny", "pretrain_vit_small", "pretrain_densenet121", "probe_linear"]
+SHIPPED += ["fuse_mortality", "fuse_phenotypes"]
+
+
+def test_the_promised_configs_are_shipped_large_and_small() -> None:
+    for folder in (ROOT / "configs", ROOT / "configs" / "demo"):
+        assert set(SHIPPED) <= {path.stem for path in folder.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    schemas = {
+        "features": FeaturesConfig,
+        "images": ImagesConfig,
+        "pretrain": PretrainConfig,
+        "probe": ProbeConfig,
+        "fuse": FuseConfig,
+    }
+    load(schemas[path.stem.partition("_")[0]], path)
+
+
+def test_no_absolute_path_and_no_registry_is_named() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in files:
+        if Path(name).suffix in (".py", ".md", ".yaml", ".toml", ".sh"):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            for word in ("/" + "root/", "/" + "work/main", "pypi." + "org", "download.py" + "torch"):
+                assert word not in text, f"{name} names {word}"
