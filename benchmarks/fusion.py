@@ -158,9 +158,7 @@ def main() -> None:
             discretise(*parse(paths[int(one.table["stay_id"].iloc[row])]), int(max(one.length[row], 1)))
         theirs = (time.perf_counter() - began) / len(rows)
     share = padding(samples.length, parts)
-    print(
-        f"{len(one)} samples of {args.task} x {args.k}, {one.length.mean():.0f} hours each; read in {loading:.2f} s"
-    )
+    print(f"{len(one)} samples of {args.task} x {args.k}, {one.length.mean():.0f} hours each; read in {loading:.2f} s")
     print(f"padding {share:.1%} of all steps in batches of 64")
     found: dict[str, Any] = {
         "samples": len(samples),
