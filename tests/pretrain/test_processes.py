@@ -218,3 +218,17 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_a_main_process_that_does_not_answer_is_named(where: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=f"process 0 does not answer at {where[0]}:{where[1]}"):
         processes._reach(*where, patience=0.3)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True)])
+def test_the_sbatch_file_queues_itself_again_after_75_only(tmp_path: Path, code: int, requeued: bool) -> None:
+    for name, does in (("srun", f"echo srun $*; exit {code}"), ("scontrol", "echo scontrol $*")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    sbatch = Path(__file__).resolve().parents[2] / "docs/slurm.sbatch"
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+    done = subprocess.run(
+        ["bash", str(sbatch), "a.yaml", "seed=1"], capture_output=True, text=True, env=os.environ | path
+    )
+    assert done.returncode == code and "./launch.sh pretrain a.yaml seed=1" in done.stdout
+    assert ("scontrol requeue 12" in done.stdout) == requeued

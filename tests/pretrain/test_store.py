@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import UserError
-from configs.cli import Stopped
+from configs.cli import Stopped, guard
 from pretrain import pack as packing
 from pretrain.config import ImagesConfig
 from pretrain.films import decode, fit
@@ -374,6 +374,25 @@ def test_a_disk_that_is_too_small_is_seen_before(tmp_path: Path, films: Path, mo
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: free)
     with pytest.raises(UserError, match=r"GB are needed and 0\.0 GB are free; encoding=jpeg"):
         pack(config(tmp_path / "store", films))
+
+
+def test_a_disk_that_fills_up_ends_with_a_message_and_whole_shards(
+    tmp_path: Path, films: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("may not mount a small tmpfs here")
+    monkeypatch.setattr(packing, "_check_disk", lambda *_: None)  # another program takes the space meanwhile
+    pid = os.fork()
+    if pid == 0:  # in a child, so that no lock keeps the disk busy
+        code = guard(lambda: (pack(config(disk / "store", films, size=256), shard_films=4), 0)[1])
+        left = sorted(p.name for p in (disk / "store").iterdir() if not p.name.startswith(".lock"))
+        os._exit(code if left == ["packing.json", "shard-00000.arrow", "shard-00001.arrow"] else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    subprocess.run(["umount", str(disk)], check=True)
+    assert code == 2 and "the disk is full: free some space" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
