@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
@@ -24,6 +24,7 @@ def naive(ids: list[int], official: dict[int, str], seed: int) -> dict[int, str]
     return out
 
 
+@settings(deadline=None)
 @given(
     IDS, st.dictionaries(st.integers(10_000_000, 10_000_400), st.sampled_from(list(splits.OFFICIAL))), st.integers(0)
 )
@@ -34,6 +35,7 @@ def test_split_follows_the_rule_whatever_the_subjects(ids: list[int], official: 
     assert dict(zip(got["subject_id"], got["split"], strict=True)) == naive(ids, official, seed)
 
 
+@settings(deadline=None)
 @given(IDS, IDS, st.integers(0, 5))
 def test_nobody_moves_when_others_join(ids: list[int], more: list[int], seed: int) -> None:
     few = splits.assign(pd.DataFrame({"subject_id": ids}), seed=seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
@@ -52,6 +52,7 @@ def test_age_is_scaled_by_train_and_masked_where_missing() -> None:
     assert got == {"age_years": [-1, 1, 0, 95], "age_years_missing": [0, 0, 1, 0]}
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(18, 105), min_size=1, max_size=20), st.lists(st.floats(18, 1e6), min_size=1, max_size=20))
 def test_nothing_is_fitted_on_val_or_test(train: list[float], rest: list[float]) -> None:
     splits = ["train"] * len(train) + ["val" if i % 2 else "test" for i in range(len(rest))]
