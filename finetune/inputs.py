@@ -75,7 +75,9 @@ def _films(
     if config.film != "features":
         labelled = findings.labelled_films(config.features, frozen, store, cache)
         scaled = [((torch.from_numpy(pool(labelled[s][0], name)) - mean) / deviation, labelled[s][1]) for s in labelled]
-        head, more = findings.fit(*scaled)
+        films = (torch.from_numpy(features) - mean) / deviation
+        head, logits, more = findings.fit(scaled[0], scaled[1], labelled["train"][2], films, samples.film_subjects())
+        features = np.concatenate([features, logits.numpy()], axis=1)
     branch = FilmBranch(
         mean,
         deviation,

@@ -71,9 +71,11 @@ class FilmBranch(nn.Module):
                 film[present] = pooled(self.encoder, batch["images"], self.pool).float()
         else:
             film = batch.get("film", torch.zeros(*present.shape, len(self.mean), device=present.device))
+        film, logits = film.split([len(self.mean), film.shape[2] - len(self.mean)], dim=2)
         film = (film - self.mean) / self.deviation
         given = [film] if self.keep else []
-        given += [self.findings(film)] if self.findings is not None else []
+        if self.findings is not None:  # features of a frozen encoder come with their logits
+            given += [logits if logits.shape[2] else self.findings(film)]
         given += [batch["context"]] if self.context else []
         return torch.where(present[..., None], torch.cat(given, dim=2), 0.0)
 

@@ -55,6 +55,13 @@ class Samples:
     def has_image(self) -> NDArray[np.bool_]:
         return self.films[:, 0] >= 0
 
+    def film_subjects(self) -> NDArray[np.int64]:
+        """(M,) whose film each of `film_ids` is."""
+        subjects = np.zeros(len(self.film_ids), np.int64)
+        rows, places = np.nonzero(self.films >= 0)
+        subjects[self.films[rows, places]] = self.table["subject_id"].to_numpy(np.int64)[rows]
+        return subjects
+
     @property
     def num_inputs(self) -> int:
         return self.values.shape[1]
