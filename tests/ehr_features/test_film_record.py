@@ -50,7 +50,8 @@ def images(
     frames = TABLES | tables | {"cxr_metadata": [FILM | film for film in films]}
     source = Source.from_frames({name: pd.DataFrame(rows) for name, rows in frames.items() if rows}, engine)
     linked = linking.link_films(source, Attrition(), ed_tolerance_hours=ed_tolerance_hours)
-    return add_record(source, linked).to_pandas().set_index("dicom_id").sort_index()
+    frame = add_record(source, linked).to_pandas().set_index("dicom_id").sort_index()
+    return frame.astype({"taken_at": "datetime64[us]"})  # engines differ in the unit
 
 
 def test_record_of_a_film_in_an_icu_stay() -> None:
