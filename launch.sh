@@ -35,6 +35,17 @@ find_python() {
   die "Python 3.11 or newer is needed and none was found on the PATH; install one and run the same command again"
 }
 
+show_progress() { # pip's lines, one over the other on a terminal, else a dot for each package
+  local line
+  while IFS= read -r line; do
+    line=${line#"${line%%[![:space:]]*}"}
+    case $line in
+      Collecting* | Downloading* | Building* | Installing*) if [[ -t 1 ]]; then printf '\r\033[K  %.100s' "$line"; else printf .; fi ;;
+    esac
+  done
+  echo
+}
+
 setup() { # $1: the extras to install, "" or dev
   local extras=$1 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
   if [[ -n $active && $active != "$here/.venv" ]]; then
@@ -73,8 +84,12 @@ PY
   echo "setting up: installing ehr-msn${extras:+ with its extra '$extras'} and what it needs with pip into $here/.venv"
   echo "            a first time downloads about 0.4 GB with a CPU build of torch, about 3 GB with the CUDA build that pip"
   echo "            takes on Linux (7 GB on disk); minutes on a fast line. Later calls skip this."
-  "$python" -m pip install --quiet --disable-pip-version-check --editable "$here${extras:+[$extras]}" ||
-    die "pip could not install the package (see above); once that is mended, run the same command again"
+  local log=$here/.venv/setup.log
+  "$python" -m pip install --disable-pip-version-check --progress-bar off --editable "$here${extras:+[$extras]}" 2>&1 |
+    tee "$log" | show_progress || {
+    tail -n 15 "$log" >&2
+    die "pip could not install the package (above, and in $log); once that is mended, run the same command again"
+  }
   echo "$want" >"$stamp"
   if command -v flock >/dev/null; then exec 9>&-; fi
   echo "setting up: done"
