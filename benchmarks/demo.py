@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo OUT --seeds 12 13 14
 
-runs `./launch.sh demo OUT/seed_N --seed N` for each seed that is not there yet, then prints a Markdown table. The recipe
-was chosen on seeds 1 to 3; report on others.
+runs `./launch.sh demo OUT/seed_N --seed N` for each seed that is not there yet, then prints a Markdown table. The
+recipe was chosen on seeds 1 to 3; report on others.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import argparse
 from pathlib import Path
 
 from ehr_features.files import read_json
-from finetune.demo import FUSIONS, PROBES, _rows, demo
+from finetune.demo import FUSIONS, PROBES, auroc_rows, demo
 
 
 def auroc(run: Path, subset: str) -> float:
     """The macro AUROC on the test split."""
-    return float(next(row["value"] for row in _rows(run, subset) if row["label"] == "macro"))
+    return float(next(row["value"] for row in auroc_rows(run, subset) if row["label"] == "macro"))
 
 
 def main() -> None:

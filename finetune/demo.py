@@ -185,7 +185,9 @@ def table(out: Path) -> Table:
     result.add_row("[bold]findings, frozen encoder (macro)[/]")
     for says, run in PROBES.items():
         best = [
-            bayes["findings"][r["label"]] for r in _rows(out / "runs" / run, "all") if r["label"] in bayes["findings"]
+            bayes["findings"][r["label"]]
+            for r in auroc_rows(out / "runs" / run, "all")
+            if r["label"] in bayes["findings"]
         ]
         result.add_row("  " + says, *_cells(out / "runs" / run, "all"), f"{sum(best) / len(best):.3f}")
     result.add_row("[bold]death in hospital, from 48 h[/]")
@@ -196,7 +198,7 @@ def table(out: Path) -> Table:
 
 def _cells(run: Path, subset: str) -> tuple[str, str, str]:
     """The macro AUROC of the test rows. Mortality: of the stays with a film, the same for all three models."""
-    rows = _rows(run, subset)
+    rows = auroc_rows(run, subset)
     row = next(r for r in rows if r["label"] == "macro")
     if row["value"] is None:
         return "-", row["reason"] or "-", f"{row['n']}"
@@ -204,7 +206,7 @@ def _cells(run: Path, subset: str) -> tuple[str, str, str]:
     return f"{row['value']:.3f}", interval, f"{row['n']}"
 
 
-def _rows(run: Path, subset: str) -> list[dict[str, Any]]:
+def auroc_rows(run: Path, subset: str) -> list[dict[str, Any]]:
     rows = read_json(run / "results.json")["rows"]
     return [r for r in rows if (r["split"], r["metric"], r["subset"], r["fraction"]) == ("test", "auroc", subset, 1.0)]
 
