@@ -65,8 +65,8 @@ def fit(
         subjects: (M,) of the train films.
         films: (P, D) standardised features of the films to describe.
         of: (P,) their subjects.
-    Returns: a linear layer; the logits (P, L) of `films`, those of train subjects by heads that have not seen them, with
-        mean 0 and deviation 1 over such train films; penalty and AUROC.
+    Returns: a linear layer; the logits (P, L) of `films`, those of train subjects by heads that have not seen them,
+        with mean 0 and deviation 1 over such train films; penalty and AUROC.
     """
     x, y = train[0].float(), torch.from_numpy(train[1])
     both = ((y == 1).sum(0) > 0) & ((y == 0).sum(0) > 0)
