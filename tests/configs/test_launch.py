@@ -11,13 +11,14 @@ import pytest
 
 RANKS = """
 import os, sys
-print(*(os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")), flush=True)
+line = " ".join(os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")) + "\\n"
+os.write(1, line.encode())  # at once: the processes share the pipe
 sys.exit(int(sys.argv[1]) if os.environ["RANK"] == "1" else 0)
 """
 WAITS = """
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 time.sleep(60)
 """
 
