@@ -86,7 +86,11 @@ def test_fusion_learns_both_parts_of_the_planted_signal(make_icu: Make) -> None:
     folder = make_icu(stays=900)
     found = {}
     for model in ("record_lstm", "film_only", "medfuse"):
-        run = fuse(config(folder, model=model, epochs=15, samples=0, hidden=16, joint=16, out=str(folder / model)))
+        run = fuse(
+            config(
+                folder, model=model, epochs=40, film="findings", samples=0, hidden=16, joint=16, out=str(folder / model)
+            )
+        )
         _, rows = read_results(run)
         auroc = rows[(rows["metric"] == "auroc") & (rows["split"] == "test") & (rows["label"] == "macro")]
         found[model] = auroc.set_index("subset")["value"]["paired"]
@@ -257,8 +261,8 @@ def test_findings_are_predicted_from_the_film_and_with_the_record_before_it(make
 
 def test_a_poorer_test_split_is_rated_beside_the_whole(make_icu: Make) -> None:
     """Without films a fused model says what it says of stays without films; predictions/ stay those of the whole."""
-    folder = make_icu(stays=120)
-    run = fuse(config(folder, robustness=True, epochs=3))
+    folder = make_icu(stays=400)
+    run = fuse(config(folder, robustness=True, epochs=6))
     table = read_results(run)[1].set_index(["split", "subset", "label", "metric"])["value"]
     values = {
         name: table.loc[("test", name, "mortality", "auroc")]

@@ -79,7 +79,7 @@ class Runs:
         return [json.loads(line)["total"] for line in lines]
 
     def wait_for(self, lines: int) -> None:
-        for _ in range(600):
+        for _ in range(6000):
             if (self.folder / "x/metrics.jsonl").exists() and len(self.totals()) >= lines:
                 return
             time.sleep(0.05)
@@ -92,7 +92,7 @@ def runs(tmp_path: Path) -> Runs:
 
 
 def ended(child: subprocess.Popen[str], code: int) -> tuple[str, str]:
-    out, err = child.communicate(timeout=90)
+    out, err = child.communicate(timeout=400)
     assert child.returncode == code, err
     return out, err
 

@@ -332,7 +332,7 @@ def test_a_signal_ends_command_and_workers_and_it_goes_on(tmp_path: Path, number
         time.sleep(0.05)
     time.sleep(1.0)
     (os.killpg if number == signal.SIGINT else os.kill)(child.pid, number)
-    _, err = child.communicate(timeout=30)  # returns once no worker holds the pipe any more
+    _, err = child.communicate(timeout=180)  # returns once no worker holds the pipe any more
     assert child.returncode == code and "Traceback" not in err, err
     assert not (tmp_path / "store/store.json").exists()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
