@@ -95,6 +95,21 @@ def test_features_to_report_on_synthetic_input(house: Path, run: Path) -> None:
     assert page.count("<svg") >= 3 and "medfuse" in page
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_planted_findings_are_learned_and_shuffled_ones_are_not(tmp_path: Path, shuffled: bool) -> None:
+    data, features, store = tmp_path / "data", tmp_path / "features", tmp_path / "store"
+    command("ehr_features", "demo", data, "--subjects", 300, "--seed", 3, *["--shuffled"] * shuffled)
+    tables = [f"mimic_iv={data / 'mimic-iv'}", f"mimic_cxr={data / 'mimic-cxr'}"]
+    command("ehr_features", "build", CONFIGS / "features.yaml", *tables, f"out={features}")
+    command("pretrain", "images", CONFIGS / "images.yaml", tables[1], f"out={store}")
+    inputs = [f"features={features}", f"store={store}", "encoder=pixels", f"out={tmp_path / 'probe'}"]
+    command("finetune", "probe", CONFIGS / "probe_linear.yaml", *inputs, "samples=200")
+    rows = results(tmp_path / "probe")
+    wanted = (rows.split == "test") & (rows.label == "macro") & (rows.metric == "auroc") & (rows.subset == "all")
+    macro = rows[wanted].iloc[0]
+    assert macro.low < 0.5 < macro.high if shuffled else macro.low > 0.5
+
+
 def test_one_split_for_films_and_stays(house: Path) -> None:
     films, stays = (pd.read_parquet(house / f"features/{name}.parquet") for name in ("images", "stays"))
     both = pd.concat([films[["subject_id", "split"]], stays[["subject_id", "split"]]]).drop_duplicates()
