@@ -118,7 +118,8 @@ distributed() { # MODULE SUBCOMMAND ARGS...: plain python for one process, confi
       die "SLURM started ${SLURM_NTASKS} tasks on ${SLURM_NNODES} machines; use --ntasks-per-node=1, launch.sh starts a process a GPU itself"
     machines=${machines:-${SLURM_NNODES:-1}} rank=${rank:-${SLURM_NODEID:-0}} processes=${processes:-${SLURM_GPUS_ON_NODE:-1}}
     if [[ -z $address && $machines -gt 1 ]]; then
-      address=$(scontrol show hostnames "${SLURM_JOB_NODELIST}" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))
+      address=$(scontrol show hostnames "${SLURM_JOB_NODELIST}") # its first line; `| head` would break the pipe
+      address=${address%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))
     fi
   fi
   if [[ -n $file ]]; then

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import InvalidStateError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -93,6 +93,7 @@ def workers(
     try:
         yield run
     except BaseException:
+        threading.excepthook = _no_stumble
         for executor in pools.values():
             for process in list((executor._processes or {}).values()):
                 process.kill()
@@ -100,6 +101,12 @@ def workers(
     finally:
         for executor in pools.values():
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _no_stumble(fault: threading.ExceptHookArgs) -> None:
+    """The pool's own thread may raise when its processes are killed: it fails futures that are cancelled already."""
+    if fault.exc_type is not InvalidStateError:
+        threading.__excepthook__(fault)
 
 
 def _begin_worker(parent: int) -> None:
