@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import cli
-from finetune.config import FuseConfig, ProbeConfig
+from finetune.config import FuseConfig, GridConfig, ProbeConfig
 
 
 def _probe(config: ProbeConfig, args: argparse.Namespace) -> None:
@@ -27,6 +27,12 @@ def _fuse(config: FuseConfig, args: argparse.Namespace) -> None:
     from finetune.train import fuse
 
     fuse(config, args)
+
+
+def _grid(config: GridConfig, args: argparse.Namespace) -> int:
+    from finetune.grid import grid
+
+    return grid(config, shard=args.shard, only=args.only, dry_run=args.dry_run, processes=args.processes)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -112,6 +118,18 @@ def main(argv: list[str] | None = None) -> None:
         example="python -m finetune fuse configs/fuse_mortality.yaml encoder=runs/vit/encoder out=runs/medfuse",
         distributed=True,
     )
+    grid = cli.config_command(
+        commands,
+        "grid",
+        GridConfig,
+        _grid,
+        says="every combination of some choices, each taken through pretrain, probe or fuse",
+        example="python -m finetune grid configs/grid_cxr_ehr_msn.yaml --only 'tiny-*' --dry-run",
+    )
+    grid.add_argument("--shard", default="1/1", metavar="I/N", help="this machine's part of the combinations")
+    grid.add_argument("--only", default="*", metavar="PATTERN", help="of the combinations' names")
+    grid.add_argument("--dry-run", action="store_true", help="print the commands that are not done yet, and stop")
+    grid.add_argument("--processes", type=int, default=1, metavar="N", help="of each run, one a GPU")
     score = commands.add_parser("score", help="metrics with intervals for any two arrays, ours or not")
     score.add_argument("labels", metavar="LABELS", help=".npy, .csv or .parquet: rows x labels of 0, 1 and empty")
     score.add_argument("scores", metavar="SCORES", help="the same rows and labels; probabilities, or any scores")

@@ -202,3 +202,28 @@ class FuseConfig(Settings):
         if not film and not self.freeze:
             raise ValueError(f"`freeze` false: model={self.model} has no film encoder to tune")
         return self
+
+
+Words = list[str]
+GRID_COMMANDS = ("pretrain", "probe", "fuse")
+
+
+class GridConfig(Settings):
+    """What a grid is. `axes`: axis -> choice -> step -> its `key=value` words."""
+
+    out: str  # the folder of all its runs
+    steps: Annotated[dict[str, Words], Field(min_length=1)]  # step -> [pretrain | probe | fuse, CONFIG, key=value ...]
+    axes: Annotated[dict[str, dict[str, dict[str, Words]]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _agree(self) -> GridConfig:
+        for step, words in self.steps.items():
+            if len(words) < 2 or words[0] not in GRID_COMMANDS:
+                raise ValueError(
+                    f"steps.{step}: wanted [{' | '.join(GRID_COMMANDS)}, CONFIG, key=value ...], got {words}"
+                )
+        for axis, choices in self.axes.items():
+            for choice, by_step in choices.items():
+                if unknown := sorted(set(by_step) - set(self.steps)):
+                    raise ValueError(f"axes.{axis}.{choice}: no step `{unknown[0]}`; steps: {', '.join(self.steps)}")
+        return self

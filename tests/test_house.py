@@ -9,7 +9,7 @@ import pytest
 
 from configs import load
 from ehr_features.config import FeaturesConfig
-from finetune.config import FuseConfig, ProbeConfig
+from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import ImagesConfig, PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +74,7 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         "pretrain": PretrainConfig,
         "probe": ProbeConfig,
         "fuse": FuseConfig,
+        "grid": GridConfig,
     }
     load(schemas[path.stem.partition("_")[0]], path)
 
