@@ -15,7 +15,7 @@ EHR-MSN: raw MIMIC tables and films -> features -> EHR-conditioned MSN -> encode
   ./launch.sh probe     CONFIG [key=value ...] encoder/ -> linear evaluation
   ./launch.sh fuse      CONFIG [key=value ...] encoder/ + features/ -> ICU fusion
   ./launch.sh grid      CONFIG [key=value ...] all combinations of some choices -> pretrain, probe, fuse
-  ./launch.sh report    RUN [RUN ...] [--out FILE]     (also: runs, score, embed)
+  ./launch.sh report    RUN [RUN ...] [--out FILE]     (also: runs, score, compare, embed, nearest)
 
   ./launch.sh COMMAND --help                   one command's options
   pretrain, probe, fuse take --processes N (on each machine) --machines M --machine-rank I --main-address HOST[:PORT]
@@ -156,6 +156,6 @@ case $command in
   export) setup ""; exec "$python" -m pretrain export "$@" ;;
   pretrain) setup ""; distributed pretrain train "$@" ;;
   probe | fuse) setup ""; distributed finetune "$command" "$@" ;;
-  grid | report | runs | score | embed) setup ""; exec "$python" -m finetune "$command" "$@" ;;
+  grid | report | runs | score | compare | embed | nearest) setup ""; exec "$python" -m finetune "$command" "$@" ;;
   *) usage >&2; die "unknown command '$command'" ;;
 esac

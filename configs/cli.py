@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import yaml
@@ -28,9 +29,23 @@ class Stopped(BaseException):
 
 
 def parser(prog: str, says: str) -> tuple[argparse.ArgumentParser, Any]:
-    """A command line with subcommands; fill the second value with `config_command` or `add_parser`."""
-    top = argparse.ArgumentParser(prog=f"python -m {prog}", description=says, allow_abbrev=False)
+    """A command line with subcommands; fill the second value with `config_command` or `command`."""
+    more = f"`python -m {prog} COMMAND --help` shows a command's options and an example."
+    top = argparse.ArgumentParser(prog=f"python -m {prog}", description=says, epilog=more, allow_abbrev=False)
     return top, top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+
+def command(commands: Any, name: str, *, says: str, example: str) -> argparse.ArgumentParser:
+    """Add a command with its worked example; it takes no config unless `config_command` adds one."""
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=says,
+        description=says,
+        epilog=f"example:\n  {example}",
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
+        allow_abbrev=False,
+    )
+    return made
 
 
 def config_command(
@@ -49,23 +64,16 @@ def config_command(
         distributed: also take --processes, --machines, --machine-rank, --main-address (the launcher passes them on, and
             the run compares them with the world size that it finds).
     """
-    command = commands.add_parser(
-        name,
-        help=says,
-        description=says,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. of configs/")
-    command.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the YAML, e.g. seed=1")
-    command.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    made = command(commands, name, says=says, example=example)
+    made.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. of configs/")
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the YAML, e.g. seed=1")
+    made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     if distributed:
-        command.add_argument("--processes", type=int, default=None, metavar="N", help="processes on each machine")
-        command.add_argument("--machines", type=int, default=None, metavar="M", help="number of machines")
-        command.add_argument("--machine-rank", type=int, default=None, metavar="I", help="this machine, from 0")
-        command.add_argument("--main-address", default=None, metavar="A", help="host[:port] of machine 0")
-        command.add_argument("--accelerate-config", default=None, metavar="FILE", help="an accelerate config file")
+        made.add_argument("--processes", type=int, default=None, metavar="N", help="processes on each machine")
+        made.add_argument("--machines", type=int, default=None, metavar="M", help="number of machines")
+        made.add_argument("--machine-rank", type=int, default=None, metavar="I", help="this machine, from 0")
+        made.add_argument("--main-address", default=None, metavar="A", help="host[:port] of machine 0")
+        made.add_argument("--accelerate-config", default=None, metavar="FILE", help="an accelerate config file")
 
     def go(args: argparse.Namespace) -> int | None:
         config = load(schema, args.config, args.overrides)
@@ -74,8 +82,8 @@ def config_command(
             return 0
         return run(config, args)
 
-    command.set_defaults(run=go)
-    return command
+    made.set_defaults(run=go)
+    return made
 
 
 def main(top: argparse.ArgumentParser, argv: list[str] | None = None) -> NoReturn:

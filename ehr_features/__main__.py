@@ -9,7 +9,7 @@ from typing import Any
 
 from configs import cli
 from ehr_features.config import FeaturesConfig
-from ehr_features.demo import add_arguments as demo_arguments
+from ehr_features.demo_plan import add_arguments as demo_arguments
 
 
 def _build(config: Any, args: argparse.Namespace) -> int:
@@ -62,12 +62,21 @@ def main() -> None:
         says="open every table and say what can be done with them, without extracting",
         example="python -m ehr_features check configs/features.yaml mimic_iv=/data/mimic-iv/3.1",
     )
-    says = "prove or refute, with counts, that nothing leaks; exit 0 if all is proved, 2 if not"
-    audit = commands.add_parser("audit", help=says, description=says, allow_abbrev=False)
+    audit = cli.command(
+        commands,
+        "audit",
+        says="prove or refute, with counts, that nothing leaks; exit 0 if all is proved, 2 if not",
+        example="python -m ehr_features audit features runs/msn",
+    )
     audit.add_argument("features", metavar="FEATURES", type=Path, help="a features/ folder")
     audit.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="runs that were made from it")
     audit.set_defaults(run=_audit)
-    demo = commands.add_parser("demo", help="write a synthetic MIMIC with a planted signal", allow_abbrev=False)
+    demo = cli.command(
+        commands,
+        "demo",
+        says="write a synthetic MIMIC with a planted signal",
+        example="python -m ehr_features demo demo/data --subjects 1600 --seed 1",
+    )
     demo_arguments(demo)
     demo.set_defaults(run=_demo)
     cli.main(top)

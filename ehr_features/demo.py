@@ -70,32 +70,6 @@ def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = 
     return truth
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `python -m ehr_features demo`."""
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--subjects", type=int, default=Plan.subjects, metavar="N", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=Plan.seed, metavar="S", help="default %(default)s")
-    parser.add_argument(
-        "--film-size", type=int, default=Plan.film_size, metavar="PX", help="longer side; default %(default)s"
-    )
-    parser.add_argument(
-        "--shuffled", action="store_true", help="permute findings, ICD codes and death: nothing can be learned"
-    )
-    parser.add_argument(
-        "--risk", choices=("level", "change"), default=Plan.risk, help="what of the films carries risk of death"
-    )
-    parser.add_argument(
-        "--view-shortcut",
-        type=float,
-        default=Plan.view_shortcut,
-        metavar="P",
-        help="0 to 1: abnormal films tend to be AP",
-    )
-    parser.add_argument(
-        "--ed-text", type=float, default=Plan.ed_text, metavar="P", help="0 to 1: complaints tell of the film"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Write the demo data, say what was written and what the next command is."""
     keys = ("subjects", "seed", "film_size", "shuffled", "risk", "view_shortcut", "ed_text")

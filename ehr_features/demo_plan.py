@@ -1,13 +1,15 @@
-"""What to generate, and two small functions that the generator's parts share."""
+"""What to generate, its command line, and two small functions that the generator's parts share."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import pandas as pd
+if TYPE_CHECKING:  # `--help` waits for no pandas
+    import pandas as pd
 
-from ehr_features.demo_truth import Array
+    from ehr_features.demo_truth import Array
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,32 @@ class Plan:
     risk: Literal["level", "change"] = "level"
     view_shortcut: float = 0.0
     ed_text: float = 0.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `python -m ehr_features demo`."""
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--subjects", type=int, default=Plan.subjects, metavar="N", help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=Plan.seed, metavar="S", help="default %(default)s")
+    parser.add_argument(
+        "--film-size", type=int, default=Plan.film_size, metavar="PX", help="longer side; default %(default)s"
+    )
+    parser.add_argument(
+        "--shuffled", action="store_true", help="permute findings, ICD codes and death: nothing can be learned"
+    )
+    parser.add_argument(
+        "--risk", choices=("level", "change"), default=Plan.risk, help="what of the films carries risk of death"
+    )
+    parser.add_argument(
+        "--view-shortcut",
+        type=float,
+        default=Plan.view_shortcut,
+        metavar="P",
+        help="0 to 1: abnormal films tend to be AP",
+    )
+    parser.add_argument(
+        "--ed-text", type=float, default=Plan.ed_text, metavar="P", help="0 to 1: complaints tell of the film"
+    )
 
 
 def hours_between(later: pd.Series, earlier: pd.Series) -> Array:

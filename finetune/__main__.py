@@ -83,18 +83,6 @@ def _runs(args: argparse.Namespace) -> None:
     show(args.folder)
 
 
-def _command(commands: Any, name: str, *, says: str, example: str) -> argparse.ArgumentParser:
-    """A command without a config, with its worked example."""
-    return commands.add_parser(
-        name,
-        help=says,
-        description=says,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and leave with an exit code."""
     top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
@@ -130,7 +118,12 @@ def main(argv: list[str] | None = None) -> None:
     grid.add_argument("--only", default="*", metavar="PATTERN", help="of the combinations' names")
     grid.add_argument("--dry-run", action="store_true", help="print the commands that are not done yet, and stop")
     grid.add_argument("--processes", type=int, default=1, metavar="N", help="of each run, one a GPU")
-    score = commands.add_parser("score", help="metrics with intervals for any two arrays, ours or not")
+    score = cli.command(
+        commands,
+        "score",
+        says="metrics with intervals for any two arrays, ours or not",
+        example="python -m finetune score labels.csv scores.csv --groups subjects.csv --out metrics.csv",
+    )
     score.add_argument("labels", metavar="LABELS", help=".npy, .csv or .parquet: rows x labels of 0, 1 and empty")
     score.add_argument("scores", metavar="SCORES", help="the same rows and labels; probabilities, or any scores")
     score.add_argument("--groups", metavar="FILE", help="one subject for each row; intervals resample subjects")
@@ -138,26 +131,41 @@ def main(argv: list[str] | None = None) -> None:
     score.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
     score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     score.set_defaults(run=_score)
-    compare = commands.add_parser("compare", help="paired difference between two methods on the same test subjects")
+    compare = cli.command(
+        commands,
+        "compare",
+        says="paired difference between two methods on the same test subjects",
+        example="python -m finetune compare runs/a_seed* --with runs/b_seed*",
+    )
     compare.add_argument("a", metavar="RUN", nargs="+", help="runs of one method, a training seed each")
     compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", required=True, help="runs of the other method")
     compare.add_argument("--split", default="test", choices=("val", "test"))
     compare.add_argument("--samples", type=int, default=1000, help="resamples (default 1000)")
     compare.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
     compare.set_defaults(run=_compare)
-    embed = commands.add_parser("embed", help="features of any films, by an exported encoder alone")
+    embed = cli.command(
+        commands,
+        "embed",
+        says="features of any films, by an exported encoder alone",
+        example="python -m finetune embed runs/msn/encoder my-films embeddings.parquet",
+    )
     embed.add_argument("encoder", metavar="ENCODER", help="encoder/, or a run that has one")
     embed.add_argument("films", metavar="FILMS", help="a folder, a list (.txt, .csv with a column path), or one film")
     embed.add_argument("out", metavar="OUT.parquet")
     embed.add_argument("--pool", choices=("cls", "avg", "max"), help="default: the encoder's own")
     embed.set_defaults(run=_embed)
-    nearest = commands.add_parser("nearest", help="the films most alike to one")
+    nearest = cli.command(
+        commands,
+        "nearest",
+        says="the films most alike to one",
+        example="python -m finetune nearest embeddings.parquet my-films/one.png",
+    )
     nearest.add_argument("embeddings", metavar="EMBEDDINGS.parquet", help="what `embed` wrote")
     nearest.add_argument("film", metavar="FILM", help="an id or path in it, or another film's file")
     nearest.add_argument("--number", type=int, default=10, help="how many (default 10)")
     nearest.add_argument("--encoder", help="in place of the one that EMBEDDINGS names")
     nearest.set_defaults(run=_nearest)
-    report = _command(
+    report = cli.command(
         commands,
         "report",
         says="one HTML page for any set of runs: curves, intervals, differences, warnings",
@@ -169,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     report.add_argument("--truth", metavar="FILE", help="truth.json of a synthetic hospital, if it was moved")
     report.add_argument("--screenshot", metavar="FILE.png", help="also draw the top of the page (needs Chromium)")
     report.set_defaults(run=_report)
-    runs = _command(
+    runs = cli.command(
         commands,
         "runs",
         says="list the runs in a folder with their key numbers",
@@ -177,7 +185,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default runs")
     runs.set_defaults(run=_runs)
-    demo = commands.add_parser("demo", help="from raw synthetic tables to report.html, on two CPU cores")
+    demo = cli.command(
+        commands,
+        "demo",
+        says="from raw synthetic tables to report.html, on two CPU cores",
+        example="python -m finetune demo demo --seed 1",
+    )
     demo.add_argument(
         "out", metavar="OUT", nargs="?", default="demo", help="a new folder, or one to go on with (default demo)"
     )

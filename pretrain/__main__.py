@@ -56,7 +56,12 @@ def main(argv: list[str] | None = None) -> None:
         example="python -m pretrain train configs/pretrain_vit_tiny.yaml features=features store=store out=runs/msn",
         distributed=True,
     )
-    out = commands.add_parser("export", help="runs/X/ -> an encoder for use elsewhere", allow_abbrev=False)
+    out = cli.command(
+        commands,
+        "export",
+        says="runs/X/ -> an encoder for use elsewhere",
+        example="python -m pretrain export runs/msn exported --probe runs/probe",
+    )
     out.add_argument("source", metavar="RUN", help="a run folder, or an encoder/")
     out.add_argument("out", metavar="OUT", help="a new folder")
     out.add_argument("--in-chans", type=int, choices=(1, 3), default=None, help="of the films it will see")

@@ -1,6 +1,8 @@
 """The rules of the house that can be checked by reading the code."""
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +43,30 @@ def test_the_features_import_no_torch() -> None:
         assert not imports(path) & {"torch", "torchvision", "timm", "lightly", "accelerate"}, path
 
 
+HELPS = """
+import argparse, json, sys
+from configs import cli
+from {room}.__main__ import main
+def show(top, argv=None):
+    commands = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    loaded = [name for name in ("torch", "pandas", "rich") if name in sys.modules]
+    print(json.dumps([loaded, {{name: command.format_help() for name, command in commands.items()}}]))
+cli.main = show
+main()
+"""
+
+
 @pytest.mark.parametrize("room", ["ehr_features", "pretrain", "finetune"])
-def test_help_imports_no_torch(room: str) -> None:
-    code = f"import sys, {room}.__main__; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_the_help_of_each_command_fits_a_screen_has_an_example_and_waits_for_no_library(room: str) -> None:
+    code, screen = HELPS.format(room=room), {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=screen)
     assert done.returncode == 0, done.stderr
+    loaded, helps = json.loads(done.stdout)
+    assert not loaded and len(helps) >= 3
+    for name, text in helps.items():
+        lines = text.splitlines()
+        assert len(lines) <= 24 and max(map(len, lines)) <= 100, f"{room} {name}"
+        assert f"  python -m {room} {name} " in text, f"{room} {name} shows no example"
 
 
 def test_shipped_configs_start_with_a_header() -> None:

@@ -20,7 +20,7 @@ from configs import UserError
 from ehr_features import demo
 from ehr_features.demo_cxr import FINDINGS
 from ehr_features.demo_people import people
-from ehr_features.demo_plan import Plan, age_and_sex
+from ehr_features.demo_plan import Plan, add_arguments, age_and_sex
 from ehr_features.demo_truth import DEATH, NAMES, Outcomes, amounts, auroc
 
 COLUMNS = {
@@ -292,7 +292,7 @@ def test_foreign_folders_and_wild_values_are_refused(tmp_path: Path) -> None:
 
 def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
+    add_arguments(parser)
     out = tmp_path / "raw"
     assert demo.run(parser.parse_args([str(out), "--subjects", "60", "--film-size", "32"])) == 0
     said = capsys.readouterr().out

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from configs import UserError
-from finetune.__main__ import main
 from finetune.report import report
 from finetune.report_data import find_runs, read_runs
 from finetune.report_runs import show
@@ -140,11 +139,3 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.C
     show(tmp_path)
     printed = capsys.readouterr().out
     assert "damaged" in printed and "whole" in printed
-
-
-@pytest.mark.parametrize("command", ["report", "runs"])
-def test_help_fits_a_screen_and_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    printed = capsys.readouterr().out
-    assert stop.value.code == 0 and "example:" in printed and printed.count("\n") <= 24
