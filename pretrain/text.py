@@ -157,7 +157,8 @@ def embed(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> tuple[NDAr
 def embed_tokens(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> tuple[Tokens, int]:
     """Token states of texts, left on disk, and how many distinct ones the encoder cut short."""
     distinct = sorted(set(texts))
-    paths, part, start, length, width, cut = [], [], [], [], 0, 0
+    paths: list[Path] = []
+    part, start, length, width, cut = [], [], [], 0, 0
     for path, own in _parts(encoder, distinct, cache, "tokens"):
         with safe_open(path, "numpy") as file:
             offsets, width = file.get_tensor("offsets"), file.get_slice("values").get_shape()[1]
@@ -168,7 +169,8 @@ def embed_tokens(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> tup
         paths.append(path)
     place = {text: i for i, text in enumerate(distinct)}
     rows = [place[text] for text in texts]
-    return Tokens(tuple(paths), *(np.concatenate(x)[rows] for x in (part, start, length)), width), cut
+    at, first, size = (np.concatenate(x)[rows].astype(np.int64) for x in (part, start, length))
+    return Tokens(tuple(paths), at, first, size, width), cut
 
 
 def _parts(

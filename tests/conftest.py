@@ -23,7 +23,23 @@ def shared() -> Path:
     return folder
 
 
-WORDS = "woman man of with the and year old short breath leg swelling cough fever fall chest pain heart rate".split()
+WORDS = [
+    "woman",
+    "man",
+    "of",
+    "with",
+    "the",
+    "and",
+    "year",
+    "old",
+    "short",
+    "breath",
+    "leg",
+    "swelling",
+    "cough",
+    "fever",
+]
+WORDS += ["fall", "chest", "pain", "heart", "rate"]
 
 
 @pytest.fixture
