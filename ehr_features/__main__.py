@@ -28,8 +28,10 @@ def _build(config: Any, args: argparse.Namespace) -> int:
 
 def _check(config: Any, args: argparse.Namespace) -> int:
     from ehr_features.check import check
+    from ehr_features.engine import interruptible
 
-    return check(config)
+    with interruptible():
+        return check(config)
 
 
 def _demo(args: argparse.Namespace) -> int | None:
@@ -40,8 +42,10 @@ def _demo(args: argparse.Namespace) -> int | None:
 
 def _audit(args: argparse.Namespace) -> int:
     from ehr_features.audit import run
+    from ehr_features.engine import interruptible
 
-    return run(args)
+    with interruptible():
+        return run(args)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ import pyarrow as pa
 from configs import UserError
 from configs.cli import Stopped
 
+_OPEN: weakref.WeakSet[Any] = weakref.WeakSet()  # DuckDB connections, for `interruptible`
+
 
 def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path | None = None) -> Any:
     """An ibis backend; `memory` bounds it, and DuckDB spills what does not fit below `spill`."""
@@ -30,6 +33,7 @@ def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path |
     if engine == "pyspark":
         return _spark(int(size), threads)
     con = ibis.duckdb.connect()
+    _OPEN.add(con.con)
     settings = {
         "memory_limit": f"{int(max(size * 0.6, size - 1500))}MB",  # the rest: Python, CSV buffers, the series' pages
         "threads": threads,
@@ -110,31 +114,43 @@ def readable(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a query as they end Python: DuckDB makes "Query interrupted" of either."""
+    """Let Ctrl-C and SIGTERM end the block, whatever it is doing when they come.
+
+    Their handler raises, but DuckDB turns what is raised during a query into an error of its own, and drops what is
+    raised just before one (while it imports its helpers). So the queries are interrupted until the block is left.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
+    left = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def interrupt() -> None:
+        while not left.wait(0.2):
+            for con in list(_OPEN):
+                con.interrupt()
+
     def note(number: int, frame: Any) -> None:
+        if not came:
+            threading.Thread(target=interrupt, daemon=True).start()
         came.append(number)
-        handler = before[signal.Signals(number)]
-        if callable(handler):
-            handler(number, frame)
+        before[signal.Signals(number)](number, frame)  # type: ignore[operator]
 
     for number, handler in before.items():
         if callable(handler):
             signal.signal(number, note)
     try:
         yield
-    except Exception as error:
-        if not came or "interrupt" not in str(error).lower():
+    except Exception:  # Stopped and KeyboardInterrupt are none
+        if not came:
             raise
-        raise (KeyboardInterrupt if came[0] == signal.SIGINT else Stopped)() from None
     finally:
+        left.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt if came[0] == signal.SIGINT else Stopped()
 
 
 def _damage(error: BaseException) -> str | None:

@@ -178,24 +178,41 @@ def test_config_faults_are_told_together():
         FeaturesConfig(mimic_iv="x", out="y", memory="lots")
 
 
+LONG_QUERY = """
+import os, time
+from configs.cli import guard
+from ehr_features.engine import connect, interruptible
+
+con = connect("duckdb").con
+
+class Swallows:
+    def __del__(self):  # what is raised here is printed and dropped
+        os.kill(os.getpid(), {number})
+        time.sleep(0.01)
+
+def run():
+    with interruptible():
+        {first}
+        print("ready", flush=True)
+        con.execute("SELECT sum(a.range * b.range) FROM range(10000000) a, range(1000000) b").fetchall()
+
+raise SystemExit(guard(run, signals=True))
+"""
+
+
+@pytest.mark.parametrize("swallowed", [False, True], ids=["during the query", "just before, and dropped"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_long_query_with_its_own_exit_code(number, code):
-    program = (
-        "from configs.cli import guard\n"
-        "from ehr_features.engine import connect, interruptible\n"
-        "con = connect('duckdb').con\n"
-        "def run():\n"
-        "    with interruptible():\n"
-        "        print('ready', flush=True)\n"
-        "        con.execute('SELECT sum(a.range * b.range) FROM range(10000000) a, range(1000000) b').fetchall()\n"
-        "raise SystemExit(guard(run, signals=True))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    time.sleep(3)  # the query runs by then, on a busy machine too
-    process.send_signal(number)
-    assert process.wait(timeout=180) == code
-    process.stdout.close()
+def test_a_signal_ends_a_long_query_with_its_own_exit_code(number, code, swallowed):
+    program = LONG_QUERY.format(number=int(number), first="Swallows()" if swallowed else "")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        if not swallowed:
+            time.sleep(1)
+            process.send_signal(number)
+        try:
+            assert process.wait(timeout=180) == code
+        finally:
+            process.kill()
 
 
 def test_check_tells_about_how_many_rows_a_large_file_has(mimic, config, monkeypatch):
