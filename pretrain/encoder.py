@@ -14,22 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
-from timm.models.densenet import DenseNet
-from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs import UserError
 from ehr_features.files import new_folder, read_json, write_json
+from pretrain.network import make, sincos
 from pretrain.preprocess import Preprocess
-
-POOLS = {"vit": ("cls", "avg"), "conv": ("avg", "max")}
 
 
 class Encoder(nn.Module):
@@ -51,31 +47,56 @@ class Encoder(nn.Module):
         self.preprocess = preprocess
         self.width = int(self.net.num_features)
         self.is_vit = isinstance(net, VisionTransformer)
-        self.checkpointing = False  # recompute blocks in the backward pass: less memory, more time
+        self._checkpointing = False
         self._resample: dict[tuple[Any, ...], Tensor] = {}
 
     @property
     def pools(self) -> tuple[str, ...]:
-        return POOLS["vit" if self.is_vit else "conv"]
+        """What `pool` may be; the first is that of timm's own forward."""
+        if not self.is_vit:
+            return "avg", "max"
+        if self.net.attn_pool is not None:
+            return ("map",)
+        if self.net.cls_token is None:
+            return ("avg",)
+        return ("avg", "cls") if self.net.global_pool == "avg" else ("cls", "avg")
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass: less memory, more time."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        self._checkpointing = wanted
+        self.net.set_grad_checkpointing(wanted)
 
     def forward(self, x: Tensor, pool: str | None = None, keep: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, D).
 
         Args:
             x: normalised by `preprocess`.
-            pool: `cls` or `avg` (mean of patch tokens) of a ViT; `avg` or `max` of a map; None: encoder.json's.
+            pool: `cls` or `avg` (mean of patch tokens) of a ViT, `map` of one that learned to pool; `avg` or `max` of a
+                map; None: encoder.json's.
             keep: (B, n) indices of the patches to compute; a ViT only.
         """
         return self.pool(self.features(x, keep), pool)
 
     def pool(self, features: Tensor, pool: str | None = None) -> Tensor:
         """Tokens or map -> (B, D)."""
-        pool = pool or self.meta["pool"]
-        if pool not in self.pools:
-            raise UserError(f"pool `{pool}` is not one of {self.meta['arch']}'s: {', '.join(self.pools)}")
+        pool = self._known(pool or self.meta["pool"])
         if not self.is_vit:
             return features.mean(dim=(2, 3)) if pool == "avg" else features.amax(dim=(2, 3))
-        return features[:, 0] if pool == "cls" else features[:, self.net.num_prefix_tokens :].mean(dim=1)
+        if pool == "map":
+            return self.net.fc_norm(self.net.pool(features))
+        return self.net.fc_norm(
+            features[:, 0] if pool == "cls" else features[:, self.net.num_prefix_tokens :].mean(dim=1)
+        )
+
+    def _known(self, pool: str) -> str:
+        if pool not in self.pools:
+            raise UserError(f"pool `{pool}` is not one of {self.meta['arch']}'s: {', '.join(self.pools)}")
+        return pool
 
     def features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, N, D), class token first, after the last norm; or the last map (B, D, h, w)."""
@@ -154,30 +175,20 @@ def create(
     Raises: UserError: timm has no such model, refuses the arguments, or it is of another family.
     """
     args = dict(model_args or {})
-    if arch.startswith(("vit", "deit")):
-        args = {"img_size": image_size, "dynamic_img_size": True, **args}
-    try:
-        net = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=in_chans, **args)
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        near = ", ".join(timm.list_models(f"*{arch.partition('_')[0]}*")[:5]) or "vit_tiny_patch16_224, densenet121"
-        raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {error}. Near it: {near}") from None
-    if not isinstance(net, (VisionTransformer, DenseNet, ResNet)) or hasattr(net, "dist_token"):
-        raise UserError(
-            f"encoder.arch: `{arch}` is a {type(net).__name__}; wanted a VisionTransformer, DenseNet or ResNet"
-        )
-    is_vit = isinstance(net, VisionTransformer)
-    if is_vit and positions == "sincos":
-        _sincos(net)
+    net = make(arch, in_chans, image_size, args)
+    if isinstance(net, VisionTransformer) and net.pos_embed is not None and positions == "sincos":
+        sincos(net)
     meta = {
         "arch": arch,
         "model_args": args,
         "in_chans": in_chans,
-        "width": int(net.num_features),
+        "width": net.num_features,
         "image_size": image_size,
-        "pool": pool or POOLS["vit" if is_vit else "conv"][0],
     }
-    preprocess = preprocess or Preprocess(image_size)
-    return Encoder(net, meta, dataclasses.replace(preprocess, size=image_size, in_chans=in_chans))
+    preprocess = dataclasses.replace(preprocess or Preprocess(image_size), size=image_size, in_chans=in_chans)
+    encoder = Encoder(net, meta, preprocess)
+    meta["pool"] = encoder._known(pool or encoder.pools[0])
+    return encoder
 
 
 def save(folder: str | Path, encoder: Encoder, meta: dict[str, Any] | None = None, card: str | None = None) -> Path:
@@ -289,15 +300,3 @@ def differences(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
     ]
     parts = (("missing", missing), ("unexpected", extra), ("of another shape", sorted(shapes)))
     return "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in parts if keys)
-
-
-@torch.no_grad()
-def _sincos(net: Any) -> None:
-    """Sine-cosine positions of the patches; the class token's stay as they are."""
-    height, width = net.patch_embed.grid_size
-    quarter = net.embed_dim // 4
-    rates = 10000 ** -(torch.arange(quarter) / quarter)
-    rows = torch.arange(height).repeat_interleave(width)[:, None] * rates  # (N, D/4)
-    columns = torch.arange(width).repeat(height)[:, None] * rates
-    table = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
-    net.pos_embed[0, -height * width :, : table.shape[1]] = table

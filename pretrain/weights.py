@@ -35,6 +35,8 @@ TORCHVISION_VIT = (
     (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
 )
+OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's files still have these names
+COUNTER = ".num_batches_tracked"  # of batch norm; absent from old files, and used by nothing
 
 
 def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> str:
@@ -66,6 +68,7 @@ def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> 
     dropped = sorted(key for key in state if key.startswith(CLASSIFIERS))
     state = {key: value for key, value in state.items() if key not in dropped}
     wanted = encoder.net.state_dict()
+    state |= {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in state}
     state, converted = to_channels(state, encoder.meta["in_chans"])
     if faults := differences(wanted, state):
         raise UserError(f"encoder.init {path}: not the weights of {encoder.meta['arch']} as configured: {faults}")
@@ -77,7 +80,7 @@ def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a file under timm's keys. Raises: UserError: absent, damaged, or not only tensors."""
     try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        state: Any = _read(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
     except pickle.UnpicklingError:
@@ -96,7 +99,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     if "class_token" in state:
         state = {_renamed(key): value for key, value in state.items()}
-    return state
+    return {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+def _read(path: Path) -> Any:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
 
 
 def to_channels(state: dict[str, Tensor], in_chans: int) -> tuple[dict[str, Tensor], str]:

@@ -144,7 +144,59 @@ def test_a_broken_folder_is_refused_by_name(tmp_path, break_it, says):
         enc.load(folder)
 
 
-@pytest.mark.parametrize("arch, says", [("vit_tinny", "vit_"), ("swin_tiny_patch4_window7_224", "SwinTransformer")])
+@pytest.mark.parametrize(
+    "arch, says",
+    [
+        ("vit_tinny_patch16_224", "vit_tiny_patch16_224"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("vit_tiny_r_s16_p8_224", "convolutional"),
+    ],
+)
 def test_other_architectures_are_refused(arch, says):
     with pytest.raises(UserError, match=says):
         enc.create(arch)
+
+
+@pytest.mark.parametrize(
+    "arch, args",
+    [
+        ("vit_base_patch16_siglip_224", {"depth": 1}),  # no class token, learned pooling
+        ("vit_medium_patch16_gap_256", {"depth": 1}),  # no class token, mean
+        ("vit_medium_patch16_reg4_gap_256", {"depth": 1}),
+        ("vit_tiny_patch16_224", {"depth": 1, "global_pool": "avg"}),  # norm after the mean
+        ("vit_base_patch16_clip_224", {"depth": 1}),
+        ("deit3_small_patch16_224", {"depth": 1}),
+        ("flexivit_small", {"depth": 1}),
+    ],
+)
+def test_any_vit_pools_as_timm_does_and_trains_every_weight(arch, args):
+    torch.manual_seed(0)
+    encoder = enc.create(arch, image_size=64, model_args=args)
+    encoder(torch.randn(2, 1, 32, 32)).square().sum().backward()
+    assert [name for name, p in encoder.net.named_parameters() if p.grad is None] == []
+    x = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.eval()(x), encoder.net(x), rtol=1e-4, atol=1e-5)
+        assert encoder.features(x, torch.zeros(2, 3, dtype=torch.long)).shape[1] == 3 + encoder.net.num_prefix_tokens
+
+
+def test_a_pool_that_the_network_lacks_is_refused_at_once():
+    with pytest.raises(UserError, match="pool `max`.*cls, avg"):
+        tiny(pool="max")
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "resnet50"])
+def test_recomputing_activations_changes_no_gradient_of_a_convolutional_net(arch):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        encoder = enc.create(arch, image_size=32)
+        encoder.checkpointing = checkpointing
+        calls = []
+        last = encoder.net.features.norm5 if arch == "densenet121" else encoder.net.layer4
+        inner = encoder.net.features.denseblock1.denselayer2.norm1 if arch == "densenet121" else last[0].bn1
+        inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        encoder(torch.linspace(0, 1, 4 * 32 * 32).view(4, 1, 32, 32)).square().sum().backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append([p.grad for p in encoder.parameters()])
+    torch.testing.assert_close(*gradients)

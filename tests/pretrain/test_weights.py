@@ -1,5 +1,7 @@
 """Starting from others' weights: the same numbers, or a refusal that names what differs."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -106,3 +108,20 @@ def test_files_that_are_no_weights_are_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"w\.pth"):
         start_from(tiny(), path, heads=2)
+
+
+def test_old_torchvision_files_have_other_names_and_no_batch_counters(tmp_path):
+    theirs = torchvision.models.densenet121(num_classes=5).eval()
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): value
+        for key, value in theirs.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, tmp_path / "densenet121.pth")
+    ours = enc.create("densenet121", in_chans=3, image_size=64).eval()
+    start_from(ours, tmp_path / "densenet121.pth")
+    theirs.classifier = torch.nn.Identity()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
