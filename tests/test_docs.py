@@ -1,0 +1,158 @@
+"""The pages: every command is run here on a small synthetic hospital, or says `# needs MIMIC` / `# needs GPUs` and is
+then checked against the config schemas; links lead somewhere; generated tables are up to date."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from configs import Settings, load
+from ehr_features.config import FeaturesConfig
+from finetune.config import FuseConfig, GridConfig, ProbeConfig
+from pretrain.config import ImagesConfig, PretrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+SCHEMAS: dict[str, type[Settings]] = {
+    "features": FeaturesConfig,
+    "check": FeaturesConfig,
+    "images": ImagesConfig,
+    "pretrain": PretrainConfig,
+    "probe": ProbeConfig,
+    "fuse": FuseConfig,
+    "grid": GridConfig,
+}
+ELSEWHERE = {  # commands of the pages that are run by other tests, or are the tests
+    "./launch.sh demo": "tests/finetune/test_demo.py",
+    "./launch.sh test": "CI",
+    "make check": "CI",
+    "python -m benchmarks": "tests/test_benchmarks.py",
+}
+SHORTER = {  # what a page says takes minutes; the test adds these words
+    "pretrain": ["optim.steps=4", "optim.batch_size=16", "log_every=2"],
+    "probe": ["epochs=2", "patience=1", "samples=20"],
+    "fuse": ["epochs=2", "patience=1", "samples=20", "hidden=8", "joint=8"],
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def needs(self) -> str:
+        found = re.match(r"# needs (.+)", self.text)
+        return found[1] if found else ""
+
+    def commands(self) -> list[list[str]]:
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [
+            shlex.split(line, comments=True) for line in lines if re.match(r"(\./launch\.sh|python -m|make) ", line)
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    out, text = [], page.read_text(encoding="utf-8")
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        out.append(Block(page, text[: found.start()].count("\n") + 1, found[1], found[2]))
+    return out
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+def elsewhere(block: Block) -> bool:
+    commands = [" ".join(words) for words in block.commands()]
+    return bool(commands) and all(any(c.startswith(known) for known in ELSEWHERE) for c in commands)
+
+
+RUN = [b for b in ALL if b.language in ("sh", "python") and not b.needs and not elsewhere(b)]
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(PAGES) > 5 and len(RUN) > 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_stand_in_fenced_blocks(page: Path) -> None:
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        assert not re.match(r" {4,}(\./launch\.sh|python -m) ", line), f"{page.name}:{number}: fence it, with ```sh"
+
+
+@pytest.mark.parametrize("block", [b for b in ALL if b.language == "sh"], ids=str)
+def test_every_config_and_key_of_a_page_exists(block: Block) -> None:
+    for words in block.commands():
+        if words[0] != "./launch.sh" or words[1] not in SCHEMAS or not words[2].endswith(".yaml"):
+            continue
+        skip, overrides = False, []
+        for word in words[3:]:
+            skip, was = word.startswith("--") and word not in ("--dry-run",) and "=" not in word, skip
+            if not word.startswith("--") and not was:
+                overrides.append(word)
+        load(SCHEMAS[words[1]], ROOT / words[2], overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader has it after `./launch.sh demo`, only smaller; the commands there are short ones."""
+    world = tmp_path_factory.mktemp("world")
+    for name in ("configs", "docs", "ehr_features"):
+        (world / name).symlink_to(ROOT / name)
+    (world / "work").mkdir()
+    cases = "\n".join(f"  {name}) more=({shlex.join(words)}) ;;" for name, words in SHORTER.items())
+    launch = (
+        f'#!/usr/bin/env bash\nmore=()\ncase $1 in\n{cases}\nesac\nexec bash {ROOT}/launch.sh "$@" "${{more[@]}}"\n'
+    )
+    (world / "launch.sh").write_text(launch)
+    (world / "launch.sh").chmod(0o755)
+    lines = [
+        "python -m ehr_features demo demo/data --subjects 160 --seed 3",
+        "./launch.sh features configs/demo/features.yaml mimic_ed=demo/data/mimic-iv-ed",
+        "./launch.sh images configs/demo/images.yaml",
+        "./launch.sh pretrain configs/demo/pretrain_vit_tiny.yaml",
+        "./launch.sh probe configs/demo/probe_linear.yaml",
+        "./launch.sh fuse configs/demo/fuse_mortality.yaml",
+    ]
+    execute(world, "\n".join(lines))
+    return world
+
+
+def execute(world: Path, script: str) -> None:
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, "NO_COLOR": "1"}
+    own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    clean = {k: v for k, v in os.environ.items() if k not in ("CONDA_PREFIX", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=world, env=clean | own, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{script}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_the_commands_of_the_pages_run(world: Path, block: Block) -> None:
+    if block.language == "python":
+        execute(world, f"python - <<'CODE'\n{block.text}\nCODE")
+    else:
+        execute(world, block.text)
