@@ -9,7 +9,7 @@ EHR-MSN: raw MIMIC tables and films -> features -> EHR-conditioned MSN -> encode
 
   ./launch.sh demo [OUT]                       raw synthetic tables to report.html, on two CPU cores
   ./launch.sh test                             lint, types and all tests
-  ./launch.sh features  CONFIG [key=value ...] raw tables -> features/     (also: check, audit)
+  ./launch.sh features  CONFIG [key=value ...] raw tables -> features/     (also: check, audit, notes)
   ./launch.sh images    CONFIG [key=value ...] films -> store/
   ./launch.sh pretrain  CONFIG [key=value ...] features/ + store/ -> runs/X/encoder/     (also: export)
   ./launch.sh probe     CONFIG [key=value ...] encoder/ -> linear evaluation
@@ -149,9 +149,9 @@ case $command in
   test) setup dev; tests "$@" ;;
   features)
     setup ""
-    case ${1:-} in check | audit) exec "$python" -m ehr_features "$@" ;; esac
+    case ${1:-} in check | audit | notes) exec "$python" -m ehr_features "$@" ;; esac
     exec "$python" -m ehr_features build "$@" ;;
-  check | audit) setup ""; exec "$python" -m ehr_features "$command" "$@" ;;
+  check | audit | notes) setup ""; exec "$python" -m ehr_features "$command" "$@" ;;
   images) setup ""; exec "$python" -m pretrain images "$@" ;;
   export) setup ""; exec "$python" -m pretrain export "$@" ;;
   pretrain) setup ""; distributed pretrain train "$@" ;;

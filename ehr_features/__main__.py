@@ -10,6 +10,7 @@ from typing import Any
 from configs import cli
 from ehr_features.config import FeaturesConfig
 from ehr_features.demo_plan import add_arguments as demo_arguments
+from ehr_features.notes_config import NotesConfig
 
 
 def _build(config: Any, args: argparse.Namespace) -> int:
@@ -32,6 +33,18 @@ def _check(config: Any, args: argparse.Namespace) -> int:
 
     with interruptible():
         return check(config)
+
+
+def _notes(config: Any, args: argparse.Namespace) -> int:
+    from ehr_features.engine import interruptible
+    from ehr_features.notes import write_notes
+
+    print(f"notes: {config.features} (filter {config.filter}) -> {config.out}", file=sys.stderr, flush=True)
+    with interruptible():
+        out = write_notes(config)
+    print(out)
+    print(f"next: ./launch.sh audit {config.features} {out}")
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int | None:
@@ -65,6 +78,14 @@ def main() -> None:
         _check,
         says="open every table and say what can be done with them, without extracting",
         example="python -m ehr_features check configs/features.yaml mimic_iv=/data/mimic-iv/3.1",
+    )
+    cli.config_command(
+        commands,
+        "notes",
+        NotesConfig,
+        _notes,
+        says="write a note for each film that has an emergency visit or an admission",
+        example="python -m ehr_features notes configs/notes.yaml features=features mimic_ed=/data/mimic-iv-ed/2.2",
     )
     audit = cli.command(
         commands,

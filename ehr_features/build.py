@@ -40,6 +40,7 @@ from ehr_features import (
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import batches, hold
 from ehr_features.files import digest, file_digest, new_folder, provenance, read_json, write_json
+from ehr_features.schema import FOR_NOTES
 from ehr_features.source import EVENTS, Source, open_source
 
 NO_EFFECT = {"out", "cache", "memory", "threads"}  # keys that change no result
@@ -233,7 +234,8 @@ def _provenance(
     steps: Steps,
     key: str,
 ) -> dict[str, Any]:
-    raw = {name: int(source.table(name).count().execute()) for name in source.files if name not in found}
+    read = [name for name in source.files if name not in found and name not in FOR_NOTES]
+    raw = {name: int(source.table(name).count().execute()) for name in read}
     raw |= {name: rows for name, (_table, rows) in found.items()}
     said = release.claimed(config.mimic_iv)
     warnings = release.differences(raw, said)

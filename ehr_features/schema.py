@@ -107,6 +107,12 @@ READ: dict[str, Raw] = {
         {"subject_id": INT, "hadm_id": INT, "seq_num": INT, "icd_code": TEXT, "icd_version": INT},
         rows=_rows(5_280_351, 4_756_326, 6_364_488, 4_506),
     ),
+    "d_icd_diagnoses": Raw(
+        "mimic_iv",
+        ("hosp/d_icd_diagnoses",),
+        {"icd_code": TEXT, "icd_version": INT, "long_title": TEXT},
+        rows=_rows(None, 109_775, 112_107, 109_775),
+    ),
     "chartevents": Raw(
         "mimic_iv",
         ("icu/chartevents",),
@@ -145,6 +151,18 @@ READ: dict[str, Raw] = {
         _ed("vitalsign"),
         {"subject_id": INT, "stay_id": INT, "charttime": TIME, **_VITALS},
         rows=_rows(None, 1_564_610, None, None),
+    ),
+    "medrecon": Raw(
+        "mimic_ed",
+        _ed("medrecon"),
+        {"subject_id": INT, "stay_id": INT, "charttime": TIME, "name": TEXT},
+        rows=_rows(None, 2_987_342, None, None),
+    ),
+    "pyxis": Raw(
+        "mimic_ed",
+        _ed("pyxis"),
+        {"subject_id": INT, "stay_id": INT, "charttime": TIME, "name": TEXT},
+        rows=_rows(None, 1_586_053, None, None),
     ),
     "cxr_metadata": Raw(
         "mimic_cxr",
@@ -279,6 +297,20 @@ SAMPLES: dict[str, Column] = {
     "dicom_id": Column(TEXT),
     "code_status": Column(TEXT, group="subgroup"),
 }
+NOTES: dict[str, Column] = {  # written by notes.py
+    "dicom_id": Column(TEXT),
+    "subject_id": Column(INT),
+    "split": Column(TEXT, group="split"),
+    "hadm_id": Column(INT, group="link"),
+    "ed_stay_id": Column(INT, "the visit that the note tells of", "link"),
+    "taken_at": Column(TIME, group="time"),
+    "note": Column(TEXT, "sections, one a line", "text"),
+    "sections": Column("list<struct<name: string, text: string>>", group="text"),
+    "sources": Column("list<string>", "tables that the note's facts are from", "text"),
+    "available_at": Column(TIME, "when the last fact was known", "time"),
+    "num_removed": Column(INT, "terms that the leak filter took out", "text"),
+}
+FOR_NOTES = frozenset({"d_icd_diagnoses", "vitalsign", "medrecon", "pyxis"})  # tables that `build` never reads
 TABLES = {"stays": STAYS, "stay_films": STAY_FILMS, "images": IMAGES}
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from configs import load
 from ehr_features.config import FeaturesConfig
+from ehr_features.notes_config import NotesConfig
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import ImagesConfig, PretrainConfig
 
@@ -79,7 +80,7 @@ def test_shipped_configs_start_with_a_header() -> None:
 
 
 SHIPPED = ["features", "images", "pretrain_vit_tiny", "pretrain_vit_small", "pretrain_densenet121", "probe_linear"]
-SHIPPED += ["fuse_mortality", "fuse_phenotypes"]
+SHIPPED += ["fuse_mortality", "fuse_phenotypes", "notes"]
 
 
 def test_the_promised_configs_are_shipped_large_and_small() -> None:
@@ -96,6 +97,7 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         "probe": ProbeConfig,
         "fuse": FuseConfig,
         "grid": GridConfig,
+        "notes": NotesConfig,
     }
     load(schemas[path.stem.partition("_")[0]], path)
 
