@@ -8,7 +8,7 @@ cohort: the hash of a subject depends on the seed and on nothing else, so adding
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -55,11 +55,11 @@ def assign(
     return pd.DataFrame({"subject_id": ids, "split": split.to_numpy(object)})
 
 
-def by_hash(subject_id: int, seed: int) -> str:
+def by_hash(subject_id: int, seed: int, fractions: Sequence[float] = FRACTIONS) -> str:
     """The split of one subject: 70 / 10 / 20 by the first 8 bytes of sha256("SEED:SUBJECT_ID")."""
     digest = hashlib.sha256(f"{seed}:{int(subject_id)}".encode()).digest()
     at = int.from_bytes(digest[:8], "big") / 2**64
-    return SPLITS[(at >= FRACTIONS[0]) + (at >= FRACTIONS[0] + FRACTIONS[1])]
+    return SPLITS[(at >= fractions[0]) + (at >= fractions[0] + fractions[1])]
 
 
 def _official(official: pd.DataFrame | None) -> pd.Series:

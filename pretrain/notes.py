@@ -20,7 +20,7 @@ from configs import UserError
 from ehr_features.files import file_digest
 from pretrain.text import TextEncoder, Tokens, embed, embed_tokens
 
-COLUMNS = ["dicom_id", "note", "available_at"]
+COLUMNS = ("dicom_id", "available_at")
 WAY = "write them with python -m ehr_features notes CONFIG"
 
 
@@ -45,6 +45,20 @@ def read_notes(folder: str | Path, taken_at: pd.Series | None = None) -> Notes:
 
     Args:
         taken_at: dicom_id -> when the film was taken; a note that was not known by then is refused.
+    Raises: UserError: as `check_notes`; no note at all.
+    """
+    table = check_notes(folder, taken_at, [*COLUMNS, "note"])
+    table = table[table["note"].fillna("").str.strip() != ""].reset_index(drop=True)
+    if table.empty:
+        raise UserError(f"{folder}/notes.parquet: no note; its attrition.json says why")
+    return Notes(Path(folder), table)
+
+
+def check_notes(
+    folder: str | Path, taken_at: pd.Series | None = None, columns: Sequence[str] = COLUMNS
+) -> pd.DataFrame:
+    """Columns of notes.parquet, in its order.
+
     Raises: UserError: no such folder, damaged, a film with two notes, a note from after its film.
     """
     path = Path(folder) / "notes.parquet"
@@ -52,21 +66,18 @@ def read_notes(folder: str | Path, taken_at: pd.Series | None = None) -> Notes:
         raise UserError(f"{folder}: not a folder of notes (notes.parquet, provenance.json); {WAY}")
     try:
         have = pq.read_schema(path).names
-        if missing := [c for c in COLUMNS if c not in have]:
+        if missing := [c for c in (*COLUMNS, "note") if c not in have]:
             raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}; {WAY}")
-        table = pd.read_parquet(path, columns=COLUMNS)
+        table = pd.read_parquet(path, columns=list(columns))
     except OSError as error:
         raise UserError(f"{path}: damaged Parquet file ({error}); {WAY}") from None
     if repeated := int(table["dicom_id"].duplicated().sum()):
         raise UserError(f"{path}: {repeated} films have more than one note; wanted one a film")
-    table = table[table["note"].fillna("").str.strip() != ""].reset_index(drop=True)
-    if table.empty:
-        raise UserError(f"{path}: no note; its attrition.json says why")
     if taken_at is not None:
         late = table["available_at"] > pd.to_datetime(table["dicom_id"].map(taken_at))
         if late.any():
             raise UserError(f"{path}: {late.sum()} notes hold what was known only after their film; {WAY} again")
-    return Notes(Path(folder), table)
+    return table
 
 
 def note_vectors(

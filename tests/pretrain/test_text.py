@@ -204,5 +204,5 @@ def test_notes_that_cannot_be_used_are_refused(write_notes: Make, tmp_path: Path
     with pytest.raises(UserError, match="more than one note"):
         read_notes(folder)
     pd.DataFrame({"dicom_id": ["a"]}).to_parquet(folder / "notes.parquet")
-    with pytest.raises(UserError, match="columns missing: note, available_at"):
+    with pytest.raises(UserError, match="columns missing: available_at, note"):
         read_notes(folder)
