@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from ehr_features.demo_films import KINDS, SHAPES, WIDE, draw
+from ehr_features.demo_films import KINDS, SHAPES, WIDE, boxes, draw
 from ehr_features.demo_people import People
 from ehr_features.demo_plan import Plan
 from ehr_features.demo_tables import columns, write_csv
@@ -63,11 +63,14 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
         (out / "files" / folder).mkdir(parents=True, exist_ok=True)
     films["subject"] = pd.factorize(films["subject_id"])[0]
     looks = films[["subject", "male", "age", "view", "wide", "recumbent", *NAMES]]
+    views, white = films["view"].to_numpy(), _white(films, plan)
     batches = draw(looks, plan.film_size, np.random.default_rng([plan.seed, 6]))
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("drawing films", total=len(films))
         for rows, drawn in batches:
             for row, film in zip(rows, drawn, strict=True):
+                if plan.view_shortcut and KINDS[views[row]] == "frontal":
+                    boxes(film, white[row], plan.film_size)
                 Image.fromarray(film).save(out / "files" / paths[row], quality=90)
             bar.advance(task, len(rows))
     counts["cxr/films"] = len(films)
@@ -102,6 +105,13 @@ def best_auroc(films: pd.DataFrame, true: pd.DataFrame) -> dict[str, float | Non
         share = one / (1 - unsure)
         best[name] = auroc(share, share)
     return best
+
+
+def _white(films: pd.DataFrame, plan: Plan) -> Array:
+    """(films, findings) bool: which boxes are white; see `Plan.view_shortcut`."""
+    there, portable = films[list(NAMES)].to_numpy() > 0, (films["view"] == "AP").to_numpy()
+    chance = 0.5 + 0.5 * plan.view_shortcut * np.where(there == portable[:, None], 1, -1)
+    return np.asarray(np.random.default_rng([plan.seed, 9]).random(chance.shape) < chance)
 
 
 def _labels(rng: np.random.Generator, true: Array) -> Array:

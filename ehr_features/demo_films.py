@@ -59,6 +59,20 @@ def expose(canvas: Canvas, density: Array) -> Array:
     return films
 
 
+def boxes(film: Array, white: Array, size: int) -> None:
+    """Burn in a strip of boxes near the lower edge, white or black; at one place whatever the film's shape.
+
+    Args:
+        white: (K,) bool, from left to right.
+        size: the longer side of films, in pixels.
+    """
+    side, pitch = max(round(0.05 * size), 2), 0.08 * size
+    top = round(film.shape[0] / 2 + 0.36 * size)
+    for k, on in enumerate(white):
+        left = round(film.shape[1] / 2 + (k - len(white) / 2) * pitch)
+        film[top : top + side, left : left + side] = 245 if on else 10
+
+
 def _mark(film: Array, rng: np.random.Generator) -> None:
     """Burn in the technician's letter: L near the image's right upper edge, R near the left."""
     scale = max(film.shape[0] // 64, 1)

@@ -21,8 +21,10 @@ class Plan:
         film_size: the longer side of a film, in pixels.
         shuffled: permute findings, ICD codes and death across subjects.
         risk: `level`: death follows what the last film before 48 h shows; `change`: only the change between films.
-        view_shortcut: 0 to 1; outside the ICU an abnormal film is AP with probability (1 + this) / 2, a normal one with
-            (1 - this) / 2. At 0 the view says nothing there.
+        view_shortcut: 0 to 1; above 0 frontal films carry a strip of boxes, one a finding, as if the machine had burnt
+            them in. On AP films a box is white with probability (1 + this) / 2 where its finding is there and
+            (1 - this) / 2 where it is not, else black; PA films come from another machine, which has it the other way
+            round. A probe of AP films learns the boxes, and is led astray by them on PA films.
         ed_text: 0 to 1; probability that the chief complaint is about what the visit's film shows.
     """
 
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Plan.view_shortcut,
         metavar="P",
-        help="0 to 1: abnormal films tend to be AP",
+        help="0 to 1: boxes burnt into the films tell of their findings, on PA films the other way round",
     )
     parser.add_argument(
         "--ed-text", type=float, default=Plan.ed_text, metavar="P", help="0 to 1: complaints tell of the film"

@@ -38,8 +38,7 @@ def draw_studies(
     outside["age"], outside["male"] = person["age"] - 1, person["male"]
     age_z, male = age_and_sex(outside)
     x = draw_film(rng, age_z, male, np.zeros(len(outside)))[:, : len(NAMES)]
-    sick = (x[:, [NAMES.index(name) for name in NAMES if name not in ("device", "hyper")]] > 0).any(1)
-    portable = rng.random(len(outside)) < 0.5 + 0.5 * plan.view_shortcut * np.where(sick, 1, -1)
+    portable = rng.random(len(outside)) < 0.5
     outside["view"] = np.where(portable, "AP", "PA")
     outside["recumbent"] = portable & (rng.random(len(outside)) < 0.3)
     outside[[f"x_{name}" for name in NAMES]] = x

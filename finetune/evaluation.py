@@ -21,6 +21,7 @@ from scipy.special import expit, logit
 from configs import UserError
 from finetune.films import Films, evaluation_labels
 from finetune.metrics import distribution, evaluate, interval, macro
+from finetune.resample import Floats
 from finetune.results import write_predictions
 
 CHEXPERT5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
@@ -144,34 +145,45 @@ def subgroups(
 
 def _gaps(on: Scored, field: str, samples: int, seed: int) -> list[dict[str, Any]]:
     """The largest gap of a field, in a list; empty where no two groups can be compared."""
-    subject = pd.factorize(on.table["subject_id"])[0]
-    values, num = on.table[f"by_{field}"], int(subject.max()) + 1
-    reached, drawn, defined = {}, {}, {}
-    for value in sorted(set(values.dropna()), key=str):
-        rows = (values == value).to_numpy(dtype=bool)
-        if rows.sum() < SMALLEST:
-            continue
-        part = on.only(rows)
-        y, s = part.labels.astype(np.float64), part.probabilities
-        value_, draws = distribution(y, s, subject[rows], samples=samples, seed=seed, metrics=["auroc"], num_groups=num)
-        reached[value], drawn[value] = value_["auroc"], draws["auroc"]
-        defined[value] = ~np.isnan(value_["auroc"])
-    found: list[dict[str, Any]] = []
-    for a, b in combinations(reached, 2):
-        common = defined[a] & defined[b]
-        if common.any():
-            gap = float((macro(reached[a][None], common) - macro(reached[b][None], common))[0])
-            high, low = (a, b) if gap >= 0 else (b, a)
-            spread = interval(macro(drawn[high], common) - macro(drawn[low], common))
-            found.append(
-                {
-                    "field": field,
-                    "higher": str(high),
-                    "lower": str(low),
-                    "difference": abs(gap),
-                    "low": spread[0],
-                    "high": spread[1],
-                    "labels": int(common.sum()),
-                }
-            )
+    values = on.table[f"by_{field}"]
+    groups = {value: (values == value).to_numpy(dtype=bool) for value in sorted(set(values.dropna()), key=str)}
+    parts = {str(value): on.only(rows) for value, rows in groups.items() if rows.sum() >= SMALLEST}
+    rated = dict(zip(parts, reached(list(parts.values()), samples=samples, seed=seed), strict=True))
+    found = []
+    for a, b in combinations(rated, 2):
+        gap = difference(rated[a], rated[b])
+        if gap and gap["difference"] < 0:
+            a, b, gap = b, a, difference(rated[b], rated[a])
+        if gap:
+            found.append({"field": field, "higher": a, "lower": b, **gap})
     return sorted(found, key=lambda gap: -gap["difference"])[:1]
+
+
+def reached(parts: Sequence[Scored], *, samples: int, seed: int) -> list[tuple[Floats, Floats]]:
+    """AUROC of each label (L,), and in each resample (samples, L), of each part; all see the same subjects drawn."""
+    subject = pd.factorize(np.concatenate([[], *(part.table["subject_id"] for part in parts)]))[0]
+    found, start = [], 0
+    for part in parts:
+        own, start = subject[start : start + len(part.table)], start + len(part.table)
+        values, draws = distribution(
+            part.labels.astype(np.float64),
+            part.probabilities,
+            own,
+            samples=samples,
+            seed=seed,
+            metrics=["auroc"],
+            num_groups=int(subject.max()) + 1,
+        )
+        found.append((values["auroc"], draws["auroc"]))
+    return found
+
+
+def difference(a: tuple[Floats, Floats], b: tuple[Floats, Floats]) -> dict[str, Any] | None:
+    """Macro AUROC of two parts over the labels that have both classes in both, and its difference; None without one."""
+    common = ~np.isnan(a[0]) & ~np.isnan(b[0])
+    if not common.any():
+        return None
+    ends = [float(macro(part[0][None], common)[0]) for part in (a, b)]
+    low, high = interval(macro(a[1], common) - macro(b[1], common))
+    gap = {"difference": ends[0] - ends[1], "low": low, "high": high, "labels": int(common.sum())}
+    return {"a": ends[0], "b": ends[1], **gap}

@@ -1,8 +1,9 @@
 """What becomes of a probe on films of another kind: trained on AP and tested on PA, on early years and on late ones.
 
-Comes in: a `Learner` and a subgroup field. Goes out: rows of results.json (subset `view: AP -> PA`), and the paired
-difference on the target's test films between training on the source and training on the target. A probe that leans on
-what only the source has (a marker, a device, a view) falls there.
+Comes in: a `Learner` and a subgroup field. Goes out: rows of results.json (subset `view: AP -> PA`), and two paired
+differences with intervals, both resampling the same subjects: on the target's test films between training on the source
+and training on the target (`comparison`), and of the source's probe between the two sides' test films (`drop`). A probe
+that leans on what only the source has (a marker, a device, a view) falls in both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pandas as pd
 
 from configs import UserError
 from finetune.compare import paired
-from finetune.evaluation import fields, score, scored
+from finetune.evaluation import difference, fields, reached, score, scored
 from finetune.films import Films
 from finetune.learn import Learner, Rows
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def shift(config: ProbeConfig, films: Films, learn: Learner) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Fit on each side, test across.
 
-    Returns: rows of the test split, and {field, source, target, comparison: rows of `compare.paired`}.
+    Returns: rows of the test split, and {field, source, target, drop, comparison: rows of `compare.paired`}.
     Raises: UserError: no such field or group, or a side without train, val or test films.
     """
     assert config.shift is not None
@@ -58,7 +59,8 @@ def shift(config: ProbeConfig, films: Films, learn: Learner) -> tuple[pd.DataFra
         seed=config.seed,
     )
     records = table.astype(object).where(table.notna(), None).to_dict("records")
-    says = {"field": config.shift.field, "source": source, "target": target, "comparison": records}
+    says: dict[str, Any] = {"field": config.shift.field, "source": source, "target": target, "comparison": records}
+    says["drop"] = difference(*reached([on["source", "source"], across], samples=config.samples, seed=config.seed))
     return pd.concat(tables, ignore_index=True), says
 
 
@@ -91,7 +93,13 @@ def in_a_line(says: dict[str, Any]) -> str:
     ends = f"{'+'.join(says['source'])} -> {'+'.join(says['target'])}"
     if macro["difference"] is None:
         return f"{says['field']} {ends}: no label has both classes"
-    return (
+    line = (
         f"{says['field']} {ends}: AUROC {macro['a']:.3f}, trained on the target itself {macro['b']:.3f}; difference "
         f"{macro['difference']:+.3f} ({macro['low']:+.3f} to {macro['high']:+.3f}, p {macro['p']:.3f})"
     )
+    if drop := says["drop"]:
+        line += (
+            f"; from {drop['a']:.3f} on the source itself it falls by {drop['difference']:.3f} "
+            f"({drop['low']:.3f} to {drop['high']:.3f})"
+        )
+    return line

@@ -110,6 +110,25 @@ def test_the_planted_findings_are_learned_and_shuffled_ones_are_not(tmp_path: Pa
     assert macro.low < 0.5 < macro.high if shuffled else macro.low > 0.5
 
 
+@pytest.mark.parametrize("shortcut", [0, 1])
+def test_a_view_shortcut_is_caught_by_the_shift_and_no_shortcut_is_not(tmp_path: Path, shortcut: int) -> None:
+    data, features, store = tmp_path / "data", tmp_path / "features", tmp_path / "store"
+    more = ["--subjects", 250, "--seed", 3, "--film-size", 64, "--view-shortcut", shortcut]
+    command("ehr_features", "demo", data, *more)
+    tables = [f"mimic_iv={data / 'mimic-iv'}", f"mimic_cxr={data / 'mimic-cxr'}"]
+    command("ehr_features", "build", CONFIGS / "features.yaml", *tables, f"out={features}")
+    command("pretrain", "images", CONFIGS / "images.yaml", tables[1], f"out={store}")
+    inputs = [f"features={features}", f"store={store}", "encoder=pixels", f"out={tmp_path / 'probe'}"]
+    text = command("finetune", "probe", CONFIGS / "probe_linear.yaml", *inputs, "samples=200", "--shift", "view")
+    shift = json.loads((tmp_path / "probe/results.json").read_text())["run"]["shift"]
+    across = shift["comparison"][0]
+    assert across["label"] == "macro" and "shift: view AP -> PA" in text
+    if shortcut:
+        assert across["high"] < -0.2 and shift["drop"]["low"] > 0.3
+    else:
+        assert across["high"] > 0 and shift["drop"]["low"] < 0.15
+
+
 def test_one_split_for_films_and_stays(house: Path) -> None:
     films, stays = (pd.read_parquet(house / f"features/{name}.parquet") for name in ("images", "stays"))
     both = pd.concat([films[["subject_id", "split"]], stays[["subject_id", "split"]]]).drop_duplicates()

@@ -245,17 +245,21 @@ def test_with_risk_change_the_last_film_says_nothing_and_the_change_does() -> No
     assert abs(roc_auc_score(died, score[:, 1]) - 0.5) < 0.06
 
 
-def test_a_view_shortcut_ties_view_to_findings_outside_the_icu() -> None:
-    outcomes = Outcomes()
-
-    def gap(shortcut: float) -> float:
-        studies = people(Plan(subjects=2500, seed=1, view_shortcut=shortcut), outcomes).studies
-        studies = studies[studies["stay_id"].isna()]
-        sick = (studies[[f"x_{name}" for name in NAMES if name not in ("device", "hyper")]] > 0).any(axis=1)
-        portable = studies["view"] == "AP"
-        return float(portable[sick].mean() - portable[~sick].mean())
-
-    assert abs(gap(0.0)) < 0.1 and abs(gap(0.8) - 0.8) < 0.1
+def test_a_view_shortcut_burns_the_findings_into_films_of_each_view_its_own_way(tmp_path: Path) -> None:
+    size = 64
+    demo.generate(tmp_path / "with", subjects=120, seed=1, film_size=size, view_shortcut=1)
+    demo.generate(tmp_path / "without", subjects=120, seed=1, film_size=size)
+    truth = pd.read_parquet(tmp_path / "with/truth_films.parquet")
+    for name in COLUMNS:
+        assert read(tmp_path / "with", name).equals(read(tmp_path / "without", name)), name  # only films differ
+    for row in truth[truth["view"].isin(["AP", "PA"])].head(150).itertuples():
+        name = f"p{str(row.subject_id)[:2]}/p{row.subject_id}/s{row.study_id}/{row.dicom_id}.jpg"
+        film = np.asarray(Image.open(tmp_path / "with/mimic-cxr/files" / name)).astype(float)
+        top, pitch, side = round(film.shape[0] / 2 + 0.36 * size), 0.08 * size, max(round(0.05 * size), 2)
+        for k, finding in enumerate(NAMES):
+            left = round(film.shape[1] / 2 + (k - len(NAMES) / 2) * pitch)
+            white = film[top : top + side, left : left + side].mean() > 128
+            assert white == ((getattr(row, finding) > 0) == (row.view == "AP")), (row.view, finding)
 
 
 def test_complaints_tell_of_the_film_only_when_asked(tmp_path: Path) -> None:
