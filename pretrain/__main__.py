@@ -35,6 +35,22 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{out}\nnext: read {out / 'MODEL_CARD.md'}: whether these weights may leave your institution")
 
 
+def _knowledge(args: argparse.Namespace) -> None:
+    from ehr_features.files import read_json
+    from pretrain.knowledge import retrieve
+
+    print(f"passages of {args.passages} nearest to each note of {args.notes}, by {args.text_encoder}")
+    out = retrieve(args.notes, args.passages, args.text_encoder, top=args.top, threshold=args.threshold)
+    about = read_json(out.with_suffix(".json"))
+    print(
+        f"  {about['passages']} passages, {about['passages_changed_by_filter']} changed and "
+        f"{about['passages_emptied']} emptied by the leak filter ({about['filter']}), "
+        f"{about['passages_truncated']} longer than the encoder reads\n"
+        f"  {about['notes_with_passages']} of {about['notes']} notes have a passage of cosine {args.threshold} or more"
+    )
+    print(f"wrote {out}\nnext: read its columns passage_ids and scores; passages.parquet beside it has the texts")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and leave with an exit code."""
     top, commands = cli.parser("pretrain", "Pack chest films, and pretrain an encoder on them. No label is read.")
@@ -69,6 +85,18 @@ def main(argv: list[str] | None = None) -> None:
     out.add_argument("--format", choices=("timm", "onnx"), default="timm")
     out.add_argument("--probe", metavar="RUN", default=None, help="a probe's run folder, for the model card")
     out.set_defaults(run=_export)
+    near = cli.command(
+        commands,
+        "knowledge",
+        says="find the passages of a folder that are nearest to each film's note",
+        example="python -m pretrain knowledge notes docs/knowledge --text-encoder MiniLM --top 3",
+    )
+    near.add_argument("notes", metavar="NOTES", help="a folder that python -m ehr_features notes wrote")
+    near.add_argument("passages", metavar="PASSAGES", help="a folder of .txt, .md and .jsonl files")
+    near.add_argument("--text-encoder", metavar="FOLDER", required=True, help="Hugging Face or sentence-transformers")
+    near.add_argument("--top", type=int, default=3, help="at most so many passages a note (default 3)")
+    near.add_argument("--threshold", type=float, default=0.3, help="lowest cosine that counts (default 0.3)")
+    near.set_defaults(run=_knowledge)
     cli.main(top, argv)
 
 

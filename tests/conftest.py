@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -86,17 +87,21 @@ class WordEncoder:
         self.folder, self.key = Path(folder), f"words of {folder}"
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        return [len(text.split()) for text in texts]
+        return [len(self._split(text)) for text in texts]
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         return np.stack([states.sum(0).astype(np.float32) for states in self.tokens(texts)])
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         self.embedded.extend(texts)
-        return [np.stack([self._word(w) for w in text.split()[: self.max_tokens]]) for text in texts]
+        return [np.stack([self._word(w) for w in self._split(text)[: self.max_tokens]]) for text in texts]
+
+    @staticmethod
+    def _split(text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower()) or [text]
 
     def _word(self, word: str) -> np.ndarray:
-        seed = int(hashlib.sha256(word.lower().encode()).hexdigest()[:8], 16)
+        seed = int(hashlib.sha256(word.encode()).hexdigest()[:8], 16)
         return np.random.default_rng(seed).normal(size=self.width).astype(np.float16)
 
 

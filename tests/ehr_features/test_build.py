@@ -204,7 +204,9 @@ raise SystemExit(guard(run, signals=True))
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_long_query_with_its_own_exit_code(number, code, swallowed):
     program = LONG_QUERY.format(number=int(number), first="Swallows()" if swallowed else "")
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         if not swallowed:
             time.sleep(1)
