@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from configs import cli
 from finetune.config import FuseConfig, GridConfig, ProbeConfig

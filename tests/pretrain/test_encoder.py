@@ -181,7 +181,7 @@ def test_any_vit_pools_as_timm_does_and_trains_every_weight(arch, args):
 
 
 def test_a_pool_that_the_network_lacks_is_refused_at_once():
-    with pytest.raises(UserError, match="pool `max`.*cls, avg"):
+    with pytest.raises(UserError, match=r"pool `max`.*cls, avg"):
         tiny(pool="max")
 
 

@@ -1,0 +1,258 @@
+"""Kill each command at random moments: nothing is lost, nothing looks complete that is not, the same command goes on.
+
+    python -m benchmarks.kills OUT [--kills 50] [--seed 0] [--commands features images ...]
+
+Comes in: an empty folder. Goes out: a Markdown table (command, kills, outputs checked, what was found).
+Every command works on a small synthetic hospital. It is run once undisturbed; then started, killed (SIGKILL, with all
+its processes) after a random part of that time, and looked at: whatever carries a final name must open whole. After at
+most `CHAIN` kills in one folder the command is left to finish, and its result must be that of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+
+from ehr_features.files import PARTIAL
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "demo"
+CHAIN = 5
+SHORT = ["optim.steps=12", "optim.batch_size=16", "save_every_minutes=0.005", "log_every=1"]
+
+
+@dataclass
+class Command:
+    """A command, where it writes, and which files are its result."""
+
+    name: str
+    words: list[str]
+    out: Path
+    result: tuple[str, ...]  # globs below `out`; empty: `out` itself
+    rests_on: tuple[str, ...] = ()
+    beside: tuple[Path, ...] = ()  # caches that go with `out`
+    seconds: float = field(default=0.0)  # of the undisturbed run
+
+
+def commands(world: Path) -> dict[str, Command]:
+    """Every command that writes, on the same small hospital."""
+    data, features, store, run = world / "data", world / "features", world / "store", world / "runs" / "pretrain"
+    tables = [f"mimic_iv={data}/mimic-iv", f"mimic_cxr={data}/mimic-cxr", f"mimic_ed={data}/mimic-iv-ed"]
+    inputs = [f"features={features}", f"store={store}"]
+    quick = [f"encoder={run}", "epochs=2", "samples=20"]
+
+    def config(name: str) -> str:
+        return str(CONFIGS / f"{name}.yaml")
+
+    probe, fuse = world / "runs" / "probe", world / "runs" / "fuse"
+    made = [
+        Command("demo data", ["ehr_features", "demo", str(data), "--subjects", "80", "--seed", "3"], data, ("**/*.*",)),
+        Command(
+            "features",
+            ["ehr_features", "build", config("features"), *tables, f"out={features}"],
+            features,
+            ("**/*.parquet", "series.safetensors"),
+            ("demo data",),
+            (world / "features.cache",),
+        ),
+        Command(
+            "images",
+            ["pretrain", "images", config("images"), tables[1], f"out={store}", "workers=2"],
+            store,
+            ("index.parquet", "shard-*.arrow"),
+            ("demo data",),
+        ),
+        Command(
+            "pretrain",
+            ["pretrain", "train", config("pretrain_vit_tiny"), *inputs, f"out={run}", *SHORT],
+            run,
+            ("encoder/encoder.safetensors",),
+            ("features", "images"),
+        ),
+        Command(
+            "probe",
+            ["finetune", "probe", config("probe_linear"), *inputs, *quick, f"out={probe}"],
+            probe,
+            ("results.json", "predictions/*.parquet"),
+            ("pretrain",),
+            (world / "runs" / "cache",),
+        ),
+        Command(
+            "fuse",
+            ["finetune", "fuse", config("fuse_mortality"), *inputs, *quick, f"out={fuse}", "hidden=8", "joint=8"],
+            fuse,
+            ("results.json", "predictions/*.parquet"),
+            ("pretrain",),
+            (world / "runs" / "cache",),
+        ),
+        Command(
+            "embed",
+            ["finetune", "embed", str(run), str(data / "mimic-cxr" / "files"), str(world / "films.parquet")],
+            world / "films.parquet",
+            (),
+            ("pretrain",),
+        ),
+        Command(
+            "report",
+            ["finetune", "report", str(run), str(probe), str(fuse), "--out", str(world / "report.html")],
+            world / "report.html",
+            (),
+            ("probe", "fuse"),
+        ),
+    ]
+    return {command.name: command for command in made}
+
+
+def start(command: Command, log: Path) -> subprocess.Popen[bytes]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command.words], env=env, stdout=file, stderr=file, start_new_session=True
+        )
+
+
+def finish(command: Command, log: Path) -> None:
+    """Run to the end. Raises: RuntimeError: it did not."""
+    began = time.monotonic()
+    code = start(command, log).wait()
+    command.seconds = command.seconds or time.monotonic() - began
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        raise RuntimeError(f"{command.name}: exit code {code} when it was run again; {log} ends:\n{tail}")
+
+
+def remove(command: Command) -> None:
+    for path in (command.out, *command.beside):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def result(command: Command) -> dict[str, Any]:
+    """The content of the result, without times and versions."""
+    if not command.result:
+        return {"": content(command.out)} if command.out.exists() else {}
+    paths = {path for pattern in command.result for path in command.out.glob(pattern) if path.is_file()}
+    return {path.relative_to(command.out).as_posix(): content(path) for path in sorted(paths)}
+
+
+def content(path: Path) -> Any:
+    """What a file says, to compare: tables as tables, results as rows, everything else as bytes."""
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    if path.name == "results.json":
+        return json.loads(path.read_text())["rows"]
+    if path.suffix == ".html":
+        return path.read_text(encoding="utf-8").rstrip().endswith("</html>")  # it names the moment it was drawn
+    return path.read_bytes()
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    names = sorted(set(found) ^ set(wanted))
+    out = [f"{name}: {'not in' if name in found else 'missing beside'} the undisturbed result" for name in names]
+    for name in sorted(set(found) & set(wanted)):
+        a, b = found[name], wanted[name]
+        if not (a.equals(b) if isinstance(a, pd.DataFrame) else a == b):
+            out.append(f"{name}: differs from the undisturbed result")
+    return out
+
+
+def damaged(command: Command) -> list[str]:
+    """Files that carry a final name and cannot be read whole."""
+    faults = []
+    paths = [command.out] if command.out.is_file() else sorted(command.out.rglob("*"))
+    for path in paths:
+        hidden = any(part.startswith(".") for part in path.relative_to(command.out.parent).parts)
+        if not path.is_file() or hidden or PARTIAL in path.name:
+            continue
+        try:
+            _open(path)
+        except Exception as error:  # whatever a reader raises, the file is not whole
+            faults.append(f"{path.name}: {type(error).__name__}: {error}")
+    return faults
+
+
+def _open(path: Path) -> None:
+    if path.suffix == ".parquet":
+        pq.read_table(path)
+    elif path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118  (not a dict)
+                file.get_tensor(key)
+    elif path.suffix == ".arrow":
+        with pa.memory_map(str(path)) as source:
+            pa.ipc.open_file(source).read_all()
+    elif path.suffix == ".pt":
+        torch.load(path, weights_only=True)
+    elif path.suffix == ".html" and not content(path):
+        raise ValueError("cut short")
+
+
+def torment(command: Command, kills: int, seed: int, logs: Path) -> list[str]:
+    """Kill it `kills` times. Returns: what was wrong, nothing if nothing was."""
+    logs.mkdir(parents=True, exist_ok=True)
+    log, draw, faults = logs / f"{command.name.replace(' ', '_')}.txt", random.Random(f"{seed}/{command.name}"), []
+    remove(command)
+    finish(command, log)
+    wanted = result(command)
+    assert wanted, f"{command.name} wrote nothing"
+    remove(command)
+    for kill in range(1, kills + 1):
+        process = start(command, log)
+        time.sleep(draw.uniform(0.0, 1.0) * command.seconds)
+        ended = process.poll() is not None
+        with contextlib.suppress(ProcessLookupError):  # it had ended, and all that it started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        faults += [f"kill {kill}: {fault}" for fault in damaged(command)]
+        if ended and process.returncode:
+            faults.append(f"kill {kill}: ended by itself with exit code {process.returncode}")
+        if kill % CHAIN == 0 or kill == kills:
+            finish(command, log)
+            faults += [f"after kill {kill}: {fault}" for fault in differences(result(command), wanted)]
+            if kill < kills:
+                remove(command)
+    return faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", nargs="+", metavar="NAME")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    known = commands(args.out.resolve())
+    print("| command | kills | undisturbed, s | found |\n|---|---|---|---|", flush=True)
+    for name, command in known.items():
+        if args.commands and name not in args.commands:
+            if not command.out.exists():
+                finish(command, args.out / "log.txt")
+            continue
+        faults = torment(command, args.kills, args.seed, args.out / "logs")
+        says = (
+            "; ".join(faults[:5]) + f" and {len(faults) - 5} more" * (len(faults) > 5) or "nothing lost or half-written"
+        )
+        print(f"| {name} | {args.kills} | {command.seconds:.1f} | {says} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
