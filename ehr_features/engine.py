@@ -135,7 +135,9 @@ def interruptible() -> Iterator[None]:
         if not came:
             threading.Thread(target=interrupt, daemon=True).start()
         came.append(number)
-        before[signal.Signals(number)](number, frame)  # type: ignore[operator]
+        handler = before[signal.Signals(number)]
+        assert callable(handler)
+        handler(number, frame)
 
     for number, handler in before.items():
         if callable(handler):
