@@ -72,6 +72,8 @@ def check_encoder(
         return Seen("other source", supervision, warnings)
     held_out = subjects[subjects["split"].isin(HELD_OUT)]
     films, found = _overlap(folder, meta, held_out, features)
+    if films == "train" and (meta.get("started_from") or {}).get("films") == "unknown":
+        films = "unknown"
     if films == "leak":
         says = f"{folder}: its pretraining saw {found} of this split's val or test subjects"
         if not allow_leak:

@@ -56,6 +56,10 @@ class Films:
     def __len__(self) -> int:
         return len(self.table)
 
+    def permute_record(self, seed: int) -> None:
+        """Give each film the record of another: the control in which the record says nothing of the film."""
+        self.static = self.static[np.argsort(uniforms(self.keys, 1, seed, 0, "permuted record")[:, 0], kind="stable")]
+
 
 def select_films(
     features: str | Path, store: Store, films: FilmsConfig, groups: Sequence[str], preset: str, seed: int
@@ -113,11 +117,14 @@ def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> t
 
 
 class Partners:
-    """For each film another of the same study, or of the same subject within some days; itself where there is none."""
+    """For each film another of the same study, or of the same subject within some days; itself where there is none.
+
+    The other is of the same split, whatever the table says of its subject.
+    """
 
     def __init__(self, table: pd.DataFrame, by: str, max_days: float | None) -> None:
-        column = {"study": "study_id", "patient": "subject_id"}[by]
-        codes = pd.factorize(table[column])[0]
+        columns = ["split", "subject_id", *(["study_id"] if by == "study" else [])]
+        codes = table.groupby(columns, sort=False, dropna=False).ngroup().to_numpy()
         self.order = np.argsort(codes, kind="stable")
         self.start = np.searchsorted(codes[self.order], codes, "left")
         self.end = np.searchsorted(codes[self.order], codes, "right")
@@ -129,11 +136,19 @@ class Partners:
         """rows (B,) -> partners (B,), drawn by u (B,) in [0, 1)."""
         return np.array([self._one(int(row), x) for row, x in zip(rows, u, strict=True)])
 
-    def _one(self, row: int, u: float) -> int:
+    def count(self) -> int:
+        """Films that have another."""
+        return sum(len(self._others(row)) > 0 for row in range(len(self.order)))
+
+    def _others(self, row: int) -> np.ndarray:
         others = self.order[self.start[row] : self.end[row]]
         others = others[others != row]
         if self.max_days is not None:
             others = others[np.abs(self.days[others] - self.days[row]) <= self.max_days]
+        return others
+
+    def _one(self, row: int, u: float) -> int:
+        others = self._others(row)
         return int(others[int(u * len(others))]) if len(others) else row
 
 

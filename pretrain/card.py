@@ -25,6 +25,7 @@ def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
         f"- Weights: the {meta['branch']} branch after {meta['step']} steps.",
         f"- Films: {meta['num_films']} of {meta['num_subjects']} subjects, split {', '.join(meta['splits_seen'])}."
         " No finding label was read.",
+        *_start(meta),
         f"- Record: {_record(meta, config)}. Inference needs no record.",
         f"- Config {meta['config_hash']} (preset {config.preset}, seed {config.seed}), features"
         f" {meta['features_hash']}, store {meta['store_hash']}.",
@@ -57,10 +58,17 @@ def probe_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _start(meta: dict[str, Any]) -> list[str]:
+    before = meta.get("started_from")
+    return [f"- Started from: {before['weights']}, whose films are {before['films']}."] if before else []
+
+
 def _record(meta: dict[str, Any], config: PretrainConfig) -> str:
     if not meta["ehr_groups"]:
         return "none (vanilla MSN)"
     told = "; ".join(f"`{name}` (known at {when})" for name, when in meta["ehr_groups"].items())
+    if not config.ehr.groups:
+        return f"none in this run; {told} in the run that it started from"
     how = (
         f"told to the anchor ({config.ehr.inject})"
         if config.ehr.use == "condition"

@@ -23,7 +23,7 @@ from pretrain.config import PretrainConfig
 from pretrain.encoder import Encoder
 from pretrain.run import load_checkpoint
 from pretrain.store import Store
-from pretrain.weights import to_channels
+from pretrain.weights import ancestry, to_channels
 
 READ_FILMS = 4000  # at most so many for the readability of EHR columns
 
@@ -52,6 +52,11 @@ def write(
         "features_hash": file_digest(Path(config.features) / "images.parquet"),
         "store_hash": store.hash,
     }
+    if config.encoder.init is not None:
+        before = ancestry(config.encoder.init)
+        meta["ehr_groups"] = before.pop("ehr_groups", {}) | meta["ehr_groups"]
+        meta["splits_seen"] = sorted({*before.pop("splits_seen", []), *meta["splits_seen"]})
+        meta |= before
     if last and config.readability and films.columns:
         training = encoder.training
         meta["readability"] = readability(encoder, films, store, config.seed)

@@ -40,3 +40,10 @@ def lock(folder: Path, name: str = ".lock") -> None:
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _held[path] = handle
+
+
+def forget() -> None:
+    """In a forked child: leave the locks to the parent, so that they end with it."""
+    for handle in _held.values():
+        os.close(handle)
+    _held.clear()

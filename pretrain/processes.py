@@ -135,13 +135,17 @@ def on_main(action: Callable[[], T]) -> T | None:
 class stopping:
     """A flag that SIGTERM sets (preemption), in place of an exception in the middle of a step.
 
-    `with stopping() as stop:` in every process, `stop.agreed()` at the same steps in all of them.
+    `with stopping() as stop:` in every process, `stop.agreed()` at the same steps in all of them. What they agree on
+    goes over the CPU (gloo), so that it may be asked in every step without waiting for a GPU.
     """
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> Self:
+        self._group: Any = None  # the default group
+        if distributed() and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")
         self._before = signal.signal(signal.SIGTERM, self._set)
         return self
 
@@ -152,10 +156,13 @@ class stopping:
         self.requested = True
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; a small all-reduce, so the answer is the same in all of them."""
+        """Whether any process was asked to stop; the same answer in all of them."""
+        return self.any(self.requested)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true in any process."""
         if not distributed():
-            return self.requested
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flag = torch.tensor(int(self.requested), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flags.item())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -34,7 +35,7 @@ class Watch:
         self.num_prototypes = config.loss.prototypes
         films = max(RANK_WINDOW, 2 * self.num_prototypes)
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=math.ceil(films / self.batch_size))
-        self.pending: list[tuple[int, dict[str, Tensor], float]] = []
+        self.pending: list[tuple[int, dict[str, Tensor], float]] = []  # of the steps since the last report
         self.last_finite = -1
         self.warned: set[str] = set()
         self.note, self._since = "", time.monotonic()
@@ -48,20 +49,16 @@ class Watch:
 
     def report(self, done: int) -> None:
         """Write the mean of the steps since the last report. Raises: UserError: a loss was not finite."""
-        scalars = {key: torch.stack([s[key] for _, s, _ in self.pending]) for key in self.pending[0][1]}
-        losses = scalars["loss"].tolist()
-        for (step, _, _), loss in zip(self.pending, losses, strict=True):
-            if not math.isfinite(loss):
-                self._stop(step)
-            self.last_finite = step
-        if self.accelerator.num_processes > 1:
-            scalars = {key: self.accelerator.reduce(value, "mean") for key, value in scalars.items()}
+        scalars = self._reduced()
         hits = self.accelerator.reduce(torch.stack([h for _, h in self.recent]).sum(dim=0), "sum")
+        features = torch.cat([f for f, _ in self.recent])
+        if self.accelerator.num_processes > 1:
+            features = self.accelerator.gather(features)
         seconds, waited = time.monotonic() - self._since, sum(w for _, _, w in self.pending)
         values = {f"train/{key}": value.mean().item() for key, value in scalars.items()}
         values |= {f"train/{key}": float(value) for key, value in self.rates.items()}
         values["train/prototypes_used"] = int((hits > 0).sum())
-        values["train/effective_rank"] = float(effective_rank(torch.cat([f for f, _ in self.recent])))
+        values["train/effective_rank"] = float(effective_rank(features))
         values["train/films_per_second"] = len(self.pending) * self.batch_size / seconds
         values["train/wait_share"] = waited / seconds
         values["train/epoch"] = done / self.steps.steps_per_epoch
@@ -69,6 +66,33 @@ class Watch:
         self.note = f"loss {values['train/loss']:.3f}, rank {values['train/effective_rank']:.1f}"
         self._warn(done, values)
         self.pending, self._since = [], time.monotonic()
+
+    def _reduced(self) -> dict[str, Tensor]:
+        """The pending steps' numbers (n,), as means over processes. Raises: UserError: a loss was not finite."""
+        scalars = {key: torch.stack([s[key] for _, s, _ in self.pending]) for key in self.pending[0][1]}
+        for (step, _, _), loss in zip(self.pending, scalars["loss"].tolist(), strict=True):
+            if not math.isfinite(loss):
+                self._stop(step)
+            self.last_finite = step
+        if self.accelerator.num_processes > 1:
+            scalars = {key: self.accelerator.reduce(value, "mean") for key, value in scalars.items()}
+        return scalars
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, so that the lines of a run that goes on are those of an unbroken one."""
+        if not self.pending:
+            return {"pending": []}
+        scalars = self._reduced()
+        rows = ({key: value[i].item() for key, value in scalars.items()} for i in range(len(self.pending)))
+        return {"pending": [[step, row, waited] for (step, _, waited), row in zip(self.pending, rows, strict=True)]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        device = self.accelerator.device
+        self.pending = [
+            (step, {key: torch.tensor(value, device=device) for key, value in row.items()}, waited)
+            for step, row, waited in state.get("pending", [])
+        ]
 
     def _warn(self, done: int, values: dict[str, float]) -> None:
         """Say once of each sign that the features may be collapsing."""

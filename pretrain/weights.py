@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -47,8 +48,7 @@ def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> 
     Returns: what was done, for the log.
     Raises: UserError: no such weights, of another architecture, or of one that cannot be known to be the same.
     """
-    path = Path(path)
-    folder = path / "encoder" if (path / "encoder" / "encoder.json").is_file() else path
+    path, folder = Path(path), _folder(path)
     own = encoder.net.blocks[0].attn.num_heads if encoder.is_vit else None
     if folder.is_dir():
         _same_network(encoder, read_meta(folder), folder)
@@ -75,6 +75,29 @@ def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> 
     encoder.net.load_state_dict(state)
     notes = [f"{len(state)} tensors from {source}", *([converted] if converted else [])]
     return "; ".join(notes + ([f"its classifier ({', '.join(dropped)}) left out"] if dropped else []))
+
+
+def _folder(path: str | Path) -> Path:
+    """The encoder/ of a run folder, else the path itself."""
+    path = Path(path)
+    return path / "encoder" if (path / "encoder" / "encoder.json").is_file() else path
+
+
+def seen_before(path: str | Path) -> pd.DataFrame | None:
+    """The subjects that weights have seen (subject_id, split), as the run says that they are of; None: unknown."""
+    listed = _folder(path).parent / "seen_subjects.parquet"
+    return pd.read_parquet(listed) if _folder(path).is_dir() and listed.is_file() else None
+
+
+def ancestry(path: str | Path) -> dict[str, Any]:
+    """What encoder.json must go on saying of weights that another run starts from."""
+    folder = _folder(path)
+    meta = read_meta(folder) if folder.is_dir() else {}
+    kept = {key: meta[key] for key in ("ehr_groups", "splits_seen", "supervised_by", "started_from") if meta.get(key)}
+    films = "unknown" if seen_before(path) is None else "known"
+    if kept.get("started_from", {}).get("films") == "unknown":
+        films = "unknown"
+    return kept | {"started_from": {"weights": str(path), "films": films}}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

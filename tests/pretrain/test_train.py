@@ -18,8 +18,8 @@ from PIL import Image
 from configs import UserError, load
 from configs.cli import Stopped
 from pretrain import batches as bt
+from pretrain import build, loader, run, train
 from pretrain import encoder as enc
-from pretrain import run, train
 from pretrain.config import ImagesConfig, PretrainConfig
 from pretrain.run import load_checkpoint
 from pretrain.store import Store, pack
@@ -250,6 +250,8 @@ def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
         ("mask.ratio=1.0", "mask.ratio"),
         ("loss.prototypes=1", "loss.prototypes"),
         ("precision=fp16", "GPU"),
+        ("encoder.image_size=48", "films are 40 px"),
+        ("encoder.pool=max", "pool `max`"),
         ("encoder.init=nowhere.safetensors", "nowhere"),
         ("encoder.model_args={depth: 2, embed_dim: 25}", "timm cannot make"),
     ],
@@ -272,6 +274,7 @@ def test_films_of_other_splits_and_views_are_left_out_and_counted(data):
 def test_partners_are_of_the_same_study_or_subject_in_time():
     table = pd.DataFrame(
         {
+            "split": "train",
             "study_id": [1, 1, 2, 3, 4],
             "subject_id": [1, 1, 1, 1, 2],
             "taken_at": pd.to_datetime(["2150-01-01", "2150-01-01", "2150-01-03", "2151-01-01", "2150-01-01"]),
@@ -301,10 +304,10 @@ def test_films_cut_on_the_device_give_the_same_batches(data, tmp_path, arch, wor
     films = bt.select_films(data / "features", store, settings.films, ["sex"], "default", 0)
     accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
     encoder = enc.create(arch, image_size=32, model_args=network["model_args"])
-    steps = train._steps(settings, films, store, encoder, accelerator)
+    steps = build.steps(settings, films, store, encoder, accelerator)
     here = [steps[i] for i in range(2)]
     steps.cut_here = False
-    for mine, other in zip(here, train._batches(steps, 0, 2, workers, torch.device("cpu")), strict=True):
+    for mine, other in zip(here, loader.batches(steps, 0, 2, workers, torch.device("cpu")), strict=True):
         for a, b in zip(
             [mine.target, mine.static, *mine.anchors], [other.target, other.static, *other.anchors], strict=True
         ):
@@ -316,7 +319,7 @@ def test_blanked_groups_are_zero_as_a_whole(data, tmp_path):
     films = bt.select_films(data / "features", store, config(data, tmp_path / "x").films, ["sex", "age"], "default", 0)
     accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
     settings = config(data, tmp_path / "x", "ehr.dropout=0.5")
-    steps = train._steps(settings, films, store, train.build(settings, 5).anchor, accelerator)
+    steps = build.steps(settings, films, store, build.method(settings, 5).anchor, accelerator)
     drawn = torch.cat([steps[i].static for i in range(40)])
     sex = drawn[:, :3].abs().sum(dim=1)
     assert set(sex.tolist()) == {0.0, 1.0} and 0.35 < sex.mean() < 0.65
@@ -324,13 +327,13 @@ def test_blanked_groups_are_zero_as_a_whole(data, tmp_path):
 
 def test_the_permuted_record_is_somebody_elses(data, tmp_path, monkeypatch):
     seen = {}
-    build = train._steps
+    make = build.steps
 
     def keep(config, films, *rest):
         seen[config.ehr.permuted] = films.static.copy()
-        return build(config, films, *rest)
+        return make(config, films, *rest)
 
-    monkeypatch.setattr(train, "_steps", keep)
+    monkeypatch.setattr(build, "steps", keep)
     for permuted in ("false", "true"):
         settings = config(data, tmp_path / permuted, "ehr.groups=[age]", "optim.steps=1", f"ehr.permuted={permuted}")
         train.train(settings)
@@ -352,7 +355,7 @@ def test_the_papers_preset_fills_what_is_not_given_and_trains(data, tmp_path):
     settings = load(PretrainConfig, path, ["views.flip=0.25"])
     assert settings.views.flip == 0.25 and settings.views.normalise == "dataset" and settings.mask.focal
     assert settings.ehr.inject == "concat" and settings.optim.ema == settings.optim.ema_end == 0.996
-    msn = train.build(settings, 2)
+    msn = build.method(settings, 2)
     assert msn.anchor_head[0].out_features == 4 * 24 and msn.prototypes.shape == (8, 24)
     assert len(msn.groups(settings.optim.decay_all)[1]["params"]) == 0
     folder = train.train(settings)
@@ -409,3 +412,48 @@ def test_tensorboard_gets_what_metrics_jsonl_gets(data, tmp_path):
     pytest.importorskip("tensorboard")
     train.train(config(data, tmp_path / "x", "optim.steps=1", "trackers=[tensorboard]"))
     assert list((tmp_path / "x").rglob("events.out.tfevents*"))
+
+
+def test_a_stop_between_two_reports_changes_no_line(data, tmp_path, monkeypatch):
+    whole = losses(train.train(config(data, tmp_path / "whole", "log_every=4")))
+    calls = iter([False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        with pytest.raises(Stopped, match="step 2"):
+            train.train(config(data, tmp_path / "broken", "log_every=4"))
+    assert losses(train.train(config(data, tmp_path / "broken", "log_every=4"))) == whole
+
+
+def test_going_on_draws_the_same_drop_path(data, tmp_path, monkeypatch):
+    network = {"encoder": {**SMALL["encoder"], "model_args": {**SMALL["encoder"]["model_args"], "drop_path_rate": 0.5}}}
+    whole = losses(train.train(config(data, tmp_path / "whole", **network)))
+    calls = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        with pytest.raises(Stopped):
+            train.train(config(data, tmp_path / "broken", **network))
+    torch.rand(5)  # whatever else draws numbers
+    assert losses(train.train(config(data, tmp_path / "broken", **network))) == whole
+
+
+def test_pairs_never_cross_splits_and_are_counted(data, tmp_path):
+    table = pd.DataFrame({"split": ["train", "val", "train"], "study_id": 1, "subject_id": 1, "taken_at": "2150-01-01"})
+    for by in ("study", "patient"):
+        partners = bt.Partners(table, by, None)
+        assert partners(np.arange(3), np.full(3, 0.5)).tolist() == [2, 1, 0] and partners.count() == 2
+    folder = train.train(config(data, tmp_path / "x", "optim.steps=1", "films.positives=patient", "films.max_days=8"))
+    assert "pairs: 15 of 15 films have another of their patient" in (folder / "log.txt").read_text()
+
+
+def test_weights_hand_on_whom_they_have_seen(data, tmp_path):
+    """A run that starts from another's encoder has seen that run's subjects and outcomes too."""
+    first = train.train(config(data, tmp_path / "a", "optim.steps=1", "films.splits=[train,val]"))
+    second = train.train(config(data, tmp_path / "b", "optim.steps=1", f"encoder.init={first}", "ehr.groups=[sex]"))
+    assert set(pd.read_parquet(second / "seen_subjects.parquet")["subject_id"]) == set(range(6))
+    meta = enc.read_meta(second / "encoder")
+    assert meta["splits_seen"] == ["train", "val"] and meta["started_from"]["films"] == "known"
+    torch.save(enc.load(first / "encoder").net.state_dict(), tmp_path / "bare.pth")
+    bare = config(data, tmp_path / "c", "optim.steps=1", f"encoder.init={tmp_path}/bare.pth", "encoder.init_heads=2")
+    meta = enc.read_meta(train.train(bare) / "encoder")
+    assert meta["started_from"]["films"] == "unknown"
+    assert "whose films are unknown" in (tmp_path / "c/encoder/MODEL_CARD.md").read_text()

@@ -1,0 +1,148 @@
+"""What a pretraining is built of, each part from the config: accelerator, method, batches, optimizer's place."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+
+from configs import UserError
+from pretrain import encoder as encoders
+from pretrain import run
+from pretrain.batches import Cutter, Films, Partners, Steps
+from pretrain.config import PretrainConfig, ViewsConfig
+from pretrain.msn import MSN, Record
+from pretrain.preprocess import Preprocess
+from pretrain.store import Store
+from pretrain.views import Views
+from pretrain.weights import start_from
+
+
+def accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any:
+    """The processes, their precision and their trackers. Raises: UserError: this machine cannot give what is asked."""
+    from accelerate import DistributedDataParallelKwargs
+
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.precision]
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision: fp16 needs a GPU; choose bf16 or fp32 on a CPU")
+    if absent := [name for name in config.trackers if importlib.util.find_spec(name) is None]:
+        raise UserError(f"trackers: {', '.join(absent)} not installed: pip install {' '.join(absent)}, or trackers=[]")
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    log_with: Any = config.trackers or None
+    return run.accelerator(
+        args, mixed_precision=precision, kwargs_handlers=[ddp], log_with=log_with, project_dir=config.out
+    )
+
+
+def method(config: PretrainConfig, record_width: int, log: run.Log | None = None) -> MSN:
+    """The method's module as the config says, initialised from torch's global generator."""
+    e, v = config.encoder, config.views
+    encoder = encoders.create(
+        e.arch,
+        in_chans=e.in_chans,
+        image_size=e.image_size,
+        model_args=e.model_args,
+        preprocess=Preprocess(e.image_size, v.normalise, v.mean, v.std, e.in_chans),
+        pool=e.pool,
+        positions=e.positions,
+    )
+    if e.init is not None:
+        said = start_from(encoder, e.init, e.init_heads)
+        if log is not None:
+            log.say(f"starting from {said}")
+    encoder.checkpointing = config.checkpointing
+    record = Record(record_width, config.ehr.use, config.ehr.inject, config.ehr.width, config.ehr.predict_weight)
+    loss = config.loss.model_dump()
+    return MSN(
+        encoder,
+        num_prototypes=loss.pop("prototypes"),
+        hidden=config.head.hidden or 4 * encoder.width,
+        out=config.head.out or encoder.width,
+        norm=config.head.norm,
+        record=record,
+        loss=loss,
+    )
+
+
+def steps(config: PretrainConfig, films: Films, store: Store, encoder: encoders.Encoder, accelerator: Any) -> Steps:
+    """The batches of this process. Raises: UserError: films, store, network and batch do not fit together."""
+    v, size, patch = config.views, config.encoder.image_size, encoder.patch if encoder.is_vit else config.mask.cell
+    world, positives = accelerator.num_processes, config.films.positives
+    _fit(config, store, encoder, world)
+    cutter = Cutter(
+        target=_views(v, 1, size, v.target_scale),
+        random=_views(v, v.num_random, size, v.random_scale),
+        focal=_views(v, v.num_focal, v.focal_size, v.focal_scale),
+        preprocess=encoder.preprocess,
+        patch=patch,
+        is_vit=encoder.is_vit,
+        mask_ratio=config.mask.ratio,
+        mask_focal=config.mask.focal,
+        fill=config.mask.fill,
+        seed=config.seed,
+    )
+    return Steps(
+        films,
+        store,
+        cutter,
+        batch_size=config.optim.batch_size,
+        rank=accelerator.process_index,
+        world=world,
+        partners=None if positives == "film" else Partners(films.table, positives, config.films.max_days),
+        dropout=config.ehr.dropout,
+        cut_here=accelerator.device.type == "cpu",
+    )
+
+
+def _views(v: ViewsConfig, count: int, size: int, scale: tuple[float, float]) -> Views:
+    return Views(count, size, scale, v.ratio, v.flip, v.brightness, v.contrast, v.gamma)
+
+
+def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world: int) -> None:
+    """Refuse what would fail, or mean nothing, in the middle of a step."""
+    size, patch = config.encoder.image_size, encoder.patch
+    for name, side in (("encoder.image_size", size), ("views.focal_size", config.views.focal_size)):
+        if encoder.is_vit and side % patch:
+            raise UserError(f"{name} {side} is not whole patches of {patch} px; e.g. {round(side / patch) * patch}")
+    if store.size < size:
+        raise UserError(
+            f"{store.folder}: its films are {store.size} px, encoder.image_size is {size}, and enlarging adds nothing; "
+            f"pack them with size={size} or more, or set encoder.image_size={store.size // patch * patch}"
+        )
+    batch, parts = config.optim.batch_size, world * config.optim.accumulate
+    if batch % parts:
+        raise UserError(
+            f"optim.batch_size {batch} does not divide among {world} processes x {config.optim.accumulate} parts; "
+            f"choose a multiple of {parts}"
+        )
+    if batch // parts < 2 and not encoder.is_vit:
+        raise UserError("one film at a time cannot pass a convolutional net's batch norm: raise optim.batch_size")
+    if batch // parts < 2 and config.head.norm == "batch":
+        raise UserError("one film at a time cannot pass batch norm: raise optim.batch_size, or head.norm: layer")
+
+
+def synchronise(msn: MSN) -> MSN:
+    """Batch norm over all processes, on GPUs. timm's conversion: torch's would drop DenseNet's fused activations."""
+    made: MSN = convert_sync_batchnorm(msn)
+    return made
+
+
+def prepare(msn: MSN, optimizer: Any, accelerator: Any, config: PretrainConfig, state: dict[str, Any] | None) -> Any:
+    """The method and its optimizer, ready for this machine, the optimizer as in `state`."""
+    if accelerator.device.type == "cuda":
+        if accelerator.num_processes > 1:
+            synchronise(msn)
+        if not msn.anchor.is_vit:
+            msn.to(memory_format=torch.channels_last)
+    if config.compile:  # a graph for each size of view, rather than one slower graph for any
+        msn.anchor.compile(dynamic=False)
+        msn.target.compile(dynamic=False)
+    model, optimizer = accelerator.prepare(msn, optimizer)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None and "scaler" in state:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    return model, optimizer

@@ -1,0 +1,66 @@
+"""What a run says and writes before it begins: what is about to happen, and on whom it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ehr_features.files import new_file
+from pretrain import run
+from pretrain.batches import Films, Steps
+from pretrain.config import PretrainConfig
+from pretrain.msn import MSN
+from pretrain.schedule import Schedule
+from pretrain.weights import seen_before
+
+
+def introduce(log: run.Log, config: PretrainConfig, steps: Steps, msn: MSN, plan: Schedule, accelerator: Any) -> None:
+    """Say what is about to happen, to log.txt and to the trackers."""
+    films, o = steps.films, config.optim
+    left_out = "; ".join(f"{n} {reason}" for reason, n in films.left_out.items() if n)
+    number = sum(p.numel() for p in msn.anchor.parameters()) / 1e6
+    log.say(
+        f"films: {len(films)} of {films.table['subject_id'].nunique()} subjects"
+        + (f" (left out: {left_out})" if left_out else "")
+        + f"\nencoder: {config.encoder.arch}, {number:.1f} M weights, {config.encoder.image_size} px; "
+        + _record(config, films)
+        + f"\ntraining: {plan.total} steps of {o.batch_size} films ({plan.total / plan.steps_per_epoch:.1f} epochs) on "
+        + f"{accelerator.num_processes} x {accelerator.device.type}, {config.precision}; preset {config.preset}"
+    )
+    if steps.partners is not None:
+        paired, by = steps.partners.count(), config.films.positives
+        log.say(f"pairs: {paired} of {len(films)} films have another of their {by}; the others are their own target")
+    if o.accumulate > 1 and o.accumulate_mode == "approximate":
+        log.say(
+            f"note: the loss of each of {o.accumulate} parts by itself is an approximation: Sinkhorn, the mean entropy "
+            "and batch norm see a part of the batch only"
+        )
+    if config.trackers:
+        accelerator.init_trackers("pretrain", config=_flat(config.model_dump(mode="json")))
+
+
+def _record(config: PretrainConfig, films: Films) -> str:
+    ehr = config.ehr
+    if not ehr.groups:
+        return "no record (vanilla MSN)"
+    permuted = ", permuted between films (control)" if ehr.permuted else ""
+    return f"{ehr.use} on {', '.join(ehr.groups)}: {len(films.columns)} columns, {ehr.inject}{permuted}"
+
+
+def write_seen(folder: Path, films: Films, init: str | None) -> None:
+    """Whom the run trains on, and whom the weights that it starts from did: fine-tuning keeps them out of its test."""
+    if run.is_main():
+        seen = films.table[["subject_id", "split"]].drop_duplicates().sort_values("subject_id", ignore_index=True)
+        if init is not None and (before := seen_before(init)) is not None:
+            seen = pd.concat([seen, before[["subject_id", "split"]]]).drop_duplicates("subject_id", ignore_index=True)
+        with new_file(folder / "seen_subjects.parquet") as part:
+            seen.to_parquet(part, index=False)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": str(item)}
+    return out

@@ -1,0 +1,36 @@
+"""What a run is built of: what does not fit together is refused, and a GPU's batch norm changes no network."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from configs import UserError
+from pretrain import build
+from pretrain import encoder as enc
+from pretrain.config import PretrainConfig
+from pretrain.msn import MSN
+
+WHERE = {"features": "f", "store": "s", "out": "o"}
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "resnet34"])
+def test_synchronised_batch_norm_is_everywhere_and_changes_no_output(arch):
+    """DenseNet's batch norm holds its ReLU, which torch's own conversion would drop."""
+    torch.manual_seed(0)
+    msn = MSN(enc.create(arch, image_size=32), num_prototypes=4, hidden=8, out=4).eval()
+    x, keys = torch.randn(2, 1, 64, 64), set(msn.state_dict())
+    with torch.inference_mode():
+        before = msn.target_head(msn.target(x))
+        build.synchronise(msn)
+        torch.testing.assert_close(msn.target_head(msn.target(x)), before)
+    kinds = [type(m) for m in msn.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds) and set(msn.state_dict()) == keys
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_installed_is_named_before_the_run_begins(tmp_path):
+    config = PretrainConfig(**WHERE, trackers=["wandb"])
+    with pytest.raises(UserError, match="pip install wandb"):
+        build.accelerator(config, None)
