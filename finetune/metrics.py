@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from configs import UserError
 from finetune.resample import PROBABILITIES, RANKS, THRESHOLDED, Floats, Label, multiplicities
 
+NO_PROBABILITIES = "scores outside [0, 1] are not probabilities"
 COLUMNS = ["label", "metric", "value", "low", "high", "n", "positives", "reason"]
 
 
@@ -39,8 +40,9 @@ def evaluate(
 
     Args:
         labels: (N, L) or (N,), of 0, 1 and NaN (unknown).
-        probabilities: like labels, finite; for rank metrics any scores will do. (runs, N, L) for several trainings of
-            one method: values are means over runs, and each resample draws runs too, with replacement.
+        probabilities: like labels, finite where the label is known; for rank metrics any scores will do. (runs, N, L)
+            for several trainings of one method: values are means over runs, and each resample draws runs too, with
+            replacement.
         names: (L,) names of the labels; 0, 1, ... if None.
         groups: (N,) the subject of each row, resampled as a whole; each row on its own if None.
         samples: resamples for the intervals; 0 leaves them null.
@@ -49,7 +51,7 @@ def evaluate(
     Returns: label, metric, value, low, high, n (rows with a label), positives, reason (why value or interval is null).
     Raises: UserError: shapes that differ, other labels than 0 and 1, a score that is not finite.
     """
-    given = np.asarray(probabilities, dtype=np.float64)
+    given = _floats(probabilities)
     trained = given if given.ndim == 3 else given[None]
     y, s, names, group = check(labels, trained[0], names, groups)
     cuts = _cuts(thresholds, len(trained), y.shape[1])
@@ -67,12 +69,15 @@ def evaluate(
             value, drawn = values[metric][i], draws[metric][:, i]
             reason = _reason(metric, value, both[i], int(n[i]), int(positives[i]), s[known[:, i], i])
             rows.append([name, metric, value, *interval(drawn, value), n[i], positives[i], reason])
+    unfit = np.array([_no_probabilities(s[known[:, i], i]) for i in range(y.shape[1])])
     for name, members in {"macro": names, **(macros or {})}.items():
         member = np.isin(names, list(members))
         total, chosen = known[:, member].any(1).sum(), both & member
         for metric in values:
             value, drawn = macro(values[metric][None], chosen)[0], macro(draws[metric], chosen)
             reason = "no label has a value" if np.isnan(value) else None
+            if metric in PROBABILITIES and unfit[chosen].any():
+                value, reason = np.nan, NO_PROBABILITIES
             rows.append([name, metric, value, *interval(drawn, value), total, positives[chosen].sum(), reason])
     table = pd.DataFrame(rows, columns=COLUMNS)
     lost = table["low"].isna() & table["value"].notna() & (samples > 0)
@@ -85,8 +90,7 @@ def check(
     labels: ArrayLike, scores: ArrayLike, names: Sequence[str] | None, groups: ArrayLike | None
 ) -> tuple[Floats, Floats, list[str], NDArray[np.intp]]:
     """Labels (N, L), scores (N, L), names, and each row's group as 0 .. G - 1. Raises: UserError."""
-    y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
-    y, s = (a[:, None] if a.ndim == 1 else a for a in (y, s))
+    y, s = (a[:, None] if a.ndim == 1 else a for a in (_floats(labels), _floats(scores)))
     if y.shape != s.shape or y.ndim != 2 or not y.size:
         raise UserError(
             f"labels are {y.shape} and scores {s.shape}; wanted the same (rows, labels), at least one of each"
@@ -100,7 +104,7 @@ def check(
         raise UserError("a label is called `macro`, which is the name of the mean over labels; rename it")
     for what, bad in (
         ("label is not 0, 1 or NaN", ~(np.isnan(y) | (y == 0) | (y == 1))),
-        ("score is not finite", ~np.isfinite(s)),
+        ("score is not finite", ~np.isfinite(s) & ~np.isnan(y)),
     ):
         if bad.any():
             row, column = np.argwhere(bad)[0]
@@ -204,11 +208,22 @@ def f1_thresholds(labels: ArrayLike, scores: ArrayLike) -> Floats:
     return best
 
 
+def _floats(values: ArrayLike) -> Floats:
+    """As float64; pandas' missing values are NaN."""
+    if isinstance(values, (pd.DataFrame, pd.Series)):
+        return values.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.asarray(values, dtype=np.float64)
+
+
 def _cuts(thresholds: ArrayLike | None, runs: int, labels: int) -> list[Floats | None]:
     if thresholds is None:
         return [None] * runs
     cut = np.asarray(thresholds, dtype=np.float64)
     return list(np.broadcast_to(cut, (runs, labels)))
+
+
+def _no_probabilities(scores: Floats) -> bool:
+    return bool(((scores < 0) | (scores > 1)).any())
 
 
 def _reason(metric: str, value: float, both: bool, n: int, positives: int, scores: Floats) -> Any:
@@ -218,8 +233,8 @@ def _reason(metric: str, value: float, both: bool, n: int, positives: int, score
         return "no row has this label"
     if not both:
         return f"one class only: {positives} positives of {n}"
-    if metric in PROBABILITIES and (scores.min() < 0 or scores.max() > 1):
-        return "scores outside [0, 1] are not probabilities"
+    if metric in PROBABILITIES and _no_probabilities(scores):
+        return NO_PROBABILITIES
     if metric in THRESHOLDED:
         return "no threshold: validation has one class only"
     return "no finite fit: the scores separate the classes, or are all equal"

@@ -1,13 +1,21 @@
-"""`python -m finetune score LABELS SCORES`: metrics with intervals for any two arrays."""
+"""`python -m finetune score LABELS SCORES`: metrics with intervals for any two arrays, ours or not.
+
+Comes in: .npy, .csv or .parquet; predictions/ of a run too (its label_*, logit_* and subject_id are found). Goes out:
+the table of `metrics.evaluate`. A CSV whose first line is numbers has no header, unless they are 0, 1, 2, ... (pandas).
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from configs import UserError
 from ehr_features.files import new_file
 from finetune.metrics import evaluate
+
+KEYS = ("sample_id", "dicom_id", "study_id", "stay_id", "subject_id", "hadm_id", "path", "view", "split")
+CSV = (".csv", ".csv.gz")
 
 
 def score(
@@ -16,27 +24,25 @@ def score(
     """Print the table, and write it to `out` as CSV if given.
 
     Args:
-        labels: .npy, .csv or .parquet; rows x labels of 0, 1 and empty.
-        scores: the same rows; columns are matched by name where both files name them, else by position.
-        groups: a file of one column, a subject for each row.
+        labels: rows x labels of 0, 1 and empty. Columns that name the row (`KEYS`) are no labels.
+        scores: the same rows; put in the order of `labels` where both files name them by the same unique key. Columns
+            are matched by name where both files name them and share some, else by position.
+        groups: a file of one column, or with a column subject_id: a subject for each row. None: `labels`' own
+            subject_id, if it has one; else rows are resampled one by one.
+    Raises: UserError: a file that is no table of numbers, rows or columns that do not fit.
     """
-    y, s = _read(labels), _read(scores)
+    left, right = _read(labels), _read(scores)
+    y, s = _values(labels, left, "label_"), _values(scores, right, "logit_")
     if len(y) != len(s):
-        raise UserError(f"{labels} has {len(y)} rows and {scores} {len(s)}; wanted the same rows in the same order")
-    if not isinstance(y.columns, pd.RangeIndex) and not isinstance(s.columns, pd.RangeIndex):
-        if missing := [c for c in y if c not in s]:
-            raise UserError(f"{scores}: no column `{missing[0]}`; found {', '.join(map(str, s))}")
-        s = s[y.columns]
-    group = None
-    if groups is not None:
-        frame = _read(groups, text=True)
-        if frame.shape[1] != 1:
-            raise UserError(f"{groups}: {frame.shape[1]} columns; wanted one, the subject of each row")
-        group = frame.iloc[:, 0].to_numpy()
+        raise UserError(f"{labels} has {len(y)} rows and {scores} {len(s)}; wanted the same rows")
+    s = _same_columns(y, s.iloc[_order(left, right, scores)], scores)
+    group = _groups(groups, len(y)) if groups else left["subject_id"].to_numpy() if "subject_id" in left else None
     names = [str(c) for c in (s if isinstance(y.columns, pd.RangeIndex) else y).columns]
     table = evaluate(y.to_numpy(), s.to_numpy(), names=names, groups=group, samples=samples, seed=seed)
     shown = table.drop(columns="reason").round(4).astype(object).where(table.drop(columns="reason").notna(), "-")
     print(shown.assign(reason=table["reason"].fillna("")).to_string(index=False))
+    of = f"{len(y):,} rows; --groups FILE resamples subjects" if group is None else f"{len(set(group)):,} subjects"
+    print(f"intervals: {samples:,} resamples of {of}")
     if out is not None:
         with new_file(out) as part:
             table.to_csv(part, index=False)
@@ -44,24 +50,83 @@ def score(
     return table
 
 
-def _read(path: str, *, text: bool = False) -> pd.DataFrame:
-    """A file as rows x columns; unnamed columns (.npy) are 0, 1, ..."""
+def _read(path: str, *, header: bool = True) -> pd.DataFrame:
+    """A file as rows x columns; unnamed columns are 0, 1, ... of a RangeIndex."""
     try:
         if path.endswith(".npy"):
             array = np.load(path, allow_pickle=False)
-            frame = pd.DataFrame(array if array.ndim == 2 else array.reshape(len(array), -1))
+            if array.ndim not in (1, 2):
+                raise UserError(f"{path}: an array of shape {array.shape}; wanted (rows,) or (rows, labels)")
+            frame = pd.DataFrame(array)
         elif path.endswith(".parquet"):
             frame = pd.read_parquet(path)
-        elif path.endswith((".csv", ".csv.gz")):
-            frame = pd.read_csv(path)
+        elif path.endswith(CSV):
+            named = header and not _all_numbers(pd.read_csv(path, nrows=1, header=None, dtype=str).iloc[0].tolist())
+            frame = pd.read_csv(path, header=0 if named else None)
+            if "Unnamed: 0" in frame and frame["Unnamed: 0"].tolist() == list(range(len(frame))):
+                frame = frame.drop(columns="Unnamed: 0")  # the index that pandas writes
         else:
             raise UserError(f"{path}: wanted a file that ends in .npy, .csv, .csv.gz or .parquet")
-        if not len(frame):
-            raise UserError(f"{path}: no rows")
-        return frame if text else frame.astype(np.float64)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UserError:
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if not len(frame):
+        raise UserError(f"{path}: no rows")
+    return frame if isinstance(frame.columns, pd.RangeIndex) else frame.rename(columns=str)
+
+
+def _all_numbers(line: list[str]) -> bool:
+    """Whether a first line is data: numbers, and not 0, 1, 2, ... (pandas' names of unnamed columns)."""
+    try:
+        [float(cell) for cell in line]
+    except ValueError:
+        return False
+    names = line[1:] if pd.isna(line[0]) else line  # without the name of the index
+    return names != [str(i) for i in range(len(names))]
+
+
+def _values(path: str, frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The columns that hold labels or scores, as float64; logits of a run's predictions as probabilities."""
+    own = [c for c in frame if str(c).startswith(kind)]
+    kept = frame[own].rename(columns=lambda name: name.removeprefix(kind)) if own else frame
+    kept = kept if own else frame.drop(columns=[c for c in KEYS if c in frame])
+    try:
+        values = kept.astype(np.float64)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not an array of numbers ({str(error).splitlines()[0]})") from None
+    return pd.DataFrame(expit(values)) if own and kind == "logit_" else values
+
+
+def _order(left: pd.DataFrame, right: pd.DataFrame, scores: str) -> np.ndarray:
+    """Row numbers of `right` in the order of `left`, by the first key that both have. Raises: UserError: other rows."""
+    for key in KEYS:
+        if key in left and key in right and left[key].is_unique and right[key].is_unique:
+            place = pd.Index(right[key]).get_indexer(pd.Index(left[key]))
+            if (place < 0).any():
+                raise UserError(f"{scores}: {(place < 0).sum()} of the labels' rows are not here, by `{key}`")
+            return place
+    return np.arange(len(right))
+
+
+def _same_columns(y: pd.DataFrame, s: pd.DataFrame, scores: str) -> pd.DataFrame:
+    named = not isinstance(y.columns, pd.RangeIndex) and not isinstance(s.columns, pd.RangeIndex)
+    if named and set(y) & set(s):
+        if missing := [c for c in y if c not in s]:
+            raise UserError(f"{scores}: no column `{missing[0]}`; found {', '.join(map(str, s))}")
+        return s[y.columns]
+    if named and y.shape[1] == s.shape[1]:
+        print(f"columns by position: {', '.join(f'{a} by {b}' for a, b in zip(y, s, strict=True))}")
+    return s
+
+
+def _groups(path: str, rows: int) -> np.ndarray:
+    """A subject for each row."""
+    frame = _read(path)
+    if len(frame) == rows - 1 and path.endswith(CSV):
+        frame = _read(path, header=False)
+    if frame.shape[1] != 1 and "subject_id" not in frame:
+        raise UserError(f"{path}: {frame.shape[1]} columns; wanted one, the subject of each row, or one `subject_id`")
+    return (frame["subject_id"] if "subject_id" in frame else frame.iloc[:, 0]).to_numpy()

@@ -15,6 +15,8 @@ from ehr_features.files import write_json
 from finetune.config import ProbeConfig
 from finetune.embed import embed, nearest
 from finetune.metrics import evaluate
+from finetune.probe import probe
+from finetune.results import read_results
 from finetune.score import score
 from finetune.watch import watch
 from pretrain import encoder as encoders
@@ -90,6 +92,47 @@ def test_arrays_that_do_not_fit_are_named(tmp_path: Path) -> None:
         score(str(tmp_path / "y.npy"), str(tmp_path / "s.npy"))
     with pytest.raises(UserError, match="no such file"):
         score(str(tmp_path / "none.npy"), str(tmp_path / "s.npy"))
+
+
+def test_a_file_without_a_header_loses_no_row(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y, s = rng.integers(2, size=(30, 2)).astype(float), rng.random((30, 2))
+    np.savetxt(tmp_path / "y.csv", y, delimiter=",")
+    np.savetxt(tmp_path / "s.csv", s, delimiter=",")
+    (tmp_path / "g.csv").write_text("\n".join(f"p{i // 3}" for i in range(30)))
+    files = [str(tmp_path / name) for name in ("y.csv", "s.csv")]
+    got = score(*files, groups=str(tmp_path / "g.csv"), samples=20)
+    pd.testing.assert_frame_equal(got, evaluate(y, s, groups=[i // 3 for i in range(30)], samples=20))
+    pd.DataFrame(y).to_csv(tmp_path / "y.csv", index=False)  # pandas' header: 0,1
+    pd.DataFrame(s).to_csv(tmp_path / "s.csv")  # and its index
+    pd.testing.assert_frame_equal(score(*files, samples=20), evaluate(y, s, samples=20))
+
+
+def test_columns_of_other_names_are_matched_by_position_and_rows_by_their_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    y, s = np.array([0, 1, 0, 1.0]), np.array([0.2, 0.9, 0.4, 0.3])
+    labels = pd.DataFrame({"dicom_id": list("abcd"), "subject_id": [1, 1, 2, 3], "sick": y})
+    labels.to_csv(tmp_path / "y.csv", index=False)
+    pd.DataFrame({"dicom_id": list("dbca"), "p": s[[3, 1, 2, 0]]}).to_csv(tmp_path / "s.csv", index=False)
+    got = score(str(tmp_path / "y.csv"), str(tmp_path / "s.csv"), samples=20)
+    pd.testing.assert_frame_equal(got, evaluate(y, s, names=["sick"], groups=[1, 1, 2, 3], samples=20))
+    said = capsys.readouterr().out
+    assert "sick by p" in said and "20 resamples of 3 subjects" in said
+    pd.DataFrame({"dicom_id": list("dbcx"), "p": s}).to_csv(tmp_path / "s.csv", index=False)
+    with pytest.raises(UserError, match=r"1 of the labels' rows are not here, by `dicom_id`"):
+        score(str(tmp_path / "y.csv"), str(tmp_path / "s.csv"))
+
+
+def test_the_predictions_of_a_run_are_scored_as_they_are(make_world: World) -> None:
+    folder = make_world()
+    given = {"features": str(folder / "features"), "store": "memory", "encoder": "pixels", "pixels": 4, "samples": 40}
+    out = probe(ProbeConfig.model_validate(given | {"out": str(folder / "runs/probe"), "epochs": 3}))
+    path = str(out / "predictions/test.parquet")
+    mine = score(path, path, samples=40).set_index(["label", "metric"])
+    rows = read_results(out)[1].query("split == 'test'").set_index(["label", "metric"])
+    rows = rows.loc[mine.index]
+    np.testing.assert_allclose(mine[["value", "low", "high"]].astype(float), rows[["value", "low", "high"]], atol=1e-9)
 
 
 def test_each_exported_encoder_is_probed_once_and_watching_ends_with_the_run(

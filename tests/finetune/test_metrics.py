@@ -144,11 +144,28 @@ def test_missing_labels_are_left_out() -> None:
     assert value(table, "auroc", "macro", "n") == 60
 
 
+def test_a_score_of_a_row_without_a_label_does_not_matter() -> None:
+    y, p = np.array([0, 1, 0, 1, np.nan]), np.array([0.1, 0.6, 0.7, 0.8, np.nan])
+    pd.testing.assert_frame_equal(evaluate(y, p, samples=9, seed=1), evaluate(y, np.nan_to_num(p), samples=9, seed=1))
+    assert value(evaluate(y, p, samples=0), "auroc") == 0.75
+
+
 def test_scores_that_are_no_probabilities_have_ranks_only() -> None:
     table = evaluate([0, 1, 0, 1.0], [-3, 5, 2, 1.0], samples=0)
     assert value(table, "auroc") == 0.75
     assert np.isnan(value(table, "brier"))
-    assert value(table, "brier", column="reason") == "scores outside [0, 1] are not probabilities"
+    for label in ("0", "macro"):
+        assert value(table, "brier", label, "reason") == "scores outside [0, 1] are not probabilities"
+    mixed = evaluate(np.eye(2)[[0, 1, 0, 1]], np.array([[3, 0.1], [0, 0.7], [1, 0.2], [1, 0.9]]), samples=5)
+    assert np.isnan(value(mixed, "brier")) and value(mixed, "brier", "1") > 0
+    assert np.isnan(value(mixed, "brier", "macro")) and value(mixed, "auroc", "macro") > 0.9
+
+
+def test_tables_with_pandas_own_missing_values_are_taken() -> None:
+    y = pd.DataFrame({"a": pd.array([1, 0, None, 1], dtype="Int64"), "b": [True, False, True, True]})
+    p = np.array([[0.9, 0.4], [0.8, 0.1], [0.2, 0.6], [0.7, 0.5]])
+    wanted = evaluate([[1, 1], [0, 0], [np.nan, 1], [1, 1]], p, names=["a", "b"], samples=8)
+    pd.testing.assert_frame_equal(evaluate(y, pd.DataFrame(p), names=["a", "b"], samples=8), wanted)
 
 
 def test_intervals_resample_subjects_not_rows() -> None:
