@@ -99,8 +99,8 @@ def _head(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
         tag("p", "EHR-MSN report", class_="kicker"),
         tag("h1", what[0].upper() + what[1:]),
         tag("p", f"{data} Intervals are 95%, from resampling subjects.", class_="lead"),
-        _tiles(runs, truth),
         alerts(runs),
+        _tiles(runs, truth),
     )
 
 
@@ -136,7 +136,9 @@ def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
         report_curves.curves_figure(task, runs),
         report_groups.fraction_figure(task, runs),
         report_groups.subgroups_figure(task, runs),
+        report_groups.poorer_figure(task, runs),
         report_groups.shift_figure(task, runs),
+        report_groups.measures_figure(task, runs),
     ]
     return section(report_results.key_of("task", task), report_results.title(task), parts)
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from finetune.report_data import Run, plain
 from finetune.report_html import Html, tag
-from finetune.report_results import by_task, told
+from finetune.report_names import told
+from finetune.report_results import by_task
 from finetune.report_training import collapse
 
 FEW = 20  # positives (or negatives) under which an AUROC says little

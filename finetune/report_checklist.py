@@ -26,9 +26,7 @@ def checklist_section(runs: Sequence[Run]) -> Html:
     rows = [[item, what, found.get(item) or BLANK] for item, what in ITEMS.items()]
     filled = sum(item in found for item in ITEMS)
     lead = f"In the style of TRIPOD+AI: {filled} of {len(ITEMS)} items are filled from the runs, the others are blank."
-    body = tag(
-        "details", tag("summary", "Open the checklist"), table(["item", "asked", "these runs"], rows), class_="long"
-    )
+    body = table(["item", "asked", "these runs"], rows, class_="checklist")
     return section("checklist", "Checklist", tag("div", body, class_="card"), lead=lead)
 
 

@@ -17,7 +17,8 @@ from scipy.special import expit
 from finetune.report_data import Run
 from finetune.report_figures import Frame, Series, legend, panels
 from finetune.report_html import Html, figure, join, number, table, tag
-from finetune.report_results import key_of, told
+from finetune.report_names import told
+from finetune.report_results import key_of
 
 Floats = NDArray[np.float64]
 POINTS = 80  # of a drawn curve
@@ -57,8 +58,9 @@ def curves_figure(task: str, runs: Sequence[Run]) -> Html | None:
     names = legend(sorted(shown.items())) if len(shown) > 1 else None
     caption = (
         "Up and left is better in ROC, up and right in precision and recall. Calibration: on the diagonal, of ten "
-        "patients given 30% three have the outcome; each point is a tenth of the rows, with its Wilson interval where "
-        "one or two runs are drawn. Net benefit: worth using where above treating all (dashed) and treating none (0)."
+        "patients given 30% three have the outcome; each point is a tenth of the rows (of fewer than 200: a fifth), "
+        "with its Wilson interval where one or two runs are drawn. Net benefit: worth using where it lies above "
+        "treating all (dashed) and treating none (0)."
     )
     return figure(key_of("curves", task), "Discrimination, calibration, net benefit", join([names, *blocks]), caption)
 
@@ -67,7 +69,8 @@ def _block(label: str, scored: Sequence[Scored], opened: bool) -> Html:
     first = scored[0]
     prevalence = float(first.y.mean())
     thresholds = np.linspace(0.01, min(0.9, max(0.3, 3 * prevalence)), 60)
-    best = max(float(net_benefit(s, thresholds).max()) for s in scored)
+    gains = [net_benefit(s, thresholds) for s in scored]
+    most, least = max(prevalence, *(float(g.max()) for g in gains)), min(float(g.min()) for g in gains)
     treat_all = prevalence - (1 - prevalence) * thresholds / (1 - thresholds)
     everyone = Series("treat all", thresholds.tolist(), treat_all.tolist(), -1)
     unit = (0.0, 1.0)
@@ -90,12 +93,12 @@ def _block(label: str, scored: Sequence[Scored], opened: bool) -> Html:
         (
             [
                 everyone,
-                *[Series(s.name, thresholds.tolist(), net_benefit(s, thresholds).tolist(), s.index) for s in scored],
+                *[Series(s.name, thresholds.tolist(), g.tolist(), s.index) for s, g in zip(scored, gains, strict=True)],
             ],
             Frame(
                 "threshold probability",
                 "net benefit",
-                y_range=(-0.15 * max(prevalence, best), 1.1 * max(prevalence, best)),
+                y_range=(max(min(1.1 * least, -0.15 * most), -most), 1.1 * most),
             ),
             "Net benefit",
         ),

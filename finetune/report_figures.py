@@ -49,12 +49,9 @@ class Scale:
         return self.start + (self.end - self.start) * (value - low) / ((high - low) or 1.0)
 
     def ticks(self, about: int = 5) -> list[float]:
-        if self.log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            return [10.0**p for p in powers if self.low <= 10.0**p <= self.high] or [self.low, self.high]
         rough = (self.high - self.low) / about or 1.0
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+        step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs(math.log(step / rough)))
         first = math.ceil(self.low / step - 1e-9) * step
         return [first + i * step for i in range(int((self.high - first) / step + 1e-6) + 1)]
 
@@ -71,6 +68,7 @@ class Frame:
     diagonal: bool = False
     marks_y: Sequence[tuple[float, str]] = field(default_factory=tuple)  # horizontal lines with a name
     labels: bool = False  # the series' names at the ends of their lines
+    ticks_x: Sequence[float] = field(default_factory=tuple)  # where the values stand, if they are few
 
 
 def tick_text(value: float, step: float) -> str:
@@ -79,7 +77,10 @@ def tick_text(value: float, step: float) -> str:
     places = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 0
     if places and abs(step * 10**places - round(step * 10**places)) > 1e-6:
         places += 1
-    return f"{value:.{min(places, 4)}f}".replace("-", "−")
+    if places > 4 and abs(value) > step / 2:
+        power = math.floor(math.log10(abs(value)) + 1e-9)
+        return f"{value / 10**power:.{max(places + power, 0)}f}e{power}".replace("-", "−")
+    return f"{value:.{places if places <= 4 else 0}f}".replace("-", "−")
 
 
 def svg(width: float, height: float, says: str, *children: Any) -> Html:
@@ -165,7 +166,8 @@ def _axes(x: Scale, y: Scale, frame: Frame, width: int, height: int, title: str)
         parts.append(
             tag("text", tick_text(value, step), x=x.start - 6, y=y(value) + 4, text_anchor="end", class_="tick")
         )
-    columns = x.ticks(max(2, int((x.end - x.start) // 55)))
+    columns = list(frame.ticks_x) or x.ticks(max(2, int((x.end - x.start) // 55)))
+    columns = [t for i, t in enumerate(columns) if i == 0 or x(t) - x(columns[i - 1]) > 18]
     for value in columns:
         step = columns[1] - columns[0] if len(columns) > 1 else 1.0
         text = f"{value:g}" if x.log else tick_text(value, step)
@@ -187,7 +189,7 @@ def _line(s: Series, x: Scale, y: Scale) -> Html:
     inside = [y.low - room <= v <= y.high + room for v in s.y]
     kept = [i for i, shown in enumerate(inside) if shown]
     points = [(x(s.x[i]), y(s.y[i])) for i in kept]
-    css = f"c{s.index % COLOURS}"
+    css = f"c{s.index % COLOURS}" if s.index >= 0 else "neutral"
     parts: list[Html] = []
     if s.low is not None and s.high is not None:
         ends = [(x(s.x[i]), y(min(s.high[i], y.high)), y(max(s.low[i], y.low))) for i in kept]
@@ -205,7 +207,14 @@ def _line(s: Series, x: Scale, y: Scale) -> Html:
                 parts.append(tag("polyline", name, points=piece, class_=f"line {css}", stroke_dasharray=dash))
     if s.marks or len(points) == 1:
         parts += [mark(s.index, a, b, 3.5) for a, b in points]
+    elif s.index >= 0 and not s.whiskers:
+        parts += [mark(s.index, *points[i], 3.2) for i in _tellers(s.index, len(points))]
     return join(parts)
+
+
+def _tellers(index: int, num: int) -> list[int]:
+    """Points of a long line that carry its marker, apart from those of the other lines."""
+    return [int((k + (1 + index % COLOURS) / (COLOURS + 1)) / 3 * (num - 1)) for k in range(3)] if num > 1 else []
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:
@@ -220,7 +229,7 @@ def _end_labels(lines: Sequence[Series], x: Scale, y: Scale) -> list[Html]:
     for at, s in sorted(ends, key=lambda pair: pair[0]):
         last = max(at, last + 14)
         place = x(s.x[-1]) + 7
-        placed.append(tag("text", s.name, x=place, y=last + 4, class_=f"name c{s.index % COLOURS}"))
+        placed.append(tag("text", s.name, x=place, y=last + 4, class_="name"))
     return placed
 
 

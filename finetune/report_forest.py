@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune.report_figures import COLOURS, Scale, mark, span, svg, tick_text
-from finetune.report_html import Html, interval, join, number, tag
+from finetune.report_html import Html, fixed, interval, join, number, tag
 
 LETTER, SMALL = 7.2, 6.1  # pixels of a letter, about
 GAP, TOP = 14, 26
@@ -94,7 +94,7 @@ def _points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, st
         parts.append(tag("line", tip, x1=x(row.best), x2=x(row.best), y1=y - 4, y2=y + tall + 4, class_="best"))
     line = y + tall / 2 - step * (len(row.points) - 1) / 2
     for index, value, low, high in row.points:
-        text: str = number(value, 2)
+        text: str = fixed(value, 2)
         says = f"{names.get(index, '')}: {interval(value, low, high)}"
         if low is not None and high is not None and np.isfinite(low) and np.isfinite(high):
             parts.append(tag("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))

@@ -1,4 +1,4 @@
-"""The report's finer results: with few labels, in subgroups, and differences between runs.
+"""The report's finer results: with few labels, in subgroups, with less to see, across groups, by other measures.
 
 Comes in: evaluated runs of one task. Goes out: figures; None where the runs do not have it.
 """
@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import pandas as pd
 
-from finetune.report_data import Run, is_macro
+from finetune.report_data import Run, is_macro, plain
 from finetune.report_figures import Frame, Series, legend, panel
 from finetune.report_forest import Row, forest
-from finetune.report_html import Html, both_widths, figure, frame, interval, join, tag
+from finetune.report_html import Html, both_widths, figure, frame, interval, join, number, table, tag
+from finetune.report_names import metric
 from finetune.report_results import SIDE_BY_SIDE, key_of, lacking
 
 BANDS = 4  # lines up to which bands can be told apart
@@ -37,10 +38,11 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
         lines = [replace(line, low=None, high=None) for line in lines]
     if not lines:
         return None
+    shares = sorted({x for line in lines for x in line.x})
     drawing = both_widths(
         lambda width: panel(
             lines,
-            Frame("% of training subjects with labels", "AUROC", log_x=True, labels=width > 500),
+            Frame("% of training subjects with labels", "AUROC", log_x=True, labels=width > 500, ticks_x=shares),
             width=width,
             height=300,
         )
@@ -58,9 +60,19 @@ def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
     """AUROC in each subgroup, runs side by side, and the largest gap of each run."""
     wanted = [s for s in _subsets(runs) if "=" in s]
     caption = "AUROC within each group, with its 95% interval over subjects. Small groups differ by chance too."
-    gaps = "; ".join(f"{run.name}: {gap}" for run in runs if (gap := largest_gap(run)))
-    note = f"The largest gap. {gaps}." if gaps else None
-    return _groups_figure(key_of("subgroups", task), "Subgroups", runs, ["all", *wanted], caption, note)
+    gaps = [[run.name, gap] for run in runs if (gap := largest_gap(run))]
+    more = table(["run", "largest gap in AUROC (95% interval)"], gaps) if gaps else None
+    return _groups_figure(key_of("subgroups", task), "Subgroups", runs, ["all", *wanted], caption, more=more)
+
+
+def poorer_figure(task: str, runs: Sequence[Run]) -> Html | None:
+    """The same models and stays with less to see: without films, or with a series that ends early."""
+    wanted = [s for s in _subsets(runs) if s not in ("all", "paired") and "=" not in s and " -> " not in s]
+    caption = (
+        "The same trained models on the same test stays, with less to see than they were trained with. A model that "
+        "stays where it was did not use what was taken away."
+    )
+    return _groups_figure(key_of("poorer", task), "With and without", runs, ["all", *wanted], caption)
 
 
 def shift_figure(task: str, runs: Sequence[Run]) -> Html | None:
@@ -75,7 +87,7 @@ def shift_figure(task: str, runs: Sequence[Run]) -> Html | None:
         f"{name}: {shift['says']}" for name, shift in said if isinstance(shift, dict) and shift.get("says")
     )
     return _groups_figure(
-        key_of("shift", task), "From one group to another", runs, ["", *wanted], caption, note or None
+        key_of("shift", task), "From one group to another", runs, ["", *wanted], caption, note=note or None
     )
 
 
@@ -84,7 +96,14 @@ def _subsets(runs: Sequence[Run]) -> list[str]:
 
 
 def _groups_figure(
-    key: str, heading: str, runs: Sequence[Run], subsets: Sequence[str], caption: str, note: str | None
+    key: str,
+    heading: str,
+    runs: Sequence[Run],
+    subsets: Sequence[str],
+    caption: str,
+    *,
+    note: str | None = None,
+    more: Html | None = None,
 ) -> Html | None:
     """A block for each subset, in it a line for each run; None where there is none but the first."""
     if len(subsets) < 2:
@@ -109,7 +128,31 @@ def _groups_figure(
     shared = legend(list(names.items())) if len(names) > 1 else None
     drawing = join([shared, both_widths(lambda width: forest(rows, names, width))])
     numbers = frame(pd.DataFrame(cells, columns=["group", "run", "AUROC", "n", "positives"]))
-    return figure(key, heading, drawing, caption + lacking(rows), numbers, note=note)
+    return figure(key, heading, drawing, caption + lacking(rows), join([more, numbers]), note=note)
+
+
+def measures_figure(task: str, runs: Sequence[Run]) -> Html | None:
+    """What AUROC does not say: precision, calibration, thresholds; kappa and hours of a length of stay."""
+    found: dict[str, dict[str, Html]] = {}
+    for run in runs:
+        for row in plain(run.rows).to_dict("records"):
+            if row["metric"] != "auroc" and row["label"] in (run.main, "los_hours") and pd.notna(row["value"]):
+                spread = None if pd.isna(row["low"]) else f"{number(row['low'])} to {number(row['high'])}"
+                cell = join([number(row["value"]), tag("small", spread) if spread else None])
+                found.setdefault(str(row["metric"]), {})[run.name] = cell
+    if not found:
+        return None
+    several = any(is_macro(run.main) for run in runs)
+    caption = (
+        f"{'Means over the labels' if several else 'Values'} on the test split with 95% intervals over subjects. Lower "
+        "is better for Brier score and calibration error; a calibration slope under 1 means probabilities that are "
+        "too extreme; read AUPRC against the prevalence. F1, sensitivity and specificity take the threshold of "
+        "validation's largest F1."
+    )
+    shown = [run.name for run in runs if any(run.name in cells for cells in found.values())]
+    rows = [[metric(name), *[cells.get(run, "–") for run in shown]] for name, cells in found.items()]
+    body = table(["", *shown], rows, class_="measures")
+    return figure(key_of("measures", task), "Other measures", body, caption)
 
 
 def largest_gap(run: Run) -> str | None:

@@ -71,10 +71,15 @@ def number(value: Any, digits: int = 3) -> str:
 
 def interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
     """`0.812 (0.771–0.846)`, or the value alone where it has no interval."""
-    if number(low) == "–" or number(high) == "–":
-        return number(value, digits)
+    if number(value) == "–" or number(low) == "–" or number(high) == "–":
+        return fixed(value, digits)
     between = " to " if low < 0 else "–"
-    return f"{number(value, digits)} ({number(low, digits)}{between}{number(high, digits)})"
+    return f"{fixed(value, digits)} ({fixed(low, digits)}{between}{fixed(high, digits)})"
+
+
+def fixed(value: Any, digits: int = 3) -> str:
+    """A score or a difference of scores, always with the same places."""
+    return "–" if number(value) == "–" else f"{float(value):,.{digits}f}".replace("-", "−")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str = "") -> Html:

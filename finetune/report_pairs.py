@@ -20,7 +20,8 @@ from finetune.compare import holm, paired
 from finetune.report_data import Run, is_macro
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, number
-from finetune.report_results import key_of, told
+from finetune.report_names import told
+from finetune.report_results import key_of
 
 FEW = 5
 LABELS = ["pair", "label", "difference", "p (Holm over labels)", "n"]

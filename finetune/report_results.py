@@ -15,6 +15,7 @@ from finetune.report_data import Run, is_macro, plain
 from finetune.report_figures import legend
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, table
+from finetune.report_names import told
 
 SIDE_BY_SIDE = 8  # runs in one block of a forest
 CAUTION = (
@@ -51,12 +52,6 @@ def title(task: str) -> str:
     """A task's name for a heading."""
     name = task.removesuffix(APART)
     return TASKS.get(name, name.replace("_", " ").capitalize()) + (f" ({APART[2:]} encoders)" if name != task else "")
-
-
-def told(label: str) -> str:
-    """A label for a reader."""
-    text = "mean (macro)" if label == "macro" else label.replace("_", " ")
-    return text[:1].upper() + text[1:]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

@@ -14,6 +14,7 @@ from finetune.report_data import Run, column
 from finetune.report_figures import Frame, Series, legend, panels
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, join, number, section, table
+from finetune.report_names import metric
 
 POINTS = 240  # of a curve that is drawn: more than its pixels
 PANELS = (
@@ -27,7 +28,6 @@ PANELS = (
     ("films", ("films_per_second",), "Films per second"),
 )
 PROBES = {"linear/auroc": "Linear probe, AUROC on val", "knn/auroc": "kNN, AUROC on val"}
-METRICS = {"r2": "R²", "auroc": "AUROC"}
 RANK_FLOOR = 4.0
 PROTOTYPE_FLOOR = 0.1
 
@@ -155,20 +155,23 @@ def hidden_figure(runs: Sequence[Run]) -> Html | None:
         return None
     columns = dict.fromkeys(row[0] for rows in found.values() for row in rows)
     names = {i: runs[i].name for i in found}
-    drawn, cells = [], []
+    drawn: dict[str, list[Row]] = {}  # one axis a metric
+    cells = []
     for column_name in columns:
         same = [(i, row) for i, rows in found.items() for row in rows if row[0] == column_name]
-        _, metric, _, chance = same[0][1]
+        _, by, _, chance = same[0][1]
         points = [(i, row[2], None, None) for i, row in same]
-        drawn.append(Row(column_name.replace("_", " "), points, METRICS.get(metric, metric), chance))
+        drawn.setdefault(by, []).append(Row(column_name.replace("_", " "), points, best=chance))
         cells += [[column_name, names[i], row[1], number(row[2]), number(row[3])] for i, row in same]
     caption = (
         "How well a linear model reads each conditioned column from the frozen features; dotted: chance. A conditioned "
         "anchor may take it from the record instead of the film, and near chance the encoder has become blind to it."
     )
-    drawing = join(
-        [legend(list(names.items())), both_widths(lambda w: forest(drawn, names, w, chance=None, x_label="value"))]
-    )
+
+    def draw(width: int) -> Html:
+        return join([forest(rows, names, width, chance=None, x_label=metric(by)) for by, rows in drawn.items()])
+
+    drawing = join([legend(list(names.items())) if len(runs) > 1 else None, both_widths(draw)])
     numbers = table(["column", "run", "metric", "value", "chance"], cells)
     return figure("hidden", "What conditioning hid", drawing, caption, numbers)
 

@@ -107,6 +107,8 @@ def make_evaluation(
     about |= {"model": "linear", "seed": 0, "allow_leak": False, "warnings": [], "encoder": None, **run}
     if run["task"] == "findings":
         tables.append(tables[0].assign(split="test_radiologist"))
+    else:
+        tables.append(tables[0].assign(subset="without films"))
     write_results(folder, about, pd.concat(tables))
     id_ = "dicom_id" if run["task"] == "findings" else "sample_id"
     write_predictions(folder, "test", rows[[id_, "subject_id"]], pd.DataFrame(labels, columns=names), logits)

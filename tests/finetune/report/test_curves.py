@@ -135,4 +135,4 @@ def test_numbers_read_well() -> None:
         "–", "–", "12,345", "0.123", "−0.500", "1.00e−07", "yes",
     ]  # fmt: skip
     assert interval(0.5, 0.4, 0.6) == "0.500 (0.400–0.600)" and interval(0.5, None, 0.6) == "0.500"
-    assert interval(-0.1, -0.2, 0.1) == "−0.100 (−0.200 to 0.100)"
+    assert interval(-0.1, -0.2, 0.1) == "−0.100 (−0.200 to 0.100)" and interval(2e-4, 0, 1) == "0.000 (0.000–1.000)"
