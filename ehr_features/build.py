@@ -8,7 +8,6 @@ config redoes only what depends on it, and an unchanged one nothing.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import sys
 import time
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ibis.expr.types as ir
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,10 +35,10 @@ from ehr_features import (
     splits,
 )
 from ehr_features.config import FeaturesConfig
-from ehr_features.engine import batches, hold
-from ehr_features.files import digest, file_digest, new_folder, provenance, read_json, write_json
+from ehr_features.engine import hold
+from ehr_features.files import code_digest, digest, file_digest, new_folder, provenance, read_json, write_json
 from ehr_features.schema import FOR_NOTES
-from ehr_features.source import EVENTS, Source, open_source
+from ehr_features.source import Source, open_source
 
 NO_EFFECT = {"out", "cache", "memory", "threads"}  # keys that change no result
 
@@ -72,7 +69,7 @@ def build(config: FeaturesConfig) -> Path:
         source = open_source(config)
         prints = {name: events.fingerprint(path) for name, path in source.files.items()}
         used = {k: v for k, v in config.model_dump(mode="json").items() if k not in NO_EFFECT}
-        key = digest([used, prints, _extra_files(config), _code("*.py", "*.yaml", "*.csv")])
+        key = digest([used, prints, _extra_files(config), code_digest("*.py", "*.yaml", "*.csv")])
     if is_current(out, key):
         print(f"{out} is up to date with its tables and config", file=sys.stderr)
         return out
@@ -85,7 +82,7 @@ def build(config: FeaturesConfig) -> Path:
     with steps("reading the events"):
         found = _events(source, declared, config)
     with steps("binning the series"):
-        binned, fates = _series(source, found, stays, declared, config)
+        binned, fates = series_file.cached(source, found, stays, declared, config)
     columns = medfuse.layout(declared) if config.preset == "medfuse" else series.layout(declared)
     with new_folder(out) as part:
         with steps("linking the films"):
@@ -102,7 +99,7 @@ def build(config: FeaturesConfig) -> Path:
             )
             tables |= outputs.samples(part, cohort_, stay_films, status, attrition)
         with steps("fitting the normaliser"):
-            about = _about_series(source, part, stays, columns, config) | {"events": fates}
+            about = series_file.about(part / "series.safetensors", stays, columns, config, fates)
             write_json(part / "series.json", about)
         write_json(part / "schema.json", tables)
         write_json(part / "attrition.json", attrition.as_json())
@@ -129,12 +126,6 @@ def _extra_files(config: FeaturesConfig) -> list[str]:
     return [file_digest(path) for path in named if path is not None and path.is_file()]
 
 
-def _code(*patterns: str) -> str:
-    """A digest of our own code and data, so that a newer version does not take an older one's results."""
-    here = Path(__file__).parent
-    return digest([file_digest(path) for pattern in patterns for path in sorted(here.glob(pattern))])
-
-
 def _events(
     source: Source, declared: tuple[channels.Channel, ...], config: FeaturesConfig
 ) -> dict[str, tuple[ir.Table, int]]:
@@ -142,48 +133,6 @@ def _events(
     items = {i for preset in ("default", "medfuse") for i in channels.item_ids(declared, preset)}
     subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
     return events.cached(source, items | set(labels.CODE_STATUS), set(subjects), config.cache_folder)
-
-
-def _series(
-    source: Source,
-    found: Mapping[str, tuple[ir.Table, int]],
-    stays: ir.Table,
-    declared: tuple[channels.Channel, ...],
-    config: FeaturesConfig,
-) -> tuple[Path, list[dict[str, Any]]]:
-    """The cached series of this cohort, and what became of the events."""
-    frame = stays.select("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_hours").to_pandas()
-    who = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
-    prints = [events.fingerprint(source.files[name]) for name in EVENTS if name in source.files]
-    said = [channel.model_dump(mode="json") for channel in declared]
-    code = _code("series*.py", "medfuse.py", "channels.py", "events.py", "source.py", "engine.py")
-    key = digest([prints, who, said, config.preset, config.step_hours, config.engine, code])
-    path = config.cache_folder / f"series-{key}.safetensors"
-    facts = path.with_suffix(".json")
-    if not (path.is_file() and facts.is_file()):
-        preset = medfuse if config.preset == "medfuse" else series
-        bins, counts = preset.extract(
-            source, found["chartevents"][0], found["labevents"][0], stays, declared, config.step_hours
-        )
-        with events.progress(source.con, "binning the series"):
-            series_file.write(
-                path,
-                batches(source.con, bins.select(*series_file.BINS)),
-                frame["stay_id"].to_numpy(),
-                _lengths(frame["los_hours"].to_numpy(), config),
-                preset.layout(declared),
-            )
-        names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
-        counts["channel"] = [names[i] for i in counts["channel"]]
-        order = counts.sort_values(["channel", "fate"])
-        write_json(facts, [{k: v for k, v in row.items()} for row in order.to_dict("records")])
-    return path, read_json(facts)
-
-
-def _lengths(los_hours: np.ndarray, config: FeaturesConfig) -> np.ndarray:
-    if config.preset == "medfuse":
-        return (los_hours + 1 - 1e-6).astype(np.int64)
-    return series.lengths(los_hours, config.step_hours)
 
 
 def _films(source: Source, attrition: cohort.Attrition, config: FeaturesConfig) -> ir.Table | None:
@@ -205,24 +154,6 @@ def _split(source: Source, stays: ir.Table, films: ir.Table | None, config: Feat
     return hold(
         source.con, "subject_split", pa.Table.from_pandas(assigned.astype({"split": "string"}), preserve_index=False)
     )
-
-
-def _about_series(
-    source: Source, part: Path, stays: ir.Table, columns: series.Layout, config: FeaturesConfig
-) -> dict[str, Any]:
-    """series.json."""
-    train = stays.order_by("stay_id").select("stay_id", "split").to_pandas()["split"].eq("train").to_numpy()
-    return {
-        "preset": config.preset,
-        "step_hours": config.step_hours,
-        "columns": [*columns.values, *columns.observed],
-        "num_values": len(columns.values),
-        "units": [*columns.units, *["1 = observed"] * len(columns.observed)],
-        "observed_of": list(columns.source),
-        "imputation": {"rule": "previous value of the stay, then the normal value", "normal": list(columns.normal)},
-        "normaliser": series.fit(part / "series.safetensors", columns, train)
-        | {"fitted_on": "train", "num_stays": int(train.sum())},
-    }
 
 
 def _provenance(

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from ehr_features.engine import hold, readable
 from ehr_features.files import digest, new_file, new_folder, write_json
+from ehr_features.schema import READ
 from ehr_features.source import EVENTS, Source
 
 
@@ -40,7 +41,8 @@ def cached(
 def _one(source: Source, name: str, items: list[int], subjects: list[int], folder: Path) -> tuple[ir.Table, int]:
     if name not in source.files:  # held in memory
         return _kept(source, name, items, subjects), int(source.table(name).count().execute())
-    key = digest([name, fingerprint(source.files[name]), items, subjects, source.con.name])
+    path_, read = source.files[name], READ[name].columns
+    key = digest([name, path_, fingerprint(path_), dict(read), source.layout, items, subjects, source.con.name])
     path, facts = folder / f"{name}-{key}.parquet", folder / f"{name}-{key}.json"
     if not (path.exists() and facts.is_file()):
         table = _kept(source, name, items, subjects)
@@ -89,7 +91,7 @@ def fingerprint(path: str) -> dict[str, Any]:
     changed = next(
         (info[k] for k in ("mtime", "LastModified", "last_modified", "updated", "created") if k in info), None
     )
-    return {"bytes": info.get("size"), "mtime": int(changed) if isinstance(changed, float) else str(changed)}
+    return {"bytes": info.get("size"), "mtime": changed if isinstance(changed, float) else str(changed)}
 
 
 @contextmanager

@@ -139,6 +139,12 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def code_digest(*patterns: str) -> str:
+    """16 hex digits of this package's own files, so that a newer version does not take an older one's results."""
+    here = Path(__file__).parent
+    return digest([file_digest(path) for pattern in patterns for path in sorted(here.glob(pattern))])
+
+
 def _alive(pid: str) -> bool:
     with contextlib.suppress(ProcessLookupError, ValueError, PermissionError):
         os.kill(int(pid), 0)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import ibis
 import ibis.expr.types as ir
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from ibis import _
@@ -54,6 +55,11 @@ def layout(channels: Sequence[Channel]) -> Layout:
     units = tuple("" if c >= 0 else UNITS[published(channels)[s].clean] for s, c in zip(source, category, strict=True))
     continuous = tuple(c < 0 for c in category)
     return Layout(tuple(names), units, tuple(source), tuple(category), tuple(normal), masks, continuous)
+
+
+def lengths(los_hours: np.ndarray, step_hours: int) -> np.ndarray:
+    """T of each stay, as published."""
+    return np.maximum(np.asarray(los_hours) / step_hours + 1 - EPSILON, 0).astype(np.int64)
 
 
 def extract(

@@ -1,59 +1,111 @@
-"""series.safetensors, filled from last values by bin; it may be larger than memory."""
+"""series.safetensors: the series of a cohort, made once and kept in the cache; it may be larger than memory."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import ibis.expr.types as ir
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 
-from ehr_features.files import new_file
+from ehr_features import channels, events, medfuse, series
+from ehr_features.config import FeaturesConfig
+from ehr_features.engine import batches
+from ehr_features.files import code_digest, digest, new_file, read_json, write_json
 from ehr_features.series import Layout
+from ehr_features.source import EVENTS, Source
 
-Shapes = dict[str, tuple[np.dtype, tuple[int, ...]]]
+BINS = ("stay_id", "channel", "bin", "v", "mark")
+
+
+def cached(
+    source: Source,
+    found: Mapping[str, tuple[ir.Table, int]],
+    stays: ir.Table,
+    declared: tuple[channels.Channel, ...],
+    config: FeaturesConfig,
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The unnormalised series of a cohort, from the cache if what they depend on has not changed.
+
+    Args:
+        found: as `events.cached` gives. stays: as `cohort.stays` gives.
+    Returns: the file, and what became of the events: channel, fate, n.
+    """
+    frame = stays.select("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_hours")
+    frame = frame.order_by("stay_id").to_pandas()
+    who = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
+    prints = [events.fingerprint(source.files[name]) for name in EVENTS if name in source.files]
+    said = [channel.model_dump(mode="json") for channel in declared]
+    code = code_digest("series*.py", "medfuse.py", "channels.py", "events.py", "source.py", "engine.py")
+    key = digest([prints, who, said, config.preset, config.step_hours, config.engine, code])
+    path = config.cache_folder / f"series-{key}.safetensors"
+    facts = path.with_suffix(".json")
+    if not (path.is_file() and facts.is_file()):
+        preset = medfuse if config.preset == "medfuse" else series
+        bins, counts = preset.extract(
+            source, found["chartevents"][0], found["labevents"][0], stays, declared, config.step_hours
+        )
+        lengths = preset.lengths(frame["los_hours"].to_numpy(), config.step_hours)
+        with events.progress(source.con, "binning the series"):
+            ordered = batches(source.con, bins.select(*BINS).order_by("stay_id"))
+            write(path, ordered, frame["stay_id"].to_numpy(), lengths, preset.layout(declared))
+        names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
+        counts["channel"] = [names[i] for i in counts["channel"]]
+        write_json(facts, counts.sort_values(["channel", "fate"]).to_dict("records"))
+    return path, read_json(facts)
 
 
 def write(
-    path: Path, bins: Iterable[Any], stay_ids: np.ndarray, num_bins: np.ndarray, columns: Layout, chunk: int = 2_000
+    path: Path,
+    bins: Iterable[pa.RecordBatch],
+    stay_ids: np.ndarray,
+    num_bins: np.ndarray,
+    columns: Layout,
+    chunk: int = 2_000,
 ) -> None:
     """Write series.safetensors from last values by bin.
 
     Args:
-        bins: record batches of stay_id, channel, bin, v, mark, in any order.
-        stay_ids: (S,) sorted. num_bins: (S,) T of each. chunk: stays that are filled at a time.
+        bins: stay_id, channel, bin, v, mark; ordered by stay_id.
+        stay_ids: (S,) sorted. num_bins: (S,) T of each. chunk: stays that are held at a time.
     """
     offsets = np.concatenate([[0], np.cumsum(num_bins)]).astype(np.int64)
     rows, num = int(offsets[-1]), len(columns.observed)
-    shapes: Shapes = {
-        "stay_id": (np.dtype(np.int64), (len(stay_ids),)),
-        "offsets": (np.dtype(np.int64), offsets.shape),
-        "values": (np.dtype(np.float32), (rows, len(columns.values))),
-        "observed": (np.dtype(np.uint8), (rows, num)),
+    shapes = {
+        "stay_id": ("I64", (len(stay_ids),)),
+        "offsets": ("I64", offsets.shape),
+        "values": ("F32", (rows, len(columns.values))),
+        "observed": ("U8", (rows, num)),
     }
-    with new_file(path) as part, new_file(path.with_suffix(".raw")) as scratch:
-        arrays = _safetensors(part, shapes)
-        arrays["stay_id"][:], arrays["offsets"][:] = stay_ids, offsets
-        last = np.memmap(scratch, np.float32, "w+", shape=(2, rows, num))  # value and mark
-        last[:] = np.nan
-        for batch in bins:
-            stay, channel, at, v, mark = (batch.column(n).to_numpy(zero_copy_only=False) for n in BINS)
-            place = np.searchsorted(stay_ids, stay)
-            inside = (at >= 0) & (at < num_bins[place])
-            row, channel = (offsets[place] + at)[inside], channel[inside]
-            last[0, row, channel], last[1, row, channel] = v[inside], mark[inside]
+    batches_ = iter(bins)
+    rest = next(batches_, None)
+    with new_file(path) as part, part.open("wb") as file, part.open("r+b") as observed_file:
+        starts = _header(file, shapes)
+        file.write(stay_ids.astype("<i8").tobytes() + offsets.astype("<i8").tobytes())
+        observed_file.seek(starts["observed"])
         for first in range(0, len(stay_ids), chunk):
-            span = slice(offsets[first], offsets[min(first + chunk, len(stay_ids))])
-            starts = offsets[:-1][first : first + chunk] - offsets[first]
-            arrays["values"][span], arrays["observed"][span] = filled(last[:, span], starts, columns)
-        for array in arrays.values():
-            array.flush()
-        del last, arrays
-    path.with_suffix(".raw").unlink()
-
-
-BINS = ("stay_id", "channel", "bin", "v", "mark")
+            mine = slice(first, min(first + chunk, len(stay_ids)))
+            begin, end = offsets[mine.start], offsets[mine.stop]
+            last = np.full((2, end - begin, num), np.nan, np.float32)  # value and mark
+            while rest is not None:
+                cut = int(np.searchsorted(rest.column("stay_id").to_numpy(), stay_ids[mine.stop - 1], "right"))
+                stay, channel, at, v, mark = (rest.slice(0, cut).column(n).to_numpy(zero_copy_only=False) for n in BINS)
+                place = np.searchsorted(stay_ids, stay)
+                inside = (at >= 0) & (at < num_bins[place])
+                row, channel = (offsets[place] - begin + at)[inside], channel[inside]
+                last[0, row, channel], last[1, row, channel] = v[inside], mark[inside]
+                if cut < len(rest):
+                    rest = rest.slice(cut)
+                    break
+                rest = next(batches_, None)
+            values, observed = filled(last, offsets[mine] - begin, columns)
+            file.write(values.tobytes())
+            observed_file.write(observed.tobytes())
 
 
 def filled(last: np.ndarray, starts: np.ndarray, columns: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -67,6 +119,7 @@ def filled(last: np.ndarray, starts: np.ndarray, columns: Layout) -> tuple[np.nd
     observed = ~np.isnan(last[0])
     num = observed.shape[0]
     began = np.zeros(num, np.int64)
+    starts = starts[starts < num]  # a stay of no hours at the end has no first row
     began[starts] = starts
     began = np.maximum.accumulate(began)[:, None]
     at = np.maximum.accumulate(np.where(observed, np.arange(num)[:, None], -1), axis=0)
@@ -80,18 +133,34 @@ def filled(last: np.ndarray, starts: np.ndarray, columns: Layout) -> tuple[np.nd
     return out, observed.astype(np.uint8)
 
 
-def _safetensors(path: Path, shapes: Shapes) -> dict[str, np.memmap]:
-    """A safetensors file of the given shapes, as arrays that are mapped into it (it may be larger than memory)."""
-    names = {"int64": "I64", "float32": "F32", "uint8": "U8"}
+def about(
+    path: Path, stays: ir.Table, columns: Layout, config: FeaturesConfig, fates: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """series.json: what the columns are, and the normaliser, fitted on train."""
+    train = stays.order_by("stay_id").select("stay_id", "split").to_pandas()["split"].eq("train").to_numpy()
+    return {
+        "preset": config.preset,
+        "step_hours": config.step_hours,
+        "columns": [*columns.values, *columns.observed],
+        "num_values": len(columns.values),
+        "units": [*columns.units, *["1 = observed"] * len(columns.observed)],
+        "observed_of": list(columns.source),
+        "imputation": {"rule": "previous value of the stay, then the normal value", "normal": list(columns.normal)},
+        "normaliser": series.fit(path, columns, train) | {"fitted_on": "train", "num_stays": int(train.sum())},
+        "events": fates,
+    }
+
+
+def _header(file: BinaryIO, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
+    """Write a safetensors header; returns where each tensor begins in the file."""
     meta: dict[str, Any] = {}
     end = 0
     for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
-        meta[name] = {"dtype": names[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + int(np.prod(shape)) * {"I64": 8, "F32": 4, "U8": 1}[dtype]
+        meta[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(meta).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    at = {n: 8 + len(text) + m["data_offsets"][0] for n, m in meta.items()}
-    return {n: np.memmap(path, d, "r+", at[n], s) for n, (d, s) in shapes.items()}
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + end)
+    file.flush()
+    return {name: 8 + len(text) + about["data_offsets"][0] for name, about in meta.items()}

@@ -100,8 +100,10 @@ def run(
         path = Path(folder) / "series.safetensors"
         ids = np.sort(stays["stay_id"].to_numpy())
         hours = stays.set_index("stay_id").loc[ids, "los_hours"].to_numpy()
-        num = (hours + 1 - 1e-6).astype(int) if preset is medfuse else series.lengths(hours, step)
-        series_file.write(path, batches(source.con, bins.select(*series_file.BINS)), ids, num, columns)
+        num = preset.lengths(hours, step)
+        series_file.write(
+            path, batches(source.con, bins.select(*series_file.BINS).order_by("stay_id")), ids, num, columns
+        )
         tensors = load_file(path)
     edges = tensors["offsets"].tolist()
     spans = {int(i): slice(*edge) for i, edge in zip(ids, itertools.pairwise(edges), strict=True)}
