@@ -20,11 +20,11 @@ from ehr_features.demo_events import write_events
 from ehr_features.demo_people import People, people
 from ehr_features.demo_plan import Plan, age_and_sex, hours_between
 from ehr_features.demo_tables import write_hosp, write_icu
-from ehr_features.demo_truth import NAMES, PHENOTYPES, Outcomes, auroc
+from ehr_features.demo_truth import NAMES, PHENOTYPES, Outcomes, auroc, sigmoid
 from ehr_features.demo_visits import write_ed
 from ehr_features.files import new_folder, write_json
 
-GENERATOR_VERSION = 1  # raise it with any change of what is written: seeds 1-3 are for tuning, 10 and up for reporting
+GENERATOR_VERSION = 2  # raise it with any change of what is written: seeds 1-3 are for tuning, 10 and up for reporting
 
 Truth = dict[str, Any]
 NOTES = [
@@ -37,6 +37,9 @@ NOTES = [
     "48 h; mortality.all: all stays of 48 h and more (both = record where there is no film).",
     "findings: one row per frontal film, label 1 against 0 and empty, -1 left out; the reader knows what was drawn; "
     "what is missing to 1 is label noise. Fracture and Pleural Other are not drawn.",
+    "text_signal: frailty is told by complaints and home drugs alone; text: who knows it, age and sex, and nothing of "
+    "record or film; both_text: all three; findings_text and findings_film_text: the note alone, and the film with it. "
+    "Where no emergency visit tells of frailty its mean counts.",
     "shuffled: findings, ICD codes and death belong to other subjects: 0.5 whatever is read.",
 ]
 
@@ -46,33 +49,34 @@ def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = 
 
     Args:
         out: a new or empty folder, or one that this function wrote.
-        more: further fields of `demo_people.Plan`: film_size, risk, view_shortcut, ed_text.
+        more: further fields of `demo_people.Plan`: film_size, risk, view_shortcut, ed_text, text_signal, leak.
     Returns: what truth.json holds.
     Raises: UserError: `out` holds something else, or a value is out of range.
     """
     out = Path(out)
     plan = Plan(subjects=subjects, seed=seed, shuffled=shuffled, **more)
     _check(out, plan)
-    outcomes = Outcomes(plan.risk)
+    outcomes = Outcomes(plan.risk, plan.text_signal)
     everyone = people(plan, outcomes)
     with new_folder(out) as part:
         counts = write_hosp(everyone, plan, part / "mimic-iv/hosp")
         counts |= write_icu(everyone, plan, part / "mimic-iv/icu")
         counts |= write_events(everyone, plan, part / "mimic-iv/hosp", part / "mimic-iv/icu")
         counts |= write_ed(everyone, plan, part / "mimic-iv-ed/ed")
-        cxr, films, true = write_cxr(everyone, plan, part / "mimic-cxr")
+        cxr, films, readers = write_cxr(everyone, plan, part / "mimic-cxr")
         stays = _stays_truth(everyone, films, outcomes)
         stays.to_parquet(part / "truth.parquet", index=False)
         drawn = films[["dicom_id", "study_id", "subject_id", "stay_id", "view", *NAMES]]
         drawn.to_parquet(part / "truth_films.parquet", index=False)
-        truth = _truth(plan, counts | cxr, stays, best_auroc(films, true))
+        best = {name: best_auroc(films, readers["true"], readers[name]) for name in ("film", "text", "film_text")}
+        truth = _truth(plan, counts | cxr, stays, best)
         write_json(part / "truth.json", truth)
     return truth
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the demo data, say what was written and what the next command is."""
-    keys = ("subjects", "seed", "film_size", "shuffled", "risk", "view_shortcut", "ed_text")
+    keys = ("subjects", "seed", "film_size", "shuffled", "risk", "view_shortcut", "ed_text", "text_signal", "leak")
     out = Path(args.out)
     print(f"writing a synthetic MIMIC of {args.subjects} subjects (seed {args.seed}) to {out}", flush=True)
     truth = generate(out, **{key: getattr(args, key) for key in keys})
@@ -99,7 +103,9 @@ def _check(out: Path, plan: Plan) -> None:
         raise UserError(f"seed: got {plan.seed}, wanted 0 or more")
     if not 32 <= plan.film_size <= 2048:
         raise UserError(f"film_size: got {plan.film_size}, wanted 32 to 2048 pixels")
-    for name in ("view_shortcut", "ed_text"):
+    if not 0 <= plan.text_signal <= 10:
+        raise UserError(f"text_signal: got {plan.text_signal}, wanted 0 to 10")
+    for name in ("view_shortcut", "ed_text", "leak"):
         if not 0 <= getattr(plan, name) <= 1:
             raise UserError(f"{name}: got {getattr(plan, name)}, wanted 0 to 1")
     if plan.risk not in ("level", "change"):
@@ -118,7 +124,14 @@ def _stays_truth(everyone: People, films: pd.DataFrame, outcomes: Outcomes) -> p
     table["has_film"] = table["stay_id"].isin(early)
     table["severity"] = everyone.record[place, 0]
     age_z, male = age_and_sex(stays)
-    readers = outcomes.probabilities(everyone.record[place], everyone.film[place], age_z, male)
+    visited = everyone.visits["admission"].to_numpy()
+    known = everyone.admissions["frail"].to_numpy() * np.isin(np.arange(len(everyone.admissions)), visited)
+    readers = outcomes.probabilities(everyone.record[place], everyone.film[place], age_z, male, known[place])
+    readers["true"] = sigmoid(
+        outcomes.logits(
+            everyone.record[place], everyone.film[place], age_z, male, everyone.admissions["frail"].to_numpy()[place]
+        )
+    )
     groups = [f"phenotype_{group}" for group in PHENOTYPES]
     parts = [table, pd.DataFrame(everyone.phenotypes[place].astype(int), columns=groups)]
     for reader, p in readers.items():
@@ -126,16 +139,16 @@ def _stays_truth(everyone: People, films: pd.DataFrame, outcomes: Outcomes) -> p
     return pd.concat(parts, axis=1)
 
 
-def _truth(plan: Plan, rows: dict[str, int], stays: pd.DataFrame, findings: dict[str, float | None]) -> Truth:
+def _truth(plan: Plan, rows: dict[str, int], stays: pd.DataFrame, findings: dict[str, Truth]) -> Truth:
     chosen = stays[stays["eligible"]]
     paired = chosen[chosen["has_film"]]
 
     def best(table: pd.DataFrame, label: str, reader: str) -> float | None:
         if plan.shuffled:
             return 0.5
-        return auroc(table[f"{label}_{reader}"].to_numpy(), table[f"{label}_both"].to_numpy())
+        return auroc(table[f"{label}_{reader}"].to_numpy(), table[f"{label}_true"].to_numpy())
 
-    readers = ("record", "film", "last_film", "both")
+    readers = ["record", "film", "last_film", "both", *(["text", "both_text"] if plan.text_signal else [])]
     mortality: Truth = {reader: best(paired, "death", reader) for reader in readers}
     mortality |= {"n": len(paired), "positives": int(paired["died"].sum())}
     mortality["realised"] = {
@@ -147,13 +160,17 @@ def _truth(plan: Plan, rows: dict[str, int], stays: pd.DataFrame, findings: dict
     groups = {str(g): {reader: best(stays, f"phenotype_{g}", reader) for reader in readers} for g in PHENOTYPES}
     macro = {reader: float(np.mean([row[reader] for row in groups.values()])) for reader in readers}
     if plan.shuffled:
-        findings = dict.fromkeys(findings, 0.5)
+        findings = {reader: dict.fromkeys(best, 0.5) for reader, best in findings.items()}
     options = {
         "film_size": plan.film_size,
         "risk": plan.risk,
         "view_shortcut": plan.view_shortcut,
         "ed_text": plan.ed_text,
+        "text_signal": plan.text_signal,
+        "leak": plan.leak,
     }
+    told = {"findings_text": findings["text"], "findings_film_text": findings["film_text"]} if plan.text_signal else {}
+    bayes = {"mortality": mortality, "phenotypes": {"macro": macro, "groups": groups}, "findings": findings["film"]}
     return {
         "generator_version": GENERATOR_VERSION,
         "seed": plan.seed,
@@ -161,6 +178,6 @@ def _truth(plan: Plan, rows: dict[str, int], stays: pd.DataFrame, findings: dict
         "shuffled": plan.shuffled,
         "options": options,
         "rows": rows,
-        "bayes": {"mortality": mortality, "phenotypes": {"macro": macro, "groups": groups}, "findings": findings},
+        "bayes": bayes | told,
         "notes": NOTES,
     }

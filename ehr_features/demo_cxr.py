@@ -35,12 +35,14 @@ METADATA = columns(
 PRESENT, ABSENT = (0.90, 0.05, 0.01), (0.01, 0.02, 0.22)
 
 
-def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd.DataFrame, pd.DataFrame]:
-    """Write everything; returns row counts, the films table (with what was drawn), and a study table of P(finding)."""
+def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd.DataFrame, dict[str, Array]]:
+    """Write everything; returns row counts, the films table (with what was drawn), and P(finding), (studies, 14), of
+    one who knows everything (`true`), the film, film and note (`film_text`), and a score of the note alone (`text`)."""
     rng = np.random.default_rng([plan.seed, 5])
     studies = people.studies
     shown = amounts(studies[[f"x_{name}" for name in NAMES]].to_numpy(float))
-    true = present(shown)
+    frail = plan.text_signal * studies["frail"].to_numpy()
+    true = present(shown, frail)
     labels = pd.DataFrame(_labels(rng, true), columns=FINDINGS)
     if plan.shuffled:
         labels = pd.DataFrame(np.roll(labels.to_numpy(), len(labels) // 2, axis=0), columns=FINDINGS)
@@ -74,18 +76,27 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
                 Image.fromarray(film).save(out / "files" / paths[row], quality=90)
             bar.advance(task, len(rows))
     counts["cxr/films"] = len(films)
-    return counts, films, pd.DataFrame(true, columns=FINDINGS).assign(study_id=studies["study_id"])
+    readers = {"true": true, "film": (present(shown, abs(frail)) + present(shown, -abs(frail))) / 2}
+    told = studies["told"].to_numpy()
+    readers["film_text"] = np.where(told[:, None], true, readers["film"])
+    readers["text"] = np.tile((plan.text_signal * studies["frail"] * told).to_numpy()[:, None], len(FINDINGS))
+    return counts, films, readers
 
 
-def present(shown: Array) -> Array:
-    """P(finding is there | drawn amounts), (studies, 14): 0 or 1 where drawn, else a share."""
+def present(shown: Array, frail: Array) -> Array:
+    """P(finding is there | drawn amounts, frailty times its signal), (studies, 14): 0 or 1 where drawn, else a share.
+
+    A consolidation of the frail is called pneumonia more often, and they have the fractures that no film shows.
+    """
     there = pd.DataFrame(shown > 0, columns=NAMES).astype(float)
     table = pd.DataFrame({name: there[drawn] for name, drawn in DRAWN.items()})
-    table["Pneumonia"] = 0.65 * there["consolidation"] + 0.03 * (1 - there["consolidation"])
+    called = 0.65 + 0.30 * np.clip(frail, -1, 1)
+    table["Pneumonia"] = called * there["consolidation"] + 0.03 * (1 - there["consolidation"])
     table["Lung Opacity"] = there[["consolidation", "edema", "lesion"]].max(axis=1)
     table["Lung Opacity"] = table["Lung Opacity"].where(table["Lung Opacity"] > 0, 0.4 * there["atelectasis"])
     for name, share in NOT_DRAWN.items():
         table[name] = share
+    table["Fracture"] *= 1 + 0.95 * np.clip(frail, -1, 1)
     abnormal = there.drop(columns=["device", "hyper"]).max(axis=1)
     table["No Finding"] = 1.0 - abnormal
     return table[list(FINDINGS)].to_numpy()
@@ -96,14 +107,17 @@ def written(probability: Array) -> tuple[Array, Array]:
     return tuple(probability * PRESENT[k] + (1 - probability) * ABSENT[k] for k in (0, 1))  # type: ignore[return-value]
 
 
-def best_auroc(films: pd.DataFrame, true: pd.DataFrame) -> dict[str, float | None]:
-    """Expected AUROC for one who knows what was drawn: 1 against 0 and empty, -1 left out, a row a frontal film."""
+def best_auroc(films: pd.DataFrame, true: Array, reader: Array) -> dict[str, float | None]:
+    """Expected AUROC of a reader: 1 against 0 and empty, -1 left out, a row a frontal film.
+
+    Args:
+        true, reader: (studies, 14): P(finding), and the reader's score of it.
+    """
     frontal = films.loc[films["view"].isin(["AP", "PA"]), "study"]
     best = {}
-    for name in FINDINGS:
-        one, unsure = written(true[name].to_numpy()[frontal])
-        share = one / (1 - unsure)
-        best[name] = auroc(share, share)
+    for k, name in enumerate(FINDINGS):
+        one, unsure = written(true[frontal, k])
+        best[name] = auroc(reader[frontal, k], one / (1 - unsure))
     return best
 
 

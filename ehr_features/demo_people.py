@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ehr_features import demo_text
 from ehr_features.demo_plan import Plan, age_and_sex
 from ehr_features.demo_studies import draw_studies
 from ehr_features.demo_truth import CHANNELS, PHENOTYPES, Array, Outcomes, draw_film, draw_record, sigmoid
@@ -39,7 +40,9 @@ def people(plan: Plan, outcomes: Outcomes) -> People:
     age_z, male = age_and_sex(admissions)
     record = draw_record(rng, age_z, male)
     film = draw_film(rng, age_z, male, admissions["icu"].to_numpy(float), plan.risk)
-    drawn = rng.random((len(admissions), 1 + len(PHENOTYPES))) < sigmoid(outcomes.logits(record, film, age_z, male))
+    admissions["frail"] = demo_text.frailty(plan.seed, len(admissions), 0)
+    logits = outcomes.logits(record, film, age_z, male, admissions["frail"].to_numpy())
+    drawn = rng.random((len(admissions), 1 + len(PHENOTYPES))) < sigmoid(logits)
     dies, phenotypes = drawn[:, 0] & admissions["icu"].to_numpy(), drawn[:, 1:].astype(float)
     if plan.shuffled:  # half the table further on is always another subject's
         phenotypes = np.roll(phenotypes, len(phenotypes) // 2, axis=0)
@@ -62,7 +65,10 @@ def people(plan: Plan, outcomes: Outcomes) -> People:
     )
     dod = after[rng.random(len(after)) < 0.12]
     subjects["dod"] = pd.concat([last, dod[~dod.index.isin(last.index)]]).reindex(subjects["subject_id"]).to_numpy()
-    studies = draw_studies(rng, plan, subjects, stays, visits, film)
+    inside = visits["admission"].to_numpy()
+    own = demo_text.frailty(plan.seed, len(visits), 1)
+    visits["frail"] = np.where(inside >= 0, admissions["frail"].to_numpy()[inside], own)
+    studies = demo_text.with_frailty(draw_studies(rng, plan, subjects, stays, visits, film), stays, visits, plan)
     return People(subjects, admissions, stays, visits, studies, record, film, phenotypes)
 
 

@@ -26,6 +26,9 @@ class Plan:
             (1 - this) / 2 where it is not, else black; PA films come from another machine, which has it the other way
             round. A probe of AP films learns the boxes, and is led astray by them on PA films.
         ed_text: 0 to 1; probability that the chief complaint is about what the visit's film shows.
+        text_signal: 0 or more; how much frailty, which only complaints and home drugs tell, moves death, Fracture and
+            Pneumonia.
+        leak: 0 to 1; probability that the complaint names a finding that the visit's film shows.
     """
 
     subjects: int = 800
@@ -35,6 +38,8 @@ class Plan:
     risk: Literal["level", "change"] = "level"
     view_shortcut: float = 0.0
     ed_text: float = 0.0
+    text_signal: float = 0.0
+    leak: float = 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ed-text", type=float, default=Plan.ed_text, metavar="P", help="0 to 1: complaints tell of the film"
+    )
+    parser.add_argument(
+        "--text-signal",
+        type=float,
+        default=Plan.text_signal,
+        metavar="S",
+        help="0 or more (1 is strong): complaints and home drugs tell of death, Fracture, Pneumonia what no film does",
+    )
+    parser.add_argument(
+        "--leak", type=float, default=Plan.leak, metavar="P", help="0 to 1: complaints name what the film shows"
     )
 
 

@@ -77,6 +77,16 @@ LABS: dict[int, tuple[str, str, str, str, float, float, str, int, float, float]]
 EYE = ("None", "To Pain", "To Speech", "Spontaneously")
 VERBAL = ("No Response", "Incomprehensible sounds", "Inappropriate Words", "Confused", "Oriented")
 MOTOR = ("No response", "Abnormal extension", "Abnormal Flexion", "Flex-withdraws", "Localizes Pain", "Obeys Commands")
+TITLES = {  # of the codes of each CCS group, in our own words
+    2: "Sepsis", 49: "Diabetes without complication", 50: "Diabetes with complication", 53: "High blood lipids",
+    55: "Disorder of fluids and electrolytes", 98: "Essential hypertension", 99: "Hypertension with complication",
+    100: "Acute myocardial infarction", 101: "Coronary atherosclerosis", 105: "Conduction disorder",
+    106: "Cardiac arrhythmia", 108: "Congestive heart failure", 109: "Acute cerebrovascular disease", 122: "Pneumonia",
+    127: "Chronic obstructive pulmonary disease", 130: "Pleural effusion or pneumothorax",
+    131: "Acute respiratory failure", 133: "Other lower respiratory disease", 134: "Upper respiratory disease",
+    151: "Other liver disease", 153: "Gastrointestinal hemorrhage", 157: "Acute kidney failure",
+    158: "Chronic kidney disease", 238: "Complication of surgery or medical care", 249: "Shock",
+}  # fmt: skip
 REFILL = ("Normal <3 Seconds", "Abnormal >3 Seconds", "Normal <3 secs", "Brisk", "Delayed")
 
 
@@ -126,7 +136,9 @@ def write_hosp(people: People, plan: Plan, out: Path) -> dict[str, int]:
     codes = pd.read_csv(Path(__file__).with_name("phenotypes.csv"), dtype={"icd_code": str})
     diagnoses = _diagnoses(rng, people, codes)
     titles = diagnoses[["icd_code", "icd_version"]].drop_duplicates().sort_values(["icd_version", "icd_code"])
-    titles["long_title"] = "Diagnosis " + titles["icd_code"] + ", unspecified"
+    group = titles.merge(codes.drop_duplicates(["icd_version", "icd_code"]), "left", ["icd_version", "icd_code"])["ccs"]
+    named = group.map(TITLES).fillna("Other condition").to_numpy()
+    titles["long_title"] = named + ", code " + titles["icd_code"]
     items = [(item, row[0], row[1], row[2]) for item, row in LABS.items()]
     return {
         "hosp/patients": write_csv(patients, out / "patients.csv.gz"),

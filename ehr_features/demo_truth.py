@@ -7,6 +7,8 @@ amount a finding) shows only in films. Death and 25 phenotypes are drawn from lo
 Bayes values condition on the latents themselves, exactly:
     both    P(y | record part, film part, age, sex), the probability that y was drawn from;
     record  its mean over film parts drawn anew given age and sex; film: over record parts drawn anew.
+With a text signal, frailty (+1 or -1, told only by complaints and home drugs) moves death as well: the readers above do
+not know it, `text` knows nothing else but age and sex, `both_text` everything, as far as there is a visit that tells.
 So they are upper bounds: a reader sees the record part through noisy, missing hourly values, the film part through a
 noisy 128-px film. An AUROC is the expected one, positives weighted by p and negatives by 1 - p, on the stated stays.
 """
@@ -38,7 +40,7 @@ FILM: dict[str, tuple[float, float, float, float]] = {
 NAMES = tuple(FILM)
 DEATH_FILM = {"edema": 1.0, "effusion": 0.9, "consolidation": 0.8, "heart": 0.4, "pneumothorax": 0.4}
 CARRIERS = ("edema", "effusion")  # of risk="change"
-DEATH = {"prevalence": 0.23, "record": 1.75, "film": 1.2}
+DEATH = {"prevalence": 0.23, "record": 1.75, "film": 1.2, "text": 1.2}
 CHANGE_SD = 0.35  # of a latent amount, between the first and the last film before 48 h
 
 # CCS group: prevalence, then weights on r, channels' offsets, drawn amounts, age (per 15 years), male
@@ -104,10 +106,10 @@ def amounts(latent: Array) -> Array:
 
 
 class Outcomes:
-    """P(death) and P(phenotype) from the record part, the film part, age and sex."""
+    """P(death) and P(phenotype) from the record part, the film part, age and sex, and, for death, frailty."""
 
-    def __init__(self, risk: str = "level") -> None:
-        self.risk = risk
+    def __init__(self, risk: str = "level", text_signal: float = 0.0) -> None:
+        self.risk, self.text_signal = risk, text_signal
         rng = np.random.default_rng(20240)  # fixed: the same outcome model for every seed
         age_z, male = rng.standard_normal(20000), (rng.random(20000) < 0.55).astype(float)
         record = draw_record(rng, age_z, male)
@@ -116,7 +118,8 @@ class Outcomes:
         self.mean, self.sd = float(score.mean()), float(score.std())
         self.prevalence = np.array([DEATH["prevalence"], *(row["p"] for row in PHENOTYPES.values())])
         self.intercept = np.zeros(len(self.prevalence))
-        self.intercept = _intercepts(self.logits(record, film, age_z, male), self.prevalence)
+        frail = np.where(rng.random(20000) < 0.5, 1.0, -1.0) if text_signal else np.zeros(20000)
+        self.intercept = _intercepts(self.logits(record, film, age_z, male, frail), self.prevalence)
 
     def _film_score(self, film: Array) -> Array:
         if self.risk == "change":
@@ -125,10 +128,11 @@ class Outcomes:
         weights = np.array([DEATH_FILM.get(name, 0.0) for name in NAMES])
         return amounts(film[..., : len(NAMES)]) @ weights
 
-    def logits(self, record: Array, film: Array, age_z: Array, male: Array) -> Array:
+    def logits(self, record: Array, film: Array, age_z: Array, male: Array, frail: Array | float) -> Array:
         """(..., 26): death, then the phenotypes in the order of PHENOTYPES."""
         shown = amounts(film[..., : len(NAMES)])
         death = DEATH["record"] * record[..., 0] + DEATH["film"] * (self._film_score(film) - self.mean) / self.sd
+        death = death + DEATH["text"] * self.text_signal * frail
         columns = [death]
         for row in PHENOTYPES.values():
             weight = np.array([row.get(name, 0.0) for name in CHANNELS])
@@ -138,27 +142,60 @@ class Outcomes:
         return np.stack(np.broadcast_arrays(*columns), -1) + self.intercept
 
     def probabilities(
-        self, record: Array, film: Array, age_z: Array, male: Array, draws: int = 200
+        self, record: Array, film: Array, age_z: Array, male: Array, frail: Array | None = None, draws: int = 200
     ) -> dict[str, Array]:
-        """P(outcome | ...), each (N, 26): of `both`, `record`, `film`, and `last_film` (no change between films)."""
+        """P(outcome | ...), each (N, 26).
+
+        Args:
+            frail: +1 or -1; 0: no note tells of it; None: there is none.
+        Returns: of `both` (record and film), `record`, `film`, and `last_film` (no change between films); with a text
+            signal also of `text`, and of `both_text`: all three.
+        """
         rng = np.random.default_rng(7)
-        parts = [self._averages(rng, record[s], film[s], age_z[s], male[s], draws) for s in _slices(len(record), 200)]
+        frail = np.zeros(len(record)) if frail is None else frail
+        parts = [
+            self._averages(rng, record[s], film[s], age_z[s], male[s], frail[s], draws)
+            for s in _slices(len(record), 200)
+        ]
         means = {reader: np.concatenate([part[reader] for part in parts]) for reader in parts[0]}
-        return {"both": sigmoid(self.logits(record, film, age_z, male)), **means}
+        known = {"both": self._mean(record, film, age_z, male)}
+        if self.text_signal:
+            known["both_text"] = self._mean(record, film, age_z, male, frail)
+        return known | means
+
+    def _mean(self, record: Array, film: Array, age_z: Array, male: Array, frail: Array | None = None) -> Array:
+        """P(outcome), averaged over frailty where it is not known (None, or 0)."""
+        if not self.text_signal:
+            return sigmoid(self.logits(record, film, age_z, male, 0.0))
+        one, two = (sigmoid(self.logits(record, film, age_z, male, sign)) for sign in (1.0, -1.0))
+        if frail is None:
+            return (one + two) / 2
+        share = ((1 + frail) / 2)[..., None]
+        return share * one + (1 - share) * two
 
     def _averages(
-        self, rng: np.random.Generator, record: Array, film: Array, age_z: Array, male: Array, draws: int
+        self,
+        rng: np.random.Generator,
+        record: Array,
+        film: Array,
+        age_z: Array,
+        male: Array,
+        frail: Array,
+        draws: int,
     ) -> dict[str, Array]:
         age, sex = (np.repeat(value[:, None], draws, 1) for value in (age_z, male))
         films = draw_film(rng, age, sex, np.ones_like(age), self.risk)
         records = draw_record(rng, age, sex)
         last = films.copy()
         last[..., : len(NAMES)] = film[:, None, : len(NAMES)]
-        return {
-            "record": sigmoid(self.logits(record[:, None], films, age, sex)).mean(1),
-            "film": sigmoid(self.logits(records, film[:, None], age, sex)).mean(1),
-            "last_film": sigmoid(self.logits(records, last, age, sex)).mean(1),
+        averages = {
+            "record": self._mean(record[:, None], films, age, sex).mean(1),
+            "film": self._mean(records, film[:, None], age, sex).mean(1),
+            "last_film": self._mean(records, last, age, sex).mean(1),
         }
+        if self.text_signal:
+            averages["text"] = self._mean(records, films, age, sex, np.repeat(frail[:, None], draws, 1)).mean(1)
+        return averages
 
 
 def sigmoid(x: Array) -> Array:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ehr_features import demo_text
 from ehr_features.demo_people import People
 from ehr_features.demo_plan import Plan
 from ehr_features.demo_tables import columns, write_csv
@@ -83,7 +84,7 @@ def write_ed(people: People, plan: Plan, out: Path) -> dict[str, int]:
     triage["pain"] = rng.choice(np.array([*map(str, range(11)), "ua", "unable", None], object), count)
     triage["acuity"] = np.clip(np.round(2.6 - 0.5 * severity + 0.6 * rng.standard_normal(count)), 1, 5)
     triage.loc[rng.random(count) < 0.02, "acuity"] = np.nan
-    triage["chiefcomplaint"] = _complaints(rng, people, plan)
+    triage["chiefcomplaint"] = demo_text.complaints(_complaints(rng, people, plan), visits, people.studies, plan)
     times = np.repeat(np.arange(count), np.where(rng.random(count) < 0.05, 0, rng.integers(1, 6, count)))
     vital = _at(rng, visits, key, times)
     vital = pd.concat([vital, _signs(rng, severity[times], 0.05)], axis=1)
@@ -96,6 +97,7 @@ def write_ed(people: People, plan: Plan, out: Path) -> dict[str, int]:
     drugs = pd.DataFrame(DRUGS, columns=["name", "gsn", "ndc", "rn", "etccode", "etcdescription"])
     recon = pd.concat([recon, drugs.iloc[rng.integers(0, len(drugs), len(recon))].reset_index(drop=True)], axis=1)
     recon["etc_rn"] = 1
+    recon = demo_text.home_drugs(recon.drop(columns="rn"), visits, plan)
     given = np.repeat(np.arange(count), rng.integers(0, 4, count))
     pyxis = _at(rng, visits, key, given)
     pyxis["med_rn"] = pyxis.groupby("stay_id").cumcount() + 1

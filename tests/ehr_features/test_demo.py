@@ -79,7 +79,9 @@ def _stays(outcomes: Outcomes, plan: Plan) -> pd.DataFrame:
     place = stays["admission"].to_numpy()
     age_z, male = age_and_sex(stays)
     record, film = everyone.record[place], everyone.film[place]
-    table = pd.DataFrame({name: p[:, 0] for name, p in outcomes.probabilities(record, film, age_z, male, 60).items()})
+    table = pd.DataFrame(
+        {name: p[:, 0] for name, p in outcomes.probabilities(record, film, age_z, male, draws=60).items()}
+    )
     table["died"], table["severity"] = stays["died"].to_numpy(), record[:, 0]
     table[list(NAMES)] = amounts(film[:, : len(NAMES)])
     return table
