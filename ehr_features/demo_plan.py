@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Plan.view_shortcut,
         metavar="P",
-        help="0 to 1: boxes burnt into the films tell of their findings, on PA films the other way round",
+        help="0 to 1: boxes in the films tell of findings; on PA films the opposite",
     )
     parser.add_argument(
         "--ed-text", type=float, default=Plan.ed_text, metavar="P", help="0 to 1: complaints tell of the film"
@@ -71,11 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Plan.text_signal,
         metavar="S",
-        help="0 or more (1 is strong): complaints and home drugs tell of death, Fracture, Pneumonia what no film does",
+        help="notes tell what no film does; 1 is strong",
     )
-    parser.add_argument(
-        "--leak", type=float, default=Plan.leak, metavar="P", help="0 to 1: complaints name what the film shows"
-    )
+    parser.add_argument("--leak", type=float, default=Plan.leak, metavar="P", help="0 to 1: complaints name findings")
 
 
 def hours_between(later: pd.Series, earlier: pd.Series) -> Array:
