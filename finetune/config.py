@@ -145,12 +145,15 @@ class FuseConfig(Settings):
     seed: int = 0
     task: str = "mortality"  # a table of features/samples/
     model: str = "medfuse"  # a name of fusion.MODELS
-    pairing: Literal["paired", "partial"] = "partial"  # train and choose on stays with a film, or on all
+    pairing: Literal["paired", "partial"] = "partial"  # samples with a film, or all
+    val_pairing: Literal["paired", "partial"] | None = None  # where validation differs from `pairing`
+    test_pairing: Literal["paired", "partial"] | None = None  # where the test split does
     freeze: bool = True  # film features computed once; false tunes the encoder too
     pool: Literal["cls", "avg", "both"] | None = None  # of the encoder; its own if none
     unpaired_share: float = Field(1.0, ge=0, le=1)  # of the train stays without a film, drawn once by seed
     epoch_samples: int | None = Field(None, ge=1)  # train rows of an epoch, drawn anew each time; all if none
     film: Literal["features", "findings", "both"] = "both"  # findings: logits of a head fitted on all train films
+    films: int = Field(5, ge=1)  # of medfuse_time: the most films that it looks at, the last before the prediction
     context: bool = True  # give the film's view and age beside its features
     control: Literal["none", "context", "another"] = "none"  # no pixels; or another subject's film of the same view
     standardise: bool = True  # film features by the mean and deviation of the train films
@@ -197,6 +200,12 @@ class FuseConfig(Settings):
             raise ValueError("`unfreeze_after` needs freeze=false: it says when tuning begins")
         if self.freeze_record and self.record_weights is None:
             raise ValueError("`freeze_record` needs `record_weights`: a record branch that never learned says nothing")
+        if self.record_weights is not None and self.model in ("film_only", "record_transformer", "record_gbm"):
+            raise ValueError(f"`record_weights` {self.record_weights}: model={self.model} has no LSTM to take them")
+        if self.freeze_record and self.model == "record_lstm":
+            raise ValueError("`freeze_record` with model=record_lstm leaves nothing to train")
+        if self.film_weights is not None and not film:
+            raise ValueError(f"`film_weights` {self.film_weights}: model={self.model} has no film branch")
         if self.control != "none" and not (film and self.freeze):
             raise ValueError("`control` needs a model with a film and freeze=true")
         if not film and not self.freeze:

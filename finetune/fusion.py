@@ -42,7 +42,6 @@ class Sizes:
     dropout: float = 0.3
     missing: Literal["zero", "learnable"] = "learnable"  # concat's token for an absent film
     film_labels: int | None = None  # the film branch's own head, if it was trained on other labels
-    films: int = 5  # the most films that medfuse_time looks at
 
 
 class Output(NamedTuple):
@@ -69,11 +68,20 @@ class RecordLSTM(nn.Module):
                 name.split(".")[1][:9], nn.init.zeros_
             )(weight)
 
+    def begin(self, series: Tensor) -> Tensor:
+        """The first layer's states: (B, T, F) -> (B, T, hidden)."""
+        states: Tensor = self.layers[0](series)[0]
+        return states
+
+    def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """The other layers, and of them the last hour: (B, T, hidden) -> (B, hidden)."""
+        for layer in self.layers[1:]:
+            states, _ = layer(states)
+        return self.drop(last_hour(states, lengths))
+
     def encode(self, series: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, F) -> (B, hidden)"""
-        for layer in self.layers:
-            series, _ = layer(series)
-        return self.drop(last_hour(series, lengths))
+        return self.finish(self.begin(series), lengths)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         return Output(self.head(self.encode(series, lengths)))
@@ -210,6 +218,7 @@ class Late(_Fusion):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
+        assert self.same_labels, "both branches predict the same labels"
         del self.project
         self.register_buffer("share", torch.tensor(0.5))  # of the film
 
@@ -235,15 +244,12 @@ class DAFT(_Fusion):
         self.shift = nn.Linear(bottleneck, sizes.hidden, bias=False)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
-        first, *others = self.record.layers
-        states, _ = first(series)  # (B, T, hidden)
+        states = self.record.begin(series)
         joint = functional.relu(self.squeeze(torch.cat([film, mean_hours(states, lengths)], dim=1)))
-        present = has_image[:, None]
-        states = states * (1 + present * self.scale(joint))[:, None] + (present * self.shift(joint))[:, None]
-        for layer in others:
-            states, _ = layer(states)
-        record = self.record.drop(last_hour(states, lengths))
-        return Output(self.record.head(record), {k: v for k, v in self.parts(record, film).items() if k == "film"})
+        scale, shift = (has_image[:, None] * way(joint) for way in (self.scale, self.shift))  # (B, hidden)
+        record = self.record.finish(states * (1 + scale)[:, None] + shift[:, None], lengths)
+        parts = self.parts(record, film)
+        return Output(parts.pop("record"), parts)
 
 
 class MMTM(_Fusion):
@@ -264,14 +270,10 @@ class MMTM(_Fusion):
         self.head = nn.Linear(2 * sizes.hidden, sizes.labels)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
-        first, *others = self.record.layers
-        states, _ = first(series)
+        states = self.record.begin(series)
         joint = functional.relu(self.squeeze(torch.cat([film, mean_hours(states, lengths)], dim=1)))
         gate = torch.where(has_image[:, None], 2 * self.gate_record(joint).sigmoid(), 1.0)
-        states = states * gate[:, None]
-        for layer in others:
-            states, _ = layer(states)
-        record = self.record.drop(last_hour(states, lengths))
+        record = self.record.finish(states * gate[:, None], lengths)
         film = film * 2 * self.gate_film(joint).sigmoid()
         token = self.project(film) * has_image[:, None]
         return Output(self.head(torch.cat([record, token], dim=1)), self.parts(record, film))

@@ -32,7 +32,7 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
     about: dict[str, Any] = {"warnings": [], "encoder": config.encoder, "supervision": "none", "films_seen": "none"}
     kind = MODELS.get(config.model)
     store = None if config.store is None else Store(config.store)
-    films = 5 if getattr(kind, "many_films", False) else 1
+    films = config.films if getattr(kind, "many_films", False) else 1
     samples = load(config.features, config.task, readable=store, films=films, max_hours=config.max_hours)
     lost = int((samples.table["dicom_id"].notna().to_numpy() & ~samples.has_image).sum())
     if lost:
@@ -78,10 +78,12 @@ def _films(
         films = (torch.from_numpy(features) - mean) / deviation
         head, logits, more = findings.fit(scaled[0], scaled[1], labelled["train"][2], films, samples.film_subjects())
         features = np.concatenate([features, logits.numpy()], axis=1)
+    encoder, origin = (None, None) if config.freeze else open_any(str(config.encoder), config.seed, config.weights)
     branch = FilmBranch(
         mean,
         deviation,
-        encoder=None if config.freeze else open_any(str(config.encoder), config.seed, config.weights)[0],
+        encoder=encoder,
+        origin=origin,
         pool=name,
         findings=head,
         keep=config.film != "findings",

@@ -49,8 +49,12 @@ def loss_of(output: Output, labels: Tensor, has_image: Tensor, part_weight: floa
         labels: (B, L) 0, 1, NaN (does not count).
         has_image: (B, K).
         exclusive: exactly one label of a row is 1: softmax, not sigmoid.
+
+    Logits that carry no gradient (`late`: its branches are trained apart) add nothing, and the parts count in full.
     """
     loss = entropy(output.logits, labels, exclusive=exclusive)
+    if output.parts and not output.logits.requires_grad:
+        part_weight = 1.0
     for name, logits in output.parts.items():
         where = has_image[:, :1] if name == "film" else torch.ones_like(has_image[:, :1])
         loss = loss + part_weight * entropy(logits, labels, where, exclusive=exclusive)

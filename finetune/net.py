@@ -31,6 +31,7 @@ class FilmBranch(nn.Module):
 
     Args:
         encoder: to be tuned; None where batches bring the features of a frozen one.
+        origin: where it was trained; None for random weights.
         pool: of the encoder; `both` puts its two side by side.
         mean, deviation: (D,) of the train films' features.
         findings: a fitted head for the findings; None leaves its logits out.
@@ -48,6 +49,7 @@ class FilmBranch(nn.Module):
         deviation: Tensor,
         *,
         encoder: Encoder | None = None,
+        origin: Path | None = None,
         pool: str | None = None,
         findings: nn.Linear | None = None,
         keep: bool = True,
@@ -55,7 +57,7 @@ class FilmBranch(nn.Module):
         fixed_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.fixed_norm = fixed_norm
+        self.fixed_norm, self.origin = fixed_norm, origin
         self.encoder, self.pool, self.findings, self.keep, self.context = encoder, pool, findings, keep, context
         self.register_buffer("mean", mean)
         self.register_buffer("deviation", deviation)
@@ -147,13 +149,18 @@ def load_branch(branch: nn.Module, folder: str | Path, model: str) -> None:
         folder: a run of `fuse model=MODEL`.
     Raises: UserError: no such run, or weights of another shape.
     """
+    state = read_branch(folder, model)
+    if faults := encoders.differences(branch.state_dict(), state):
+        raise UserError(f"{folder}: these are not the weights of this model's {model} branch: {faults}")
+    branch.load_state_dict(state)
+
+
+def read_branch(folder: str | Path, model: str) -> dict[str, Tensor]:
+    """The weights of a finished run of one branch alone. Raises: UserError: no such run."""
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a finished `fuse model={model}` run")
-    state = {k.removeprefix("model."): v for k, v in load_file(path).items() if k.startswith("model.")}
-    if faults := encoders.differences(branch.state_dict(), state):
-        raise UserError(f"{path}: these are not the weights of this model's {model} branch: {faults}")
-    branch.load_state_dict(state)
+    return {k.removeprefix("model."): v for k, v in load_file(path).items() if k.startswith("model.")}
 
 
 def fit_scale(features: NDArray[np.float32]) -> tuple[Tensor, Tensor]:

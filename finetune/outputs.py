@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from ehr_features.files import new_file, read_table
-from finetune import metrics, results, tasks
+from finetune import guard, metrics, results, tasks
 from finetune.config import FuseConfig
 from finetune.net import FilmBranch, Net
 from finetune.samples import Samples
@@ -65,10 +65,17 @@ def write(
     return done
 
 
-def poorer(samples: Samples, has_films: bool) -> dict[str, Samples]:
-    """The samples with less to see: no film at all, or a series that ends 6 or 24 hours early."""
-    out = {f"without the last {h} h": replace(samples, length=np.maximum(samples.length - h, 0)) for h in (6, 24)}
-    return out | ({"without films": replace(samples, films=np.full_like(samples.films, -1))} if has_films else {})
+def poorer(samples: Samples, has_films: bool, seed: int) -> dict[str, Samples]:
+    """The samples with less to see: no film, half of the films (drawn by seed), a series that ends 6 or 24 h early."""
+    steps = {h: round(h / samples.step_hours) for h in (6, 24)}
+    out = {
+        f"without the last {h} h": replace(samples, length=np.maximum(samples.length - n, 0)) for h, n in steps.items()
+    }
+    if has_films:
+        half = np.random.default_rng([seed, 2]).random(len(samples)) < 0.5
+        for name, lost in (("without films", np.ones_like(half)), ("without half of the films", half)):
+            out[name] = replace(samples, films=np.where(lost[:, None], -1, samples.films))
+    return out
 
 
 def subsets(table: pd.DataFrame, has_image: NDArray[np.bool_], split: str) -> dict[str, NDArray[np.bool_]]:
@@ -115,12 +122,17 @@ def save(folder: Path, net: Net, samples: Samples, config: FuseConfig) -> None:
     with new_file(folder / "model.safetensors") as part:
         save_file(state, part)
     encoder = None if net.films is None else net.films.encoder
-    if encoder is not None:
-        groups = {**(encoder.meta.get("ehr_groups") or {}), config.task: "discharge"}
-        encoders.save(folder / "encoder", encoder, {"ehr_groups": groups, "tuned_from": config.encoder})
-        seen = samples.table.loc[samples.table["split"] == "train", ["subject_id"]].drop_duplicates()
-        with new_file(folder / "seen_subjects.parquet") as part:
-            seen.to_parquet(part, index=False)
+    if net.films is not None and encoder is not None:
+        more: dict[str, Any] = {"tuned_from": config.encoder}
+        if config.task in tasks.FILM_TASKS:
+            more["supervised_by"] = "findings"
+        else:  # an outcome, known at discharge only
+            more["ehr_groups"] = {**(encoder.meta.get("ehr_groups") or {}), config.task: "discharge"}
+        encoders.save(folder / "encoder", encoder, more)
+        train = samples.table.loc[samples.table["split"] == "train", ["subject_id", "split"]]
+        if (seen := guard.seen_after(net.films.origin, train)) is not None:
+            with new_file(folder / "seen_subjects.parquet") as part:
+                seen.to_parquet(part, index=False)
 
 
 def announce(

@@ -47,6 +47,7 @@ class Samples:
     features: NDArray[np.float32] | None = None  # (M, D) of a frozen encoder
     store: Store | None = None  # the films, for an encoder that is tuned
     hours_left: NDArray[np.float64] | None = None  # (N,) of length_of_stay, whose labels exclude each other
+    step_hours: float = 1.0  # of the series
 
     def __len__(self) -> int:
         return len(self.table)
@@ -125,9 +126,9 @@ def load(
     hours_left = table["los_remaining_hours"].to_numpy(float) if "los_bin" in table else None
     table = one_hot(table) if hours_left is not None else table
     names = [str(c) for c in table if c not in KEYS and pd.api.types.is_numeric_dtype(table[c])]
-    values, start, length = _record(folder, table, task)
+    step = 1.0 if task == "findings" else float(read_json(Path(folder) / "series.json").get("step_hours", 1))
+    values, start, length = _record(folder, table, task, step)
     if max_hours is not None:
-        step = float(read_json(Path(folder) / "series.json").get("step_hours", 1))
         cut = np.maximum(length - round(max_hours / step), 0)
         start, length = start + cut, length - cut
     linked, film_hours, film_ids, views = _place(_film_rows(folder, table, task, readable, films), len(table), films)
@@ -143,16 +144,16 @@ def load(
         hours=film_hours,
         views=views,
         hours_left=hours_left,
+        step_hours=step,
     )
 
 
 def _record(
-    folder: str | Path, table: pd.DataFrame, task: str
+    folder: str | Path, table: pd.DataFrame, task: str, step: float
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
     """All series on end (hours, F), and each sample's first row and number of hours in them."""
     if task == "findings":  # films alone
         return np.zeros((1, 1), np.float32), *np.zeros((2, len(table)), np.int64)
-    step = float(read_json(Path(folder) / "series.json").get("step_hours", 1))
     loaded = series.load(folder, stay_ids=table["stay_id"].unique().tolist())
     ids = np.array(list(loaded))
     size = np.array([len(loaded[i]) for i in ids])

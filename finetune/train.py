@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from configs import UserError
 from ehr_features.files import new_file, read_json, write_json
 from finetune import gbm, outputs
 from finetune.config import FuseConfig
 from finetune.fusion import MODELS, Sizes
 from finetune.inputs import prepare
 from finetune.loop import Scores, predict, train
-from finetune.net import FilmBranch, Net, load_branch
+from finetune.net import FilmBranch, Net, load_branch, read_branch
 from finetune.outputs import Predictions, weights_of
 from finetune.samples import Samples
 from pretrain import run
@@ -53,14 +57,16 @@ def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
         own = config.model_copy(update={"seed": seed})
         place = folder if config.seeds == 1 else folder / f"seed_{seed}"
         if config.model == "record_gbm":
-            found.append(gbm.train(samples, rows, seed))
+            model: Callable[[Samples, NDArray[np.int64]], Predictions] = gbm.train(samples, rows["train"], seed)
         else:
-            net = search(own, samples, films, rows, accelerator, log, place)
-            found.append({split: predict(net, samples, rows[split], own, accelerator) for split in ("val", "test")})
-            for name, changed in outputs.poorer(samples, films is not None).items() if config.robustness else ():
-                found[-1][name] = predict(net, changed, rows["test"], own, accelerator)
+            net, trials = search(own, samples, films, rows, accelerator, log, place)
+            model = partial(_say, net, own, accelerator)
+            about["lr"] = [*about.get("lr", []), *trials]
             if accelerator.is_main_process:
                 outputs.save(place, net, samples, own)
+        found.append({split: model(samples, rows[split]) for split in ("val", "test")})
+        for name, changed in outputs.poorer(samples, films is not None, seed).items() if config.robustness else ():
+            found[-1][name] = model(changed, rows["test"])
         if accelerator.is_main_process and config.seeds > 1:
             outputs.write(place, samples, rows, [found[-1]], own, about)
     if accelerator.is_main_process:
@@ -71,8 +77,9 @@ def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
 
 def choose_rows(config: FuseConfig, samples: Samples) -> Rows:
     """Row numbers of each split; a model that needs a film, or pairing=paired, takes those with one."""
-    paired = "paired" if getattr(MODELS.get(config.model), "needs_film", False) else config.pairing
-    rows = {split: samples.rows(split, paired) for split in ("train", "val", "test")}
+    needs = "paired" if getattr(MODELS.get(config.model), "needs_film", False) else None
+    given = {"train": None, "val": config.val_pairing, "test": config.test_pairing}
+    rows = {split: samples.rows(split, needs or own or config.pairing) for split, own in given.items()}
     if config.unpaired_share < 1:
         film = samples.has_image[rows["train"]]
         without = rows["train"][~film]
@@ -91,24 +98,30 @@ def search(
     accelerator: Accelerator,
     log: run.Log,
     folder: Path,
-) -> Net:
-    """Train with each lr that is to be tried; the net of the best validation score. No trial is done twice."""
+) -> tuple[Net, list[dict[str, Any]]]:
+    """Train with each lr that is to be tried. No trial is done twice.
+
+    Returns: the net of the best validation score; of each trial its lr, seed, scores on validation, and if it was kept.
+    """
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if not config.lr_draws:
         net = build(config, samples, films)
-        train(net, samples, rows, config, accelerator, log if folder == log.folder else run.Log(folder), folder)
-        return net
+        own_log = log if folder == log.folder else run.Log(folder)
+        value = train(net, samples, rows, config, accelerator, own_log, folder)
+        return net, [_told(config, value) | {"kept": True}]
     low, high = np.log(config.lr_range)
     lrs = np.exp(np.random.default_rng([config.seed, 1]).uniform(low, high, config.lr_draws)).tolist()
-    best: tuple[Scores, Net] | None = None
+    best: tuple[Scores, Net, int] | None = None
+    trials = []
     for i, lr in enumerate(lrs):
         own = config.model_copy(update={"lr": lr})
         net, value = _trial(own, samples, films, rows, accelerator, folder / "search" / f"lr_{i}")
         log.say(f"  lr {lr:.2e}: validation AUROC {value.auroc:.3f}, loss {value.loss:.3f}")
         if value.better(best and best[0]):
-            best = value, net
+            best = value, net, i
+        trials.append(_told(own, value))
     assert best is not None, "there was a draw"
-    return best[1]
+    return best[1], [trial | {"kept": i == best[2]} for i, trial in enumerate(trials)]
 
 
 def _trial(
@@ -119,14 +132,27 @@ def _trial(
     net, done = build(config, samples, films), folder / "trial.json"
     if done.is_file():
         net.load_state_dict(load_file(folder / "net.safetensors"))
-        return net, Scores(*read_json(done)["scores"])
+        told = read_json(done)
+        return net, Scores(float("nan") if told["val_auroc"] is None else told["val_auroc"], told["val_loss"])
     value = train(net, samples, rows, config, accelerator, run.Log(folder), folder)
     if accelerator.is_main_process:
         with new_file(folder / "net.safetensors") as part:
             save_file({key: weight.contiguous() for key, weight in weights_of(net).items()}, part)
-        write_json(done, {"lr": config.lr, "seed": config.seed, "scores": [None if np.isnan(v) else v for v in value]})
+        write_json(done, _told(config, value))
     accelerator.wait_for_everyone()
     return net, value
+
+
+def _told(config: FuseConfig, scores: Scores) -> dict[str, Any]:
+    """A training in results.json."""
+    auroc = None if np.isnan(scores.auroc) else scores.auroc
+    return {"lr": config.lr, "seed": config.seed, "val_auroc": auroc, "val_loss": scores.loss}
+
+
+def _say(
+    net: Net, config: FuseConfig, accelerator: Accelerator, samples: Samples, rows: NDArray[np.int64]
+) -> Predictions:
+    return predict(net, samples, rows, config, accelerator)
 
 
 def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net:
@@ -137,8 +163,13 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
         inputs=samples.num_inputs, film=0 if films is None else films.width, labels=len(samples.names), **given
     )
     if config.film_weights is not None:
-        head = load_file(Path(config.film_weights) / "model.safetensors").get("model.head.weight", torch.zeros(0))
-        sizes = Sizes(**{**vars(sizes), "film_labels": len(head)})
+        head = read_branch(config.film_weights, "film_only").get("head.weight", torch.zeros(0))
+        sizes = replace(sizes, film_labels=len(head))
+        if config.model in ("late", "film_only") and len(head) != sizes.labels:
+            raise UserError(
+                f"film_weights={config.film_weights}: its head has {len(head)} labels, {config.task} {sizes.labels}, "
+                f"and model={config.model} predicts by it; train it on {config.task}, or leave film_weights out"
+            )
     net = Net(copy.deepcopy(films), MODELS[config.model](sizes))
     if config.record_weights is not None:
         load_branch(getattr(net.model, "record", net.model), config.record_weights, "record_lstm")

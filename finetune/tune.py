@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from configs.cli import Stopped
 from ehr_features.files import new_file
 from finetune.films import Films, evaluation_labels, training_labels
 from finetune.frozen import open_any
+from finetune.guard import seen_after
 from finetune.heads import macro_auroc
 from finetune.learn import Fitted, Learner, Rows
 from finetune.tune_net import Tuned, augment, groups, schedule
@@ -137,14 +137,10 @@ class _Fit:
 
     def export(self, out: Path) -> None:
         """Write OUT/encoder, and the subjects it has seen now: those of its pretraining and the train split."""
-        subjects = self.films.table[["subject_id", "split"]].iloc[self.films.rows("train")].drop_duplicates()
-        before = None if self.origin is None else self.origin.parent / "seen_subjects.parquet"
-        known = self.origin is None or (before is not None and before.is_file())
-        if before is not None and before.is_file():
-            subjects = pd.concat([pd.read_parquet(before), subjects]).drop_duplicates("subject_id")
-        if known:
+        seen = seen_after(self.origin, self.films.table[["subject_id", "split"]].iloc[self.films.rows("train")])
+        if seen is not None:
             with new_file(out / "seen_subjects.parquet") as part:
-                subjects.to_parquet(part, index=False)
+                seen.to_parquet(part, index=False)
         more = {"supervised_by": "findings", "tuned_from": self.config.encoder}
         encoders.save(out / "encoder", self.net.encoder, more)
 

@@ -21,6 +21,7 @@ from configs.cli import Stopped
 from finetune import loop
 from finetune.config import FuseConfig
 from finetune.fusion import MODELS
+from finetune.guard import check_encoder
 from finetune.results import read_results
 from finetune.train import fuse
 from pretrain import encoder as encoders
@@ -118,6 +119,7 @@ def tiny_encoder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("freeze", [True, False])
 def test_the_film_encoder_learns_only_when_it_is_tuned(make_icu: Make, tiny_encoder: Path, freeze: bool) -> None:
     folder = make_icu(stays=60)
+    pd.DataFrame({"subject_id": [1, 100]}).to_parquet(tiny_encoder.parent / "seen_subjects.parquet")
     run = fuse(config(folder, encoder=str(tiny_encoder.parent), freeze=freeze, encoder_lr=1e-3, epochs=2))
     assert (run / "encoder").is_dir() is not freeze
     if not freeze:
@@ -125,7 +127,29 @@ def test_the_film_encoder_learns_only_when_it_is_tuned(make_icu: Make, tiny_enco
         moved = [name for name in before if not torch.equal(before[name], after[name])]
         assert len(moved) > len(before) / 2
         train = pd.read_parquet(folder / "features/samples/mortality.parquet").query("split == 'train'")["subject_id"]
-        assert set(pd.read_parquet(run / "seen_subjects.parquet")["subject_id"]) == set(train)
+        assert set(pd.read_parquet(run / "seen_subjects.parquet")["subject_id"]) == {1, *train}
+        again = check_encoder(run / "encoder", pd.DataFrame({"subject_id": [7], "split": ["test"]}))
+        assert again.supervision == "outcome-supervised" and "mortality" in again.warnings[0]
+
+
+def test_whom_a_tuned_encoder_has_seen_stays_unknown_if_it_was(make_icu: Make, tiny_encoder: Path) -> None:
+    run = fuse(config(make_icu(stays=60), encoder=str(tiny_encoder), freeze=False, epochs=1))
+    assert (run / "encoder").is_dir() and not (run / "seen_subjects.parquet").exists()
+
+
+def test_an_encoder_tuned_on_findings_is_not_called_outcome_supervised(make_icu: Make, tiny_encoder: Path) -> None:
+    folder = make_icu(stays=60)
+    images = pd.read_parquet(folder / "features/images.parquet").query("dicom_id != 'film0000_0'")
+    rows = images[["subject_id", "split", "dicom_id"]].assign(predict_at_hours=np.nan, Edema=images["Edema"])
+    rows.assign(sample_id=images["dicom_id"], stay_id=images["stay_id"]).to_parquet(
+        folder / "features/samples/findings.parquet"
+    )
+    stage = config(folder, task="findings", model="film_only", encoder=str(tiny_encoder), freeze=False, epochs=1)
+    run = fuse(stage)
+    found = check_encoder(run / "encoder", pd.DataFrame({"subject_id": [7], "split": ["test"]}))
+    assert found.supervision == "supervised by findings"
+    about, _ = read_results(fuse(config(folder, encoder=str(run), epochs=1, out=str(folder / "fused"))))
+    assert about["supervision"] == "supervised by findings"
 
 
 def test_a_missing_film_never_reaches_the_encoder(
@@ -186,7 +210,7 @@ def test_the_search_takes_the_lr_of_the_best_validation_and_records_all(make_icu
     run = fuse(config(folder, lr_draws=3, lr_range=[1e-5, 1e-1], epochs=2, samples=0))
     trials = [json.loads((run / "search" / f"lr_{i}" / "trial.json").read_text()) for i in range(3)]
     assert len({trial["lr"] for trial in trials}) == 3 and all(1e-5 <= trial["lr"] <= 1e-1 for trial in trials)
-    best = max(range(3), key=lambda i: (trials[i]["scores"][0], -trials[i]["scores"][1]))
+    best = max(range(3), key=lambda i: (trials[i]["val_auroc"], -trials[i]["val_loss"]))
     chosen, kept = load_file(run / "model.safetensors"), load_file(run / "search" / f"lr_{best}" / "net.safetensors")
     assert all(torch.equal(chosen[name], kept[name]) for name in chosen)
 
