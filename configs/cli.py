@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
@@ -21,7 +22,7 @@ import yaml
 from configs.loader import Settings, UserError, load
 
 STOPPED = 75
-_interrupted_at = -math.inf
+_came_at: dict[int, float] = {}  # signal -> when it came last
 
 
 class Stopped(BaseException):
@@ -125,16 +126,34 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
         return _say(f"{error.filename or 'writing'}: {advice}", 2)
 
 
-def _stop(*_: object) -> NoReturn:
-    raise Stopped("stopped by SIGTERM; the same command goes on from here")
+def _stop(_: int, frame: FrameType | None) -> None:
+    """SIGTERM counts once, as Ctrl-C does: a launcher passes on what every process of a job may have been sent."""
+    if _first(signal.SIGTERM):
+        stopped = Stopped("stopped by SIGTERM; the same command goes on from here")
+        _leave_import(frame, stopped, STOPPED)
+        raise stopped
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt(_: int, frame: FrameType | None) -> None:
     """Ctrl-C counts once: a launcher passes it on to processes that the terminal has told already."""
-    global _interrupted_at
-    if time.monotonic() - _interrupted_at > 3:
-        _interrupted_at = time.monotonic()
+    if _first(signal.SIGINT):
+        _leave_import(frame, "interrupted", 130)
         raise KeyboardInterrupt
+
+
+def _first(number: int) -> bool:
+    """Whether the same signal did not come just before."""
+    before, _came_at[number] = _came_at.get(number, -math.inf), time.monotonic()
+    return _came_at[number] - before > 3
+
+
+def _leave_import(frame: FrameType | None, message: object, code: int) -> None:
+    """Leave at once from the middle of an import, when nothing has begun: an exception there is lost, or misleads."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _say(str(message), code)
+            os._exit(code)
+        frame = frame.f_back
 
 
 def _say(message: str, code: int) -> int:

@@ -11,6 +11,7 @@ a preempted run (75) or a mistake in a config (2) could not be told from a crash
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
@@ -43,7 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         port = "29500" if args.machines > 1 else str(_free_port())
     world = args.processes * args.machines
     threads = str(max(1, (os.cpu_count() or 1) // args.processes))
-    children = []
+    children: list[subprocess.Popen[bytes]] = []
+    told: list[int] = []  # signals that came, to be passed on
+
+    def tell(number: int, _: object) -> None:
+        told.append(number)
+        _send(children, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, tell)
     for local in range(args.processes):
         own = {
             "RANK": str(args.machine_rank * args.processes + local),
@@ -54,19 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         }
-        children.append(subprocess.Popen([sys.executable, "-m", *module], env=os.environ | own))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _send(children, number))
-    return _wait(children)
+        words = [sys.executable, "-m", *module]
+        children.append(subprocess.Popen(words, env=os.environ | own, preexec_fn=_end_with_me))
+    for came in told:
+        _send(children, came)  # it came while they were started
+    return _wait(children, told)
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+def _end_with_me() -> None:
+    """In a child: be killed when the launcher is, so that none trains on alone and holds the folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+def _wait(children: list[subprocess.Popen[bytes]], told: list[int]) -> int:
     """Wait for all; once one has failed the others get a while to leave by themselves, then SIGTERM, then SIGKILL."""
     code, deadline = 0, None
     while any(child.poll() is None for child in children):
         for child in children:
             if code == 0 and child.poll() not in (None, 0):
-                code = _code(children.index(child), child.returncode)
+                code = _code(children.index(child), child.returncode, told)
                 # A mistake is everybody's mistake, and processes that wait in a collective for a dead one never leave.
                 deadline = time.monotonic() + (PATIENCE_SECONDS if code == 75 else 4.0)
         if deadline is not None and time.monotonic() > deadline:
@@ -74,12 +90,16 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
             _send(children, signal.SIGKILL if late else signal.SIGTERM)
             time.sleep(0.5)
         time.sleep(0.05)
-    return code or next((_code(i, c.returncode) for i, c in enumerate(children) if c.returncode), 0)
+    return code or next((_code(i, c.returncode, told) for i, c in enumerate(children) if c.returncode), 0)
 
 
-def _code(local: int, code: int) -> int:
+def _code(local: int, code: int, told: list[int]) -> int:
     if code >= 0:
         return code
+    if -code in told:  # it had not come so far as to listen
+        if local == 0:
+            print(f"stopped by {signal.Signals(-code).name} before it began; the same command begins", file=sys.stderr)
+        return 75 if -code == signal.SIGTERM else 130
     print(
         f"process {local} was ended by {signal.Signals(-code).name}"
         + ("; was the memory used up?" if code == -signal.SIGKILL else ""),

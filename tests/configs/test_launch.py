@@ -66,3 +66,20 @@ def test_a_killed_process_takes_the_others_down_and_is_named(launch) -> None:
     _, err = child.communicate(timeout=90)
     assert child.returncode == 1 and "process 1 was ended by SIGKILL" in err
     assert time.monotonic() - start < 90
+
+
+def test_a_signal_that_comes_before_a_process_listens_is_no_crash(launch) -> None:
+    child = launch("import os, time\nos.write(1, b'ready\\n')\ntime.sleep(60)", "--processes", "2")
+    assert [child.stdout.readline(), child.stdout.readline()] == ["ready\n", "ready\n"]
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=90)
+    assert child.returncode == 75 and err.count("stopped by SIGTERM") == 1 and "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_killed_launcher_takes_its_processes_along(launch) -> None:
+    child = launch("import os, time\nos.write(1, b'ready\\n')\ntime.sleep(600)", "--processes", "2")
+    assert [child.stdout.readline(), child.stdout.readline()] == ["ready\n", "ready\n"]
+    child.kill()
+    out, _ = child.communicate(timeout=90)  # the pipes close when the last of them is gone, long before they have slept
+    assert child.returncode == -signal.SIGKILL and out == ""

@@ -74,7 +74,9 @@ def data(tmp_path_factory) -> Path:
 
 def config(data: Path, out: Path, *overrides: str, **sections) -> PretrainConfig:
     path = out.parent / f"{out.name}.yaml"
-    merged = {key: {**SMALL.get(key, {}), **sections.get(key, {})} for key in {*SMALL, *sections}}
+    merged = {key: {**SMALL.get(key, {}), **sections.get(key, {})} for key in SMALL} | {
+        key: value for key, value in sections.items() if key not in SMALL
+    }
     merged |= {"features": str(data / "features"), "store": str(data / "store"), "out": str(out)}
     path.write_text(yaml.safe_dump(merged))
     return load(PretrainConfig, path, overrides)
@@ -174,15 +176,17 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_75(data, tmp_path):
-    config(data, tmp_path / "x", optim={**SMALL["optim"], "steps": 100000})
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_exits_75(data, tmp_path, workers):
+    """As SLURM sends it: to every process of the job, those that read films too."""
+    config(data, tmp_path / "x", optim={**SMALL["optim"], "steps": 100000}, workers=workers)
     process = subprocess.Popen(
         [sys.executable, "-m", "pretrain", "train", str(tmp_path / "x.yaml")],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     while not (tmp_path / "x/metrics.jsonl").exists():
         assert process.poll() is None, process.stdout.read()
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 75 and "go on with" in said and "Traceback" not in said
     assert run.load_checkpoint(tmp_path / "x")["step"] >= 1
@@ -457,3 +461,16 @@ def test_weights_hand_on_whom_they_have_seen(data, tmp_path):
     meta = enc.read_meta(train.train(bare) / "encoder")
     assert meta["started_from"]["films"] == "unknown"
     assert "whose films are unknown" in (tmp_path / "c/encoder/MODEL_CARD.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_workers_goes_on_at_once(data, tmp_path):
+    """Workers outlive a killed process for some seconds; they do not hold its folder."""
+    config(data, tmp_path / "x", optim={**SMALL["optim"], "steps": 100000}, workers=2)
+    command = [sys.executable, "-m", "pretrain", "train", str(tmp_path / "x.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "x/metrics.jsonl").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    run.open_run(tmp_path / "x", load(PretrainConfig, tmp_path / "x.yaml"))
