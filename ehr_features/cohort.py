@@ -51,7 +51,7 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
     Args:
         preset: `default`: every adult stay that can be true; `medfuse`: the published cohort.
     Returns: stay_id, hadm_id, subject_id, intime, outtime, los_hours, age_years, age_capped, sex, race,
-        anchor_year_group;
+        anchor_year_group, care_unit (the first);
         and for the labels admittime, dischtime, death_at (null: left the hospital alive), died.
     Raises: UserError: nobody is left; an admission or a patient is listed twice.
     """
@@ -61,9 +61,9 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
         last = attrition.exclusions[-1]["why"] if attrition.exclusions else "the table icustays is empty"
         raise UserError(f"the cohort is empty: no ICU stay is left after `{last}`; see attrition, and check mimic_iv")
     columns = ["stay_id", "hadm_id", "subject_id", "intime", "outtime", "los_hours", "age_years", "age_capped"]
-    columns += ["gender", "race", "anchor_year_group", "admittime", "dischtime", "death_at", "died"]
-    frame = frame[columns].rename(columns={"gender": "sex"}).reset_index(drop=True)
-    texts = {"sex": "string", "race": "string", "anchor_year_group": "string", "age_years": "Int64"}
+    columns += ["gender", "race", "anchor_year_group", "first_careunit", "admittime", "dischtime", "death_at", "died"]
+    frame = frame[columns].rename(columns={"gender": "sex", "first_careunit": "care_unit"}).reset_index(drop=True)
+    texts = dict.fromkeys(["sex", "race", "anchor_year_group", "care_unit"], "string") | {"age_years": "Int64"}
     table = pa.Table.from_pandas(frame.astype(texts), preserve_index=False)
     return hold(source.con, f"cohort_{preset}", table)
 

@@ -223,6 +223,7 @@ STAYS: dict[str, Column] = {
     "sex": Column(TEXT, group="sex", available_at="admission"),
     "race": Column(TEXT, group="subgroup", available_at="admission"),
     "anchor_year_group": Column(TEXT, group="subgroup", available_at="admission"),
+    "care_unit": Column(TEXT, "the first", "subgroup", "admission"),
     "split": Column(TEXT, group="split"),
 }
 STAY_FILMS: dict[str, Column] = {  # written by linking.py

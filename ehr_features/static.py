@@ -21,7 +21,7 @@ from configs import UserError
 from ehr_features import schema
 from ehr_features.static_groups import DEFAULT, MSN, MSN_READS, MSN_SETS, READS, Columns, Scale
 
-REPORTING_ONLY = ("race", "insurance", "language", "code_status", "anchor_year_group")
+REPORTING_ONLY = ("race", "insurance", "language", "code_status", "anchor_year_group", "care_unit")
 
 
 def encode(

@@ -53,7 +53,7 @@ def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *,
     """Films of `rows` and their logits (len(rows), L), as studies or films; a study is positive where a film is."""
     table = films.table.iloc[rows].reset_index(drop=True)
     raw = films.labels.iloc[rows].reset_index(drop=True)
-    table = table.assign(**{f"by_{field}": values for field, values in fields(table, raw).items()})
+    table = table.assign(**{f"by_{field}": values for field, values in fields(table).items()})
     labels, probabilities = evaluation_labels(raw), expit(logits)
     table["num_films"] = table.groupby("study_id")["study_id"].transform("size") if unit == "study" else 1
     if unit == "study":
@@ -64,7 +64,7 @@ def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *,
     return Scored(table, labels, probabilities, films.names)
 
 
-def fields(table: pd.DataFrame, labels: pd.DataFrame) -> dict[str, pd.Series]:
+def fields(table: pd.DataFrame) -> dict[str, pd.Series]:
     """The subgroup fields that these films have; missing values are a group of no one."""
     found: dict[str, pd.Series] = {}
     if "sex" in table:
@@ -78,12 +78,10 @@ def fields(table: pd.DataFrame, labels: pd.DataFrame) -> dict[str, pd.Series]:
         found["race"] = known.where(known.notna() | names.isna(), "other")
     if "view" in table:
         found["view"] = table["view"]
-    if "Support Devices" in labels:
-        found["support_devices"] = (labels["Support Devices"] == 1).map({True: "yes", False: "no"})
+    if "support_devices" in table:
+        found["support_devices"] = table["support_devices"].map({True: "yes", False: "no"})
     if "care_unit" in table:
         found["care_unit"] = table["care_unit"]
-    elif "in_icu" in table:
-        found["care_unit"] = table["in_icu"].map({1: "ICU", 0: "not ICU"})
     if "anchor_year_group" in table:
         found["year_group"] = table["anchor_year_group"]
     return {name: values.astype(object).where(values.notna(), None) for name, values in found.items()}
@@ -94,7 +92,7 @@ def macros(names: Sequence[str]) -> dict[str, list[str]]:
     found = {}
     if "No Finding" in names and len(names) > 2:
         found["macro without No Finding"] = [name for name in names if name != "No Finding"]
-    if set(CHEXPERT5) < set(names):
+    if set(CHEXPERT5) <= set(names):
         found["macro CheXpert-5"] = list(CHEXPERT5)
     return found
 

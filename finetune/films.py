@@ -86,10 +86,23 @@ def read_films(features: str | Path, *, labels: Sequence[str] = (), views: str =
             raise UserError(f"{features}/images.parquet: no finding `{name}`; {hint}")
     names = list(labels) or known
     values = table[names].astype(np.float64)
+    table = _with_groups(table, features)
     films = Films(table.drop(columns=known).reset_index(drop=True), values.reset_index(drop=True), {})
     if views == "frontal":
         films = films.keep(films.table["view"].isin(FRONTAL).to_numpy(dtype=bool), "not frontal")
     return films.keep(films.labels.notna().any(axis=1).to_numpy(), "no labels")
+
+
+def _with_groups(table: pd.DataFrame, features: str | Path) -> pd.DataFrame:
+    """Subgroup columns that are no columns yet: support_devices, and the care_unit of films of an ICU stay."""
+    more = {"support_devices": table["Support Devices"] == 1} if "Support Devices" in table else {}
+    if "in_icu" in table:
+        more["care_unit"] = table["in_icu"].map({1: "ICU, unit unknown", 0: "not ICU"}).astype(object)
+        stays = read_table(features, "stays") if (Path(features) / "stays.parquet").is_file() else pd.DataFrame()
+        if "care_unit" in stays:
+            unit = table["stay_id"].map(stays.set_index("stay_id")["care_unit"])
+            more["care_unit"] = more["care_unit"].where(unit.isna(), unit)
+    return table.assign(**more)
 
 
 def check_splits(films: Films) -> None:

@@ -72,8 +72,9 @@ def open_frozen(
             small = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(films)[:, None].float() / 255, pixels)
             return {"avg": small.flatten(1).numpy()}
 
-        about = {"parameters": 0, "image_size": pixels, "films_seen": 0, "weights": "none"}
-        return Frozen(f"pixels {pixels}x{pixels}", f"pixels{pixels}", shrink, None, about)
+        key = f"pixels{pixels}"
+        about: dict[str, Any] = {"hash": key, "parameters": 0, "image_size": pixels, "films_seen": 0, "weights": "none"}
+        return Frozen(f"pixels {pixels}x{pixels}", key, shrink, None, about)
     encoder, folder = open_any(spec, seed, weights)
     encoder = encoder.to(device).eval()
 
@@ -82,9 +83,8 @@ def open_frozen(
         features = encoder.features(encoder.preprocess(films).to(device))
         return {pool: encoder.pool(features, pool).float().cpu().numpy() for pool in encoder.pools if pool != "max"}
 
-    state = {name: file_weights(value) for name, value in encoder.net.state_dict().items()}
-    key = digest([state, encoder.meta["arch"], encoder.meta["model_args"], encoder.preprocess.to_json()])
-    return Frozen(spec, key, encode, folder, describe(encoder, spec, folder))
+    about = describe(encoder, spec, folder)
+    return Frozen(spec, str(about["hash"]), encode, folder, about)
 
 
 def open_any(spec: str, seed: int = 0, weights: WeightsConfig | None = None) -> tuple[Encoder, Path | None]:
@@ -97,10 +97,12 @@ def open_any(spec: str, seed: int = 0, weights: WeightsConfig | None = None) -> 
 
 
 def describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]:
-    """What every row of a comparison carries: parameters, input size, films seen in pretraining."""
+    """What every row of a comparison carries: parameters, input size, films seen in pretraining; `hash`: of weights."""
     seen = {True: 0, False: encoder.meta.get("num_films")}[folder is None]
     origin = "random, timm's initialisation" if folder is None else f"step {encoder.meta.get('step')}"
+    state = {name: file_weights(value) for name, value in encoder.net.state_dict().items()}
     return {
+        "hash": digest([state, encoder.meta["arch"], encoder.meta["model_args"], encoder.preprocess.to_json()]),
         "parameters": sum(p.numel() for p in encoder.net.parameters()),
         "image_size": encoder.meta["image_size"],
         "arch": encoder.meta["arch"],

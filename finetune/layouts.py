@@ -2,7 +2,7 @@
 
 Comes in: a table in its published layout and the folder of its films. Goes out: `Films` with a column path.
 Official splits are kept; where there is no val, an eighth of the train subjects becomes it, by hash. Without an
-official split all subjects go 70 / 10 / 20 by hash.
+official split all subjects go 70 / 10 / 20 by hash, with a warning.
 """
 
 from __future__ import annotations
@@ -54,6 +54,13 @@ NIH_AS_CHEXPERT = {
     "No Finding": "No Finding",
 }
 VAL_OF_TRAIN = 0.125  # as 10 of 80
+CHEXPERT_TESTS = ("test.csv", "test_labels.csv")
+AS_CHEXPERT = {"Airspace Opacity": "Lung Opacity"}  # so called in MIMIC-CXR-JPG 2.1.0's file, and in CheXlocalize
+AGE = r"^\s*0*(?P<number>\d+(?:\.\d+)?)(?P<unit>[YMD]?)"
+
+
+# A row a film (dicom_id, study_id, subject_id, split, view, ...), its labels, what a reader of the results must know.
+Read = tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]
 
 
 def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 0) -> Films:
@@ -64,14 +71,26 @@ def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 
         seed: of the hash split.
     Raises: UserError: columns or files missing, an unknown label, no film found.
     """
-    table, found = {"nih": _nih, "chexpert": _chexpert, "csv": _csv}[config.layout](config, seed)
+    table, found, warnings = {"nih": _nih, "chexpert": _chexpert, "csv": _csv}[config.layout](config, seed)
+    if "Support Devices" in found:
+        table["support_devices"] = found["Support Devices"] == 1
     if config.names == "chexpert" and config.layout == "nih":
         found = to_chexpert(found)
     if unknown := [name for name in labels if name not in found]:
         raise UserError(f"{config.table}: no label `{unknown[0]}`; there are {', '.join(map(str, found.columns))}")
     found = found[list(labels)] if labels else found
+    odd = ~(found.isin([0, 1, -1]) | found.isna())
+    if odd.any(axis=None):
+        name = str(odd.columns[odd.any()][0])
+        raise UserError(
+            f"{config.table}: {odd[name].sum()} values of `{name}` are not 1, 0, -1 (uncertain) or empty, the first in "
+            f"row {int(odd[name].to_numpy().argmax())}"
+        )
+    if table["dicom_id"].duplicated().any():
+        twice = table["dicom_id"][table["dicom_id"].duplicated()]
+        raise UserError(f"{config.table}: {twice.nunique()} films have more than one row, e.g. {twice.iloc[0]}")
     table["path"], why = _paths(table, config)
-    films = Films(table, found.astype(np.float64).reset_index(drop=True), {})
+    films = Films(table, found.astype(np.float64).reset_index(drop=True), {}, warnings)
     films = films.keep(table["path"].notna().to_numpy(), why)
     if not len(films):
         raise UserError(
@@ -86,9 +105,9 @@ def to_chexpert(labels: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({name: labels[of].max(axis=1) for name, of in own.items() if of})
 
 
-def _nih(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _nih(config: TableConfig, seed: int) -> Read:
     """Data_Entry_2017(_v2020).csv; train_val_list.txt and test_list.txt beside it are the official split."""
-    raw = _read(config.table, ["Image Index", "Finding Labels", "Patient ID", "View Position"])
+    raw = read(config.table, ["Image Index", "Finding Labels", "Patient ID", "View Position"])
     findings = raw["Finding Labels"].str.split("|").apply(set)
     labels = pd.DataFrame({name: findings.map(lambda s, name=name: float(name in s)) for name in NIH})
     table = pd.DataFrame(
@@ -98,64 +117,79 @@ def _nih(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
             "subject_id": _ids(raw["Patient ID"], config.table),
             "view": raw["View Position"],
             "sex": raw.get("Patient Gender"),
-            "age_years": _numbers(raw, "Patient Age"),
+            "age_years": _years(raw, "Patient Age"),
         }
     )
     lists = {
         split: Path(config.table).with_name(name)
         for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt"))
     }
-    if not all(path.is_file() for path in lists.values()):
+    if absent := [path.name for path in lists.values() if not path.is_file()]:
         table["split"] = [by_hash(subject, seed) for subject in table["subject_id"]]
-        return table, labels
+        says = (
+            f"no {' and no '.join(absent)} beside {config.table}: split by hash, not comparable with published numbers"
+        )
+        return table, labels, (says,)
     official = {Path(line).stem: split for split, path in lists.items() for line in path.read_text().split()}
     table["split"] = table["dicom_id"].map(official)
     if table["split"].isna().any():
         raise UserError(f"{config.table}: {table['split'].isna().sum()} films are in neither of the lists beside it")
-    return _carve(table, seed), labels
+    return _carve(table, seed), labels, ()
 
 
-def _chexpert(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """train.csv, with valid.csv and test.csv (or test_labels.csv) beside it; without a test, valid is the test."""
-    folder = Path(config.table).parent
-    test = next((p for name in ("test.csv", "test_labels.csv") if (p := folder / name).is_file()), None)
-    parts = {"train": Path(config.table), "val": folder / "valid.csv", "test": test}
-    if test is None:
-        parts["val"], parts["test"] = None, folder / "valid.csv"
-    frames = []
-    for split, path in parts.items():
-        if path is not None:
-            frame = _read(path, ["Path", *(FINDINGS if split == "train" else ())])
-            frames.append(frame.assign(split=split))
-    raw = pd.concat(frames, ignore_index=True)
+def _chexpert(config: TableConfig, seed: int) -> Read:
+    """train.csv, with valid.csv and test.csv (or test_labels.csv) beside it; without a test, valid is the test.
+
+    A `table` that is not the train table is a test set by itself, for `method: transfer`.
+    """
+    given, warnings = Path(config.table), list[str]()
+    valid, test = given.with_name("valid.csv"), None
+    for name in CHEXPERT_TESTS:
+        test = test or (path if (path := given.with_name(name)).is_file() else None)
+    parts: dict[str, Path | None] = {"train": given, "val": valid, "test": test}
+    if given.name in (valid.name, *CHEXPERT_TESTS):
+        parts = {"test": given}
+    elif test is None:
+        parts |= {"val": None, "test": valid}
+        warnings.append(f"no {' or '.join(CHEXPERT_TESTS)} beside {given}: {valid.name} is the test split")
+    frames = [read(path, ["Path"]).assign(split=split) for split, path in parts.items() if path is not None]
+    raw = pd.concat([frame.rename(columns=AS_CHEXPERT) for frame in frames], ignore_index=True)
+    if missing := [name for name in FINDINGS if name not in raw]:
+        raise UserError(f"{given}: columns missing: {', '.join(missing)}; found {', '.join(map(str, frames[0]))}")
     names = raw["Path"].str.extract(r"(?P<patient>patient(?P<number>\d+))/(?P<study>study\d+)/(?P<film>[^/]+)\.\w+$")
     if names.isna().any(axis=None):
         odd = raw["Path"][names["film"].isna()].iloc[0]
         raise UserError(f"{config.table}: a path is not of the form .../patientN/studyN/NAME.jpg: {odd}")
-    lateral = raw["Frontal/Lateral"] == "Lateral" if "Frontal/Lateral" in raw else names["film"].str.contains("lateral")
-    view = raw.get("AP/PA", pd.Series(index=raw.index, dtype=object))
+    raw = raw.reindex(
+        columns=[*raw.columns, *({"Sex", "Age", "Frontal/Lateral", "AP/PA"} - set(raw))]
+    )  # test tables lack
+    side = raw["Frontal/Lateral"]
+    lateral = names["film"].str.contains("lateral").where(side.isna(), side == "Lateral")
     table = pd.DataFrame(
         {
             "dicom_id": names["patient"] + "_" + names["study"] + "_" + names["film"],
             "study_id": names["patient"] + "_" + names["study"],
             "subject_id": names["number"].astype(np.int64),
-            "view": view.fillna("AP").where(~lateral, "LATERAL"),
-            "sex": raw.get("Sex", pd.Series(index=raw.index, dtype=object)).map({"Male": "M", "Female": "F"}),
-            "age_years": _numbers(raw, "Age"),
+            "view": raw["AP/PA"].astype(object).fillna("AP").where(~lateral, "LATERAL"),
+            "sex": raw["Sex"].map({"Male": "M", "Female": "F"}),
+            "age_years": pd.to_numeric(raw["Age"], errors="coerce"),
             "split": raw["split"],
             "file": raw["Path"],
         }
     )
-    table = _carve(table, seed) if test is None else table
-    labels = raw.reindex(columns=list(FINDINGS)).apply(pd.to_numeric, errors="coerce")
-    return table, labels
+    table = _carve(table, seed) if parts.get("val", valid) is None else table
+    return table, raw[list(FINDINGS)].apply(pd.to_numeric, errors="coerce"), tuple(warnings)
 
 
-def _csv(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _csv(config: TableConfig, seed: int) -> Read:
     """A row a film: path, labels, and whatever of subject, study, split, view, sex, age it has."""
     asked = {"subject_id": config.subject, "study_id": config.study, "split": config.split, "view": config.view}
-    raw = _read(config.table, [config.path, *config.columns, *(c for c in asked.values() if c)])
-    stem = raw[config.path].map(lambda name: Path(name).stem)
+    raw = read(config.table, [config.path, *config.columns, *(c for c in asked.values() if c)])
+    if raw[config.path].isna().any():
+        raise UserError(f"{config.table}: {raw[config.path].isna().sum()} rows have no `{config.path}`")
+    stem = raw[config.path].map(lambda name: Path(str(name)).stem)
+    if stem.duplicated().any():  # as view1_frontal of every patient
+        stem = raw[config.path].map(lambda name: Path(str(name)).with_suffix("").as_posix())
     table = pd.DataFrame({"dicom_id": stem, "file": raw[config.path]})
     table["subject_id"] = _ids(raw[config.subject] if config.subject else stem, config.table)
     table["study_id"] = raw[config.study] if config.study else stem
@@ -164,7 +198,8 @@ def _csv(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         if column:
             table[name] = raw[column] if name == "sex" else pd.to_numeric(raw[column], errors="coerce")
     if config.split:
-        table["split"] = raw[config.split].replace({"valid": "val", "validate": "val", "validation": "val"})
+        names = {"valid": "val", "validate": "val", "validation": "val", "dev": "val", "training": "train"}
+        table["split"] = raw[config.split].astype(str).str.strip().str.lower().replace(names)
         if unknown := sorted(set(table["split"].astype(str)) - {"train", "val", "test"}):
             raise UserError(f"{config.table}: `{config.split}` holds {unknown[:3]}; wanted train, val, test")
         if "val" not in set(table["split"]):
@@ -172,7 +207,7 @@ def _csv(config: TableConfig, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     else:
         table["split"] = [by_hash(subject, seed) for subject in table["subject_id"]]
     try:
-        return table, raw[config.columns].astype(np.float64)
+        return table, raw[config.columns].astype(np.float64), ()
     except (TypeError, ValueError) as error:
         raise UserError(f"{config.table}: labels are 1, 0, -1 (uncertain) or empty; {error}") from None
 
@@ -193,18 +228,23 @@ def _paths(table: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; `images` is the folder of the films of {config.table}")
     if "file" in table:
-        tried = [table["file"], table["file"].str.split("/", n=1).str[-1]]  # CheXpert's own folder leads its paths
-        for files in tried:
-            found = files.map(lambda name: (root / name).as_posix() if (root / name).is_file() else None)
-            if found.notna().any():
-                return found, why
-    stems = {p.stem: p.as_posix() for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
-    return table["dicom_id"].map(stems), why
+        found = pd.Series(None, index=table.index, dtype=object)
+        inside = table["file"].str.split("/", n=1).str[-1]  # CheXpert's own folder leads its paths
+        for folder, files in ((root, table["file"]), (root, inside), (Path(config.table).parent, table["file"])):
+            here = files.map(lambda name, at=folder: (at / name).as_posix() if (at / name).is_file() else None)
+            found = found.where(found.notna(), here)
+        if found.notna().any():
+            return found, why
+    paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES]
+    stems = pd.DataFrame({"stem": [p.stem for p in paths], "path": [p.as_posix() for p in paths]}, dtype=str)
+    stems = stems.drop_duplicates("stem", keep=False)  # no guess between two
+    return table["dicom_id"].map(stems.set_index("stem")["path"]), why
 
 
-def _numbers(raw: pd.DataFrame, column: str) -> pd.Series:
-    """A column as numbers; missing where it is absent."""
-    return pd.to_numeric(raw[column] if column in raw else pd.Series(np.nan, index=raw.index), errors="coerce")
+def _years(raw: pd.DataFrame, column: str) -> pd.Series:
+    """Ages as numbers, also as the first release has them: 058Y, 011M, 003D."""
+    parts = (raw[column] if column in raw else pd.Series("", index=raw.index)).astype(str).str.extract(AGE)
+    return pd.to_numeric(parts["number"]) / parts["unit"].map({"M": 12.0, "D": 365.25}).fillna(1.0)
 
 
 def _ids(values: pd.Series, path: str) -> pd.Series:
@@ -217,7 +257,8 @@ def _ids(values: pd.Series, path: str) -> pd.Series:
     return pd.Series(pd.factorize(values, sort=True)[0], index=values.index)
 
 
-def _read(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
+def read(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A table (.csv, .csv.gz, .parquet) with at least `columns`. Raises: UserError."""
     try:
         table = pd.read_parquet(path) if str(path).endswith(".parquet") else pd.read_csv(path)
     except FileNotFoundError:

@@ -30,7 +30,7 @@ from finetune.learn import Fitted, Learner, on_features, record
 from finetune.metrics import f1_thresholds
 from finetune.results import write_results
 from finetune.shift import in_a_line, shift
-from finetune.sources import open_films
+from finetune.sources import open_films, radiologists
 from pretrain import run
 
 
@@ -72,7 +72,7 @@ def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
         rows, more = transfer.apply(config, films, frozen, store, folder)
     else:
         learn = _learner(config, films, frozen, store, folder, log, accelerator, device)
-        rows, more = evaluate(config, films, learn, folder)
+        rows, more = evaluate(config, films, learn, folder, through.about)
     if run.is_main():
         write_results(folder, about(config, films, through, more), rows)
         show.table(rows, f"{config.method} probe of {through.name}, test split, by {config.unit}")
@@ -88,7 +88,7 @@ def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
 def _through(config: ProbeConfig, films: Films, device: str, tuned: bool) -> tuple[Frozen | None, Through]:
     """The frozen encoder (None where the method trains it, or sees no film), and what is known of it."""
     if config.encoder == "metadata":
-        about = {"parameters": 0, "image_size": 0, "films_seen": 0, "weights": "none"}
+        about = {"hash": None, "parameters": 0, "image_size": 0, "films_seen": 0, "weights": "none"}
         return None, Through(f"metadata ({', '.join(config.groups)})", about, NOTHING)
     if tuned:
         encoder, origin = open_any(config.encoder, config.seed, config.weights)
@@ -137,40 +137,43 @@ def _learner(
     return on_features(config, films, features, device, say)
 
 
-def evaluate(config: ProbeConfig, films: Films, learn: Learner, folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Fit each fraction, score val and test; subgroups and shift of the largest fraction."""
-    tables: list[pd.DataFrame] = []
+def evaluate(
+    config: ProbeConfig, films: Films, learn: Learner, folder: Path, through: Mapping[str, Any]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Fit all fractions, then score val and, once, test; subgroups and shift of the largest fraction."""
     more: dict[str, Any] = {"fractions": []}
+    fits: dict[float, list[Fitted]] = {}
     for fraction in config.fractions:
-        draws = config.repeats if fraction < 1 else 1
-        fits: list[Fitted] = []
-        for draw in range(draws):
+        for draw in range(config.repeats if fraction < 1 else 1):
             rows = fraction_rows(films, fraction, config.seed + draw)
-            fits.append(learn(rows, films.rows("val"), config.seed + draw))
+            fits.setdefault(fraction, []).append(learn(rows, films.rows("val"), config.seed + draw))
             subjects = int(films.table["subject_id"].iloc[rows].nunique())
             said = {"fraction": fraction, "draw": draw, "films": len(rows), "subjects": subjects}
-            more["fractions"].append(said | fits[-1].chosen)
-        tables += _scored(config, films, fits, fraction)
-    best = fits[0]  # of the largest fraction
+            more["fractions"].append(said | fits[fraction][-1].chosen)
+    tables = [table for fraction in fits for table in _scored(config, films, fits[fraction], fraction)]
+    largest = config.fractions[-1]
+    best = fits[largest][0]
+    cut = _thresholds(config, films, best)
     for split in ("val", "test"):
-        rows = films.rows(split)
-        on = scored(films, rows, best.predict(rows), unit=config.unit)
+        on = scored(films, films.rows(split), best.predict(films.rows(split)), unit=config.unit)
         if run.is_main():
             on.write(folder, split)
     if best.head is not None:
-        transfer.save(folder, config, films.names, best, _thresholds(config, films, best))
+        transfer.save(folder, config, films.names, best, cut, through["hash"])
     if best.export is not None and run.is_main():
         best.export(folder)
-    tests = extra(config, films, best)
+    if config.radiologists is not None:
+        read, more["radiologists"] = by_radiologists(config, films, best, cut)
+        tables.append(read.assign(split="test_radiologist", subset="all", fraction=largest))
     if config.subgroups:
-        on = scored(films, films.rows("test"), best.predict(films.rows("test")), unit=config.unit)
-        rows_, more["gaps"] = subgroups(on, config.subgroups, samples=config.samples, seed=config.seed)
-        tests.append(rows_.assign(split="test", fraction=config.fractions[-1]))
+        wanted, samples, seed = config.subgroups, config.samples, config.seed
+        groups, more["gaps"] = subgroups(on, wanted, samples=samples, seed=seed, thresholds=cut)
+        tables.append(groups.assign(split="test", fraction=largest))
     if config.shift is not None:
-        rows_, more["shift"] = shift(config, films, learn)
+        across, more["shift"] = shift(config, films, learn)
         more["shift"]["says"] = in_a_line(more["shift"])
-        tests.append(rows_.assign(fraction=1.0))
-    return pd.concat([*tables, *tests], ignore_index=True), more
+        tables.append(across.assign(fraction=1.0))
+    return pd.concat(tables, ignore_index=True), more
 
 
 def _scored(config: ProbeConfig, films: Films, fits: list[Fitted], fraction: float) -> list[pd.DataFrame]:
@@ -192,18 +195,16 @@ def _thresholds(config: ProbeConfig, films: Films, fit: Fitted) -> np.ndarray:
     return f1_thresholds(on.labels, on.probabilities)
 
 
-def extra(config: ProbeConfig, films: Films, fit: Fitted) -> list[pd.DataFrame]:
-    """The radiologists' labels of MIMIC-CXR 2.1.0, as split `test_radiologist`."""
-    if config.radiologists is None:
-        return []
-    from finetune.sources import radiologists
-
-    theirs = radiologists(config.radiologists, films)
-    rows = np.arange(len(theirs))
-    on = scored(theirs, rows, fit.predict(theirs.table["row"].to_numpy(np.intp)), unit="study")
-    cut = _thresholds(config, films, fit)
-    table = score(on, samples=config.samples, seed=config.seed, thresholds=cut)
-    return [table.assign(split="test_radiologist", subset="all", fraction=config.fractions[-1])]
+def by_radiologists(
+    config: ProbeConfig, films: Films, fit: Fitted, cut: np.ndarray
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The test films by the radiologists' labels of MIMIC-CXR 2.1.0, over the labels that they gave."""
+    theirs = radiologists(str(config.radiologists), films)
+    place = [films.names.index(name) for name in theirs.names]
+    logits = fit.predict(theirs.table["row"].to_numpy(np.intp))[:, place]
+    on = scored(theirs, np.arange(len(theirs)), logits, unit="study")
+    says = {"studies": len(on.table), "without": [name for name in films.names if name not in theirs.names]}
+    return score(on, samples=config.samples, seed=config.seed, thresholds=cut[place]), says
 
 
 def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from configs import UserError
 from ehr_features.files import digest, new_file
 from finetune.films import FRONTAL, Films, read_films
+from finetune.layouts import AS_CHEXPERT, read, read_layout
 from pretrain.config import ImagesConfig
 from pretrain.store import Store, pack
 
 if TYPE_CHECKING:
     from finetune.config import ProbeConfig
-
-RADIOLOGISTS = {"Airspace Opacity": "Lung Opacity"}  # the name in MIMIC-CXR-JPG 2.1.0's file -> CheXpert's
 
 
 def open_films(config: ProbeConfig) -> tuple[Films, Store | None]:
@@ -31,10 +29,10 @@ def open_films(config: ProbeConfig) -> tuple[Films, Store | None]:
             return films, None
         store = Store(str(config.store))
         return films.in_store(store), store
-    from finetune.layouts import read_layout
-
     assert config.films is not None
     films = read_layout(config.films, labels=config.labels, seed=config.seed)
+    if config.method == "transfer":
+        films = films.keep((films.table["split"] == "test").to_numpy(), "not of split test")
     if config.views == "frontal":
         films = films.keep(films.table["view"].isin(FRONTAL).to_numpy(dtype=bool), "not frontal")
     store = Store(config.store) if config.store else _packed(config, films)
@@ -60,15 +58,11 @@ def _packed(config: ProbeConfig, films: Films) -> Store:
 
 
 def radiologists(path: str, films: Films) -> Films:
-    """The test films whose study radiologists have read, with their labels; `row` says where they are in `films`.
+    """The test films whose study radiologists have read, with the labels that they gave; `row`: where it is in `films`.
 
     Raises: UserError: another file, or none of its studies is among the test films.
     """
-    try:
-        theirs = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]})") from None
-    theirs = theirs.rename(columns=RADIOLOGISTS)
+    theirs = read(path).rename(columns=AS_CHEXPERT)
     if "study_id" not in theirs or not set(films.names) & set(theirs):
         raise UserError(
             f"{path}: wanted study_id and findings, found {', '.join(map(str, theirs.columns))}; "
@@ -81,7 +75,6 @@ def radiologists(path: str, films: Films) -> Films:
     if not len(rows):
         raise UserError(f"{path}: none of its {len(theirs)} studies is among the test films; is it of these films?")
     table = films.table.iloc[rows].reset_index(drop=True).assign(row=rows)
-    labels = theirs.set_index("study_id").reindex(columns=films.names).loc[table["study_id"]].reset_index(drop=True)
-    absent = [name for name in films.names if name not in theirs]
-    labels[absent] = np.nan
-    return Films(table, labels.astype(np.float64), {}, tuple(f"radiologists have no {name}" for name in absent))
+    common = [name for name in films.names if name in theirs]
+    labels = theirs.set_index("study_id")[common].loc[table["study_id"]].reset_index(drop=True)
+    return Films(table, labels.astype(np.float64), {})

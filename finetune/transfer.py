@@ -23,14 +23,16 @@ from finetune.heads import LinearHead
 from finetune.learn import Fitted
 
 
-def save(folder: Path, config: ProbeConfig, names: list[str], fit: Fitted, thresholds: np.ndarray) -> None:
+def save(
+    folder: Path, config: ProbeConfig, names: list[str], fit: Fitted, thresholds: np.ndarray, encoder_hash: str | None
+) -> None:
     """Write head.safetensors (weights (D, L), bias (L,)) and head.json."""
     assert fit.head is not None
     with new_file(folder / "head.safetensors") as part:
         save_file({"weights": fit.head.weights, "bias": fit.head.bias}, part)
     cut = [None if np.isnan(t) else float(t) for t in thresholds]
-    about = {"labels": names, "pools": fit.head.names, "encoder": config.encoder, "thresholds": cut}
-    write_json(folder / "head.json", about)
+    about = {"labels": names, "pools": fit.head.names, "encoder": config.encoder, "encoder_hash": encoder_hash}
+    write_json(folder / "head.json", about | {"thresholds": cut})
 
 
 def load(folder: str | Path) -> tuple[LinearHead, dict[str, Any]]:
@@ -55,16 +57,16 @@ def apply(
     common = [name for name in about["labels"] if name in films.names]
     if not common:
         raise UserError(f"{config.head}: its labels ({', '.join(about['labels'])}) and these have none in common")
+    if about["encoder_hash"] != frozen.key:
+        raise UserError(
+            f"{config.encoder}: not the encoder that the head of {config.head} was fitted on ({about['encoder']}): "
+            "other weights, or other preprocessing"
+        )
     rows = films.rows("test")
     if not len(rows):
         raise UserError("no film of split test to score the head on")
     cache = Path(config.cache) if config.cache else folder.parent / "cache"
     features = film_features(frozen, store, films.table["dicom_id"].iloc[rows].tolist(), cache=cache)
-    if missing := [name for name in head.names if name not in features]:
-        raise UserError(f"{config.encoder}: no pool {missing[0]}, which the head of {config.head} reads")
-    wide = sum(features[name].shape[1] for name in head.names)
-    if wide != len(head.weights):
-        raise UserError(f"{config.encoder}: {wide} features, the head of {config.head} takes {len(head.weights)}")
     place = [about["labels"].index(name) for name in common]
     logits = head(features)[:, place]
     here = Films(films.table, films.labels[common], films.left_out, films.warnings)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from configs import UserError
+from ehr_features.schema import FINDINGS
 from finetune.config import ProbeConfig
 from finetune.evaluation import Scored, subgroups
 from finetune.films import fraction_rows, read_films
@@ -138,19 +139,50 @@ def test_metadata_refuses_outcomes(make_world: World) -> None:
 def test_radiologists_labels_are_a_second_test_set(make_world: World) -> None:
     folder = make_world()
     images = pd.read_parquet(folder / "features/images.parquet")
+    images["Lung Opacity"] = images.pop("Pneumothorax")
+    images.to_parquet(folder / "features/images.parquet")
     studies = images.query("split == 'test' and view != 'LATERAL'")["study_id"].unique()[:40]
-    rng = np.random.default_rng(0)
-    theirs = pd.DataFrame({"study_id": studies, "Edema": rng.integers(2, size=40), "Airspace Opacity": 0})
+    rng = np.random.default_rng(0)  # the published columns: study_id and the findings, one of them by another name
+    names = ["Airspace Opacity" if name == "Lung Opacity" else name for name in FINDINGS if name != "Pneumonia"]
+    theirs = pd.DataFrame(rng.choice([1.0, 0.0, np.nan], size=(40, len(names))), columns=names)
+    theirs.insert(0, "study_id", studies)
     theirs.to_csv(folder / "labeled.csv", index=False)
     out = probe(config(folder, radiologists=str(folder / "labeled.csv")))
-    rows = read_results(out)[1]
+    about, rows = read_results(out)
     mine = rows[(rows["split"] == "test_radiologist") & (rows["metric"] == "auroc")].set_index("label")
-    assert mine.loc["Edema", "n"] == 40 and mine.loc["Edema", "positives"] == theirs["Edema"].sum()
-    assert mine.loc["Pneumonia", "n"] == 0 or np.isnan(mine.loc["Pneumonia", "value"])
+    for ours, name in (("Edema", "Edema"), ("Lung Opacity", "Airspace Opacity")):
+        assert mine.loc[ours, ["n", "positives"]].tolist() == [40, (theirs[name] == 1).sum()]
+    assert about["radiologists"] == {"studies": 40, "without": ["Pneumonia"]} and "Pneumonia" not in mine.index
     theirs["study_id"] += 10**6
     theirs.to_csv(folder / "labeled.csv", index=False)
     with pytest.raises(UserError, match="none of its 40 studies"):
         probe(config(folder, radiologists=str(folder / "labeled.csv"), out=str(folder / "runs/other")))
+
+
+def test_films_are_split_by_devices_and_care_unit_whatever_labels_are_probed(make_world: World) -> None:
+    folder = make_world(subjects=300)
+    images = pd.read_parquet(folder / "features/images.parquet")
+    rng = np.random.default_rng(0)
+    images["Support Devices"] = rng.choice([1.0, -1.0, np.nan], size=len(images))
+    images["in_icu"] = (images["subject_id"] % 2).astype(float)
+    images["stay_id"] = images["subject_id"].where(images["in_icu"] == 1)
+    images["anchor_year_group"] = np.where(images["subject_id"] % 3, "2008 - 2010", "2017 - 2019")
+    images["race"] = np.where(images["subject_id"] % 4, "WHITE - RUSSIAN", "BLACK/CAPE VERDEAN")
+    images.to_parquet(folder / "features/images.parquet")
+    stays = images.loc[images["in_icu"] == 1, ["subject_id"]].drop_duplicates()
+    stays = stays.assign(stay_id=stays["subject_id"], care_unit=np.where(stays["subject_id"] % 5 == 0, "CCU", "MICU"))
+    stays.to_parquet(folder / "features/stays.parquet")
+    wanted = ["sex", "age", "race", "view", "support_devices", "care_unit", "year_group"]
+    about, rows = read_results(probe(config(folder, labels=["Edema"], subgroups=wanted, method="logistic")))
+    test = rows[(rows["split"] == "test") & (rows["metric"] == "auroc") & (rows["label"] == "macro")]
+    sizes = test.set_index("subset")["n"]
+    units = {"care_unit=MICU", "care_unit=CCU", "care_unit=not ICU", "support_devices=yes", "support_devices=no"}
+    assert units | {"race=white", "race=black", "year_group=2008 - 2010"} < set(sizes.index)
+    for field in wanted:
+        assert sizes[[name for name in sizes.index if name.startswith(f"{field}=")]].sum() == sizes["all"], field
+    assert rows.loc[rows["subset"] == "sex=F", "metric"].isin(["f1"]).any()
+    assert about["gaps"][0]["field"] in wanted and about["gaps"][0]["higher"] != about["gaps"][0]["lower"]
+    assert about["gaps"][0]["low"] <= about["gaps"][0]["difference"] <= about["gaps"][0]["high"]
 
 
 @pytest.mark.parametrize(

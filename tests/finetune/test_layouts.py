@@ -1,5 +1,6 @@
 """NIH, CheXpert and any CSV."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from finetune.films import check_splits
 from finetune.layouts import read_layout
 from finetune.probe import probe
 from finetune.results import read_results
+from pretrain.store import Store
+
+World = Callable[..., Path]
 
 
 def films(folder: Path, names: list[str]) -> None:
@@ -34,7 +38,8 @@ def nih(folder: Path) -> TableConfig:
         "Patient ID": [1, 1, 2, 3],
         "View Position": ["PA", "AP", "PA", "AP"],
         "Patient Gender": ["F", "F", "M", "M"],
-        "Patient Age": [60, 61, 30, 45],
+        "Patient Age": ["060Y", "061Y", "018M", "45"],  # the first release's form, and the later one's
+        "Unnamed: 11": None,  # each line of the published file ends with a comma
     }
     pd.DataFrame(rows).to_csv(folder / "Data_Entry_2017.csv", index=False)
     films(folder / "images_001/images", [name.replace(".png", ".jpg") for name in rows["Image Index"]])
@@ -48,6 +53,8 @@ def test_nih_in_its_published_layout(tmp_path: Path) -> None:
     assert found.labels.loc[1].sum() == 1 and found.labels.loc[1, "No Finding"] == 1
     assert found.table["path"].str.endswith(".jpg").all()  # found by stem, whatever the suffix and folder
     assert found.table.groupby("subject_id")["split"].nunique().max() == 1
+    assert found.table["age_years"].tolist() == [60, 61, 1.5, 45]
+    assert "split by hash" in found.warnings[0]
 
 
 def test_nih_keeps_its_official_split_and_carves_val_by_subject(tmp_path: Path) -> None:
@@ -67,34 +74,88 @@ def test_nih_labels_under_chexperts_names(tmp_path: Path) -> None:
     assert "Lung Opacity" not in found.names  # Infiltration has no counterpart
 
 
-def chexpert(folder: Path, *, test: bool) -> TableConfig:
+# the header of CheXpert-v1.0-small/train.csv
+CHEXPERT = [
+    "Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly",
+    "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
+    "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
+]  # fmt: skip
+
+
+def chexpert(folder: Path, *, test: str | None, train: int = 30) -> TableConfig:
+    """CheXpert-v1.0-small in its published form; edema brightens a film's upper half."""
     root = folder / "CheXpert-v1.0-small"
-    for part, patients in (
-        ("train", range(1, 30)),
-        ("valid", (64540, 64541)),
-        *((("test", (70000,)),) if test else ()),
-    ):
-        names = [f"CheXpert-v1.0-small/{part}/patient{p:05d}/study1/view1_frontal.jpg" for p in patients]
-        frame = pd.DataFrame({"Path": names, "Sex": "Female", "Age": 50, "Frontal/Lateral": "Frontal", "AP/PA": "PA"})
-        for name in FINDINGS:
-            frame[name] = 0.0 if name == "Fracture" else np.resize([1.0, -1.0, np.nan], len(names))
-        films(folder, names)
-        frame.to_csv(root / f"{part}.csv", index=False)
+    parts = {"train": range(1, train), "valid": (64540, 64541)} | ({"test": range(70000, 70030)} if test else {})
+    for part, patients in parts.items():
+        rows = []
+        for p in patients:
+            lateral = [("view2_lateral", "Lateral", None)] * (p % 3 == 0)
+            for view, side, ap in [("view1_frontal", "Frontal", "PA" if p % 2 else "AP"), *lateral]:
+                name = f"{part}/patient{p:05d}/study1/{view}.jpg"
+                labels = np.resize([1.0, 0.0, np.nan, -1.0], 14)[::-1] if p == 2 else np.resize([1.0, 0.0, np.nan], 14)
+                labels = np.roll(labels, p)
+                rows.append([f"CheXpert-v1.0-small/{name}", "Female", 50, side, ap, *labels])
+                pixels = np.random.default_rng(p).integers(60, 100, (24, 24), dtype=np.uint8)
+                pixels[:12] += np.uint8(80 * (labels[5] == 1))
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / name)
+        frame = pd.DataFrame(rows, columns=CHEXPERT)
+        if part == "test" and test == "test_labels.csv":  # CheXlocalize's: other paths, no sex, another name
+            frame["Path"] = frame["Path"].str.removeprefix("CheXpert-v1.0-small/")
+            frame = frame.drop(columns=["Sex", "Age", "Frontal/Lateral", "AP/PA"])
+            frame = frame.rename(columns={"Lung Opacity": "Airspace Opacity"})
+        frame.to_csv(root / (test if part == "test" else f"{part}.csv"), index=False)
     return table(layout="chexpert", table=str(root / "train.csv"), images=str(root))
 
 
-def test_chexpert_in_its_published_layout(tmp_path: Path) -> None:
-    found = read_layout(chexpert(tmp_path, test=True))
-    assert found.names == list(FINDINGS) and found.table["dicom_id"].is_unique
-    assert found.table["split"].value_counts().to_dict() == {"train": 29, "val": 2, "test": 1}
-    assert found.labels["Edema"].tolist()[:2] == [1.0, -1.0] and np.isnan(found.labels["Edema"][2])
-    assert found.table["subject_id"].tolist()[0] == 1 and found.table["sex"].unique().tolist() == ["F"]
+@pytest.mark.parametrize("test", ["test.csv", "test_labels.csv"])
+@pytest.mark.parametrize("above", [False, True])
+def test_chexpert_in_its_published_layout(tmp_path: Path, test: str, above: bool) -> None:
+    config = chexpert(tmp_path, test=test)
+    found = read_layout(config.model_copy(update={"images": str(tmp_path)}) if above else config)
+    assert found.names == list(FINDINGS) and found.table["dicom_id"].is_unique and found.left_out == {}
+    frontal = found.table["view"] != "LATERAL"
+    assert found.table["split"][frontal].value_counts().to_dict() == {"train": 29, "val": 2, "test": 30}
+    assert (~frontal).sum() == (found.table["subject_id"] % 3 == 0).sum() // 2 > 0
+    one = found.table.index[found.table["subject_id"] == 2][0]
+    assert set(found.labels.loc[one].dropna()) == {1.0, 0.0, -1.0} and found.labels.loc[one].isna().any()
+    assert found.table.loc[one, ["dicom_id", "study_id", "view", "sex", "age_years"]].tolist() == [
+        "patient00002_study1_view1_frontal",
+        "patient00002_study1",
+        "AP",
+        "F",
+        50,
+    ]
+    assert found.labels["Lung Opacity"][found.table["split"] == "test"].notna().any() and found.warnings == ()
 
 
-def test_chexpert_without_its_test_takes_valid_for_it(tmp_path: Path) -> None:
-    found = read_layout(chexpert(tmp_path, test=False))
+def test_chexpert_without_its_test_takes_valid_for_it_and_says_so(tmp_path: Path) -> None:
+    found = read_layout(chexpert(tmp_path, test=None))
     assert set(found.table.loc[found.table["subject_id"] > 60000, "split"]) == {"test"}
+    assert "valid.csv is the test split" in found.warnings[0]
     check_splits(found)
+
+
+def test_a_mimic_head_is_scored_on_chexpert_without_training(
+    make_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_world()  # edema brightens a corner there, the upper half here
+    given = {"encoder": "pixels", "pixels": 2, "samples": 40, "method": "logistic"}
+    mimic = given | {"features": str(folder / "features"), "store": "memory", "out": str(folder / "runs/mimic")}
+    head = probe(ProbeConfig.model_validate(mimic))
+    monkeypatch.setattr("finetune.sources.Store", Store)
+    layout = chexpert(folder, test="test.csv").model_dump() | {"size": 24}
+    there = {"films": layout, "method": "transfer", "head": str(head), "out": str(folder / "runs/chexpert")}
+    about, rows = read_results(probe(ProbeConfig.model_validate(given | there)))
+    assert about["transfer"]["labels"] == ["Edema", "Pneumonia", "Pneumothorax"] and set(rows["split"]) == {"test"}
+    edema = rows.query("label == 'Edema' and metric == 'auroc'").iloc[0]
+    assert edema["value"] > 0.95 and edema["n"] == 30 and about["left_out"]["not frontal"] == 10
+    assert about["splits"].keys() == {"test"} and about["left_out"]["not of split test"] == 40
+    only = layout | {"table": layout["table"].replace("train.csv", "valid.csv")}  # the official validation set alone
+    alone = there | {"films": only, "out": str(folder / "runs/valid")}
+    assert read_results(probe(ProbeConfig.model_validate(given | alone)))[0]["splits"]["test"]["films"] == 2
+    with pytest.raises(UserError, match="not the encoder that the head"):
+        probe(ProbeConfig.model_validate(given | there | {"pixels": 4, "out": str(folder / "runs/other")}))
 
 
 def test_any_csv_is_probed_from_one_small_config(tmp_path: Path) -> None:
@@ -115,6 +176,44 @@ def test_any_csv_is_probed_from_one_small_config(tmp_path: Path) -> None:
     about, rows = read_results(probe(ProbeConfig.model_validate(config)))
     assert rows.query("label == 'macro' and metric == 'auroc' and split == 'test'")["value"].item() > 0.95
     assert sum(about["left_out"].values()) == 2 and "not in the store" in about["left_out"]
+
+
+def test_films_of_equal_names_in_other_folders_are_not_mixed_up(tmp_path: Path) -> None:
+    names = [f"p{i}/view1.png" for i in range(4)]
+    films(tmp_path, names)
+    pd.DataFrame({"path": names, "sick": [1, 0, 1, 0], "who": list("abab")}).to_csv(tmp_path / "my.csv", index=False)
+    config = table(layout="csv", table=str(tmp_path / "my.csv"), images=str(tmp_path), columns=["sick"], subject="who")
+    found = read_layout(config).table
+    assert found["dicom_id"].tolist() == [f"p{i}/view1" for i in range(4)]
+    assert [Path(path).parent.name for path in found["path"]] == ["p0", "p1", "p2", "p3"]
+    assert found["subject_id"].tolist() == [0, 1, 0, 1]
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "p0").rename(tmp_path / "deep/p0")  # elsewhere now: not taken for another film of that name
+    assert read_layout(config).left_out == {f"no file below {tmp_path}": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"), [([1, 0, 2, 0], r"1 values of `sick` are not 1, 0, -1.* row 2"), (list("ynyn"), "1, 0, -1")]
+)
+def test_labels_that_are_none_are_refused_before_any_work(tmp_path: Path, values: list, says: str) -> None:
+    names = [f"{i}.png" for i in range(4)]
+    films(tmp_path, names)
+    pd.DataFrame({"path": names, "sick": values}).to_csv(tmp_path / "my.csv", index=False)
+    config = table(layout="csv", table=str(tmp_path / "my.csv"), images=str(tmp_path), columns=["sick"])
+    with pytest.raises(UserError, match=says):
+        read_layout(config)
+    pd.DataFrame({"path": [names[0]] * 2, "sick": [1, 0]}).to_csv(tmp_path / "my.csv", index=False)
+    with pytest.raises(UserError, match="1 films have more than one row"):
+        read_layout(config)
+
+
+@pytest.mark.parametrize("words", [["train", "valid", "test"], ["Train", "VAL", "Test"], ["training", "dev", "test"]])
+def test_a_tables_own_split_is_kept(tmp_path: Path, words: list[str]) -> None:
+    names = [f"{i}.png" for i in range(3)]
+    films(tmp_path, names)
+    pd.DataFrame({"path": names, "sick": [1, 0, 1], "part": words}).to_csv(tmp_path / "my.csv", index=False)
+    given = {"layout": "csv", "table": str(tmp_path / "my.csv"), "images": str(tmp_path), "columns": ["sick"]}
+    assert read_layout(table(**given, split="part")).table["split"].tolist() == ["train", "val", "test"]
 
 
 def test_faults_of_a_table_are_named(tmp_path: Path) -> None:
