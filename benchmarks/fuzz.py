@@ -32,13 +32,13 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.demo import generate
 from finetune.config import FuseConfig
 from finetune.score import score
-from finetune.weights import tensors
 from pretrain import encoder as encoders
 from pretrain.config import ImagesConfig, PretrainConfig
 from pretrain.films import BadFilm, decode
 from pretrain.pack import pack
 from pretrain.preprocess import Preprocess
 from pretrain.store import Store
+from pretrain.weights import read_state
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60
@@ -84,7 +84,7 @@ def kinds(folder: Path) -> dict[str, list[tuple[Path, Reader]]]:
         "film (JPEG, PNG, DICOM)": [(path, decode) for path in _films(folder / "films")],
         "store": _store(folder / "store"),
         "encoder/": _encoder(folder / "encoder"),
-        "weights file": [(path, tensors) for path in _weights(folder / "weights")],
+        "weights file": [(path, read_state) for path in _weights(folder / "weights")],
         "arrays to score (npy, csv, parquet)": _arrays(folder / "arrays"),
     }
 

@@ -6,6 +6,8 @@ the table of `metrics.evaluate`. A CSV whose first line is numbers has no header
 
 from __future__ import annotations
 
+from tokenize import TokenError
+
 import numpy as np
 import pandas as pd
 from scipy.special import expit
@@ -71,7 +73,7 @@ def _read(path: str, *, header: bool = True) -> pd.DataFrame:
         raise UserError(f"{path}: no such file") from None
     except UserError:
         raise
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:  # the last two: a damaged .npy header
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
     if not len(frame):
         raise UserError(f"{path}: no rows")

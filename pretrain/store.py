@@ -52,7 +52,7 @@ class Store:
         self.size: int = about["size"]
         self.hash: str = about["hash"]
         self.preprocess: dict[str, Any] = about["preprocess"]
-        self.index = pd.read_parquet(self.folder / "index.parquet")
+        self.index = _read_index(self.folder / "index.parquet")
         self._places = dict(zip(self.index.dicom_id, zip(self.index.shard, self.index.row, strict=True), strict=True))
         self._shards: dict[int, Any] = {}
 
@@ -104,3 +104,11 @@ def _map(path: Path, size: int) -> Any:
 
 def _unpack(data: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",)))
+
+
+def _read_index(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)[["dicom_id", "shard", "row", "height", "width"]]
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are of these
+        says = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(f"{path}: damaged ({says}); was the store copied whole?") from None

@@ -13,7 +13,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,9 +20,9 @@ from configs import UserError
 from pretrain.encoder import Encoder, differences, read_meta
 
 FIRST = ("patch_embed.proj.weight", "features.conv0.weight", "conv1.weight")  # layers that see the film's channels
-CLASSIFIERS = ("head.", "heads.", "fc.", "classifier.", "head_dist.")
-WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "target_encoder")
-PREFIXES = ("module.", "backbone.", "encoder.net.", "_orig_mod.")
+CLASSIFIERS = ("head.", "heads.", "fc.", "classifier.", "head_dist.", "mask_token")  # what no encoder of ours has
+WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student", "target_encoder")
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.net.", "encoder.", "net.")
 TORCHVISION_VIT = (
     (r"^class_token$", "cls_token"),
     (r"^conv_proj\.", "patch_embed.proj."),
@@ -106,11 +105,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state: Any = _read(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: holds more than tensors, and loading it could run code; save its state_dict"
-        ) from None
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # damaged bytes make torch raise almost anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise UserError(
+                f"{path}: holds more than tensors, and loading it could run code; save its state_dict"
+            ) from None
         why = (str(error).strip() or "it is empty").splitlines()[0]
         raise UserError(f"{path}: damaged, or not a weights file ({why})") from None
     while isinstance(state, dict) and (inner := next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None)):

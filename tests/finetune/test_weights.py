@@ -54,7 +54,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not of weights.arch=resnet10t"):
         open_weights(tmp_path / "w.safetensors", given(arch="resnet10t", model_args={}))
     (tmp_path / "bad.pth").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a file of tensors"):
+    with pytest.raises(UserError, match="not a weights file"):
         open_weights(tmp_path / "bad.pth", given())
     with pytest.raises(UserError, match="say what it is"):
         open_frozen(str(tmp_path / "w.safetensors"))
