@@ -35,7 +35,7 @@ from ehr_features import (
     splits,
 )
 from ehr_features.config import FeaturesConfig
-from ehr_features.engine import hold
+from ehr_features.engine import hold, named_by_the_engine
 from ehr_features.files import code_digest, digest, file_digest, new_folder, provenance, read_json, write_json
 from ehr_features.schema import FOR_NOTES
 from ehr_features.source import Source, open_source
@@ -57,6 +57,7 @@ class Steps:
         print(f"  {name}: {self.seconds[name]:.1f} s", file=sys.stderr, flush=True)
 
 
+@named_by_the_engine()
 def build(config: FeaturesConfig) -> Path:
     """Write features/.
 

@@ -12,7 +12,7 @@ import fsspec
 from configs import UserError
 from ehr_features import channels, release
 from ehr_features.config import FeaturesConfig
-from ehr_features.engine import readable
+from ehr_features.engine import named_by_the_engine, readable
 from ehr_features.events import fingerprint
 from ehr_features.schema import READ
 from ehr_features.source import Source, check_columns, open_source
@@ -31,6 +31,7 @@ STEPS = {  # step: (tables it needs, what is lost without them)
 }
 
 
+@named_by_the_engine()
 def check(config: FeaturesConfig) -> int:
     """Print the report. Returns: 0 if `build` has what it needs, else 2."""
     source = open_source(config)

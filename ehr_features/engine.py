@@ -103,13 +103,25 @@ def batches(con: Any, table: ir.Table, rows: int = 500_000) -> Iterator[pa.Recor
 def readable(path: str) -> Iterator[None]:
     """Turn what a damaged file makes the readers raise into a message for the user."""
     try:
-        yield
+        with named_by_the_engine(f"{path}: "):
+            yield
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
+    except OSError as error:
+        if error.errno is not None:  # pyarrow's complaints about bytes have no number
+            raise
+        raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
+
+
+@contextlib.contextmanager
+def named_by_the_engine(where: str = "") -> Iterator[None]:
+    """The same where it is not known which file is read: the engine reads Parquet when a query asks, and names it."""
+    try:
+        yield
     except Exception as error:
         if (says := _damage(error)) is None:
             raise
-        raise UserError(f"{path}: {says}; is the file whole? Download it again") from None
+        raise UserError(f"{where}{says}; is the file whole? Download it again") from None
 
 
 @contextlib.contextmanager
@@ -161,4 +173,5 @@ def _damage(error: BaseException) -> str | None:
     if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "pyspark", "py4j"):
         return None
     marks = ("GZIP", "gzip", "CSV Error", "Parquet", "EOFException", "ZipException", "Unexpected end", "No magic bytes")
+    marks += ("Failed to read file", "decompression failure")
     return text.splitlines()[0][:300] if any(mark in text for mark in marks) else None

@@ -28,7 +28,7 @@ from ehr_features import notes_filter, schema
 from ehr_features.build import NO_EFFECT, Steps, is_current
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig
-from ehr_features.engine import hold
+from ehr_features.engine import hold, named_by_the_engine
 from ehr_features.events import fingerprint
 from ehr_features.files import digest, file_digest, new_folder, provenance, read_json, write_json
 from ehr_features.films import where
@@ -63,6 +63,7 @@ WRITTEN = pa.schema(
 )
 
 
+@named_by_the_engine()
 def write_notes(config: NotesConfig) -> Path:
     """Write the folder of notes.
 
