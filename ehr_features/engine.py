@@ -172,6 +172,5 @@ def _damage(error: BaseException) -> str | None:
     text = str(error).strip()
     if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "pyspark", "py4j"):
         return None
-    marks = ("GZIP", "gzip", "CSV Error", "Parquet", "EOFException", "ZipException", "Unexpected end", "No magic bytes")
-    marks += ("Failed to read file", "decompression failure")
-    return text.splitlines()[0][:300] if any(mark in text for mark in marks) else None
+    marks = "GZIP|gzip|CSV Error|Parquet|EOFException|ZipException|Unexpected end|No magic bytes|Failed to read file"
+    return text.splitlines()[0][:300] if re.search(marks, text) else None
