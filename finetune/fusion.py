@@ -195,16 +195,22 @@ class Concat(_Fusion):
 
 
 class Attention(_Fusion):
-    """Weighs record and film for each stay by learned scores; a missing film has weight 0."""
+    """Weighs record and film for each stay by learned scores; a missing film has weight 0.
+
+    Both are brought to one scale first: a state of an LSTM stays within 1, a projected film does not, and one
+    head reads their mean.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
+        self.norms = nn.ModuleList(nn.LayerNorm(sizes.hidden) for _ in range(2))
         self.score = nn.Sequential(nn.Linear(sizes.hidden, sizes.hidden), nn.Tanh(), nn.Linear(sizes.hidden, 1))
         self.head = nn.Linear(sizes.hidden, sizes.labels)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         record = self.record.encode(series, lengths)
-        tokens = torch.stack([record, self.project(film)], dim=1)  # (B, 2, hidden)
+        given = zip(self.norms, (record, self.project(film)), strict=True)
+        tokens = torch.stack([norm(token) for norm, token in given], dim=1)  # (B, 2, hidden)
         present = torch.stack([torch.ones_like(has_image), has_image], dim=1)
         weights = self.score(tokens)[..., 0].masked_fill(~present, -math.inf).softmax(dim=1)
         fused = (weights[..., None] * tokens).sum(1)

@@ -1,0 +1,161 @@
+"""What fusion gains on the synthetic hospital, beside the best that is possible; and two checks that it is real.
+
+    python -m benchmarks.fusion_gain OUT [--seeds 10 11 12 13 14] [--subjects 4000] [--encoder pixels]
+
+For each seed three hospitals are drawn, and every model is trained TRAININGS times on death in hospital:
+
+    level     death follows the record and what the last film shows: does a fused model beat the best single modality?
+    change    of the films only the change between two carries risk: medfuse_time can find it, models of one film cannot
+    shuffled  findings, codes and deaths belong to other subjects (half as many of them): is the AUROC 0.5?
+
+What is there already is not done again: the same command goes on after a stop. Prints Markdown. AUROC is that of the
+test stays with a film, mean over trainings. A gain has Student's interval over the seeds, each a hospital of its own.
+The single modality is the best on those very test stays, in each hospital anew, which can only make a gain smaller.
+Films are read as 16 x 16 pixels, the cheapest encoder there is; `--encoder msn` pretrains one on each hospital. The
+recipe was chosen on seed 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from configs import load
+from ehr_features.files import read_json
+from finetune.config import FuseConfig
+from finetune.results import read_predictions
+from finetune.train import fuse
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
+TRAININGS = 3
+SINGLE = ("record_lstm", "record_transformer", "record_gbm", "film_only")
+FUSED = ("medfuse", "concat", "attention")
+WORLDS: dict[str, tuple[list[str], tuple[str, ...]]] = {  # options of the generator, models
+    "level": ([], (*SINGLE, *FUSED)),
+    "change": (["--risk", "change"], ("record_lstm", *FUSED, "medfuse_time")),
+    "shuffled": (["--shuffled"], ("record_lstm", "film_only", *FUSED)),
+}
+Aurocs = dict[str, NDArray[np.float64]]  # model -> (seeds,)
+RECIPE = ["lr=1e-3", "dropout=0.5", "samples=0", "checkpoint_every=0", f"seeds={TRAININGS}"]
+
+
+def hospital(folder: Path, seed: int, subjects: int, options: list[str]) -> None:
+    """Raw tables and films, features and store, by the commands that a user types."""
+    data, cxr = folder / "data", f"mimic_cxr={folder / 'data' / 'mimic-cxr'}"
+    size = ["--subjects", str(subjects), "--seed", str(seed)]
+    build = ["ehr_features", "build", str(CONFIGS / "features.yaml"), f"mimic_iv={data / 'mimic-iv'}", cxr]
+    for done, words in (
+        (data / "truth.json", ["ehr_features", "demo", str(data), *size, *options]),
+        (folder / "features" / "provenance.json", [*build, f"out={folder / 'features'}", "tasks=[mortality]"]),
+        (
+            folder / "store" / "store.json",
+            ["pretrain", "images", str(CONFIGS / "images.yaml"), cxr, f"out={folder / 'store'}"],
+        ),
+    ):
+        if not done.is_file():
+            subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def pretrained(folder: Path, seed: int) -> Path:
+    """The demo's EHR-conditioned encoder, of this hospital's train films."""
+    words = ["pretrain", "train", str(CONFIGS / "pretrain_vit_tiny.yaml"), f"out={folder / 'msn'}", f"seed={seed}"]
+    words += [f"features={folder / 'features'}", f"store={folder / 'store'}"]
+    subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
+    return folder / "msn"
+
+
+def trained(folder: Path, model: str, seed: int, encoder: str) -> Path:
+    """The run of a model on a hospital; read back if it is finished."""
+    words = [f"features={folder / 'features'}", f"store={folder / 'store'}", f"encoder={encoder}", f"model={model}"]
+    words += [
+        f"out={folder / 'runs' / model}",
+        f"seed={seed}",
+        *RECIPE,
+        *(["pool=null"] if encoder == "pixels" else []),
+    ]
+    return fuse(load(FuseConfig, CONFIGS / "fuse_mortality.yaml", words))
+
+
+def auroc(run: Path) -> tuple[float, float]:
+    """AUROC on the test stays with a film, mean over trainings; and its standard error if the scores said nothing."""
+    values = []
+    for training in sorted(run.glob("seed_*")):
+        ids, labels, logits = read_predictions(training, "test")
+        keep = ids["has_image"].to_numpy(bool)
+        died = labels.to_numpy()[keep, 0]
+        values.append(roc_auc_score(died, logits.to_numpy()[keep, 0]))
+    positives, negatives = (died > 0).sum(), (died == 0).sum()
+    return float(np.mean(values)), float(np.sqrt((positives + negatives + 1) / (12 * positives * negatives)))
+
+
+def student(values: NDArray[np.float64]) -> str:
+    """Mean and 95% interval over the seeds."""
+    if len(values) < 2:
+        return f"{values.mean():+.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():+.3f} ({values.mean() - half:+.3f} to {values.mean() + half:+.3f})"
+
+
+def show(world: str, found: Aurocs, errors: NDArray[np.float64], possible: dict[str, float], seeds: list[int]) -> None:
+    """The AUROCs of a world, and what they say."""
+
+    def row(name: str, values: NDArray[np.float64], last: str, possible: str, sign: str = "") -> None:
+        print(f"| {name} | {' | '.join(f'{v:{sign}.3f}' for v in values)} | {last} | {possible} |")
+
+    print(f"\n| {world}: AUROC, test | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | possible |")
+    print("|---" * (len(seeds) + 3) + "|")
+    for model, values in found.items():
+        part = "record" if model.startswith("record") else "film" if model == "film_only" else "both"
+        row(model, values, f"{values.mean():.3f}", f"{possible[part]:.3f}")
+    if world == "shuffled":
+        error = float(np.sqrt((errors**2).sum()) / len(errors))
+        furthest = max(abs(values.mean() - 0.5) for values in found.values()) / error
+        print(f"\nstandard error of a mean: {error:.3f}; the furthest from 0.5 is {furthest:.1f} of them away")
+        return
+    single = np.max([values for model, values in found.items() if model in SINGLE], axis=0)
+    best = max(possible["record"], possible["film"])
+    for model, values in found.items():
+        if model not in SINGLE:
+            name = f"{model} less the best single modality" if world == "level" else f"{model} less record_lstm"
+            row(name, values - single, student(values - single), f"{possible['both'] - best:+.3f}", "+")
+    if world == "change":
+        gap = found["medfuse_time"] - found["medfuse"]
+        row("medfuse_time less medfuse", gap, student(gap), f"{possible['both'] - best:+.3f}", "+")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser.add_argument("--subjects", type=int, default=4000, help="of a hospital: about as many ICU stays (4000)")
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--encoder", default="pixels", help="`pixels`, `msn`, or any that `fuse` takes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for world in args.worlds:
+        options, models = WORLDS[world]
+        found: dict[str, list[float]] = {model: [] for model in models}
+        errors, truths = [], []
+        for seed in args.seeds:
+            folder = args.out / f"{world}_{seed}"
+            hospital(folder, seed, args.subjects // (1 + (world == "shuffled")), options)
+            encoder = str(pretrained(folder, seed)) if args.encoder == "msn" else args.encoder
+            truths.append(read_json(folder / "data" / "truth.json")["bayes"]["mortality"])
+            for model in models:
+                value, error = auroc(trained(folder, model, seed, encoder))
+                found[model].append(value)
+            errors.append(error)
+        possible = {part: float(np.mean([truth[part] for truth in truths])) for part in ("record", "film", "both")}
+        show(world, {m: np.array(v) for m, v in found.items()}, np.array(errors), possible, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
