@@ -91,10 +91,10 @@ def main() -> None:
         commands,
         "audit",
         says="prove or refute, with counts, that nothing leaks; exit 0 if all is proved, 2 if not",
-        example="python -m ehr_features audit features runs/msn",
+        example="python -m ehr_features audit features runs/msn notes",
     )
-    audit.add_argument("features", metavar="FEATURES", type=Path, help="a features/ folder")
-    audit.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="runs that were made from it")
+    audit.add_argument("features", metavar="FEATURES", type=Path, help="a features/ folder, or one of notes")
+    audit.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="runs, or notes, made from it")
     audit.set_defaults(run=_audit)
     demo = cli.command(
         commands,

@@ -1,7 +1,8 @@
-"""`python -m ehr_features audit FEATURES [RUN ...]`: does anything leak? Proved or refuted, with counts.
+"""`python -m ehr_features audit FEATURES [RUN | NOTES ...]`: does anything leak? Proved or refuted, with counts.
 
-Comes in: a features/ folder and the runs that were made from it. Goes out: a line for each claim, `proved`, `refuted`
-or `cannot be proved`. Exit 0 if all are proved, 2 otherwise.
+Comes in: a features/ folder and the runs and notes that were made from it; or notes alone, which name their features.
+Goes out: a line for each claim, `proved`, `refuted` or `cannot be proved`, and for notes how much of each finding they
+tell. Exit 0 if all are proved, 2 otherwise.
 
 Splits, film times, inputs and runs are checked on what was written, the series against the raw events
 (audit_series.py).
@@ -19,6 +20,7 @@ from ehr_features import schema
 from ehr_features.audit_runs import check_runs
 from ehr_features.audit_series import check_series
 from ehr_features.files import read_json, read_table
+from ehr_features.notes_audit import audit_notes, is_notes, split_folders
 from ehr_features.splits import SPLITS
 from ehr_features.verdict import PROVED, UNKNOWN, Verdict, decide
 
@@ -29,10 +31,18 @@ SLACK_HOURS = 1e-6
 
 def run(args: argparse.Namespace) -> int:
     """Print a verdict for each claim. Returns 0 if all are proved, else 2."""
-    verdicts = audit(args.features, args.runs)
+    features, runs, notes = split_folders([args.features, *args.runs])
+    verdicts = [] if is_notes(args.features) and not runs else audit(features, runs)
+    tables = []
+    for folder in notes:
+        found, lines = audit_notes(folder, features)
+        verdicts += found
+        tables += [f"{folder}: {lines[0]}", *lines[1:]] if lines else []
     width = max(len(v.outcome) for v in verdicts)
     for verdict in verdicts:
         print(f"{verdict.outcome:{width}}  {verdict.claim}: {verdict.counts}")
+    if tables:
+        print("\n".join(["", *tables, ""]))
     bad = [v for v in verdicts if v.outcome != PROVED]
     if not bad:
         print(f"{args.features}: all {len(verdicts)} claims are proved")

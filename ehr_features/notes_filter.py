@@ -21,49 +21,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 SHIPPED = Path(__file__).with_name("leak_terms.csv")
 GAP = "\ue000"  # stands where a term stood while the rest is mended; a private-use character
-JOINTS = "and/or|and|or|with|without|w/|w/o|for|of|due to|secondary to|from|versus|vs"
+JOINTS = (
+    "and/or|and|or|with|without|w/|w/o|for|of|due to|secondary to|from|versus|vs|on|in|by|at|to|per|via|"
+    "show|shows|showed|showing"
+)
 
-# applied in this order, over and over, until nothing changes; only beside gaps
+# applied to a line in this order, over and over, until nothing changes; only beside gaps
 MEND = (
     (rf"(?i){GAP}(?:[ \t]*[,;/&+\-]?[ \t]*|[ \t]+(?:{JOINTS})[ \t]+){GAP}", GAP),
     (rf"\([ \t]*{GAP}[ \t]*\)|\"[ \t]*{GAP}[ \t]*\"|\[[ \t]*{GAP}[ \t]*\]", GAP),
     (rf"(?i)\b(?:{JOINTS})[ \t]*{GAP}", GAP),
-    (rf"(?i)((?:^|[:;,(\n]|\.[ \t])[ \t]*){GAP}[ \t]*(?:(?:{JOINTS})[ \t]+|[/&+][ \t]*)", rf"\1{GAP} "),
+    (rf"(?i)((?:^|[:;,(]|\.[ \t])[ \t]*){GAP}[ \t]*(?:(?:{JOINTS})[ \t]+|[/&+][ \t]*)", rf"\1{GAP} "),
     (rf"([^\s:;,(.])[ \t]*[/&+][ \t]*{GAP}", rf"\1 {GAP}"),
     (rf"([:;,(])[ \t]*{GAP}[ \t]*[,;][ \t]*", r"\1 "),  # an item among others
-    (rf"(^|\n|\.[ \t]+){GAP}[ \t]*[,;][ \t]*", r"\1"),  # the first
-    (rf"[ \t]*[,;][ \t]*{GAP}[ \t]*($|\n|\)|\.(?:\s|$))", r"\1"),  # the last
-    (rf"(^|\n|\.[ \t]+|[,;][ \t]*)[A-Za-z][\w ()/'\-]*:[ \t]*{GAP}[ \t]*(;|$|\n|\.(?:\s|$))", rf"\1{GAP}\2"),
-    (rf"(^|\n|[.!?][ \t]+){GAP}[ \t]*[.!?](?:[ \t]+|$)", r"\1"),  # a sentence of its own
-    (rf"(^|\n|[.!?][ \t]+){GAP}[ \t]*[.!?]\n", f"\\1{GAP}\n"),
-    (rf"(^|\n)[ \t]*{GAP}[ \t]*\n", r"\1"),
-    (rf"\n[ \t]*{GAP}[ \t]*$", ""),
+    (rf"(^|\.[ \t]+){GAP}[ \t]*[,;][ \t]*", r"\1"),  # the first
+    (rf"[ \t]*[,;][ \t]*{GAP}[ \t]*($|\)|\.(?:\s|$))", r"\1"),  # the last
+    (rf"(^|\.[ \t]+|[,;][ \t]*)[A-Za-z][\w ()/'\-]*:[ \t]*{GAP}[ \t]*(;|$|\.(?:\s|$))", rf"\1{GAP}\2"),  # a label
+    (rf"(^|[.!?][ \t]+){GAP}[ \t]*[.!?](?:[ \t]+|$)", r"\1"),  # a sentence of its own
 )
 CLOSE = (
-    (rf"(^|\n|\()[ \t]*{GAP}[ \t]*", r"\1"),
-    (rf"[ \t]*{GAP}([.,;:!?)\n])", r"\1"),
+    (rf"(^|\()[ \t]*{GAP}[ \t]*", r"\1"),
+    (rf"[ \t]*{GAP}([.,;:!?)])", r"\1"),
     (rf"[ \t]*{GAP}[ \t]*$", ""),
     (rf"[ \t]*{GAP}[ \t]*", " "),
-    (r"[ \t]+($|\n)", r"\1"),
+    (r"^[ \t]*[,;.]*[ \t]*$|[ \t]+$", ""),
 )
 IN_DIAGNOSES = (
-    rf"(?i)((?:^|\n|\.[ \t]+)[^:;.\n]*diagnos[^:;.\n]*:(?:[^;{GAP}\n]*;)*)[ \t]*[^;{GAP}\n]*{GAP}"
-    rf"(?:[^;.\n]|\.[^\s;])*(;|\.|$|\n)"
+    rf"(?i)((?:^|\.[ \t]+)[^:;.]*diagnos[^:;.]*:(?:[^;{GAP}]*;)*)[ \t]*[^;{GAP}]*{GAP}(?:[^;.]|\.[^\s;])*(;|\.|$)"
 )
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """The patterns of a mode: one that finds any term, and one for each group of terms, in the order of the table."""
+    """The patterns of a mode: one that finds any term; for each group of terms, in the order of the table, one that
+    finds them, and one that finds them with the words that go along."""
 
     any_term: str
-    groups: dict[str, str]
+    groups: dict[str, tuple[str, str]]
 
 
 @functools.cache
@@ -77,11 +78,10 @@ def read(mode: str) -> Leaks | None:
     before = _either(table.loc[table["mode"] == "before", "term"], plural=False)
     after = _either(table.loc[table["mode"] == "after", "term"], plural=False)
     names = list(dict.fromkeys(terms["of"]))
-    groups = {
-        name: rf"(?i)(?:\?[ \t]*)?(?:\b{before}[ \t]+)*\b{_either(terms.loc[terms['of'] == name, 'term'])}\b"
-        rf"(?:,?[ \t]+{after}\b)*"
-        for name in names
-    }
+    groups = {}
+    for name in names:
+        own = rf"\b{_either(terms.loc[terms['of'] == name, 'term'])}\b"
+        groups[name] = f"(?i){own}", rf"(?i)(?:\?[ \t]*)?(?:\b{before}[ \t]+)*{own}(?:,?[ \t]+{after}\b)*"
     return Leaks(rf"(?i)\b{_either(terms['term'])}\b", groups)
 
 
@@ -92,7 +92,7 @@ def _either(terms: pd.Series, plural: bool = True) -> str:
 
 def _term(term: str, plural: bool) -> str:
     stem = r"[ \t\-]*".join(re.escape(word) for word in term.rstrip("*").split())
-    return stem + (r"\w*" if term.endswith("*") else "(?:e?s)?" if plural else "")
+    return stem + ("[a-z]*" if term.endswith("*") else "(?:e?s)?" if plural else "")
 
 
 def remove(text: str, mode: str = "standard") -> str:
@@ -110,15 +110,28 @@ def apply(texts: pa.Array, mode: str) -> tuple[pa.Array, dict[str, pa.Array]]:
 
     Args:
         texts: (N,) strings; null stays null. mode: `none`, `standard`, `aggressive`.
-    Returns: the filtered texts (empty where nothing is left), and the number of terms removed: group -> (N,) int64.
+    Returns: the filtered texts (empty where nothing is left), and the number of terms removed: group -> (N,) int64. A
+        line of which nothing is left goes with its line break.
     """
     leaks = read(mode)
-    if leaks is None:
-        return texts, {}
-    return _apply(texts, leaks)
+    texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    if leaks is None or not len(texts):
+        return texts, {name: pa.array([], pa.int64()) for name in (leaks.groups if leaks else ())}
+    if not pc.any(pc.match_substring(texts, "\n")).as_py():
+        return _lines(texts, leaks)
+    split = pc.split_pattern(texts, "\n")
+    lines, of = split.flatten(), pc.list_parent_indices(split).to_numpy()
+    left, counts = _lines(lines, leaks)
+    stays = pc.or_(pc.not_equal(left, ""), pc.equal(lines, "")).to_numpy(zero_copy_only=False)
+    ends = np.concatenate([[0], np.bincount(of[stays], minlength=len(texts)).cumsum()])
+    kept = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), left.filter(pa.array(stays)))
+    joined = pc.if_else(pc.is_null(texts), None, pc.binary_join(kept, "\n"))
+    return joined, {
+        name: pa.array(np.bincount(of, n.to_numpy(), len(texts)).astype(np.int64)) for name, n in counts.items()
+    }
 
 
-def _apply(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]]:
+def _lines(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]]:
     zero = pa.array([0] * len(texts), pa.int64())
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     counts = dict.fromkeys(leaks.groups, zero)
@@ -127,7 +140,9 @@ def _apply(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]
         if not pc.any(found).as_py():
             return texts, counts
         some = pc.replace_substring(pc.filter(texts, found), GAP, "")
-        for name, pattern in leaks.groups.items():
+        for name, (term, pattern) in leaks.groups.items():
+            if not pc.any(pc.match_substring_regex(some, term)).as_py():
+                continue
             marked = pc.replace_substring_regex(some, pattern, GAP)
             new = pc.subtract(pc.count_substring(marked, GAP), pc.count_substring(some, GAP))
             counts[name] = pc.add(counts[name], pc.replace_with_mask(zero, found, pc.cast(new, pa.int64())))
