@@ -43,7 +43,7 @@ def _score(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from finetune.compare import show
 
-    show(args.a, args.b, split=args.split, samples=args.samples, seed=args.seed)
+    show(args.a, args.b, split=args.split, samples=args.samples, seed=args.seed, out=args.out)
 
 
 def _embed(args: argparse.Namespace) -> None:
@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     compare.add_argument("--split", default="test", choices=("val", "test"))
     compare.add_argument("--samples", type=int, default=1000, help="resamples (default 1000)")
     compare.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
+    compare.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     compare.set_defaults(run=_compare)
     embed = cli.command(
         commands,

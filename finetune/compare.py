@@ -4,12 +4,13 @@ Comes in: predictions of two methods on the same test rows, one or more runs (tr
 label and one for `macro`, the primary one: difference, interval, p, and p after Holm over the labels.
 Each resample draws subjects, the same ones for both methods, and, where a method has several runs, its runs too, with
 replacement (runs of equal seeds are drawn together), so that the interval holds for the method and not for one training
-of it. Fewer than three seeds a method: `claim` says `one run`, and no more than the runs at hand is meant.
+of it. Fewer than three trainings a method: `claim` says `one run`, and no more than the runs at hand is meant. Probes
+of one pretraining are one training of it, whatever their seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from configs import UserError
+from ehr_features.files import new_file
 from finetune.metrics import check, distribution, interval, macro, over_runs, runs_drawn
 from finetune.results import read_predictions, read_results
 
 ENOUGH_SEEDS = 3
+CARRIED = {"parameters": "parameters", "image_size": "px", "films_seen": "films seen"}  # by each row of a comparison
 
 
 def paired(
@@ -86,11 +89,12 @@ def compare_runs(
 ) -> pd.DataFrame:
     """`paired` of run folders, on the rows that they scored.
 
+    Returns: as `paired`; each row also carries parameters, input size and films seen of a and b (the first run's).
     Raises: UserError: other films, labels or values than in the first run.
     """
     first: tuple[list[Any], NDArray[Any], NDArray[Any], list[str]] | None = None
     scores: list[list[NDArray[Any]]] = [[], []]
-    seeds: list[list[int]] = [[], []]
+    abouts: list[list[dict[str, Any]]] = [[], []]
     for side, runs in enumerate((a, b)):
         for folder in runs:
             about, _ = read_results(folder)
@@ -103,22 +107,64 @@ def compare_runs(
                     "with the same views, labels and unit"
                 )
             scores[side].append(probabilities)
-            seeds[side].append(int(about["seed"]))
+            abouts[side].append(about)
     assert first is not None, "no runs given"
+    seeds = [[int(about["seed"]) for about in of] for of in abouts]
     order = [np.argsort(s, kind="stable") for s in seeds]
     stacked = [np.stack(s)[o] for s, o in zip(scores, order, strict=True)]
     same = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
-    return paired(first[1], *stacked, groups=first[2], names=first[3], samples=samples, seed=seed, same_seeds=same)
+    table = paired(first[1], *stacked, groups=first[2], names=first[3], samples=samples, seed=seed, same_seeds=same)
+    table["claim"] = "method" if min(map(trainings, abouts)) >= ENOUGH_SEEDS else "one run"
+    for name, of in zip("ab", abouts, strict=True):
+        by = of[0].get("compared_by") or {}
+        table = table.assign(**{f"{key}_{name}": by.get(key) for key in CARRIED})
+    return table
 
 
-def show(a: Sequence[str], b: Sequence[str], *, split: str, samples: int, seed: int) -> pd.DataFrame:
-    """Print `compare_runs`."""
+def trainings(abouts: Sequence[Mapping[str, Any]]) -> int:
+    """How many trainings runs are, from `run` of results.json: distinct seeds; if pretrained, distinct weights too."""
+    number = len({about["seed"] for about in abouts})
+    by = [about.get("compared_by") or {} for about in abouts]
+    pretrained = [b["hash"] for b in by if b.get("hash") and str(b.get("weights")).startswith("step")]
+    return min(number, len(set(pretrained))) if len(pretrained) == len(abouts) else number
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What besides the encoder differs between two runs of `probe`."""
+    found = []
+    for name, of in (
+        ("method", lambda about: about.get("model")),
+        ("head grid and pools", lambda about: about.get("grid")),
+        ("train films", lambda about: [fit.get("films") for fit in about.get("fractions") or ()]),
+        ("training labels", lambda about: about.get("labels")),
+    ):
+        if of(a) != of(b):
+            found.append(f"{name}: a {_say(of(a))}, b {_say(of(b))}")
+    return found
+
+
+def show(
+    a: Sequence[str], b: Sequence[str], *, split: str, samples: int, seed: int, out: str | None = None
+) -> pd.DataFrame:
+    """Print `compare_runs`, and write it to `out` as CSV if given."""
     table = compare_runs(a, b, split=split, samples=samples, seed=seed)
-    shown = table.drop(columns=["metric", "runs_a", "runs_b", "claim"])
-    print(f"AUROC on {split}: a = {', '.join(a)}; b = {', '.join(b)}")
+    abouts = [read_results(runs[0])[0] for runs in (a, b)]
+    print(f"AUROC on {split}")
+    for side, runs, about in zip("ab", (a, b), abouts, strict=True):
+        by = about.get("compared_by") or {}
+        size = [f"{_say(by.get(key))} {unit}" for key, unit in CARRIED.items()]
+        print(f"  {side} = {about['model']} of {about['encoder']}: {', '.join(size)}  [{', '.join(map(str, runs))}]")
+    for difference in differences(*abouts):
+        print(f"  not the encoder alone: {difference}")
+    carried = [f"{key}_{side}" for key in CARRIED for side in "ab"]
+    shown = table.drop(columns=["metric", "runs_a", "runs_b", "claim", *carried])
     print(shown.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     if table["claim"].iloc[0] == "one run":
-        print(f"this compares the runs at hand; a claim between methods takes {ENOUGH_SEEDS} training seeds of each")
+        print(f"this compares the runs at hand; a claim between methods takes {ENOUGH_SEEDS} trainings of each")
+    if out is not None:
+        with new_file(out) as part:
+            table.to_csv(part, index=False)
+        print(f"wrote {out}")
     return table
 
 
@@ -129,6 +175,12 @@ def _units(folder: str | Path, split: str) -> tuple[list[Any], Any, Any, Any, li
     order = np.argsort(key.to_numpy(), kind="stable")
     y, p = labels.to_numpy(np.float64)[order], expit(logits.to_numpy(np.float64))[order]
     return key.iloc[order].tolist(), y, p, ids["subject_id"].to_numpy()[order], [str(name) for name in labels]
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "unknown" if value is None else str(value)
 
 
 def _p(difference: NDArray[Any]) -> float:

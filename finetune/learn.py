@@ -39,6 +39,20 @@ class Fitted(NamedTuple):
 Learner = Callable[[Rows, Rows, int], Fitted]  # train rows, val rows, seed
 
 
+GRIDS = {
+    "linear": ("pools", "lrs", "weight_decays", "epochs", "patience", "batch_size"),
+    "logistic": ("pools", "strengths"),
+    "knn": ("pools", "neighbours"),
+    "attentive": ("tune",),
+    "finetune": ("tune",),
+}
+
+
+def grid(config: ProbeConfig) -> dict[str, Any]:
+    """What a method chooses from, and how long: runs are compared on equal ones."""
+    return config.model_dump(mode="json", include=set(GRIDS.get(config.method, ())))
+
+
 def at(features: Features, rows: Rows) -> Features:
     return {pool: value[rows] for pool, value in features.items()}
 

@@ -26,7 +26,7 @@ from finetune.evaluation import score, scored, subgroups
 from finetune.films import Films, check_splits, fraction_rows
 from finetune.frozen import Frozen, describe, film_features, open_any, open_frozen
 from finetune.guard import NOTHING, Seen, check_encoder
-from finetune.learn import Fitted, Learner, on_features, record
+from finetune.learn import Fitted, Learner, grid, on_features, record
 from finetune.metrics import f1_thresholds
 from finetune.results import write_results
 from finetune.shift import in_a_line, shift
@@ -221,6 +221,7 @@ def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str
         "pretraining_films": through.seen.films,
         "supervision": through.seen.supervision,
         "compared_by": dict(through.about),
+        "grid": grid(config),
         "splits": counts.to_dict("index"),
         "left_out": films.left_out,
         "labels": {"training": {"uncertain": config.uncertain, "missing": config.missing}, "views": config.views},

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from configs import UserError
-from finetune.compare import compare_runs, holm, paired
+from finetune.compare import compare_runs, holm, paired, show, trainings
 from finetune.metrics import evaluate
 from finetune.results import write_predictions, write_results
 
@@ -76,13 +76,15 @@ def test_runs_of_equal_seeds_are_drawn_together() -> None:
     assert together["low"] > 0 > apart["low"]
 
 
-def write_run(folder: Path, y: np.ndarray, p: np.ndarray, seed: int, ids: np.ndarray | None = None) -> Path:
+def write_run(
+    folder: Path, y: np.ndarray, p: np.ndarray, seed: int, ids: np.ndarray | None = None, **more: object
+) -> Path:
     films = np.arange(len(y)) if ids is None else ids
     table = pd.DataFrame({"dicom_id": films, "study_id": films // 2, "subject_id": films // 4})
     write_predictions(folder, "test", table, pd.DataFrame(y, columns=["x", "y"]), np.log(p / (1 - p)))
     run = {"task": "findings", "model": "linear", "encoder": "e", "allow_leak": False, "warnings": []}
     rows = evaluate(y, p, names=["x", "y"], samples=0).assign(split="test")
-    write_results(folder, {**run, "seed": seed}, rows)
+    write_results(folder, {**run, "seed": seed, **more}, rows)
     return folder
 
 
@@ -98,3 +100,34 @@ def test_run_folders_are_compared_whatever_the_order_of_their_rows(tmp_path: Pat
     other = write_run(tmp_path / "c", 1 - y, b, 0)
     with pytest.raises(UserError, match="not the same test rows and labels"):
         compare_runs([one], [other])
+
+
+def test_probes_of_one_pretraining_are_no_claim_about_its_method(tmp_path: Path) -> None:
+    y, a, b, _ = sample(better=0.5)
+
+    def runs(name: str, p: np.ndarray, hashes: list[str]) -> list[Path]:
+        by = [{"hash": h, "weights": "step 9", "parameters": 7, "image_size": 64, "films_seen": 5} for h in hashes]
+        return [write_run(tmp_path / f"{name}{i}", y, p, i, compared_by=by[i]) for i in range(3)]
+
+    one, three, other = runs("one", a, ["x"] * 3), runs("three", a, list("xyz")), runs("other", b, list("uvw"))
+    assert set(compare_runs(three, other, samples=50)["claim"]) == {"method"}
+    assert set(compare_runs(one, other, samples=50)["claim"]) == {"one run"}
+    assert set(compare_runs([three[0]] * 3, other, samples=50)["claim"]) == {"one run"}
+    assert trainings([{"seed": i, "compared_by": {"weights": "w.pth", "hash": "x"}} for i in range(3)]) == 3
+
+
+def test_each_row_carries_what_the_methods_are_and_what_else_differs_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    y, a, b, _ = sample(better=0.5)
+    by = {"hash": "h", "weights": "none", "parameters": 1234567, "image_size": 16, "films_seen": 0}
+    one = write_run(tmp_path / "a", y, a, 0, compared_by=by, grid={"lrs": [0.1]}, fractions=[{"films": 9}])
+    two = write_run(tmp_path / "b", y, b, 0, compared_by=by | {"films_seen": None}, grid={"lrs": [1.0]})
+    out = tmp_path / "table.csv"
+    show([str(one)], [str(two)], split="test", samples=50, seed=0, out=str(out))
+    said = capsys.readouterr().out
+    assert "1,234,567 parameters, 16 px, 0 films seen" in said and "unknown films seen" in said
+    assert "not the encoder alone: head grid and pools" in said and "train films" in said
+    table = pd.read_csv(out)
+    assert (table[["parameters_a", "image_size_b", "films_seen_a"]] == [1234567, 16, 0]).all(axis=None)
+    assert len(table) == 3 and table["films_seen_b"].isna().all()
