@@ -23,7 +23,7 @@ from ehr_features.files import read_table
 from pretrain.config import FilmsConfig
 from pretrain.msn import Batch
 from pretrain.preprocess import Preprocess
-from pretrain.views import Plan, Views, cut, draw, draw_keep, film_keys, mask_cells, uniforms
+from pretrain.views import Plan, Views, cut, draw, draw_keep, film_keys, mask_cells, turn, uniforms
 
 if TYPE_CHECKING:
     from pretrain.store import Store
@@ -188,13 +188,18 @@ class Cutter:
         """The batch, on the device where the films are."""
         films, device = raw["films"], raw["films"].device
         plans: dict[str, Any] = {k: p.to(device) for k, p in raw["plans"].items()}
-        target = self._views(raw.get("target films", films), plans["target"])
+        turned = turn(films) if device.type == "cpu" else None
+        target = (
+            self._views(raw["target films"], plans["target"])
+            if "target films" in raw
+            else self._views(films, plans["target"], turned)
+        )
         anchors: list[Tensor] = []
         keeps: list[Tensor | None] = []
         for kind in ("random", "focal"):
             if kind not in plans:
                 continue
-            views, keep = self._views(films, plans[kind]), plans.get(f"{kind} keep")
+            views, keep = self._views(films, plans[kind], turned), plans.get(f"{kind} keep")
             if keep is not None and not self.is_vit:
                 views = mask_cells(views, keep, self.patch, self.fill, raw["keys"], self.seed, raw["epoch"])
                 keep = None
@@ -202,12 +207,12 @@ class Cutter:
             keeps.append(keep)
         return Batch(target, anchors, keeps, raw.get("static"))
 
-    def _views(self, films: Tensor, plan: Plan) -> Tensor:
+    def _views(self, films: Tensor, plan: Plan, turned: Tensor | None = None) -> Tensor:
         mean = std = None
         if self.preprocess.normalise == "film":
             std, mean = torch.std_mean(films.float() / 255, dim=(1, 2), correction=0)
             mean, std = (x.repeat(len(plan.boxes)) for x in (mean, std))
-        return self.preprocess.to_input(cut(films, plan), mean, std)
+        return self.preprocess.to_input(cut(films, plan, turned), mean, std)
 
 
 class Steps(Dataset[Any]):

@@ -59,11 +59,11 @@ class Preprocess:
     def to_input(self, pixels: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
         """Normalise views (N, 1, h, w) in [0, 1]; `mean`, `std` (N,) are those of the films, for `film`."""
         if self.normalise == "dataset":
-            normal = (pixels - self.mean) / self.std
+            normal = (pixels - self.mean).div_(self.std)
         else:
             if self.normalise == "crop" or mean is None or std is None:
                 std, mean = torch.std_mean(pixels, dim=(1, 2, 3), correction=0)
-            normal = (pixels - mean.view(-1, 1, 1, 1)) / (std.view(-1, 1, 1, 1) + SOFT)
+            normal = (pixels - mean.view(-1, 1, 1, 1)).div_(std.view(-1, 1, 1, 1) + SOFT)
         return normal.expand(-1, self.in_chans, -1, -1)
 
     def to_json(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pretrain.config import PretrainConfig
 from pretrain.encoder import differences
 from pretrain.introduce import introduce, write_seen
 from pretrain.loader import batches
+from pretrain.memory import keep_freed_memory
 from pretrain.msn import MSN
 from pretrain.progress import Bar
 from pretrain.schedule import Schedule
@@ -41,6 +42,7 @@ def train(config: PretrainConfig, args: argparse.Namespace | None = None) -> Pat
     Returns: the run folder, with encoder/ in it.
     Raises: UserError: the config does not fit the films, the store or the machine; Stopped: SIGTERM, saved.
     """
+    keep_freed_memory()
     accelerator = build.accelerator(config, args)
     images, index = Path(config.features) / "images.parquet", Path(config.store) / "index.parquet"
     folder = run.open_run(config.out, config, sources=[images, index], may_differ=MAY_DIFFER)

@@ -69,8 +69,32 @@ def test_matrix_products_cut_what_boxes_cut():
     plan = vw.draw(kind, KEYS, 80, 0, 0, "x")
     assert plan.flips
     torch.testing.assert_close(
-        vw._cut_by_products(films(), plan), vw._cut_one_by_one(films(), plan), rtol=0, atol=1.01 / 255
+        vw._cut_by_products(films(), plan), vw._cut_one_by_one(vw.turn(films()), plan), rtol=0, atol=1.01 / 255
     )
+
+
+@pytest.mark.parametrize("side, size", [(80, 24), (81, 17), (16, 30), (96, 96), (515, 98)])
+def test_rows_in_place_of_channels_change_no_pixel(side, size):
+    """Against torch's kernel on each box by itself, also where four divides neither the film nor the view."""
+    plan = vw.draw(vw.Views(4, size, (0.01, 1.0), flip=0.5), KEYS, side, 0, 0, "x")
+    ours = vw._cut_one_by_one(vw.turn(films(side)), plan).unflatten(0, (4, 6))
+    for v in range(4):
+        for b, film in enumerate(films(side)):
+            top, left, height, width = plan.boxes[v, b].int().tolist()
+            box = film[None, None, top : top + height, left : left + width]
+            whole = torch.nn.functional.interpolate(box, size=(size, size), mode="bilinear", antialias=True)[0, 0]
+            torch.testing.assert_close(ours[v, b], (whole.flip(1) if plan.flip[v, b] else whole) / 255, rtol=0, atol=0)
+
+
+def test_intensities_change_as_written():
+    kind = vw.Views(2, 16, (0.3, 1.0), brightness=0.2, contrast=0.2, gamma=0.3)
+    plan = vw.draw(kind, KEYS, 80, 0, 0, "x")
+    plain = vw.cut(films(), vw.draw(vw.Views(2, 16, (0.3, 1.0)), KEYS, 80, 0, 0, "x"))
+    brightness, contrast, gamma = plan.changes.flatten(0, 1).T[:, :, None, None, None]
+    mean = plain.mean(dim=(2, 3), keepdim=True)
+    wanted = ((plain - mean) * contrast + mean + brightness).clamp(0, 1) ** gamma
+    torch.testing.assert_close(vw.cut(films(), plan), wanted)
+    assert not vw.draw(vw.Views(2, 16, (0.3, 1.0), contrast=0.2), KEYS, 80, 0, 0, "x").bends
 
 
 def test_flips_are_off_by_default():
