@@ -157,6 +157,11 @@ class FuseConfig(Settings):
     context: bool = True  # give the film's view and age beside its features
     control: Literal["none", "context", "another"] = "none"  # no pixels; or another subject's film of the same view
     standardise: bool = True  # film features by the mean and deviation of the train films
+    notes: str | None = (
+        None  # a folder of notes: the film's note is one more token (medfuse, attention), or token states
+    )
+    text_encoder: str | None = None  # with notes: a Hugging Face or sentence-transformers folder
+    text: Literal["features", "findings", "both"] = "both"  # of a note's token: its vector, logits of findings, both
     hidden: int = Field(256, ge=1)  # width of the record's LSTM and of a projected film
     layers: int = Field(2, ge=1)
     joint: int = Field(512, ge=1)  # width of MedFuse's LSTM over the tokens
@@ -190,7 +195,7 @@ class FuseConfig(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> FuseConfig:
-        film = not self.model.startswith("record_")
+        film = not self.model.startswith(("record_", "note_"))
         if film and (self.store is None or self.encoder is None):
             missing = " and ".join(key for key in ("store", "encoder") if getattr(self, key) is None)
             raise ValueError(f"`{missing}` missing: model={self.model} looks at films; model=record_lstm needs neither")
@@ -210,7 +215,22 @@ class FuseConfig(Settings):
             raise ValueError("`control` needs a model with a film and freeze=true")
         if not film and not self.freeze:
             raise ValueError(f"`freeze` false: model={self.model} has no film encoder to tune")
+        self._text()
         return self
+
+    def _text(self) -> None:
+        """Notes and an encoder for them go together, with the models that read them."""
+        if (self.notes is None) != (self.text_encoder is None):
+            raise ValueError("`notes` (a folder of notes) and `text_encoder` (what reads them) go together")
+        tokens = self.model in ("cross_attention", "film_tokens", "note_tokens")
+        if self.notes is None and self.model in ("cross_attention", "note_tokens"):
+            raise ValueError(f"`notes` missing: model={self.model} reads the films' notes")
+        if self.notes is not None and not (self.model in ("medfuse", "attention") or tokens):
+            raise ValueError(f"`notes`: model={self.model} reads none; take medfuse, attention or cross_attention")
+        if tokens and self.task not in ("findings", "radiology"):
+            raise ValueError(f"`task` {self.task}: model={self.model} is for findings or radiology")
+        if tokens and not self.freeze:
+            raise ValueError(f"`freeze` false: model={self.model} reads token states of a frozen encoder")
 
 
 Words = list[str]

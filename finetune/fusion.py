@@ -42,14 +42,24 @@ class Sizes:
     dropout: float = 0.3
     missing: Literal["zero", "learnable"] = "learnable"  # concat's token for an absent film
     film_labels: int | None = None  # the film branch's own head, if it was trained on other labels
+    text: int = 0  # width of a note's vector, or of its token states; 0: no notes
+    places: int = 0  # tokens of a film, of the models over tokens
 
 
 class Output(NamedTuple):
-    """logits (B, L); parts: the branches' own logits; weights (B, 2) of record and film, where a model has such."""
+    """logits (B, L); parts: the branches' own logits; weights of record, film (, note), where a model has such."""
 
     logits: Tensor
     parts: dict[str, Tensor] = {}
     weights: Tensor | None = None
+
+
+class Note(NamedTuple):
+    """The film's note as one more token: text (B, D), zero where there is none; has_text, has_record (B,) bool."""
+
+    text: Tensor
+    has_text: Tensor
+    has_record: Tensor
 
 
 class RecordLSTM(nn.Module):
@@ -133,6 +143,16 @@ class _Fusion(nn.Module):
         self.film = FilmOnly(sizes)
         self.project = nn.Linear(sizes.film, sizes.hidden)
         self.same_labels = sizes.film_labels in (None, sizes.labels)
+        if sizes.text:
+            self.note = nn.Sequential(nn.Dropout(sizes.dropout), nn.Linear(sizes.text, sizes.hidden))
+
+    def tokens(self, record: Tensor, film: Tensor, has_image: Tensor, note: Note | None) -> tuple[Tensor, Tensor]:
+        """Record, film and, where notes are read, note: (B, n, hidden), zero where missing; which are there (B, n)."""
+        tokens, present = [record, self.project(film)], [torch.ones_like(has_image), has_image]
+        if note is not None:
+            tokens, present = [*tokens, self.note(note.text)], [note.has_record, has_image, note.has_text]
+        there = torch.stack(present, dim=1)
+        return torch.stack(tokens, dim=1) * there[..., None], there
 
     def parts(self, record: Tensor, film: Tensor) -> dict[str, Tensor]:
         """The logits of each branch by itself: record (B, hidden) and film (B, D) -> (B, L) each."""
@@ -143,18 +163,24 @@ class _Fusion(nn.Module):
 
 
 class MedFuse(_Fusion):
-    """An LSTM over [record token, film token]; it ends after the first where there is no film."""
+    """An LSTM over [record token, film token, note token], those that there are: it skips what is missing."""
+
+    reads_text = True
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
         self.fuse = nn.LSTM(sizes.hidden, sizes.joint, batch_first=True)
         self.head = nn.Linear(sizes.joint, sizes.labels)
 
-    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+    def forward(
+        self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor, note: Note | None = None
+    ) -> Output:
         record = self.record.encode(series, lengths)
-        tokens = torch.stack([record, self.project(film)], dim=1)  # (B, 2, hidden)
-        states, _ = self.fuse(tokens)
-        return Output(self.head(last_hour(states, 1 + has_image.long())), self.parts(record, film))
+        tokens, present = self.tokens(record, film, has_image, note)
+        order = (~present).long().argsort(dim=1, stable=True)  # what is there to the left, in the same order
+        states, _ = self.fuse(tokens.gather(1, order[..., None].expand_as(tokens)))
+        count = present.sum(1).clamp(min=1)  # where nothing is there: one token of zeros
+        return Output(self.head(last_hour(states, count)), self.parts(record, film))
 
 
 class MedFuseTime(_Fusion):
@@ -195,24 +221,27 @@ class Concat(_Fusion):
 
 
 class Attention(_Fusion):
-    """Weighs record and film for each stay by learned scores; a missing film has weight 0.
+    """Weighs record, film and note for each stay by learned scores; what is missing has weight 0.
 
-    Both are brought to one scale first: a state of an LSTM stays within 1, a projected film does not, and one
+    All are brought to one scale first: a state of an LSTM stays within 1, a projected film does not, and one
     head reads their mean.
     """
 
+    reads_text = True
+
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
-        self.norms = nn.ModuleList(nn.LayerNorm(sizes.hidden) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(sizes.hidden) for _ in range(2 + (sizes.text > 0)))
         self.score = nn.Sequential(nn.Linear(sizes.hidden, sizes.hidden), nn.Tanh(), nn.Linear(sizes.hidden, 1))
         self.head = nn.Linear(sizes.hidden, sizes.labels)
 
-    def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
+    def forward(
+        self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor, note: Note | None = None
+    ) -> Output:
         record = self.record.encode(series, lengths)
-        given = zip(self.norms, (record, self.project(film)), strict=True)
-        tokens = torch.stack([norm(token) for norm, token in given], dim=1)  # (B, 2, hidden)
-        present = torch.stack([torch.ones_like(has_image), has_image], dim=1)
-        weights = self.score(tokens)[..., 0].masked_fill(~present, -math.inf).softmax(dim=1)
+        given, present = self.tokens(record, film, has_image, note)
+        tokens = torch.stack([norm(token) for norm, token in zip(self.norms, given.unbind(1), strict=True)], dim=1)
+        weights = self.score(tokens)[..., 0].masked_fill(~present, -1e9).softmax(dim=1) * present
         fused = (weights[..., None] * tokens).sum(1)
         return Output(self.head(fused), self.parts(record, film), weights)
 

@@ -16,10 +16,11 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from configs import UserError
-from finetune import findings, guard
+from finetune import findings, guard, notes
 from finetune.config import FuseConfig
+from finetune.crossing import KINDS
+from finetune.film_tokens import film_tokens
 from finetune.frozen import Features, Frozen, film_features, open_any, open_frozen
-from finetune.fusion import MODELS
 from finetune.net import FilmBranch, fit_scale
 from finetune.samples import Samples, another_film, load
 from pretrain.store import Store
@@ -27,20 +28,25 @@ from pretrain.store import Store
 
 def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, FilmBranch | None, dict[str, Any]]:
     """Read, check and fit. Raises: UserError: no such model or task, an encoder that saw val or test subjects."""
-    if config.model not in MODELS and config.model != "record_gbm":
-        raise UserError(f"model={config.model}: no such model; there are record_gbm, {', '.join(MODELS)}")
+    if config.model not in KINDS and config.model != "record_gbm":
+        raise UserError(f"model={config.model}: no such model; there are record_gbm, {', '.join(KINDS)}")
     about: dict[str, Any] = {"warnings": [], "encoder": config.encoder, "supervision": "none", "films_seen": "none"}
-    kind = MODELS.get(config.model)
+    kind = KINDS.get(config.model)
+    tokens = getattr(kind, "reads_tokens", False)
     store = None if config.store is None else Store(config.store)
     films = config.films if getattr(kind, "many_films", False) else 1
     samples = load(config.features, config.task, readable=store, films=films, max_hours=config.max_hours)
     lost = int((samples.table["dicom_id"].notna().to_numpy() & ~samples.has_image).sum())
     if lost:
         about["warnings"].append(f"{lost} samples have a film that the store lacks; they count as without a film")
-    if config.task == "findings" and config.model != "film_only":
+    if config.task == "findings" and config.model != "film_only" and not tokens:
         raise UserError(
-            "task=findings has films without a stay: take model=film_only, or task=radiology with the record"
+            "task=findings has films without a stay: take model=film_only, cross_attention, film_tokens or "
+            "note_tokens, or task=radiology with the record"
         )
+    if config.notes is not None and config.model != "film_tokens":
+        with accelerator.main_process_first():
+            samples, about["text"] = notes.read(config, samples, _cache(config), tokens)
     if kind is None or not getattr(kind, "uses_film", True):
         return samples, None, about | {"encoder": None}
     assert store is not None and config.encoder is not None, "checked by the config"
@@ -51,6 +57,10 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
         about["warnings"] += seen.warnings
         about |= {"supervision": seen.supervision, "films_seen": seen.films}
     with accelerator.main_process_first():
+        if tokens:
+            options = {"seed": config.seed, "weights": config.weights, "device": accelerator.device}
+            states, _ = film_tokens(frozen, store, samples.film_ids, _cache(config), **options)
+            return replace(samples, film_tokens=states), None, about
         samples, branch, more = _films(config, samples, frozen, store)
     return samples, branch, about | more
 
@@ -59,8 +69,8 @@ def _films(
     config: FuseConfig, samples: Samples, frozen: Frozen, store: Store
 ) -> tuple[Samples, FilmBranch, dict[str, Any]]:
     """The samples with features, and the branch fitted on train films."""
-    cache = Path(config.cache) if config.cache else Path(config.out).parent / "cache"
-    name = config.pool or getattr(MODELS[config.model], "pool", None)
+    cache = _cache(config)
+    name = config.pool or getattr(KINDS[config.model], "pool", None)
     rows = samples.films[samples.rows("train")]
     rows = np.unique(rows[rows >= 0])
     if not len(rows):
@@ -93,6 +103,10 @@ def _films(
     samples = replace(samples, features=features, store=store)
     samples = another_film(samples, config.seed) if config.control == "another" else samples
     return samples, branch, {"findings_head": more} if more else {}
+
+
+def _cache(config: FuseConfig) -> Path:
+    return Path(config.cache) if config.cache else Path(config.out).parent / "cache"
 
 
 def pool(pools: Features, name: str | None) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import UserError
-from finetune.fusion import Output
+from finetune.fusion import Note, Output
 from finetune.samples import CONTEXT
 from pretrain import encoder as encoders
 from pretrain.preprocess import Preprocess
@@ -99,10 +99,15 @@ class Net(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Output:
         present, hours = batch["has_image"], batch["hours"]
+        if getattr(self.model, "reads_tokens", False):
+            note = (batch[key] for key in ("note_tokens", "note_lengths"))
+            over_tokens: Output = self.model(batch["film_tokens"], present[:, 0], *note)
+            return over_tokens
+        more = {"note": Note(batch["text"], batch["has_text"], batch["has_record"])} if "text" in batch else {}
         film = self.films(batch) if self.films is not None else batch["context"]
         if not getattr(self.model, "many_films", False):
             film, present, hours = film[:, 0], present[:, 0], hours[:, 0]
-        output: Output = self.model(batch["series"], batch["lengths"], film, present, hours)
+        output: Output = self.model(batch["series"], batch["lengths"], film, present, hours, **more)
         return output
 
 

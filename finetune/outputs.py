@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from configs import UserError
 from ehr_features.files import new_file, read_table
-from finetune import guard, metrics, results, tasks
+from finetune import guard, metrics, rarity, results, tasks
 from finetune.config import FuseConfig
 from finetune.net import FilmBranch, Net
 from finetune.samples import Samples
 from pretrain import encoder as encoders
 from pretrain import run
+from pretrain.notes import summary
 
 
 class Predictions(NamedTuple):
@@ -28,7 +29,7 @@ class Predictions(NamedTuple):
 
     rows: NDArray[np.int64]  # (N,)
     logits: NDArray[np.float64]  # (N, L)
-    weights: NDArray[np.float64] | None  # (N, 2) record and film, of a model that weighs them
+    weights: NDArray[np.float64] | None  # (N, 2 or 3) record, film (, note), of a model that weighs them
 
 
 def write(
@@ -52,15 +53,21 @@ def write(
             continue
         ids = table.iloc[at][["sample_id", "stay_id", "subject_id", "dicom_id"]].assign(has_image=samples.has_image[at])
         if (weights := found[0].weights) is not None:
-            ids = ids.assign(weight_record=weights[:, 0], weight_film=weights[:, 1])
+            ids[["weight_record", "weight_film", "weight_text"][: weights.shape[1]]] = weights
         labels = pd.DataFrame(samples.labels[at], columns=samples.names)
         results.write_predictions(folder, split, ids, labels, found[0].logits)
         chances = torch.from_numpy(np.stack([f.logits for f in found])).sigmoid().numpy()  # (trainings, N, L)
-        for subset, keep in subsets(table.iloc[at], samples.has_image[at], split).items():
+        chosen = subsets(table.iloc[at], samples.has_image[at], split)
+        if config.task in tasks.FILM_TASKS and split == "test":
+            counts = rarity.by_count(samples.names, samples.labels[at])
+            chosen |= {name: keep for name, keep in counts.items() if keep.any()}
+        for subset, keep in chosen.items():
             rated = _rate(samples, rows["train"], at[keep], chances[:, keep], config)
             tables.append(rated.assign(split=split, subset=subset))
     done = pd.concat(tables, ignore_index=True)
     keys = ("task", "model", "seed", "seeds", "allow_leak", "pairing", "freeze", "film", "control")
+    if config.task in tasks.FILM_TASKS:
+        about = about | {"prevalence": rarity.prevalence(samples.names, samples.labels[rows["train"]])}
     results.write_results(folder, {**{key: getattr(config, key) for key in keys}, **about}, done)
     return done
 
@@ -101,6 +108,7 @@ def _rate(
 ) -> pd.DataFrame:
     """Metrics of some rows; chances (trainings, N, L)."""
     subjects = samples.table["subject_id"].to_numpy()[at]
+    shares = rarity.prevalence(samples.names, samples.labels[train])
     table = metrics.evaluate(
         samples.labels[at],
         chances,
@@ -108,7 +116,7 @@ def _rate(
         groups=subjects,
         samples=config.samples,
         seed=config.seed,
-        macros=tasks.macros(samples.names),
+        macros=tasks.macros(samples.names) | (rarity.thirds(shares) if config.task in tasks.FILM_TASKS else {}),
     )
     if samples.hours_left is None:
         return table
@@ -144,10 +152,13 @@ def announce(
     about: dict[str, Any],
 ) -> None:
     """What will be done, before it is done. Raises: UserError: an empty split."""
-    encoder = "no films" if films is None else f"{config.encoder} {'frozen' if config.freeze else 'tuned'}"
+    seen = films is not None or samples.film_tokens is not None
+    encoder = f"{config.encoder} {'frozen' if config.freeze else 'tuned'}" if seen else "no films"
     control = "" if config.control == "none" else f", control: {config.control}"
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
     log.say(f"fuse: {config.model} on {config.task}, {config.pairing} stays, {encoder}{control}{seeds}")
+    if "text" in about:
+        log.say(f"  {summary(about['text'])}")
     for split, own in rows.items():
         if not len(own):
             raise UserError(f"{config.features}: no {split} samples of {config.task} with pairing={config.pairing}")

@@ -24,6 +24,7 @@ from finetune.tasks import KEYS, one_hot, read_samples
 
 if TYPE_CHECKING:
     from pretrain.store import Store
+    from pretrain.text import Tokens
 
 SPLITS = ("train", "val", "test")
 VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for another or an unknown view
@@ -48,6 +49,10 @@ class Samples:
     store: Store | None = None  # the films, for an encoder that is tuned
     hours_left: NDArray[np.float64] | None = None  # (N,) of length_of_stay, whose labels exclude each other
     step_hours: float = 1.0  # of the series
+    note: NDArray[np.int64] | None = None  # (N,) row of `text` or `note_tokens`, -1 where there is no note
+    text: NDArray[np.float32] | None = None  # (U, E) of a frozen text encoder, a row a note
+    note_tokens: Tokens | None = None  # U notes, and M films, on disk: for the models over tokens
+    film_tokens: Tokens | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -101,7 +106,24 @@ class Samples:
             batch["images"] = self.store.read([self.film_ids[i] for i in films[present]])
         elif self.features is not None and len(self.features):
             batch["film"] = np.where(present[..., None], self.features[films], np.float32(0))
+        batch |= self._notes(rows)
         return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
+
+    def _notes(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """text (B, E), has_text, has_record (B,); for models over tokens film_tokens, note_tokens, note_lengths."""
+        note = np.full(len(rows), -1) if self.note is None else self.note[rows]
+        if self.text is not None:
+            has = note >= 0
+            text = np.where(has[:, None], self.text[note], np.float32(0))
+            return {"text": text, "has_text": has, "has_record": self.length[rows] > 0}
+        if self.note_tokens is None and self.film_tokens is None:
+            return {}
+        nothing = np.zeros((len(rows), 1, 1), np.float32), np.zeros(len(rows), np.int64)
+        words, lengths = nothing if self.note_tokens is None else self.note_tokens.read(note)
+        film, _ = nothing
+        if self.film_tokens is not None:
+            film, _ = self.film_tokens.read(self.films[rows, 0], least=int(self.film_tokens.length[0]))
+        return {"film_tokens": film, "note_tokens": words, "note_lengths": lengths}
 
 
 def load(

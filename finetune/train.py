@@ -25,7 +25,8 @@ from configs import UserError
 from ehr_features.files import new_file, read_json, write_json
 from finetune import gbm, outputs
 from finetune.config import FuseConfig
-from finetune.fusion import MODELS, Sizes
+from finetune.crossing import KINDS
+from finetune.fusion import Sizes
 from finetune.inputs import prepare
 from finetune.loop import Scores, predict, train
 from finetune.net import FilmBranch, Net, load_branch, read_branch
@@ -77,7 +78,7 @@ def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
 
 def choose_rows(config: FuseConfig, samples: Samples) -> Rows:
     """Row numbers of each split; a model that needs a film, or pairing=paired, takes those with one."""
-    needs = "paired" if getattr(MODELS.get(config.model), "needs_film", False) else None
+    needs = "paired" if getattr(KINDS.get(config.model), "needs_film", False) else None
     given = {"train": None, "val": config.val_pairing, "test": config.test_pairing}
     rows = {split: samples.rows(split, needs or own or config.pairing) for split, own in given.items()}
     if config.unpaired_share < 1:
@@ -162,6 +163,7 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
     sizes = Sizes(
         inputs=samples.num_inputs, film=0 if films is None else films.width, labels=len(samples.names), **given
     )
+    sizes = replace(sizes, **_token_sizes(samples))
     if config.film_weights is not None:
         head = read_branch(config.film_weights, "film_only").get("head.weight", torch.zeros(0))
         sizes = replace(sizes, film_labels=len(head))
@@ -170,7 +172,7 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
                 f"film_weights={config.film_weights}: its head has {len(head)} labels, {config.task} {sizes.labels}, "
                 f"and model={config.model} predicts by it; train it on {config.task}, or leave film_weights out"
             )
-    net = Net(copy.deepcopy(films), MODELS[config.model](sizes))
+    net = Net(copy.deepcopy(films), KINDS[config.model](sizes))
     if config.record_weights is not None:
         load_branch(getattr(net.model, "record", net.model), config.record_weights, "record_lstm")
     if config.film_weights is not None:
@@ -178,6 +180,15 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
     if config.freeze_record:
         net.model.record.requires_grad_(False)
     return net
+
+
+def _token_sizes(samples: Samples) -> dict[str, Any]:
+    """Of `Sizes`: what notes add, and for the models over tokens what replaces the film's width."""
+    text = {} if samples.text is None else {"text": samples.text.shape[1]}
+    if samples.note_tokens is not None:
+        text["text"] = samples.note_tokens.width
+    film = samples.film_tokens
+    return text if film is None else {**text, "film": film.width, "places": int(film.length[0])}
 
 
 def _sources(config: FuseConfig) -> list[Path]:

@@ -124,10 +124,10 @@ class Tokens:
     length: NDArray[np.int64]
     width: int
 
-    def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """rows (B,), -1 for no text -> states (B, T, D), zero after a text's end, and lengths (B,)."""
+    def read(self, rows: NDArray[np.int64], least: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """rows (B,), -1 for no text -> states (B, T, D), T at least `least`, zero after a text's end; lengths (B,)."""
         lengths = np.where(rows >= 0, self.length[rows], 0)
-        out = np.zeros((len(rows), max(1, int(lengths.max(initial=0))), self.width), np.float32)
+        out = np.zeros((len(rows), max(least, int(lengths.max(initial=0))), self.width), np.float32)
         for part in np.unique(self.part[rows[lengths > 0]]):
             with safe_open(self.paths[part], "numpy") as file:
                 values = file.get_slice("values")
@@ -181,15 +181,15 @@ def _parts(
     size = PART[kind]
     cut = [distinct[i : i + size] for i in range(0, len(distinct), size)]
     paths = [cache / f"text_{digest([encoder.key, kind, part])}.safetensors" for part in cut]
-    new = sum(len(part) for path, part in zip(paths, cut, strict=True) if not _whole(path))
+    new = sum(len(part) for path, part in zip(paths, cut, strict=True) if not whole(path))
     with Bar(f"embedding texts with {encoder.folder.name}", new, "texts", shown=new > 0) as bar:
         for path, part in zip(paths, cut, strict=True):
-            if not _whole(path):
+            if not whole(path):
                 _write(encoder, part, path, kind, bar)
             yield path, part
 
 
-def _whole(path: Path) -> bool:
+def whole(path: Path) -> bool:
     """Whether a file of the cache is there; a damaged one counts as absent and is written anew."""
     try:
         with safe_open(path, "numpy") as file:
