@@ -115,16 +115,20 @@ distributed() { # MODULE SUBCOMMAND ARGS...: plain python for one process, confi
     [[ $word =~ ^[0-9]*$ ]] || die "--processes, --machines and --machine-rank take whole numbers, got '$word'"
   done
   if [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_STEP_ID:-} ]]; then # inside srun, one task a machine
-    [[ ${SLURM_NTASKS:-1} == "${SLURM_NNODES:-1}" ]] ||
-      die "SLURM started ${SLURM_NTASKS} tasks on ${SLURM_NNODES} machines; use --ntasks-per-node=1, launch.sh starts a process a GPU itself"
-    machines=${machines:-${SLURM_NNODES:-1}} rank=${rank:-${SLURM_NODEID:-0}} processes=${processes:-${SLURM_GPUS_ON_NODE:-1}}
-    if [[ -z $address && $machines -gt 1 ]]; then
-      address=$(scontrol show hostnames "${SLURM_JOB_NODELIST}") # its first line; `| head` would break the pipe
+    [[ ${SLURM_NTASKS:-1} == "${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}" ]] ||
+      die "SLURM started ${SLURM_NTASKS:-1} tasks on ${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}} machines; use --ntasks-per-node=1, launch.sh starts a process a GPU itself"
+    rank=${rank:-${SLURM_NODEID:-0}}
+    if [[ -z $file ]]; then
+      machines=${machines:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}} processes=${processes:-${SLURM_GPUS_ON_NODE:-1}}
+    fi
+    if [[ -z $address && ${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}} -gt 1 ]]; then
+      address=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}") # its first line; `| head` would break the pipe
       address=${address%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))
     fi
   fi
-  if [[ -n $file ]]; then
-    exec "$python" -m accelerate.commands.launch --config_file "$file" -m "$@"
+  if [[ -n $file ]]; then # what stands in the file; flags go before
+    exec "$python" -m configs.launch --accelerate-config "$file" ${processes:+--processes "$processes"} \
+      ${machines:+--machines "$machines"} ${rank:+--machine-rank "$rank"} ${address:+--main-address "$address"} -- "$@"
   fi
   processes=${processes:-1} machines=${machines:-1} rank=${rank:-0}
   if ((processes == 1 && machines == 1)); then exec "$python" -m "$@"; fi

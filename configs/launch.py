@@ -19,26 +19,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from configs import UserError
+
+KINDS = ("NO", "MULTI_GPU", "MULTI_CPU")  # what accelerate calls one process, several GPUs, several CPU processes
 PATIENCE_SECONDS = 60.0  # for the others, once one process has left
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the launcher's flags, start the processes, return the run's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m configs.launch", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=1, help="processes on this machine, one a GPU")
-    parser.add_argument("--machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0)
-    parser.add_argument("--main-address", default=None, help="host[:port] of machine 0; the same on every machine")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="-- MODULE ARGS")
-    args = parser.parse_args(argv)
-    module = args.rest[1:] if args.rest[:1] == ["--"] else args.rest
-    if args.processes < 1 or args.machines < 1 or not 0 <= args.machine_rank < args.machines:
-        parser.error("--processes and --machines must be at least 1, --machine-rank from 0 to machines - 1")
-    if args.machines > 1 and not args.main_address:
-        parser.error("--main-address HOST[:PORT] of machine 0 is needed with --machines > 1")
-    if not module:
-        parser.error("nothing to run: give -- MODULE ARGS")
+    args, environment = _parse(argv)
     host, _, port = (args.main_address or "127.0.0.1").partition(":")
     if not port:
         port = "29500" if args.machines > 1 else str(_free_port())
@@ -63,11 +57,62 @@ def main(argv: Sequence[str] | None = None) -> int:
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         }
-        words = [sys.executable, "-m", *module]
-        children.append(subprocess.Popen(words, env=os.environ | own, preexec_fn=_end_with_me))
+        words = [sys.executable, "-m", *args.module]
+        children.append(subprocess.Popen(words, env=os.environ | environment | own, preexec_fn=_end_with_me))
     for came in told:
         _send(children, came)  # it came while they were started
     return _wait(children, told)
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The launcher's flags, checked, and what else the processes' environment gets."""
+    parser = argparse.ArgumentParser(prog="python -m configs.launch", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--processes", type=int, default=1, help="processes on this machine, one a GPU")
+    parser.add_argument("--machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0)
+    parser.add_argument("--main-address", default=None, help="host[:port] of machine 0; the same on every machine")
+    parser.add_argument("--accelerate-config", metavar="FILE", help="says all of these, where no flag does")
+    parser.add_argument("module", nargs=argparse.REMAINDER, help="-- MODULE ARGS")
+    environment: dict[str, str] = {}
+    args = parser.parse_args(argv)
+    if args.accelerate_config is not None:
+        try:
+            flags, environment = _from_accelerate(Path(args.accelerate_config))
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
+        parser.set_defaults(**flags)
+        args = parser.parse_args(argv)
+    args.module = args.module[args.module[:1] == ["--"] :]
+    if args.processes < 1 or args.machines < 1 or not 0 <= args.machine_rank < args.machines:
+        parser.error("--processes and --machines must be at least 1, --machine-rank from 0 to machines - 1")
+    if args.machines > 1 and not args.main_address:
+        parser.error("--main-address HOST[:PORT] of machine 0 is needed with --machines > 1")
+    if not args.module:
+        parser.error("nothing to run: give -- MODULE ARGS")
+    return args, environment
+
+
+def _from_accelerate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Flags and environment from what `accelerate config` writes. The precision is the run's own config's."""
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        machines = int(said.get("num_machines") or 1)
+        processes, odd = divmod(int(said["num_processes"]), machines)
+        rank, kind = int(said.get("machine_rank") or 0), str(said.get("distributed_type", "NO")).upper()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: no accelerate config with `num_processes`; `accelerate config` writes one") from None
+    if odd:
+        raise UserError(f"{path}: num_processes {said['num_processes']} do not divide among num_machines {machines}")
+    if kind not in KINDS:
+        raise UserError(f"{path}: distributed_type {kind} cannot be used here; wanted one of {', '.join(KINDS)}")
+    address = said.get("main_process_ip")
+    if address and said.get("main_process_port"):
+        address = f"{address}:{said['main_process_port']}"
+    environment = {"ACCELERATE_USE_CPU": "true"} if said.get("use_cpu") or kind == "MULTI_CPU" else {}
+    if str(said.get("gpu_ids") or "all") != "all":
+        environment["CUDA_VISIBLE_DEVICES"] = str(said["gpu_ids"])
+    flags = {"processes": processes, "machines": machines, "machine_rank": rank, "main_address": address}
+    return flags, environment
 
 
 def _end_with_me() -> None:

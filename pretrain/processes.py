@@ -10,10 +10,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from configs import UserError
 
@@ -66,6 +68,11 @@ def check_world(args: argparse.Namespace | None) -> int:
             f"SLURM started {steps} tasks, and each of them is a run of its own: start one task a machine "
             f"(--ntasks-per-node=1) with `srun ./launch.sh ...`, or say --processes 1 if that is meant"
         )
+    if (file := getattr(args, "accelerate_config", None)) is not None and world != (wanted := _in_config(file)):
+        raise UserError(
+            f"{file}: num_processes {wanted}, found {world}; start the run with ./launch.sh ... --accelerate-config "
+            f"{file} (accelerate launch starts a single process where the config says MULTI_CPU)"
+        )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     wanted = (processes or local) * (machines or max(1, world // local))
     if world != wanted:
@@ -78,6 +85,14 @@ def check_world(args: argparse.Namespace | None) -> int:
     if gpus and local > gpus and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
         raise UserError(f"{local} processes on a machine with {gpus} GPUs; start at most {gpus} (--processes {gpus})")
     return world
+
+
+def _in_config(path: str) -> int:
+    """The number of processes, over all machines, in accelerate's config file."""
+    try:
+        return int(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["num_processes"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: no accelerate config with `num_processes`; `accelerate config` writes one") from None
 
 
 def _reach(host: str, port: str, patience: float) -> None:

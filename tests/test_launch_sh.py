@@ -49,7 +49,7 @@ def launch(house: Path, *words: str, **env: str) -> subprocess.CompletedProcess[
         ("fuse a.yaml --processes=2 --help", "-m finetune fuse a.yaml --processes=2 --help"),
         (
             "pretrain a.yaml --accelerate-config c.yaml",
-            "-m accelerate.commands.launch --config_file c.yaml -m pretrain train a.yaml --accelerate-config c.yaml",
+            "-m configs.launch --accelerate-config c.yaml -- pretrain train a.yaml --accelerate-config c.yaml",
         ),
         ("report runs/a --out b.html", "-m finetune report runs/a --out b.html"),
     ],
@@ -70,6 +70,8 @@ def test_slurm_gives_machines_rank_processes_and_address(house: Path, tmp_path: 
         "-m configs.launch --processes 4 --machines 2 --machine-rank 1 --main-address node07:20123 -- "
         "pretrain train a.yaml"
     )
+    done = launch(house, "pretrain", "a.yaml", "--accelerate-config", "c.yaml", **job, **more)
+    assert "--accelerate-config c.yaml --machine-rank 1 --main-address node07:20123 -- " in done.stdout
     done = launch(house, "pretrain", "a.yaml", **job | {"SLURM_NTASKS": "8"}, **more)
     assert done.returncode == 2 and "--ntasks-per-node=1" in done.stderr
 

@@ -83,3 +83,29 @@ def test_a_killed_launcher_takes_its_processes_along(launch) -> None:
     child.kill()
     out, _ = child.communicate(timeout=90)  # the pipes close when the last of them is gone, long before they have slept
     assert child.returncode == -signal.SIGKILL and out == ""
+
+
+def test_an_accelerate_config_says_what_no_flag_does(launch, tmp_path: Path) -> None:
+    path = tmp_path / "acc.yaml"
+    said = "distributed_type: MULTI_CPU\nnum_processes: 4\nnum_machines: 2\nmain_process_ip: localhost\n"
+    path.write_text(said + "main_process_port: 2345\n")
+    flags = ("--accelerate-config", str(path), "--machine-rank", "1")
+    out, _ = launch(RANKS, *flags, args=("0",)).communicate()
+    assert sorted(out.splitlines()) == ["2 0 4 localhost", "3 1 4 localhost"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "no accelerate config"),
+        ("num_machines: 1", "no accelerate config"),
+        ("num_processes: 3\nnum_machines: 2", "do not divide"),
+        ("num_processes: 2\ndistributed_type: FSDP", "FSDP cannot be used here"),
+    ],
+)
+def test_an_accelerate_config_that_cannot_be_followed_is_refused(launch, tmp_path: Path, text: str, says: str) -> None:
+    if text is not None:
+        (tmp_path / "acc.yaml").write_text(text)
+    child = launch(RANKS, "--accelerate-config", str(tmp_path / "acc.yaml"), args=("0",))
+    _, err = child.communicate()
+    assert child.returncode == 2 and says in err and "Traceback" not in err

@@ -214,6 +214,23 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         check_world(flags(4))
 
 
+def test_an_accelerate_config_that_starts_fewer_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate starts one process, without a word, where its config says MULTI_CPU."""
+    env(monkeypatch)
+    path = tmp_path / "acc.yaml"
+    asked = argparse.Namespace(accelerate_config=str(path))
+    path.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    with pytest.raises(UserError, match="num_processes 2, found 1"):
+        check_world(asked)
+    path.write_text("num_processes: 1\n")
+    assert check_world(asked) == 1
+    path.write_text("- no config")
+    with pytest.raises(UserError, match="no accelerate config"):
+        check_world(asked)
+
+
 @pytest.mark.parametrize("where", [("127.0.0.1", "1"), ("no.such.host.invalid", "29500"), ("127.0.0.1", "port")])
 def test_a_main_process_that_does_not_answer_is_named(where: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=f"process 0 does not answer at {where[0]}:{where[1]}"):
