@@ -105,6 +105,7 @@ def describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]
         "hash": digest([state, encoder.meta["arch"], encoder.meta["model_args"], encoder.preprocess.to_json()]),
         "parameters": sum(p.numel() for p in encoder.net.parameters()),
         "image_size": encoder.meta["image_size"],
+        "step": encoder.meta.get("step"),
         "arch": encoder.meta["arch"],
         "films_seen": seen,  # None: unknown
         "weights": origin if folder is None or folder.is_dir() else spec,

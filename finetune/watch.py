@@ -2,7 +2,7 @@
 
 Comes in: a run folder of pretraining (encoder/ is rewritten there on the way, see export_every_epochs) and a probe's
 config. Goes out: a line of RUN/probe.jsonl for each step: {"step", "linear/auroc", "knn/auroc", ...}. Ends when the
-pretraining has.
+pretraining has. An encoder that is replaced while the one before it is being probed is missed.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from typing import Any
 import torch
 
 from configs import UserError
-from ehr_features.files import read_json
-from finetune import classic, heads
+from ehr_features.files import read_json, read_table
 from finetune.config import ProbeConfig
-from finetune.films import Films, check_splits, evaluation_labels, training_labels
+from finetune.films import Films, check_splits
 from finetune.frozen import Frozen, film_features, open_frozen
-from finetune.heads import Data
+from finetune.guard import check_encoder
+from finetune.learn import on_features
 from finetune.sources import open_films
 
 
-def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 10.0) -> Path:
+def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> Path:
     """Follow a run to its end.
 
     Args:
         seconds: between two looks.
     Returns: RUN/probe.jsonl.
-    Raises: UserError: not a run folder.
+    Raises: UserError: not a run folder, or a pretraining that sees val or test subjects.
     """
     run = Path(folder)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run folder (no config.yaml); start the pretraining first")
     films, store = open_films(config)
     check_splits(films)
+    films = films.keep((films.table["split"] != "test").to_numpy(), "test films are not looked at")
     out = run / "probe.jsonl"
     done = _steps(out)
     print(f"watching {run}: each new encoder is probed on train and val; Ctrl-C ends the watching, not the run")
     while True:
         ended = _ended(run)  # before the look, so that the last encoder is not missed
-        step = _step(run)
-        if step is not None and step not in done:
-            frozen = _open(run)
-            if frozen is not None:
-                values = probed(config, films, frozen, store)
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, **values}) + "\n")
-                done.add(step)
-                print(f"step {step}: linear {values['linear/auroc']:.4f}, kNN {values['knn/auroc']:.4f}", flush=True)
-                continue
+        frozen = _open(run) if _step(run) not in {None, *done} else None
+        if frozen is not None:
+            step = int(frozen.about["step"])
+            values = probed(config, films, frozen, store)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            done.add(step)
+            print(f"step {step}: linear {values['linear/auroc']:.4f}, kNN {values['knn/auroc']:.4f}", flush=True)
+            continue
         if ended:
             print(f"{run} has ended; {out} holds {len(done)} encoders\nnext: ./launch.sh report {run}")
             return out
@@ -59,32 +59,18 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 10.0) -> 
 
 
 def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dict[str, Any]:
-    """Macro AUROC on val of the best linear head and of kNN."""
-    rows = {split: films.rows(split) for split in ("train", "val")}
-    ids = films.table["dicom_id"]
-    features = {split: film_features(frozen, store, ids.iloc[r].tolist()) for split, r in rows.items()}
-    labels = training_labels(films.labels.iloc[rows["train"]], uncertain=config.uncertain, missing=config.missing)
-    train = Data(features["train"], labels)
-    val = Data(features["val"], evaluation_labels(films.labels.iloc[rows["val"]]))
-    linear = heads.linear(
-        train,
-        val,
-        pools=config.pools,
-        lrs=config.lrs,
-        weight_decays=config.weight_decays,
-        epochs=config.epochs,
-        patience=config.patience,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )[1]
-    near = classic.knn(train, val, pools=config.pools, neighbours=config.neighbours)[1]
-    return {
-        "linear/auroc": linear["val_auroc"],
-        "knn/auroc": near["val_auroc"],
-        "linear/pool": linear["pool"],
-        "knn/neighbours": near["neighbours"],
-    }
+    """Macro AUROC on val of the best linear head and of kNN. Raises: UserError: the encoder saw val or test."""
+    if config.features and frozen.folder is not None:
+        subjects = read_table(config.features, "images", ["subject_id", "split"])
+        check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
+    features = film_features(frozen, store, films.table["dicom_id"].tolist())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, Any] = {}
+    for method, chosen in (("linear", "pool"), ("knn", "neighbours")):
+        learn = on_features(config.model_copy(update={"method": method}), films, features, device, lambda *_: None)
+        fit = learn(films.rows("train"), films.rows("val"), config.seed).chosen
+        found |= {f"{method}/auroc": fit["val_auroc"], f"{method}/{chosen}": fit[chosen]}
+    return found
 
 
 def _open(run: Path) -> Frozen | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,6 +128,28 @@ def test_a_view_shortcut_is_caught_by_the_shift_and_no_shortcut_is_not(tmp_path:
         assert across["high"] < -0.2 and shift["drop"]["low"] > 0.3
     else:
         assert across["high"] > 0 and shift["drop"]["low"] < 0.15
+
+
+def test_a_running_pretraining_is_watched_and_its_probes_are_drawn(house: Path) -> None:
+    out = house / "runs" / "watched"
+    inputs = [f"features={house / 'features'}", f"store={house / 'store'}"]
+    keys = ["optim.steps=24", "optim.batch_size=16", "views.num_focal=2", "export_every_epochs=0.5", f"out={out}"]
+    words = ["pretrain", "train", CONFIGS / "pretrain_vit_tiny.yaml", *inputs, *keys]
+    running = subprocess.Popen([sys.executable, "-m", *map(str, words)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while not (out / "config.yaml").is_file() and running.poll() is None:
+            time.sleep(0.2)
+        probe = ["finetune", "probe", CONFIGS / "probe_linear.yaml", *inputs, "epochs=5", "--watch", out]
+        assert "has ended" in command(*probe)
+    finally:
+        running.wait()
+    assert running.returncode == 0
+    lines = [json.loads(line) for line in (out / "probe.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps[-1] == 24 and steps == sorted(set(steps)), steps
+    assert all(0 < line[key] < 1 for line in lines for key in ("linear/auroc", "knn/auroc"))
+    command("finetune", "report", out, "--out", house / "watched.html")
+    assert "Linear probe, AUROC on val" in (house / "watched.html").read_text(encoding="utf-8")
 
 
 def test_one_split_for_films_and_stays(house: Path) -> None:

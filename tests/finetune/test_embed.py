@@ -166,3 +166,8 @@ def test_each_exported_encoder_is_probed_once_and_watching_ends_with_the_run(
     (run / "probe.jsonl").unlink()
     again = [json.loads(line) for line in watch(config, run).read_text().splitlines()]
     assert again == lines[1:]
+    held = table.loc[table["split"] == "val", ["subject_id"]].drop_duplicates()
+    held.to_parquet(run / "seen_subjects.parquet")
+    (run / "probe.jsonl").unlink()
+    with pytest.raises(UserError, match=r"its pretraining saw .* val or test subjects"):
+        watch(config, run)
