@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import UserError
@@ -107,7 +108,7 @@ def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = No
         if missing := [c for c in columns or () if c not in have]:
             raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}")
         return pd.read_parquet(path, columns=list(columns) if columns is not None else None)
-    except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, its IO faults are OSErrors
+    except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: damaged Parquet file ({error}); build the features again") from None
 
 

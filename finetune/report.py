@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ehr_features.files import new_file, read_json
+from ehr_features.files import new_file
 from finetune import (
     report_checklist,
     report_cohort,
@@ -25,7 +25,7 @@ from finetune import (
     report_training,
 )
 from finetune.report_alerts import alerts
-from finetune.report_data import Run, read_runs
+from finetune.report_data import Run, part, read_object, read_runs
 from finetune.report_html import Html, number, page, section, table, tag
 from pretrain.progress import Bar
 
@@ -63,22 +63,22 @@ def report(
     made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
     foot = f"Made {made} by EHR-MSN from {len(read)} runs. Nothing in this file is loaded from elsewhere."
     text = page("EHR-MSN report", _head(read, known), sections, foot)
-    with new_file(out) as part:
-        part.write_text(text, encoding="utf-8")
+    with new_file(out) as file:
+        file.write_text(text, encoding="utf-8")
     return Path(out)
 
 
 def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
     """The generator's own account of a synthetic hospital; {} for real data."""
     if given is not None:
-        return dict(read_json(given))
+        return read_object(Path(given))
     for folder in report_cohort.folders(runs):
-        config = read_json(folder / "provenance.json").get("config", {})
+        config = part(read_object(folder / "provenance.json"), "config")
         for key in ("mimic_iv", "mimic_cxr"):
             beside = Path(str(config.get(key) or "")).parent / "truth.json"
             for path in (beside, *(parent / beside for parent in folder.resolve().parents)):
                 if config.get(key) and path.is_file():
-                    return dict(read_json(path))
+                    return read_object(path)
     return {}
 
 
@@ -157,7 +157,7 @@ def _provenance(runs: Sequence[Run]) -> Html:
     blocks = []
     for run in runs:
         made = run.provenance
-        versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+        versions = ", ".join(f"{name} {version}" for name, version in part(made, "versions").items())
         facts = {"folder": run.folder.as_posix(), "written": made.get("written_at"), "command": made.get("command")}
         facts |= {"finished": made.get("finished_at"), "versions": versions}
         rows = [[name, tag("span", str(value), class_="mono")] for name, value in facts.items() if value]

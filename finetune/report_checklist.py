@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ehr_features.files import read_json
 from finetune.report_cohort import attrition, folders
-from finetune.report_data import Run
+from finetune.report_data import Run, part, read_object
 from finetune.report_html import Html, number, section, table, tag
 from finetune.report_results import by_task, labels
 
@@ -90,8 +88,8 @@ def _data_facts(found: Sequence[Path]) -> dict[str, str]:
     if not found:
         return {}
     folder = found[0]
-    config: dict[str, Any] = read_json(folder / "provenance.json").get("config", {})
-    series = read_json(folder / "series.json") if (folder / "series.json").is_file() else {}
+    config = part(read_object(folder / "provenance.json"), "config")
+    series = read_object(folder / "series.json")
     names = {"mimic_iv": "MIMIC-IV", "mimic_ed": "MIMIC-IV-ED", "mimic_cxr": "MIMIC-CXR"}
     sources = ", ".join(name for key, name in names.items() if config.get(key))
     steps = attrition(folder)

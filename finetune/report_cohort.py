@@ -5,18 +5,17 @@ Comes in: the features folder that the runs' configs name. Goes out: one section
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from configs import UserError
 from ehr_features.files import read_json, read_table
-from finetune.report_data import Run
+from finetune.report_data import Run, read_object
 from finetune.report_forest import bars, flow
 from finetune.report_html import Html, figure, frame, number, section, table, tag
 
@@ -50,9 +49,10 @@ def attrition(folder: Path) -> list[tuple[str, int, int, str]]:
     if not path.is_file():
         return []
     content = read_json(path)
-    records = content if isinstance(content, list) else next((v for v in content.values() if isinstance(v, list)), [])
+    lists = content.values() if isinstance(content, dict) else [content]
+    records = next((v for v in lists if isinstance(v, list)), [])
     steps = []
-    for record in records:
+    for record in (r for r in records if isinstance(r, dict)):
         names = [record.get(k) for k in ("table", "what", "of", "step", "name") if record.get(k)]
         why = next((str(record[k]) for k in ("why", "reason", "rule") if record.get(k)), "")
         before, after = (_count(record, k) for k in ("before", "after"))
@@ -65,7 +65,8 @@ def notes(folder: Path) -> str | None:
     """What attrition.json notes without excluding a row."""
     content = read_json(folder / "attrition.json")
     listed = content.get("notes", []) if isinstance(content, dict) else []
-    told = [f"{n['count']:,} {n['what']}" for n in listed if isinstance(n, dict) and n.get("count") and n.get("what")]
+    listed = [n for n in listed if isinstance(n, dict)] if isinstance(listed, list) else []
+    told = [f"{number(n['count'])} {n['what']}" for n in listed if n.get("count") and n.get("what")]
     return f"Also counted, and kept: {'; '.join(told)}." if told else None
 
 
@@ -143,7 +144,11 @@ def missing_figure(folder: Path, key: str) -> Html | None:
     path = folder / "series.safetensors"
     if not path.is_file():
         return None
-    observed = load_file(path)["observed"]  # (ΣT, 17)
+    try:
+        with safe_open(path, "numpy") as file:
+            observed = file.get_tensor("observed")  # (ΣT, 17)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not the series of a features folder ({error}); build the features again") from None
     if not len(observed):
         return None
     names = _variables(folder, observed.shape[1])
@@ -159,7 +164,6 @@ def missing_figure(folder: Path, key: str) -> Html | None:
 
 
 def _variables(folder: Path, count: int) -> list[str]:
-    path = folder / "series.json"
-    columns = json.loads(path.read_text(encoding="utf-8")).get("columns", []) if path.is_file() else []
+    columns = read_object(folder / "series.json").get("columns", [])
     names = [str(c).removeprefix("mask->").replace("_", " ") for c in columns[-count:]]
     return names if len(names) == count else [f"variable {i + 1}" for i in range(count)]

@@ -71,9 +71,13 @@ class Run:
         if not path.is_file():
             return None
         try:
-            return pd.read_parquet(path)
+            table = pd.read_parquet(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: damaged Parquet file ({error}); run the evaluation again") from None
+        values = table[[c for c in table if str(c).startswith(("label_", "logit_"))]]
+        if odd := [c for c in values if not pd.api.types.is_numeric_dtype(values[c])]:
+            raise UserError(f"{path}: column `{odd[0]}` holds no numbers; run the evaluation again")
+        return table
 
     def row(
         self, label: str = "macro", metric: str = "auroc", subset: str = "all", split: str = "test"
@@ -163,17 +167,17 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         name=name,
         config=config if isinstance(config, dict) else {},
-        provenance=_json(folder / "provenance.json"),
+        provenance=read_object(folder / "provenance.json"),
         metrics=read_lines(folder / "metrics.jsonl"),
         watched=read_lines(folder / "probe.jsonl"),
-        encoder=_json(folder / "encoder" / "encoder.json"),
+        encoder=read_object(folder / "encoder" / "encoder.json"),
         result=result,
         rows=rows,
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where the file is absent."""
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where the file is absent. Raises: UserError: damaged, or something else."""
     value = read_json(path) if path.is_file() else {}
     if not isinstance(value, dict):
         raise UserError(f"{path}: wanted a JSON object, found a {type(value).__name__}")
@@ -193,6 +197,12 @@ def read_lines(path: Path) -> pd.DataFrame:
             if i < len(lines) - 1:
                 raise UserError(f"{path}: line {i + 1} is not JSON; was the file edited?") from None
     return pd.json_normalize([r for r in records if isinstance(r, dict)], sep="/") if records else pd.DataFrame()
+
+
+def part(of: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object inside another; {} where there is none."""
+    value = of.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def column(metrics: pd.DataFrame, *names: str) -> str | None:

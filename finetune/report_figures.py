@@ -223,10 +223,9 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
 
 def _end_labels(lines: Sequence[Series], x: Scale, y: Scale) -> list[Html]:
     """Names beside the lines' ends, moved apart where they would touch."""
-    ends = sorted((y(s.y[-1]), s) for s in lines if np.isfinite(s.y[-1])) if lines else []
     placed: list[Html] = []
     last = y.end - 14
-    for at, s in sorted(ends, key=lambda pair: pair[0]):
+    for at, s in sorted(((y(s.y[-1]), s) for s in lines if np.isfinite(s.y[-1])), key=lambda pair: pair[0]):
         last = max(at, last + 14)
         place = x(s.x[-1]) + 7
         placed.append(tag("text", s.name, x=place, y=last + 4, class_="name"))

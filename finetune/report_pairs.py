@@ -46,6 +46,8 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
     """Differences of the main AUROC between methods."""
     able = methods([run for run in runs if run.predictions() is not None and run.headline() is not None])
     names = list(able)
+    if len(names) < 2:
+        return None
     base = reference(able)
     chosen = combinations(names, 2) if len(names) <= FEW else ((base, name) for name in names if name != base)
     found, apart, each = [], [], []
@@ -108,7 +110,8 @@ def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> pd.DataFrame |
         return None
     read = [one.loc[common] for one in read]
     labels, *others = (one[wanted[: len(names)]].to_numpy(float) for one in read)
-    if not all(np.array_equal(y, labels, equal_nan=True) for y in others):
+    same = all(np.array_equal(y, labels, equal_nan=True) for y in others)
+    if not same or not all(np.isfinite(one[wanted[len(names) :]].to_numpy(float)).all() for one in read):
         return None
     seeds = [[int(run.result["seed"]) for run in side] for side in (a, b)]
     scores = [expit(one[wanted[len(names) :]].to_numpy(float)) for one in read]
@@ -120,14 +123,16 @@ def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> pd.DataFrame |
     groups = read[0]["subject_id"].to_numpy()
     table = paired(labels, *sides, groups=groups, names=names, samples=samples, same_seeds=together)
     main = table["label"] == a[0].main
-    return table.assign(main=main) if np.isfinite(table.loc[main, "difference"]).all() else None
+    return table.assign(main=main) if main.any() and np.isfinite(table.loc[main, "difference"]).all() else None
 
 
 def _rows(run: Run) -> pd.DataFrame | None:
     """The test predictions by sample_id, study_id or dicom_id, whichever tells the rows apart; None where none does."""
     table = run.predictions()
-    keys = [c for c in ("sample_id", "study_id", "dicom_id") if table is not None and c in table and table[c].is_unique]
-    return table.set_index(keys[0]) if table is not None and keys else None
+    if table is None or "subject_id" not in table:
+        return None
+    keys = [c for c in ("sample_id", "study_id", "dicom_id") if c in table and table[c].is_unique]
+    return table.set_index(keys[0]) if keys else None
 
 
 def _each(pair: str, table: pd.DataFrame) -> list[list[Any]]:

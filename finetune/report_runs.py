@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import UserError
-from finetune.report_data import Run, column, find_runs, read_run
+from finetune.report_data import Run, find_runs, read_run
 from finetune.report_html import interval, number
 from finetune.report_results import encoder_of, model_of
+from finetune.report_training import curve
 
 PIPED = 160  # columns where there is no terminal
 
@@ -37,12 +38,11 @@ def show(folder: str | Path, console: Console | None = None) -> None:
 def cells(run: Run, broad: bool) -> list[str]:
     """What the table says of a run."""
     head, precision = run.headline() or {}, run.headline("auprc") or {}
-    loss = column(run.metrics, "loss")
+    steps, losses = curve(run, ("loss",))
     kind = f"{run.task} · {model_of(run)}" if run.kind == "evaluation" else run.kind
     numbers = interval(head.get("value"), head.get("low"), head.get("high"))
-    if run.kind == "pretraining" and loss and "step" in run.metrics:
-        last = run.metrics[["step", loss]].dropna().iloc[-1]
-        numbers = f"loss {last[loss]:.3f} at step {last['step']:,.0f}"
+    if run.kind == "pretraining" and len(steps):
+        numbers = f"loss {losses[-1]:.3f} at step {steps[-1]:,.0f}"
     more = [
         interval(precision.get("value"), precision.get("low"), precision.get("high")),
         str(run.provenance.get("finished_at") or "not yet")[:16].replace("T", " "),

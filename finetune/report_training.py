@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from finetune.report_data import Run, column
+from finetune.report_data import Run, column, part
 from finetune.report_figures import Frame, Series, legend, panels
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, join, number, section, table
@@ -83,8 +83,7 @@ def collapse(run: Run) -> list[str]:
 
 
 def _total_prototypes(run: Run) -> float | None:
-    loss = run.config.get("loss")
-    given = loss.get("prototypes") if isinstance(loss, dict) else None
+    given = part(run.config, "loss").get("prototypes")
     return float(given) if isinstance(given, (int, float)) else None
 
 
@@ -180,8 +179,12 @@ def readability(run: Run) -> list[tuple[str, str, float, float | None]]:
     """(column, metric, value, chance) from encoder.json."""
     found = run.encoder.get("readability") or {}
     rows = []
-    for name, value in found.items() if isinstance(found, dict) else []:
-        detail = value if isinstance(value, dict) else {"value": value}
-        if isinstance(detail.get("value"), (int, float)):
-            rows.append((str(name), str(detail.get("metric", "")), float(detail["value"]), detail.get("chance")))
+    for name, given in found.items() if isinstance(found, dict) else []:
+        detail = given if isinstance(given, dict) else {"value": given}
+        value, chance = (
+            float(v) if isinstance(v := detail.get(key), (int, float)) and np.isfinite(v) else None
+            for key in ("value", "chance")
+        )
+        if value is not None:
+            rows.append((str(name), str(detail.get("metric", "")), value, chance))
     return rows

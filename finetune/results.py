@@ -21,41 +21,60 @@ from ehr_features.files import new_file, read_json, write_json
 COLUMNS = ["split", "label", "subset", "fraction", "metric", "value", "low", "high", "n", "positives", "reason"]
 
 
+class Gap(BaseModel):
+    """The largest difference of AUROC between two groups of a field."""
+
+    model_config = ConfigDict(extra="allow")
+
+    field: str
+    higher: str
+    lower: str
+    difference: float | None
+    low: float | None = None
+    high: float | None = None
+
+
 class Run(BaseModel):
-    """What was run; a command adds keys of its own."""
+    """What was run; a command adds keys of its own. A key with a default may be absent: other versions lack it."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     task: str
-    model: str
-    encoder: str | None
-    seed: int
-    allow_leak: bool
-    warnings: list[str]
+    model: str = "unknown"
+    encoder: str | None = None
+    seed: int = 0
+    allow_leak: bool = False
+    warnings: list[str] = []
+    seeds: int = 1
+    supervision: str = "unknown"
+    control: str = "none"
+    gaps: list[Gap] = []
+    shift: dict[str, Any] | None = None
+    compared_by: dict[str, Any] = {}
 
 
 class Row(BaseModel):
     """One value. `reason` says why `value` or its interval is null."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     split: str
     label: str
-    subset: str
-    fraction: float
+    subset: str = "all"
+    fraction: float = 1.0
     metric: str
     value: float | None
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
     n: int
     positives: int
-    reason: str | None
+    reason: str | None = None
 
 
 class Results(BaseModel):
     """The schema of results.json."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     run: Run
     rows: list[Row]
@@ -73,9 +92,10 @@ def write_results(folder: str | Path, run: Mapping[str, Any], rows: pd.DataFrame
         if column not in table:
             table[column] = value
     records = [{key: _plain(value) for key, value in row.items()} for row in table[COLUMNS].to_dict("records")]
+    assert run.keys() >= {"task", "model", "encoder", "seed", "allow_leak", "warnings"}, sorted(run)
     results = Results.model_validate({"run": _plain(dict(run)), "rows": records})
     path = Path(folder) / "results.json"
-    write_json(path, results.model_dump(mode="json"))
+    write_json(path, results.model_dump(mode="json", exclude_unset=True))
     return path
 
 
@@ -89,7 +109,14 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
         where = ".".join(str(part) for part in fault["loc"])
         raise UserError(f"{path}: not the results of a probe or fusion run: `{where}` {fault['msg']}") from None
     rows = pd.DataFrame([row.model_dump() for row in results.rows], columns=COLUMNS)
-    return results.run.model_dump(), rows.astype({"value": float, "low": float, "high": float})
+    return results.run.model_dump(exclude_unset=True) | _always(results.run), rows.astype(
+        {"value": float, "low": float, "high": float}
+    )
+
+
+def _always(run: Run) -> dict[str, Any]:
+    """The keys that every run has, whatever version wrote it."""
+    return run.model_dump(include={"task", "model", "encoder", "seed", "allow_leak", "warnings"})
 
 
 def write_predictions(
