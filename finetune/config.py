@@ -186,6 +186,7 @@ class FuseConfig(Settings):
     patience: int = Field(10, ge=1)  # epochs without a better validation AUROC
     plateau: int | None = Field(None, ge=1)  # halve lr after so many epochs without a lower validation loss
     checkpoint_every: int = Field(5, ge=0)  # epochs; 0: only when stopped
+    adds: bool = False  # also train the controls without the picture, and say what the film adds
     robustness: bool = False  # also rate the test split without films, and without the last hours of the series
     samples: int = Field(1000, ge=0)  # resamples of the intervals
     workers: int = Field(0, ge=0)  # processes that read films ahead when the encoder is tuned
@@ -213,6 +214,8 @@ class FuseConfig(Settings):
             raise ValueError(f"`film_weights` {self.film_weights}: model={self.model} has no film branch")
         if self.control != "none" and not (film and self.freeze):
             raise ValueError("`control` needs a model with a film and freeze=true")
+        if self.adds and (not film or self.model == "film_only" or not self.freeze or self.control != "none"):
+            raise ValueError("`adds` needs a model of record and film, freeze=true and control=none")
         if not film and not self.freeze:
             raise ValueError(f"`freeze` false: model={self.model} has no film encoder to tune")
         self._text()

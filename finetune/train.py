@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from configs import UserError
 from ehr_features.files import new_file, read_json, write_json
 from finetune import gbm, outputs
+from finetune.adds import adds
 from finetune.config import FuseConfig
 from finetune.crossing import KINDS
 from finetune.fusion import Sizes
@@ -48,9 +49,24 @@ def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
     samples, films, about = prepare(config, accelerator)
     rows = choose_rows(config, samples)
-    folder = run.open_run(config.out, config, sources=_sources(config), may_differ=["workers", "cache"])
-    if run.complete(folder):
-        return folder
+    folder = run.open_run(config.out, config, sources=_sources(config), may_differ=["workers", "cache", "adds"])
+    if not run.complete(folder):
+        _fuse(config, samples, films, rows, about, accelerator, folder)
+    if config.adds:
+        adds(config, folder, fuse, args, run.Log(folder, accelerator).say, accelerator.is_main_process)
+    return folder
+
+
+def _fuse(
+    config: FuseConfig,
+    samples: Samples,
+    films: FilmBranch | None,
+    rows: Rows,
+    about: dict[str, Any],
+    accelerator: Accelerator,
+    folder: Path,
+) -> None:
+    """Train, each seed; predict; write."""
     log = run.Log(folder, accelerator)
     outputs.announce(log, config, samples, rows, films, about)
     found: list[dict[str, Predictions]] = []
@@ -73,7 +89,6 @@ def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
     if accelerator.is_main_process:
         outputs.show(log, outputs.write(folder, samples, rows, found, config, about), folder)
     run.finish(folder)
-    return folder
 
 
 def choose_rows(config: FuseConfig, samples: Samples) -> Rows:

@@ -250,7 +250,8 @@ def test_controls_see_no_pixels_of_the_own_film(make_icu: Make, control: str) ->
     assert found["none"] > 0.65 and found[control] < 0.62
 
 
-def test_length_of_stay_has_kappa_and_hours(make_icu: Make) -> None:
+@pytest.mark.parametrize("model", ["record_lstm", "record_gbm"])
+def test_length_of_stay_has_kappa_and_hours(make_icu: Make, model: str) -> None:
     folder = make_icu(stays=200)
     path = folder / "features/samples/mortality.parquet"
     table = pd.read_parquet(path)
@@ -259,7 +260,7 @@ def test_length_of_stay_has_kappa_and_hours(make_icu: Make) -> None:
         los_remaining_hours=left, los_bin=np.searchsorted(24 * np.array([1, 2, 3, 4, 5, 6, 7, 8, 14]), left, "right")
     )
     hours.to_parquet(path.with_name("length_of_stay.parquet"))
-    _, rows = read_results(fuse(config(folder, task="length_of_stay", model="record_lstm", epochs=1)))
+    _, rows = read_results(fuse(config(folder, task="length_of_stay", model=model, epochs=1)))
     of = rows[(rows["label"] == "los_hours") & (rows["split"] == "test") & (rows["subset"] == "all")].set_index(
         "metric"
     )
@@ -286,14 +287,55 @@ def test_findings_are_predicted_from_the_film_and_with_the_record_before_it(make
 def test_a_poorer_test_split_is_rated_beside_the_whole(make_icu: Make) -> None:
     """Without films a fused model says what it says of stays without films; predictions/ stay those of the whole."""
     folder = make_icu(stays=400)
-    run = fuse(config(folder, robustness=True, epochs=6))
+    run = fuse(config(folder, robustness=True, epochs=6, seed=1))
     table = read_results(run)[1].set_index(["split", "subset", "label", "metric"])["value"]
     values = {
         name: table.loc[("test", name, "mortality", "auroc")]
-        for name in ("all", "without films", "without the last 24 h")
+        for name in ("all", "without films", "without half of the films", "without the last 24 h")
     }
-    assert len(set(values.values())) == 3
+    assert len(set(values.values())) == 4
     assert sorted(p.name for p in (run / "predictions").iterdir()) == ["test.parquet", "val.parquet"]
+
+
+def test_what_the_film_adds_is_told_against_record_view_and_anothers_film(make_icu: Make) -> None:
+    """Half of the planted risk is in the film, so that each difference is above 0; a second call trains nothing."""
+    folder = make_icu(stays=900)
+    run = fuse(config(folder, adds=True, film="findings", model="concat", epochs=15, samples=100))
+    _, rows = read_results(run)
+    added = rows[(rows["metric"] == "auroc_difference") & (rows["label"] == "macro")].set_index("subset")
+    best, *controls = added.index
+    assert best.startswith("paired, less record_") and controls == ["paired, less context", "paired, less another"]
+    assert (added["value"] > 0).all() and (added["low"] <= added["value"]).all()
+    ours, theirs = (read_results(where)[1] for where in (run, run / "controls" / "another"))
+    key = ["split", "subset", "label", "metric"]
+    values = [r.set_index(key)["value"].loc[("test", "paired", "macro", "auroc")] for r in (ours, theirs)]
+    assert added.loc["paired, less another", "value"] == pytest.approx(values[0] - values[1])
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert fuse(config(folder, adds=True, film="findings", model="concat", epochs=15, samples=100)) == run
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert len(read_results(run)[1]) == len(rows)
+
+
+def test_each_split_may_be_paired_by_itself(make_icu: Make) -> None:
+    """As published: train on all, choose on stays with a film, test on all."""
+    folder = make_icu()
+    run = fuse(config(folder, val_pairing="paired", epochs=1, samples=0))
+    val, test = (pd.read_parquet(run / f"predictions/{split}.parquet") for split in ("val", "test"))
+    assert val["has_image"].all() and not test["has_image"].all()
+
+
+def test_late_learns_without_a_weight_on_the_parts(make_icu: Make) -> None:
+    """Its average carries no gradient, so its branches always have a loss of their own."""
+    run = fuse(config(make_icu(), model="late", part_weight=0.0, epochs=2, samples=0))
+    losses = [loss for loss, _ in curve(run)]
+    assert losses[1] < losses[0]
+
+
+def test_late_refuses_a_film_head_of_other_labels(make_icu: Make) -> None:
+    folder = make_icu(stays=60)
+    stage = fuse(config(folder, task="phenotypes", model="film_only", epochs=1, out=str(folder / "stage")))
+    with pytest.raises(UserError, match="its head has 2 labels, mortality 1"):
+        fuse(config(folder, model="late", film_weights=str(stage)))
 
 
 @pytest.mark.slow
