@@ -21,6 +21,7 @@ from configs import UserError
 from ehr_features import schema
 from ehr_features.static_groups import DEFAULT, MSN, MSN_READS, MSN_SETS, READS, Columns, Scale
 
+TEXT = "text"  # the film's note as a vector: a group of pretraining, read by a text encoder (pretrain/notes.py)
 REPORTING_ONLY = ("race", "insurance", "language", "code_status", "anchor_year_group", "care_unit")
 
 
@@ -79,13 +80,25 @@ def resolve(groups: Sequence[str], preset: str = "default") -> list[str]:
 
 
 def available_at(groups: Sequence[str], preset: str = "default") -> dict[str, str]:
-    """When each group is known: `study`, `admission` or `discharge` (the latest of the columns that it reads)."""
+    """When each group is known: `study`, `admission` or `discharge` (the latest of the columns that it reads).
+
+    `text` is known at the study: a note from after its film is refused where it is read.
+    """
     reads, order = (MSN_READS if preset == "msn" else READS), ("study", "admission", "discharge")
     when = {name: column.available_at for name, column in schema.IMAGES.items()}
-    return {g: max((when[c] for c in reads[g]), key=order.index) for g in resolve(groups, preset)}
+    known: dict[str, str] = {
+        g: max((when[c] for c in reads[g]), key=order.index) for g in resolve(_columns_of(groups), preset)
+    }
+    return known | ({TEXT: "study"} if TEXT in groups else {})
+
+
+def _columns_of(groups: Sequence[str]) -> list[str]:
+    return [group for group in groups if group != TEXT]
 
 
 def _refusal(group: str, known: Sequence[str], preset: str) -> str:
+    if group == TEXT:
+        return "group `text` is no column: it goes with pretraining's ehr.notes and ehr.text_encoder"
     if group in REPORTING_ONLY:
         return f"group `{group}` serves subgroup reporting only and cannot be an input; take it out of the groups"
     if group in READS:

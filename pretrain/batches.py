@@ -22,6 +22,7 @@ from ehr_features import static
 from ehr_features.files import read_table
 from pretrain.config import FilmsConfig
 from pretrain.msn import Batch
+from pretrain.notes import TextSource, text_columns
 from pretrain.preprocess import Preprocess
 from pretrain.views import Plan, Views, cut, draw, draw_keep, film_keys, mask_cells, turn, uniforms
 
@@ -39,6 +40,7 @@ class Films:
         table: dicom_id, study_id, subject_id, taken_at, split; N rows.
         static: (N, S) float32; `columns`: their S names; `column_groups`: the group of each.
         available_at: group -> study, admission or discharge.
+        text: what the group `text` was read from, for encoder.json; None without it.
         left_out: reason -> number of films.
     """
 
@@ -48,6 +50,7 @@ class Films:
     column_groups: list[str]
     available_at: dict[str, str]
     left_out: dict[str, int]
+    text: dict[str, Any] | None = None
     keys: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,22 +65,34 @@ class Films:
 
 
 def select_films(
-    features: str | Path, store: Store, films: FilmsConfig, groups: Sequence[str], preset: str, seed: int
+    features: str | Path,
+    store: Store,
+    films: FilmsConfig,
+    groups: Sequence[str],
+    preset: str,
+    seed: int,
+    text: TextSource | None = None,
 ) -> Films:
     """The films to train on, with their EHR vectors.
 
+    Args:
+        groups: names of ehr_features.static, and `text`, which is read from `text`.
     Raises: UserError: no film is left, or an EHR group or column does not exist.
     """
-    groups = static.resolve(groups, preset)
+    groups = static.resolve([group for group in groups if group != static.TEXT], preset)
     reads = static.MSN_READS if preset == "msn" else static.READS
     columns = ["dicom_id", "study_id", "subject_id", "taken_at", "split", "view"]
     columns += sorted({c for group in groups for c in reads[group]} - set(columns))
     if "prior_diagnoses" in groups:
         columns += [c for c in _column_names(features) if c.startswith("prior_phenotype_")]
     table = read_table(features, "images", columns).sort_values("dicom_id", ignore_index=True)
-    encoded = [static.encode(table, [group], preset=preset) for group in groups]
-    array = np.concatenate([e[0] for e in encoded], axis=1) if encoded else np.zeros((len(table), 0), np.float32)
+    encoded = [static.encode(table, [group], preset=preset)[:2] for group in groups]
     keep, left_out = _kept(table, store, films, seed)
+    about = None
+    if text is not None:
+        values, names, about = text_columns(text, table, keep)
+        groups, encoded = [*groups, static.TEXT], [*encoded, (values, names)]
+    array = np.concatenate([e[0] for e in encoded], axis=1) if encoded else np.zeros((len(table), 0), np.float32)
     return Films(
         table=table.loc[keep, ["dicom_id", "study_id", "subject_id", "taken_at", "split"]].reset_index(drop=True),
         static=array[keep],
@@ -85,6 +100,7 @@ def select_films(
         column_groups=[group for group, e in zip(groups, encoded, strict=True) for _ in e[1]],
         available_at=static.available_at(groups, preset),
         left_out=left_out,
+        text=about,
     )
 
 

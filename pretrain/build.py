@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pretrain import run
 from pretrain.batches import Cutter, Films, Partners, Steps
 from pretrain.config import PretrainConfig, ViewsConfig
 from pretrain.msn import MSN, Record
+from pretrain.notes import TextSource
 from pretrain.preprocess import Preprocess
 from pretrain.store import Store
 from pretrain.views import Views
@@ -35,6 +37,13 @@ def accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any:
     return run.accelerator(
         args, mixed_precision=precision, kwargs_handlers=[ddp], log_with=log_with, project_dir=config.out
     )
+
+
+def text(config: PretrainConfig) -> TextSource | None:
+    """Where the EHR group `text` comes from, if there is one."""
+    if config.ehr.notes is None or config.ehr.text_encoder is None:
+        return None
+    return TextSource(config.ehr.notes, config.ehr.text_encoder, Path(config.out).parent / "cache")
 
 
 def method(config: PretrainConfig, record_width: int, log: run.Log | None = None) -> MSN:

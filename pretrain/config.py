@@ -50,7 +50,9 @@ class EncoderConfig(Settings):
 class EhrConfig(Settings):
     """What the anchor is told of the record. `groups: []` is vanilla MSN."""
 
-    groups: list[str] = []  # names of ehr_features.static
+    groups: list[str] = []  # names of ehr_features.static; `text`: the film's note, as a vector
+    notes: str | None = None  # with `text`: a folder that python -m ehr_features notes wrote
+    text_encoder: str | None = None  # with `text`: a Hugging Face or sentence-transformers folder
     preset: Literal["default", "msn"] = "default"  # columns: ours, or those of the published sets
     inject: Literal["add", "concat"] = "add"  # add: h + W e, W = 0 at the start; concat: g([h; f(e)])
     width: int = Field(default=128, ge=1)  # of f(e) with `concat`
@@ -58,6 +60,15 @@ class EhrConfig(Settings):
     use: Literal["condition", "predict"] = "condition"  # control: the record as a target of the anchor's features
     predict_weight: float = Field(default=1.0, ge=0)  # of that target in the loss
     permuted: bool = False  # control: each film gets the record of another
+
+    @model_validator(mode="after")
+    def _text(self) -> Self:
+        wanted, given = "text" in self.groups, [self.notes is not None, self.text_encoder is not None]
+        if wanted and not all(given):
+            raise ValueError("the group `text` needs ehr.notes (a folder of notes) and ehr.text_encoder (its reader)")
+        if any(given) and not wanted:
+            raise ValueError("ehr.notes and ehr.text_encoder go with the group `text`; add it to ehr.groups")
+        return self
 
 
 class ViewsConfig(Settings):

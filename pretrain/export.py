@@ -16,6 +16,7 @@ from torch import Tensor
 
 from configs import UserError
 from ehr_features.files import digest, file_digest, new_folder, read_json, write_json
+from ehr_features.static import TEXT
 from pretrain import encoder as encoders
 from pretrain.batches import Films
 from pretrain.card import NO_RESULTS, model_card, probe_table
@@ -52,6 +53,8 @@ def write(
         "features_hash": file_digest(Path(config.features) / "images.parquet"),
         "store_hash": store.hash,
     }
+    if films.text is not None:
+        meta["text"] = films.text
     if config.encoder.init is not None:
         before = ancestry(config.encoder.init)
         meta["ehr_groups"] = before.pop("ehr_groups", {}) | meta["ehr_groups"]
@@ -69,7 +72,8 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
     """How well each EHR column is linearly read from frozen features: ridge on half the subjects, scored on the rest.
 
     A column that the anchor was told may have become unreadable: the target need not hold what the record gives.
-    Returns: column -> metric (auroc of a yes / no column, else r2), value, chance.
+    Returns: column -> metric (auroc of a yes / no column, else r2), value, chance; the columns of a text's vector have
+        no meaning each, and stand together as their mean.
     """
     chosen = np.random.default_rng(seed).permutation(len(films))[:READ_FILMS]
     device = next(encoder.parameters()).device
@@ -90,6 +94,11 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
         else:
             r2 = 1 - ((wanted - guess[:, i]).square().mean() / (wanted - fitted.mean()).square().mean()).item()
             out[name] = {"metric": "r2", "value": r2, "chance": 0.0}
+    groups = dict(zip(films.columns, films.column_groups, strict=True))
+    vector = [name for name in out if groups[name] == TEXT and out[name]["metric"] == "r2"]
+    if vector:
+        mean = float(np.mean([out.pop(name)["value"] for name in vector]))
+        out["text (mean over its columns)"] = {"metric": "r2", "value": mean, "chance": 0.0}
     return out
 
 

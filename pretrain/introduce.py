@@ -12,6 +12,7 @@ from pretrain import run
 from pretrain.batches import Films, Steps
 from pretrain.config import PretrainConfig
 from pretrain.msn import MSN
+from pretrain.notes import summary
 from pretrain.schedule import Schedule
 from pretrain.weights import seen_before
 
@@ -46,7 +47,8 @@ def _record(config: PretrainConfig, films: Films) -> str:
     if not ehr.groups:
         return "no record (vanilla MSN)"
     permuted = ", permuted between films (control)" if ehr.permuted else ""
-    return f"{ehr.use} on {', '.join(ehr.groups)}: {len(films.columns)} columns, {ehr.inject}{permuted}"
+    text = "" if films.text is None else f"\n{summary(films.text)}"
+    return f"{ehr.use} on {', '.join(ehr.groups)}: {len(films.columns)} columns, {ehr.inject}{permuted}{text}"
 
 
 def write_seen(folder: Path, films: Films, init: str | None) -> None:

@@ -132,6 +132,40 @@ def _about(notes: Notes, encoder: TextEncoder, rows: NDArray[np.int64], cut: int
     }
 
 
+@dataclass(frozen=True)
+class TextSource:
+    """Where the EHR group `text` comes from: folders of the notes, of the text encoder, and of what was embedded."""
+
+    notes: str
+    encoder: str
+    cache: Path
+
+
+def text_columns(
+    source: TextSource, films: pd.DataFrame, used: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], list[str], dict[str, Any]]:
+    """The EHR group `text`: each dimension with mean 0 and deviation 1 over the notes of train, and a mask.
+
+    Args:
+        films: N rows: dicom_id, taken_at, split. used: (N,) the films whose notes are wanted; the others, but for
+            those of train, on which the scale is fitted, are not embedded and count as without a note.
+    Returns: (N, D + 1), zeros and text_missing = 1 where there is no note; names; what encoder.json says.
+    """
+    notes = read_notes(source.notes, films.set_index("dicom_id")["taken_at"])
+    train = (films["split"] == "train").to_numpy()
+    wanted = films["dicom_id"].where(pd.Series(train | used, index=films.index), None)
+    vectors, has, about = note_vectors(notes, source.encoder, wanted, source.cache)
+    if not (train & has).any():
+        raise UserError(f"{source.notes}: no train film has a note, so the group `text` cannot be fitted")
+    mean, std = vectors[train & has].mean(0), vectors[train & has].std(0)
+    scaled = np.where(has[:, None], (vectors - mean) / np.where(std > 1e-6, std, 1), 0)
+    array = np.concatenate([scaled, ~has[:, None]], axis=1).astype(np.float32)
+    names = [*(f"text_{i}" for i in range(vectors.shape[1])), "text_missing"]
+    of = notes.rows(films["dicom_id"][used])
+    about |= {"films": int(used.sum()), "films_with_note": int((of >= 0).sum())}
+    return array, names, about
+
+
 def summary(about: dict[str, Any]) -> str:
     """One line for a log."""
     cut = about["distinct_notes_truncated"]

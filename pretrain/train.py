@@ -45,11 +45,15 @@ def train(config: PretrainConfig, args: argparse.Namespace | None = None) -> Pat
     keep_freed_memory()
     accelerator = build.accelerator(config, args)
     images, index = Path(config.features) / "images.parquet", Path(config.store) / "index.parquet"
-    folder = run.open_run(config.out, config, sources=[images, index], may_differ=MAY_DIFFER)
+    text = build.text(config)
+    notes = [] if text is None else [Path(text.notes) / "notes.parquet"]
+    folder = run.open_run(config.out, config, sources=[images, index, *notes], may_differ=MAY_DIFFER)
     if run.complete(folder):
         return folder
     log, store = run.Log(folder, accelerator), Store(config.store)
-    films = select_films(config.features, store, config.films, config.ehr.groups, config.ehr.preset, config.seed)
+    with accelerator.main_process_first():  # one process embeds the notes
+        ehr = config.ehr
+        films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
     if config.ehr.permuted:
         films.permute_record(config.seed)
     torch.manual_seed(config.seed)

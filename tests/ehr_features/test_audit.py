@@ -307,3 +307,8 @@ def test_command_exits_2_unless_all_is_proved(
     assert stopped.value.code == (2 if leak else 0)
     said = capsys.readouterr().out
     assert "proved" in said and ("1 claims refuted, 0 cannot be proved" in said) == leak
+
+
+def test_a_run_that_was_told_notes_reads_no_label(features: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", pretrain(["sex", "text"]), subjects(features, "train"))
+    assert of(outcomes(features, run), "no label is among its inputs") == PROVED
