@@ -12,6 +12,9 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # endings of bare weights files
+
+
 class TableConfig(Settings):
     """Labelled films that are not in a features/ folder."""
 
@@ -129,8 +132,8 @@ class ProbeConfig(Settings):
             raise ValueError(f"`method` {self.method} needs an encoder; random:ARCH is training from scratch")
         if (self.method == "transfer") != (self.head is not None):
             raise ValueError("`head` (a finished probe) and method=transfer go together")
-        if self.weights is not None and not self.encoder.endswith((".safetensors", ".pth", ".pt")):
-            raise ValueError("`weights` describes a weights file (.safetensors, .pth); `encoder` names none")
+        if self.weights is not None and not self.encoder.endswith(WEIGHTS):
+            raise ValueError(f"`weights` describes a weights file ({', '.join(WEIGHTS)}); `encoder` names none")
         return self
 
 

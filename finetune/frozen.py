@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import UserError
 from ehr_features.files import digest, new_file
+from finetune.config import WEIGHTS
 from finetune.net import file_weights, open_encoder
 from finetune.weights import open_weights
 from pretrain.progress import Bar
@@ -89,7 +90,7 @@ def open_frozen(
 
 def open_any(spec: str, seed: int = 0, weights: WeightsConfig | None = None) -> tuple[Encoder, Path | None]:
     """The encoder, and the folder or file that it was trained in (None for random weights). Raises: UserError."""
-    if not spec.endswith((".safetensors", ".pth", ".pt")):
+    if not spec.endswith(WEIGHTS) or spec.startswith("random:"):
         return open_encoder(spec, seed)
     if weights is None:
         raise UserError(f"{spec}: a bare weights file; say what it is: weights.arch=..., weights.image_size=...")

@@ -1,11 +1,13 @@
 """results.json and predictions/: what a probe or a fusion run leaves for the report, and for anyone.
 
 results.json = {run: {task, model, encoder, seed, allow_leak, warnings, ...}, rows: [...]}; a row is one metric of one
-label, of a split, of a subset of its subjects (`all`, or `sex=F`), of a fraction of the training subjects.
+label, of a split, of a subset of its subjects (`all`, or `sex=F`), of a fraction of the training subjects. The schema
+stands in results.schema.json, as JSON Schema, for any other reader: `python -m finetune.results` prints it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from configs import UserError
 from ehr_features.files import new_file, read_json, write_json
@@ -69,6 +71,12 @@ class Row(BaseModel):
     n: int
     positives: int
     reason: str | None = None
+
+    @model_validator(mode="after")
+    def _said(self) -> Row:
+        if self.value is None and not self.reason:
+            raise ValueError("`value` is null without a `reason`")
+        return self
 
 
 class Results(BaseModel):
@@ -165,3 +173,7 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if value is pd.NA or (isinstance(value, float) and math.isnan(value)) else value
+
+
+if __name__ == "__main__":
+    print(json.dumps(Results.model_json_schema(), indent=1))

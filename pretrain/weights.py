@@ -1,13 +1,14 @@
 """Weights that others trained: read, renamed to timm's keys, checked, put into an encoder. Nothing is re-initialised.
 
-Comes in: encoder/ (or the run it is in), or a .safetensors / .pth file of timm or torchvision. Goes out: the encoder,
-filled.
+Comes in: encoder/ (or the run it is in), or a file of timm, torchvision or Hugging Face's ViTs (DINOv2 too). Goes out:
+the encoder, filled.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ TORCHVISION_VIT = (
     (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
 )
+HUGGING_FACE_VIT = (  # ViTModel and Dinov2Model; queries, keys and values are put together afterwards
+    (r"^embeddings\.(cls_token)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+HEADS = (*CLASSIFIERS, "projection", "predictor", "prototypes", "decoder", "pooler")  # beside a wrapped backbone
 OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's files still have these names
 COUNTER = ".num_batches_tracked"  # of batch norm; absent from old files, and used by nothing
 
@@ -117,10 +132,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: no state_dict in it; wanted names and tensors")
     for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if inside and all(key.startswith((prefix, *HEADS)) for key in state):
+            state = inside
     if "class_token" in state:
-        state = {_renamed(key): value for key, value in state.items()}
+        state = {_renamed(key, TORCHVISION_VIT): value for key, value in state.items()}
+    if "embeddings.cls_token" in state:
+        state = _merged({_renamed(key, HUGGING_FACE_VIT): value for key, value in state.items()})
     return {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
 
 
@@ -138,10 +156,20 @@ def to_channels(state: dict[str, Tensor], in_chans: int) -> tuple[dict[str, Tens
     return state | {first: gray.contiguous()}, f"{first} from {weight.shape[1]} to {in_chans} channels (summed)"
 
 
-def _renamed(key: str) -> str:
-    for pattern, by in TORCHVISION_VIT:
+def _renamed(key: str, table: Sequence[tuple[str, str]]) -> str:
+    for pattern, by in table:
         key = re.sub(pattern, by, key)
     return key
+
+
+def _merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values as timm's one blocks.N.attn.qkv; no pooler, no mask token."""
+    out = {k: v for k, v in state.items() if not k.startswith(("pooler.", "embeddings.")) and ".query." not in k}
+    for key, query in state.items():
+        if ".attention.attention.query." in key:
+            parts = [query, *(out.pop(key.replace(".query.", f".{name}.")) for name in ("key", "value"))]
+            out[key.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(parts)
+    return out
 
 
 def _same_network(encoder: Encoder, meta: dict[str, Any], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The probes on films with planted findings."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from configs import UserError, load
 from ehr_features.files import write_json
-from finetune import classic, heads, sources
+from finetune import classic, heads, results, sources
 from finetune.config import ProbeConfig
 from finetune.evaluation import scored
 from finetune.films import check_splits, evaluation_labels, read_films, training_labels
@@ -253,6 +254,25 @@ def test_a_damaged_results_file_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", {"run": {}, "rows": []})
     with pytest.raises(UserError, match=r"results.json: .* `run.task`"):
         read_results(tmp_path)
+
+
+def test_results_are_of_the_shipped_schema_and_a_null_has_its_reason(make_world: World) -> None:
+    shipped = json.loads((Path(results.__file__).parent / "results.schema.json").read_text())
+    assert shipped == results.Results.model_json_schema()
+    row = shipped["$defs"]["Row"]
+    assert row["required"] == list(row["properties"]) == results.COLUMNS and row["additionalProperties"] is False
+    folder = make_world()
+    images = pd.read_parquet(folder / "features/images.parquet").assign(Edema=0.0)  # one class only
+    images.to_parquet(folder / "features/images.parquet")
+    written = json.loads((probe(config(folder, epochs=2)) / "results.json").read_text())
+    assert all(set(r) == set(row["properties"]) for r in written["rows"])
+    assert set(shipped["$defs"]["Run"]["required"]) <= set(written["run"])
+    nulls = [r for r in written["rows"] if r["value"] is None]
+    assert {r["label"] for r in nulls} == {"Edema"} and all(r["reason"].startswith("one class") for r in nulls)
+    nulls[0]["reason"] = None
+    write_json(folder / "results.json", written)
+    with pytest.raises(UserError, match="null without a `reason`"):
+        read_results(folder)
 
 
 def test_the_shipped_configs_load() -> None:
