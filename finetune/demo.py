@@ -168,7 +168,8 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
     console.print(f"\n[bold]{out / 'report.html'}[/]   open it in a browser   ({time.monotonic() - start:.0f} s)")
     console.print("\nYou have MIMIC? Say where it lies; the other steps follow in the README:")
     console.print(
-        "  ./launch.sh features configs/features.yaml mimic_iv=/path/to/mimic-iv mimic_cxr=/path/to/mimic-cxr-jpg"
+        "  ./launch.sh features configs/features.yaml mimic_iv=/path/to/mimic-iv mimic_cxr=/path/to/mimic-cxr-jpg",
+        soft_wrap=True,
     )
     return out / "report.html"
 

@@ -62,7 +62,7 @@ def report(
             bar.advance(note=name)
     made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
     foot = f"Made {made} by EHR-MSN from {len(read)} runs. Nothing in this file is loaded from elsewhere."
-    text = page("EHR-MSN report", _head(read, known), sections, foot)
+    text = page("EHR-MSN report", _head(read, known, with_films), sections, foot)
     with new_file(out) as file:
         file.write_text(text, encoding="utf-8")
     return Path(out)
@@ -82,7 +82,7 @@ def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
     return {}
 
 
-def _head(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool) -> Html:
     counts = {
         "pretrained encoder": len(report_training.pretrained(runs)),
         "probe": sum(run.task == "findings" for run in runs),
@@ -99,7 +99,7 @@ def _head(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
         tag("p", "EHR-MSN report", class_="kicker"),
         tag("h1", what[0].upper() + what[1:]),
         tag("p", f"{data} Intervals are 95%, from resampling subjects.", class_="lead"),
-        alerts(runs),
+        alerts(runs, films=with_films and not truth),
         _tiles(runs, truth),
     )
 
@@ -108,11 +108,13 @@ def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
     """The best run of each task as one large number."""
     tiles = []
     for task, chosen in report_results.by_task(runs).items():
-        scored = [(head["value"], run, head) for run in chosen if (head := run.headline())]
+        heads = [(run, head) for run in chosen if (head := run.headline())]
+        most = max((head["n"] for _, head in heads), default=0)  # an AUROC on fewer rows is another question
+        scored = [(head["value"], run, head) for run, head in heads if head["n"] == most]
         for value, run, head in sorted(scored, key=lambda item: -item[0])[:1]:
             best = report_results.possible(truth, task, str(head["label"]), run)
             what = "macro AUROC" if run.main == "macro" else "AUROC"
-            says = f"{_short(task)}: {what} of {run.name}, the highest of {len(scored)}"
+            says = f"{_short(task)}: {what} of {run.name}, the highest of {len(scored)} on {most:,} test rows"
             of = f"{number(head['low'])}–{number(head['high'])}" + (f" · possible {number(best)}" if best else "")
             tiles.append(
                 tag("div", tag("b", number(value)), tag("span", of, class_="of"), tag("span", says), class_="tile")

@@ -14,20 +14,30 @@ from finetune.report_results import by_task
 from finetune.report_training import collapse
 
 FEW = 20  # positives (or negatives) under which an AUROC says little
+FILMS = "shows films: under MIMIC's data use agreement it must not be passed on."
 CALM = (
     "No warnings: no leak override, no encoder of unknown films, no collapse, enough of both classes for every label."
 )
 
 
-def alerts(runs: Sequence[Run]) -> Html:
-    """The warnings as a list, the grave ones first; equal ones of several runs in one line."""
-    merged: dict[tuple[bool, str], list[str]] = {}
+def alerts(runs: Sequence[Run], *, films: bool = False) -> Html:
+    """The warnings as a list, the grave ones first; equal ones of several runs in one line.
+
+    Args:
+        films: whether the page shows films of patients.
+    """
+    merged: dict[tuple[bool, str], list[str]] = {(True, FILMS): ["This page"]} if films else {}
     for grave, says, name in [*_of_runs(runs), *_few(runs)]:
         merged.setdefault((grave, says), []).append(name)
     if not merged:
         return tag("p", CALM, class_="fine")
     items = [
-        tag("li", tag("strong", ", ".join(names)), tag("span", f": {says}"), class_="stop" if grave else "care")
+        tag(
+            "li",
+            tag("strong", ", ".join(names)),
+            tag("span", f" {says}" if says == FILMS else f": {says}"),
+            class_="stop" if grave else "care",
+        )
         for (grave, says), names in sorted(merged.items(), key=lambda item: not item[0][0])
     ]
     return tag("ul", items, class_="alerts", aria_label="Warnings")

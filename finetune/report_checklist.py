@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.report_cohort import attrition, folders
 from finetune.report_data import Run, part, read_object
 from finetune.report_html import Html, number, section, table, tag
-from finetune.report_results import by_task, labels
+from finetune.report_results import by_task, labels, title
 
 BLANK = tag("span", "to be filled in by the authors", class_="blank")
 
@@ -63,7 +63,11 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
     found = _data_facts(folders(runs))
     tasks = by_task(runs)
     done = [run for chosen in tasks.values() for run in chosen]
-    found["8"] = "; ".join(f"{task} ({len(labels(chosen))} labels)" for task, chosen in tasks.items())
+    found["8"] = "; ".join(
+        f"{title(task)} ({n} label{'s' if n > 1 else ''})"
+        for task, chosen in tasks.items()
+        if (n := len(labels(chosen)))
+    )
     sizes = []
     for task, chosen in tasks.items():
         head = next((h for run in chosen if (h := run.headline())), None)
@@ -77,7 +81,9 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
     leak = [run.name for run in done if run.result.get("allow_leak")]
     seen = "Encoders that saw a validation or test subject are refused"
     found["16"] = f"One split by subject. {seen}{'; overridden for ' + ', '.join(leak) if leak else ''}."
-    found["23"] = "In this report: AUROC, AUPRC, curves; intervals resample subjects."
+    found["23"] = "In this report: AUROC, AUPRC, calibration, curves; intervals resample subjects."
+    weights = [run.name for run in runs if run.encoder or (run.folder / "model.safetensors").is_file()]
+    found["22"] = f"Weights and configs stand in the run folders of {', '.join(weights)}." if weights else ""
     if any("=" in str(s) for run in done for s in run.rows["subset"]):
         found["14"] = "Performance is reported in subgroups; nothing was done to make it equal."
     return {item: text for item, text in found.items() if text}
@@ -93,10 +99,12 @@ def _data_facts(found: Sequence[Path]) -> dict[str, str]:
     names = {"mimic_iv": "MIMIC-IV", "mimic_ed": "MIMIC-IV-ED", "mimic_cxr": "MIMIC-CXR"}
     sources = ", ".join(name for key, name in names.items() if config.get(key))
     steps = attrition(folder)
+    took = [f"{before - after:,} of {before:,} {what}: {why}" for what, before, after, why in steps if after < before]
+    rules = "; ".join(took[:8]) or "no rule left a row out"
     imputed = series.get("imputation")
     return {
         "5": f"{sources}; versions in provenance.json." if sources else "",
-        "6": f"Preset {config.get('preset', 'default')}: {'; '.join(why for *_, why in steps[:6])}." if steps else "",
+        "6": f"Preset {config.get('preset', 'default')}. Left out: {rules}." if steps else "",
         "7": f"Series in steps of {config.get('step_hours', 1)} h, normalised with train statistics." if series else "",
         "9": f"{len(series.get('columns', []))} series columns, and the film." if series.get("columns") else "",
         "11": f"Imputation of the series: {imputed if isinstance(imputed, str) else 'see series.json'}."

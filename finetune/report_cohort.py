@@ -18,6 +18,7 @@ from ehr_features.files import read_json, read_table
 from finetune.report_data import Run, read_object
 from finetune.report_forest import bars, flow
 from finetune.report_html import Html, figure, frame, number, section, table, tag
+from finetune.report_names import variable
 
 SPLITS = ("train", "val", "test")
 
@@ -125,17 +126,9 @@ def _samples(folder: Path) -> list[list[Any]]:
         counts = [data[data["split"] == s] for s in SPLITS]
         rows.append([f"samples: {task}", *[len(d) for d in counts], len(data)])
         if "dicom_id" in data:
-            rows.append(
-                [
-                    "… with a film",
-                    *[int(d["dicom_id"].notna().sum()) for d in counts],
-                    int(data["dicom_id"].notna().sum()),
-                ]
-            )
+            rows.append(["… with a film", *[int(d["dicom_id"].notna().sum()) for d in (*counts, data)]])
         if path.stem in data:
-            rows.append(
-                [f"… with {task}", *[int((d[path.stem] == 1).sum()) for d in counts], int((data[path.stem] == 1).sum())]
-            )
+            rows.append([f"… positive ({task})", *[int((d[path.stem] == 1).sum()) for d in (*counts, data)]])
     return rows
 
 
@@ -165,5 +158,5 @@ def missing_figure(folder: Path, key: str) -> Html | None:
 
 def _variables(folder: Path, count: int) -> list[str]:
     columns = read_object(folder / "series.json").get("columns", [])
-    names = [str(c).removeprefix("mask->").replace("_", " ") for c in columns[-count:]]
+    names = [variable(str(c).removeprefix("mask->")) for c in columns[-count:]]
     return names if len(names) == count else [f"variable {i + 1}" for i in range(count)]

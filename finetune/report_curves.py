@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from finetune.report_data import Run
+from finetune.report_data import Run, common_rows
 from finetune.report_figures import Frame, Series, legend, panels
 from finetune.report_html import Html, figure, join, number, table, tag
 from finetune.report_names import told
@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 POINTS = 80  # of a drawn curve
 GRID = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RUNS = 8
+FEWEST = 20  # rows in common
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Scored:
 
 
 def curves_figure(task: str, runs: Sequence[Run]) -> Html | None:
-    """Four curves of each label, the label with the most positives open."""
+    """Four curves of each label, the label with the most positives open; on the rows that all runs scored."""
     by_label: dict[str, list[Scored]] = {}
-    for i, run in enumerate(runs[:RUNS]):
-        predictions = run.predictions("test")
-        if predictions is None:
-            continue
+    able = [(i, run) for i, run in enumerate(runs[:RUNS]) if run.predictions is not None]
+    common = common_rows([run for _, run in able])
+    shared = common is not None and len(common) >= FEWEST
+    for i, run in able:
+        predictions = run.by_row.loc[common] if shared and run.by_row is not None else run.predictions
+        assert predictions is not None
         for column in predictions.columns:
             label = str(column).removeprefix("label_")
             if column == f"label_{label}" and f"logit_{label}" in predictions:
@@ -62,7 +65,19 @@ def curves_figure(task: str, runs: Sequence[Run]) -> Html | None:
         "with its Wilson interval where one or two runs are drawn. Net benefit: worth using where it lies above "
         "treating all (dashed) and treating none (0)."
     )
-    return figure(key_of("curves", task), "Discrimination, calibration, net benefit", join([names, *blocks]), caption)
+    note = _whose(able, common)
+    drawing = join([names, *blocks])
+    return figure(key_of("curves", task), "Discrimination, calibration, net benefit", drawing, caption, note=note)
+
+
+def _whose(able: Sequence[tuple[int, Run]], common: pd.Index | None) -> str | None:
+    """A note where some runs scored more rows than are drawn, or others than the rest."""
+    if len(able) < 2:
+        return None
+    if common is None or len(common) < FEWEST:
+        return "These runs share too few rows, so each is drawn on its own: no line is comparable with another."
+    more = {len(run.predictions) for _, run in able if run.predictions is not None} - {len(common)}
+    return f"Drawn on the {len(common):,} rows that all of these runs scored." if more else None
 
 
 def _block(label: str, scored: Sequence[Scored], opened: bool) -> Html:

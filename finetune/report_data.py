@@ -65,9 +65,10 @@ class Run:
         places = [place / str(given) for place in (Path(), *self.folder.resolve().parents) if given]
         return next((place for place in places if (place / file).is_file()), None)
 
-    def predictions(self, split: str = "test") -> pd.DataFrame | None:
-        """The run's predictions: id, subject_id, label_*, logit_*; None where there are none."""
-        path = self.folder / "predictions" / f"{split}.parquet"
+    @cached_property
+    def predictions(self) -> pd.DataFrame | None:
+        """The run's test predictions: id, subject_id, label_*, logit_*; None where there are none."""
+        path = self.folder / "predictions" / "test.parquet"
         if not path.is_file():
             return None
         try:
@@ -78,6 +79,14 @@ class Run:
         if odd := [c for c in values if not pd.api.types.is_numeric_dtype(values[c])]:
             raise UserError(f"{path}: column `{odd[0]}` holds no numbers; run the evaluation again")
         return table
+
+    @cached_property
+    def by_row(self) -> pd.DataFrame | None:
+        """`predictions` by sample_id, study_id or dicom_id, whichever tells the rows apart; None where none does."""
+        table = self.predictions
+        keys = [c for c in ("sample_id", "study_id", "dicom_id") if table is not None and c in table]
+        unique = [key for key in keys if table is not None and table[key].is_unique]
+        return table.set_index(unique[0]) if table is not None and unique and "subject_id" in table else None
 
     def row(
         self, label: str = "macro", metric: str = "auroc", subset: str = "all", split: str = "test"
@@ -103,6 +112,16 @@ class Run:
     def headline(self, metric: str = "auroc", subset: str = "all", split: str = "test") -> dict[str, Any] | None:
         """The main label's number."""
         return self.row(self.main, metric, subset, split)
+
+
+def common_rows(runs: Sequence[Run]) -> pd.Index | None:
+    """The test rows that all these runs scored, None where that cannot be told."""
+    common: pd.Index | None = None
+    for run in runs:
+        if run.by_row is None:
+            return None
+        common = run.by_row.index if common is None else common.intersection(run.by_row.index)
+    return common
 
 
 def is_macro(label: str) -> bool:

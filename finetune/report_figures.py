@@ -75,7 +75,7 @@ def tick_text(value: float, step: float) -> str:
     if abs(value) >= 10000 or step >= 1000:
         return f"{value / 1000:g}k".replace("-", "−")
     places = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 0
-    if places and abs(step * 10**places - round(step * 10**places)) > 1e-6:
+    if abs(step * 10**places - round(step * 10**places)) > 1e-6:
         places += 1
     if places > 4 and abs(value) > step / 2:
         power = math.floor(math.log10(abs(value)) + 1e-9)

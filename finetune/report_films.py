@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from configs import UserError
 from ehr_features.files import read_table
 from ehr_features.schema import FINDINGS
 from finetune.report_data import Run
@@ -50,7 +51,11 @@ def films_section(runs: Sequence[Run], *, with_films: bool) -> Html:
     able = [run for run in runs if run.kind == "pretraining" and run.encoder and run.store and run.features][:ENCODERS]
     parts: list[Html | None] = []
     for run in able:
-        sample = draw(run)
+        try:
+            sample = draw(run)
+        except UserError as error:  # weights that were moved or replaced need not cost the rest of the page
+            parts.append(tag("p", f"{run.name} cannot be shown: {error}", class_="muted"))
+            continue
         if len(sample.table) > 3 * NEIGHBOURS:
             parts.append(map_figure(sample))
         if with_films and len(sample.table) > SHOWN:
@@ -64,6 +69,8 @@ def draw(run: Run, seed: int = 0) -> Sample:
     assert run.store is not None and run.features is not None
     store, images = Store(run.store), read_table(run.features, "images")
     images = images[(images["split"] == "test") & images["dicom_id"].isin(store.index["dicom_id"])]
+    if images.empty:
+        raise UserError(f"{run.store} holds no film of the test split of {run.features}")
     images = images.sample(min(FILMS, len(images)), random_state=seed).sort_values("dicom_id").reset_index(drop=True)
     encoder = encoders.load(run.folder / "encoder")
     films = store.read(images["dicom_id"].tolist())
@@ -95,7 +102,8 @@ def groupings(images: pd.DataFrame) -> dict[str, dict[str, NDArray[np.bool_]]]:
     groups = {}
     for name, values in found.items():
         kept = values.value_counts().index[:4]
-        rows = {str(v): (values == v).to_numpy(bool) for v in sorted(kept, key=str)}
+        order = [v for v in values.cat.categories if v in kept] if hasattr(values, "cat") else sorted(kept, key=str)
+        rows = {str(v): (values == v).to_numpy(bool) for v in order}
         groups[name] = {v: mask for v, mask in rows.items() if mask.any()}
     return groups
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from finetune.report_html import Html, fixed, interval, join, number, tag
 
 LETTER, SMALL = 7.2, 6.1  # pixels of a letter, about
 GAP, TOP = 14, 26
+PAGE = 780  # pixels: a longer plot is cut between rows, so that paper and eye can hold it
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Row:
     remark: str = ""
     best: float | None = None  # where its dotted mark stands: what is possible, or chance
     strong: bool = False
+    says: str = ""  # under the number of a row with one point: its p
 
 
 def forest(
@@ -44,23 +47,33 @@ def forest(
     wide = width > 500
     step = 17 if max(len(row.points) for row in rows) <= 4 else 14
     room = max(max(len(row.name) * LETTER, len(row.remark) * SMALL) for row in rows) + 18
-    left = min(room, 270 if wide else 128)
+    left = min(room, 290 if wide else 128)
+    letters = int((left - 8) / LETTER)
     values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
     values += [row.best for row in rows if row.best is not None] + ([chance] if chance is not None else [])
     x = Scale(*span([values], pad=0.04), left, width - ((170 if chance == 0 else 148) if wide else 40))
-    stripes: list[Any] = []
-    blocks: list[Any] = []
-    y = float(TOP)
-    for i, row in enumerate(rows):
-        tall = max(len(row.points) * step, 34 if row.remark else 17)
-        if i % 2 == 0:
-            stripes.append(tag("rect", x=0, y=y - GAP / 2, width=width, height=tall + GAP, rx=4, class_="stripe"))
-        blocks.append(_name(row, y + tall / 2, int((left - 8) / LETTER)))
-        blocks.append(_points(row, names, x, y, tall, step, width))
-        y += tall + GAP
-    bottom = y - GAP / 2
-    ground = _ground(x, bottom, chance, x_label, width)
-    return svg(width, bottom + 42, f"{x_label} of {', '.join(names.values())}", stripes, ground, blocks)
+    pages: list[list[tuple[Row, float]]] = [[]]
+    for row in rows:
+        tall = max(len(row.points) * step, 17 * len(_wrap(row.name, letters)) + 17 * bool(row.remark or row.says))
+        if pages[-1] and sum(t + GAP for _, t in pages[-1]) + tall > PAGE:
+            pages.append([])
+        pages[-1].append((row, tall))
+
+    def draw(page: Sequence[tuple[Row, float]]) -> Html:
+        stripes: list[Any] = []
+        blocks: list[Any] = []
+        y = float(TOP)
+        for i, (row, tall) in enumerate(page):
+            if i % 2 == 0:
+                stripes.append(tag("rect", x=0, y=y - GAP / 2, width=width, height=tall + GAP, rx=4, class_="stripe"))
+            blocks.append(_name(row, y + tall / 2, letters))
+            blocks.append(_points(row, names, x, y, tall, step, width))
+            y += tall + GAP
+        bottom = y - GAP / 2
+        ground = _ground(x, bottom, chance, x_label, width)
+        return svg(width, bottom + 42, f"{x_label} of {', '.join(names.values())}", stripes, ground, blocks)
+
+    return join([draw(page) for page in pages])
 
 
 def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: int) -> Html:
@@ -76,14 +89,27 @@ def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: 
     return join([lines, texts, name, tag("text", head, x=width - 4, y=12, text_anchor="end", class_="tiny")])
 
 
+def _wrap(name: str, letters: int) -> list[str]:
+    """A name in one or two lines; what is longer still loses its middle, as its end tells seeds apart."""
+    lines = textwrap.wrap(name, letters, break_long_words=False) if len(name) > letters else [name]
+    if len(lines) > 2 or any(len(line) > letters + 2 for line in lines):
+        lines = [f"{name[: (letters - 1) // 2]}…{name[-(letters // 2) :]}"]
+    return lines
+
+
 def _name(row: Row, middle: float, letters: int) -> Html:
-    name = row.name
-    if len(name) > letters:  # the end tells seeds apart
-        name = f"{name[: (letters - 1) // 2]}…{name[-(letters // 2) :]}"
-    at = middle - 3 if row.remark else middle + 4
-    full = tag("title", row.name) if name != row.name else None
-    text = tag("text", full, name, x=6, y=at, class_="row-name strong" if row.strong else "row-name")
-    return join([text, tag("text", row.remark, x=6, y=at + 14, class_="tiny") if row.remark else None])
+    lines = _wrap(row.name, letters)
+    at = middle + 4 - 8 * (len(lines) - 1) - (7 if row.remark else 0)
+    full = tag("title", row.name) if lines != [row.name] else None
+    css = "row-name strong" if row.strong else "row-name"
+    texts = [tag("text", full, line, x=6, y=at + 16 * i, class_=css) for i, line in enumerate(lines)]
+    remark = _shorten(row.remark, letters)
+    return join([texts, tag("text", remark, x=6, y=at + 16 * len(lines) - 2, class_="tiny") if remark else None])
+
+
+def _shorten(text: str, letters: int) -> str:
+    most = int(letters * LETTER / SMALL) + 1
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, step: int, width: int) -> Html:
@@ -100,8 +126,11 @@ def _points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, st
             parts.append(tag("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))
             text = interval(value, low, high) if width > 500 else text
         parts.append(mark(index, x(value), line, 4.4, says))
-        parts.append(tag("text", text, x=width - 4, y=line + 4, text_anchor="end", class_="value"))
+        up = 5 if row.says else 0
+        parts.append(tag("text", text, x=width - 4, y=line + 4 - up, text_anchor="end", class_="value"))
         line += step
+    if row.says and len(row.points) == 1:
+        parts.append(tag("text", row.says, x=width - 4, y=y + tall / 2 + 14, text_anchor="end", class_="tiny"))
     return join(parts)
 
 

@@ -79,7 +79,7 @@ def interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
 
 def fixed(value: Any, digits: int = 3) -> str:
     """A score or a difference of scores, always with the same places."""
-    return "–" if number(value) == "–" else f"{float(value):,.{digits}f}".replace("-", "−")
+    return "–" if number(value) == "–" else f"{round(float(value), digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str = "") -> Html:

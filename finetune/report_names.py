@@ -37,6 +37,7 @@ PHENOTYPES = MappingProxyType(
 STAYS = ("under 1 day", *(f"{day} to {day + 1} days" for day in range(1, 8)), "8 to 14 days", "14 days or more")
 METRICS = MappingProxyType(
     {
+        "f1": "F1",
         "auroc": "AUROC",
         "auprc": "AUPRC",
         "brier": "Brier score",
@@ -60,6 +61,13 @@ def told(label: str) -> str:
         return STAYS[int(number)][:1].upper() + STAYS[int(number)][1:]
     text = label.replace("_", " ")
     return text[:1].upper() + text[1:]
+
+
+def variable(name: str) -> str:
+    """A variable of the series for a reader."""
+    words = {"ph": "pH", "fio2": "FiO₂", "gcs": "GCS", "bp": "blood pressure"}
+    text = " ".join(words.get(word, word) for word in name.replace("_", " ").split(" "))
+    return text if text[:2] == "pH" else text[:1].upper() + text[1:]
 
 
 def metric(name: str) -> str:

@@ -17,9 +17,9 @@ import pandas as pd
 from scipy.special import expit
 
 from finetune.compare import holm, paired
-from finetune.report_data import Run, is_macro
+from finetune.report_data import Run, common_rows, is_macro
 from finetune.report_forest import Row, forest
-from finetune.report_html import Html, both_widths, figure, frame, interval, join, number
+from finetune.report_html import Html, both_widths, figure, fixed, frame, interval, join, number
 from finetune.report_names import told
 from finetune.report_results import key_of
 
@@ -44,7 +44,7 @@ def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | None:
     """Differences of the main AUROC between methods."""
-    able = methods([run for run in runs if run.predictions() is not None and run.headline() is not None])
+    able = methods([run for run in runs if run.predictions is not None and run.headline() is not None])
     names = list(able)
     if len(names) < 2:
         return None
@@ -63,7 +63,7 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
     rows, cells = [], []
     for (first, second, row), p in zip(found, adjusted, strict=True):
         value = float(row["difference"]), float(row["low"]), float(row["high"])
-        rows.append(Row(first, [(0, *value)], f"minus {second}"))
+        rows.append(Row(first, [(0, *value)], f"minus {second}", says=_p(float(p))))
         means = [number(float(row[side])) for side in ("a", "b")]
         tests = [number(float(row["p"])), number(float(p))]
         cells.append([f"{first} − {second}", *means, interval(*value), *tests, row["n"], row["runs_a"], row["runs_b"]])
@@ -71,7 +71,7 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
     label = "macro AUROC" if len(next(iter(able.values()))[0].labels) > 1 else "AUROC"
     caption = (
         f"The first run's {label} less the second's, on the same test rows and the same resamples of subjects. An "
-        "interval that crosses the dashed line shows no difference. p is two-sided, Holm-adjusted over these pairs."
+        "interval that crosses the dashed line shows no difference. p: two-sided, Holm-adjusted over these pairs."
     )
     columns = ["pair", "first", "second", "difference", "p", "p (Holm)", "n", "seeds of first", "of second"]
     return figure(
@@ -98,12 +98,10 @@ def reference(able: dict[str, list[Run]]) -> str:
 
 def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> pd.DataFrame | None:
     """Paired differences of each label on the test rows that all these runs have; None where there are too few."""
-    read = [rows for run in (*a, *b) if (rows := _rows(run)) is not None]
-    if len(read) < len(a) + len(b):
+    read = [run.by_row for run in (*a, *b) if run.by_row is not None]
+    common = common_rows([*a, *b])
+    if common is None:
         return None
-    common = read[0].index
-    for one in read[1:]:
-        common = common.intersection(one.index)
     names = [str(c).removeprefix("label_") for c in read[0] if str(c).startswith("label_")]
     wanted = [f"{kind}_{name}" for kind in ("label", "logit") for name in names]
     if len(common) < FEWEST or any(name not in one for one in read for name in wanted):
@@ -126,15 +124,6 @@ def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> pd.DataFrame |
     return table.assign(main=main) if main.any() and np.isfinite(table.loc[main, "difference"]).all() else None
 
 
-def _rows(run: Run) -> pd.DataFrame | None:
-    """The test predictions by sample_id, study_id or dicom_id, whichever tells the rows apart; None where none does."""
-    table = run.predictions()
-    if table is None or "subject_id" not in table:
-        return None
-    keys = [c for c in ("sample_id", "study_id", "dicom_id") if c in table and table[c].is_unique]
-    return table.set_index(keys[0]) if keys else None
-
-
 def _each(pair: str, table: pd.DataFrame) -> list[list[Any]]:
     """Rows of the table behind the figure: each label's difference, p adjusted over the labels."""
     labels = table[~table["label"].map(is_macro) & table["difference"].notna()].to_dict("records")
@@ -142,6 +131,10 @@ def _each(pair: str, table: pd.DataFrame) -> list[list[Any]]:
         [pair, told(r["label"]), interval(r["difference"], r["low"], r["high"]), r["p_holm"], r["n"]] for r in labels
     ]
     return cells if len(cells) > 1 else []
+
+
+def _p(p: float) -> str:
+    return "" if np.isnan(p) else f"p = {fixed(p)}" if p >= 0.001 else "p < 0.001"
 
 
 def _note(found: Sequence[tuple[str, str, dict[Any, Any]]], apart: Sequence[str]) -> str:

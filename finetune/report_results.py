@@ -107,6 +107,10 @@ def overview_figure(
     caption = f"{what[0].upper()}{what[1:]} on {part or 'the test split'}; the dashed line is chance."
     if any(row.best for row in rows):
         caption += " Dotted: the best that is possible for what the model sees, known as the data is synthetic."
+    if len({cell[5] for cell in cells}) > 1:
+        caption += (
+            " Not all runs were scored on the same rows: compare those with equal counts, or the figures further down."
+        )
     caption += lacking(rows)
     given = [i for i in range(len(COLUMNS)) if any(cell[i] is not None for cell in cells)]
     numbers = table([COLUMNS[i] for i in given], [[cell[i] for i in given] for cell in cells])

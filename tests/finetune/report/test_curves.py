@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from finetune.compare import compare_runs
-from finetune.report_curves import Scored, bins, net_benefit, precision_recall, roc
+from finetune.report_curves import Scored, bins, curves_figure, net_benefit, precision_recall, roc
 from finetune.report_data import read_runs
 from finetune.report_figures import Scale, tick_text
 from finetune.report_html import Html, interval, number, tag
@@ -75,6 +77,18 @@ def test_a_pair_on_all_rows_is_what_compare_says(report_runs: list[Path]) -> Non
         assert row[key] == pytest.approx(wanted[key])
     heads = [runs[name].headline() for name in ("probe_ehr", "pixels")]
     assert row["difference"] == pytest.approx(heads[0]["value"] - heads[1]["value"])  # type: ignore[index]
+
+
+def test_curves_are_drawn_on_the_rows_that_all_runs_scored(report_runs: list[Path], tmp_path: Path) -> None:
+    few = shutil.copytree(report_runs[0].parent / "record_lstm", tmp_path / "few")
+    table = pd.read_parquet(few / "predictions" / "test.parquet")
+    table.iloc[10:70].to_parquet(few / "predictions" / "test.parquet")
+    figure = curves_figure("mortality", read_runs([few, report_runs[0].parent / "medfuse"]))
+    positives = int(table["label_mortality"].iloc[10:70].sum())
+    assert figure and f"{positives} of 60 positive" in figure and "on the 60 rows that all" in figure
+    table.iloc[:10].to_parquet(few / "predictions" / "test.parquet")
+    apart = curves_figure("mortality", read_runs([few, report_runs[0].parent / "medfuse"]))
+    assert apart and "share too few rows" in apart
 
 
 def test_runs_that_share_no_labels_are_not_compared(report_runs: list[Path]) -> None:

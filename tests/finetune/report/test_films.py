@@ -58,6 +58,12 @@ def test_films_neighbours_and_attention_are_shown_where_asked_for(run: Run) -> N
     assert html.count("<img") == 4 * 6 + report_films.SHOWN
 
 
+def test_weights_that_are_gone_are_named_and_cost_no_other_part(run: Run) -> None:
+    (run.folder / "encoder" / "encoder.safetensors").unlink()
+    html = report_films.films_section([run], with_films=True)
+    assert "cannot be shown" in html and "<figure" not in html
+
+
 def test_the_map_names_no_film_and_no_subject(run: Run) -> None:
     html = report_films.films_section([run], with_films=True)
     assert "film00" not in html and "1000000" not in html

@@ -65,4 +65,5 @@ def test_an_unknown_label_keeps_its_words(label: str) -> None:
 
 def test_ticks_of_small_steps_are_exact() -> None:
     assert [tick_text(v, 0.00025) for v in (0.0, 0.00025, 0.0005, 0.001)] == ["0", "2.5e−4", "5.0e−4", "1.00e−3"]
+    assert [tick_text(v, 2.5) for v in (15.0, 17.5)] == ["15.0", "17.5"]
     assert tick_text(-0.25, 0.25) == "−0.25" and tick_text(20000, 10000) == "20k"

@@ -73,6 +73,14 @@ def test_warnings_stand_above_every_section(html: str) -> None:
     assert "allow_leak" in top and "collapsed" in top
 
 
+def test_a_page_with_films_of_patients_says_that_it_must_stay(report_runs: list[Path], tmp_path: Path) -> None:
+    real = tmp_path / "truth.json"
+    real.write_text("{}", encoding="utf-8")
+    for films in (True, False):
+        html = report(report_runs[:1], tmp_path / "r.html", with_films=films, truth=real).read_text(encoding="utf-8")
+        assert ("must not be passed on" in html[: html.index("<section")]) == films
+
+
 def test_a_healthy_run_has_no_warning_of_collapse(report_runs: list[Path], tmp_path: Path) -> None:
     html = report(report_runs[:1], tmp_path / "r.html").read_text(encoding="utf-8")
     assert "No warnings" in html and "No sign of collapse" in html
