@@ -11,7 +11,8 @@ from finetune.config import FuseConfig, GridConfig, ProbeConfig
 
 def _probe(config: ProbeConfig, args: argparse.Namespace) -> None:
     if args.shift:
-        config = ProbeConfig.model_validate(config.model_dump() | {"shift": {"field": args.shift}})
+        given = config.model_dump()
+        config = ProbeConfig.model_validate(given | {"shift": (given["shift"] or {}) | {"field": args.shift}})
     if args.watch:
         from finetune.watch import watch
 

@@ -59,7 +59,7 @@ class TuneConfig(Settings):
 class ShiftConfig(Settings):
     """Train on some groups, test on others."""
 
-    field: str  # view, year_group, sex, ...: a subgroup field
+    field: str = ""  # view, year_group, sex, ...: a subgroup field; --shift FIELD gives it too
     source: list[str] = []  # none: view AP; year_group: the first half; else the largest group
     target: list[str] = []  # none: view PA; year_group: the other half; else the other groups
 
@@ -93,7 +93,7 @@ class ProbeConfig(Settings):
     uncertain: Literal["ignore", "zeros", "ones"] = "ignore"  # -1 in training; evaluation always ignores it
     missing: Literal["zeros", "ignore"] = "zeros"  # empty in training; evaluation always takes it as 0
     fraction: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 1.0  # train subjects
-    repeats: int = Field(1, ge=1)  # draws of each fraction below 1
+    repeats: int = Field(3, ge=1)  # draws of each fraction below 1, of seed, seed + 1, ...: means, with an interval
     groups: list[str] = ["sex", "age", "view", "position", "icu"]  # `metadata`: the record's columns, without the film
     pools: list[Literal["cls", "avg", "both"]] = Field(["cls", "avg", "both"], min_length=1)  # those the encoder has
     lrs: list[Positive] = Field([3e-4, 1e-3, 3e-3, 1e-2], min_length=1)
@@ -124,8 +124,6 @@ class ProbeConfig(Settings):
             raise ValueError("wanted one of `features` (a features/ folder) and `films` (NIH, CheXpert, any CSV)")
         if self.features is not None and self.store is None and not metadata:
             raise ValueError("`store` is missing: the packed films; write them with ./launch.sh images CONFIG")
-        if metadata and self.features is None:
-            raise ValueError("`encoder` metadata reads the record's columns of a features/ folder")
         if metadata and self.method in ("attentive", "finetune", "transfer"):
             raise ValueError(f"`method` {self.method} needs films; metadata goes with logistic, boosting, linear, knn")
         if self.encoder == "pixels" and self.method in ("attentive", "finetune"):

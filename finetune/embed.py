@@ -108,7 +108,10 @@ def nearest(embeddings: str, film: str, *, number: int = 10, encoder: str | None
     frame = table.to_pandas()
     x = frame[[c for c in frame if c.startswith("f") and c[1:].isdigit()]].to_numpy(np.float32)
     centre = x.mean(0)
-    own = np.flatnonzero((frame["dicom_id"] == film) | (frame["path"] == film))
+    own = np.flatnonzero(frame["path"] == film)
+    own = own if len(own) else np.flatnonzero(frame["dicom_id"] == film)
+    if len(own) > 1:
+        raise UserError(f"{film}: {len(own)} films of {embeddings} have this name; give the path of one")
     if len(own):
         query = x[own[0]]
     elif Path(film).is_file():

@@ -99,17 +99,18 @@ def open_any(spec: str, seed: int = 0, weights: WeightsConfig | None = None) -> 
 
 def describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]:
     """What every row of a comparison carries: parameters, input size, films seen in pretraining; `hash`: of weights."""
-    seen = {True: 0, False: encoder.meta.get("num_films")}[folder is None]
-    origin = "random, timm's initialisation" if folder is None else f"step {encoder.meta.get('step')}"
+    step, origin = encoder.meta.get("step"), "random, timm's initialisation"
+    if folder is not None:
+        origin = spec if step is None or folder.is_file() else f"step {step}"
     state = {name: file_weights(value) for name, value in encoder.net.state_dict().items()}
     return {
         "hash": digest([state, encoder.meta["arch"], encoder.meta["model_args"], encoder.preprocess.to_json()]),
         "parameters": sum(p.numel() for p in encoder.net.parameters()),
         "image_size": encoder.meta["image_size"],
-        "step": encoder.meta.get("step"),
+        "step": step,
         "arch": encoder.meta["arch"],
-        "films_seen": seen,  # None: unknown
-        "weights": origin if folder is None or folder.is_dir() else spec,
+        "films_seen": 0 if folder is None else encoder.meta.get("num_films"),  # None: unknown
+        "weights": origin,
     }
 
 

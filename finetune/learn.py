@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features import static
+from ehr_features.static_groups import READS
 from finetune import classic, heads
 from finetune.films import Films, evaluation_labels, training_labels
 from finetune.frozen import Features
@@ -94,9 +95,12 @@ def on_features(config: ProbeConfig, films: Films, features: Features, device: s
 def record(config: ProbeConfig, films: Films) -> Features:
     """What the record says of each film, without the film: columns of `groups`, fitted on train.
 
-    Raises: UserError: a group that is known only at discharge.
+    Raises: UserError: a group that is known only at discharge, or that these films lack.
     """
     refuse_discharge(config.groups, static.available_at(config.groups))
+    if lacking := [group for group in config.groups if not set(READS[group]) <= set(films.table)]:
+        rest = [group for group in config.groups if group not in lacking]
+        raise UserError(f"groups: nothing of {', '.join(lacking)} is known of these films; groups=[{','.join(rest)}]")
     array, names, _ = static.encode(films.table, config.groups)
     if not names:
         raise UserError("groups: the metadata baseline needs at least one group, e.g. groups=[sex,age,view]")

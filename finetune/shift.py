@@ -67,6 +67,8 @@ def shift(config: ProbeConfig, films: Films, learn: Learner) -> tuple[pd.DataFra
 def sides(config: ShiftConfig, films: Films) -> tuple[np.ndarray, list[str], list[str]]:
     """Each film's group, and the groups of source and target. Raises: UserError."""
     have = fields(films.table)
+    if not config.field:
+        raise UserError(f"shift.field is missing: which groups? one of {', '.join(have) or 'none'}")
     if config.field not in have:
         raise UserError(f"shift: no field `{config.field}` here; there are {', '.join(have) or 'none'}")
     values = have[config.field].astype(object).where(have[config.field].notna(), "").astype(str).to_numpy()

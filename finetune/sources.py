@@ -35,6 +35,8 @@ def open_films(config: ProbeConfig) -> tuple[Films, Store | None]:
         films = films.keep((films.table["split"] == "test").to_numpy(), "not of split test")
     if config.views == "frontal":
         films = films.keep(films.table["view"].isin(FRONTAL).to_numpy(dtype=bool), "not frontal")
+    if config.encoder == "metadata" and config.store is None:
+        return films, None
     store = Store(config.store) if config.store else _packed(config, films)
     return films.in_store(store), store
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from configs import UserError
 from ehr_features.files import write_json
@@ -59,6 +61,37 @@ def test_the_nearest_film_to_a_copy_is_the_film(tmp_path: Path) -> None:
     assert "film2" not in found["dicom_id"].tolist() and len(found) == 5
     with pytest.raises(UserError, match="neither a film of"):
         nearest(out, "film99")
+
+
+def test_a_film_whose_name_stands_twice_is_asked_for_by_its_path(tmp_path: Path) -> None:
+    encoder, films = tiny(tmp_path), draw(tmp_path)
+    (films / "other").mkdir()
+    (films / "other/film2.png").write_bytes((films / "film5.png").read_bytes())
+    out = str(embed(str(encoder), str(films), str(tmp_path / "new/out.parquet")))
+    with pytest.raises(UserError, match=r"film2: 2 films of .* have this name"):
+        nearest(out, "film2")
+    found = nearest(out, (films / "other/film2.png").as_posix(), number=1)
+    assert found["path"].item() == (films / "film5.png").as_posix() and found["cosine"].item() > 0.99
+
+
+def test_an_encoder_of_anyone_with_timms_keys_is_enough(tmp_path: Path) -> None:
+    net = timm.create_model("resnet10t", num_classes=0, in_chans=3)
+    folder, films = tmp_path / "theirs", draw(tmp_path)
+    folder.mkdir()
+    save_file(net.state_dict(), folder / "encoder.safetensors")
+    resize = {"image_size": 32, "normalise": "dataset", "mean": 0.449, "std": 0.226}
+    about = {"arch": "resnet10t", "model_args": {}, "in_chans": 3, "width": 512, "image_size": 32, "pool": "avg"}
+    made = encoders.create("resnet10t", in_chans=3, image_size=32).preprocess.to_json()
+    write_json(folder / "encoder.json", about | {"preprocess": made | {k: v for k, v in resize.items() if k in made}})
+    table = pd.read_parquet(embed(str(folder), str(films), str(tmp_path / "out.parquet")))
+    assert table.filter(regex=r"^f\d+$").shape == (6, 512)
+    labels = pd.DataFrame({"path": [f"film{i % 6}.png" for i in range(6)], "sick": [0, 1] * 3})
+    labels.assign(split=["train", "train", "val", "val", "test", "test"]).to_csv(tmp_path / "my.csv", index=False)
+    given = {"layout": "csv", "table": str(tmp_path / "my.csv"), "images": str(films), "columns": ["sick"], "size": 32}
+    config = {"films": given | {"split": "split"}, "encoder": str(folder), "out": str(tmp_path / "runs/probe")}
+    about, rows = read_results(probe(ProbeConfig.model_validate(config | {"samples": 20, "epochs": 2})))
+    assert about["compared_by"]["films_seen"] is None and about["pretraining_films"] == "other source"
+    assert 0 <= rows.query("label == 'sick' and metric == 'auroc' and split == 'test'")["value"].item() <= 1
 
 
 @pytest.mark.parametrize("kind", ["npy", "csv", "parquet"])

@@ -131,6 +131,22 @@ def test_metadata_alone_finds_what_the_record_says_and_no_more(make_world: World
     assert about["encoder"] == "metadata (sex, age)" and about["pretraining_films"] == "none"
 
 
+def test_metadata_needs_no_features_folder_where_a_table_says_enough(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sex = rng.choice(["M", "F"], size=200)
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(200)], "sick": (sex == "F").astype(int), "sex": sex})
+    table.to_csv(tmp_path / "my.csv", index=False)
+    for name in table["path"]:
+        (tmp_path / name).touch()  # looked for, not opened
+    given = {"layout": "csv", "table": str(tmp_path / "my.csv"), "images": str(tmp_path), "columns": ["sick"]}
+    more = {"films": given | {"sex": "sex"}, "encoder": "metadata", "samples": 20, "out": str(tmp_path / "runs/probe")}
+    with pytest.raises(UserError, match=r"nothing of age, position, icu is known of these films; groups=\[sex,view\]"):
+        probe(ProbeConfig.model_validate(more | {"method": "boosting"}))
+    for method in ("logistic", "boosting"):
+        asked = {"groups": ["sex"], "method": method, "out": str(tmp_path / "runs" / method)}
+        assert macros(probe(ProbeConfig.model_validate(more | asked)))["value"].item() == 1
+
+
 def test_metadata_refuses_outcomes(make_world: World) -> None:
     with pytest.raises(UserError, match="mortality: known only at discharge"):
         probe(config(make_world(), encoder="metadata", groups=["sex", "mortality"], method="logistic"))
