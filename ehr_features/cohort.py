@@ -58,8 +58,9 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
     frame = _joined(source, attrition)
     frame = (_published(frame, attrition) if preset == "medfuse" else _adults(frame, attrition)).sort_values("stay_id")
     if frame.empty:
-        last = attrition.exclusions[-1]["why"] if attrition.exclusions else "the table icustays is empty"
-        raise UserError(f"the cohort is empty: no ICU stay is left after `{last}`; see attrition, and check mimic_iv")
+        rows = attrition.counts["rows of icustays"]
+        why = next((f"`{e['why']}` took the last" for e in attrition.exclusions if not e["after"]), "") if rows else ""
+        raise UserError(f"the cohort is empty: of {rows} rows of icustays {why or 'none is there'}; check mimic_iv")
     columns = ["stay_id", "hadm_id", "subject_id", "intime", "outtime", "los_hours", "age_years", "age_capped"]
     columns += ["gender", "race", "anchor_year_group", "first_careunit", "admittime", "dischtime", "death_at", "died"]
     frame = frame[columns].rename(columns={"gender": "sex", "first_careunit": "care_unit"}).reset_index(drop=True)
@@ -115,6 +116,7 @@ def _published(frame: pd.DataFrame, attrition: Attrition) -> pd.DataFrame:
     frame = frame.assign(age_years=age, los_hours=frame["los"] * 24)
     frame = _drop(frame, ~(age >= 18), "anchor_age under 18", attrition)
     frame = _drop(frame, frame[["intime", "outtime", "los"]].isna().any(axis=1), "no intime, outtime or los", attrition)
+    frame = _drop(frame, frame["outtime"] <= frame["intime"], "outtime not after intime", attrition)
     inside = [
         (frame[name] >= frame["admittime"]) & (frame[name] <= frame["dischtime"]) for name in ("deathtime", "dod")
     ]

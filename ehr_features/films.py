@@ -58,8 +58,8 @@ def where(condition: ibis.Value, value: ibis.Value) -> ibis.Value:
 
 
 def timestamp(date: ibis.Value, time: ibis.Value) -> ibis.Value:
-    """StudyDate YYYYMMDD and StudyTime HHMMSS.fff as numbers (500.0 is 00:05:00) -> timestamp; null if impossible."""
-    day, clock = date.floor().cast("int64"), time.floor().cast("int64")
+    """StudyDate YYYYMMDD (int64) and StudyTime HHMMSS.fff (500.0 is 00:05:00) -> timestamp; null if impossible."""
+    day, clock = date, time.cast("string").re_extract(r"^\d+", 0).try_cast("int64")  # NaN, too, is then null
 
     def two(value: ibis.Value) -> ibis.Value:
         return value.cast("string").lpad(2, "0")
@@ -92,8 +92,14 @@ def _films(source: Source, preset: str) -> ibis.Table:
 
 
 def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.Table:
-    """Drop films listed twice and studies of two subjects; take the time from films whose date cannot be true."""
-    listed = films.count().execute()
+    """Drop films without ids or listed twice and studies of two subjects; take impossible times away."""
+    rows = films.count().execute()
+    named = films.dicom_id.notnull() & films.study_id.notnull() & films.subject_id.notnull()
+    nameless = films.filter(~named)
+    listed = rows - nameless.count().execute()
+    why = "no dicom_id, study_id or subject_id (the ids are studies)"
+    attrition.add("films", why, rows, listed, ids_of(nameless.study_id) if listed < rows else ())
+    films = films.filter(named)
     twice = ids_of(films.group_by("dicom_id").agg(n=_.count()).filter(_.n > 1).dicom_id)
     once = listed
     if twice:
@@ -118,4 +124,4 @@ def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.T
 
 
 def ids_of(column: ibis.Value) -> list:
-    return sorted(column.to_pyarrow().to_pylist())
+    return sorted(column.to_pyarrow().drop_null().to_pylist())

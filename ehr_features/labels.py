@@ -61,7 +61,8 @@ def mortality(cohort: Cohort, attrition: Attrition) -> ir.Table:
 
 def phenotypes(cohort: Cohort, attrition: Attrition) -> ir.Table:
     """25 groups of diagnoses, from the whole stay."""
-    stays = cohort.stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=_.los_hours)
+    stays = _coded(cohort, cohort.stays, attrition, "phenotypes")
+    stays = stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=_.los_hours)
     return with_phenotypes(cohort.source, stays, cohort.config.preset, attrition)
 
 
@@ -69,6 +70,7 @@ def phenotypes_early(cohort: Cohort, attrition: Attrition) -> ir.Table:
     """25 groups of diagnoses, from the first hours of stays that are as long."""
     at = float(cohort.config.landmark_hours)
     stays = _keep(cohort.stays, _.los_hours >= at, attrition, "phenotypes_early", f"shorter than {at:.0f} h")
+    stays = _coded(cohort, stays, attrition, "phenotypes_early")
     stays = stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=ibis.literal(at))
     return with_phenotypes(cohort.source, stays, cohort.config.preset, attrition)
 
@@ -122,6 +124,15 @@ def _keep(
     return kept
 
 
+def _coded(cohort: Cohort, stays: ir.Table, attrition: Attrition, task: str) -> ir.Table:
+    """Stays whose admission has diagnoses: without any, none of the phenotypes is known to be absent."""
+    if cohort.config.preset == "medfuse":  # there they are
+        return stays
+    diagnoses = cohort.source.table("diagnoses_icd")
+    coded = stays.semi_join(diagnoses.filter(_.icd_code.notnull()), "hadm_id")
+    return _keep(coded, None, attrition, task, "no diagnosis coded", before=stays)
+
+
 def _hourly(cohort: Cohort, attrition: Attrition, task: str) -> ir.Table:
     """A row for each whole hour from FIRST_HOUR on, up to the end of the stay or death, after the first measurement."""
     stays = cohort.stays.join(cohort.observed, "stay_id").mutate(
@@ -129,7 +140,7 @@ def _hourly(cohort: Cohort, attrition: Attrition, task: str) -> ir.Table:
     )
     stays = _keep(stays, None, attrition, task, "nothing measured", before=cohort.stays)
     stays = _keep(stays, _.lived >= FIRST_HOUR, attrition, task, f"shorter than {FIRST_HOUR} h, or dead by then")
-    longest = int(stays.lived.max().execute() or 0)
+    longest = int(stays.lived.max().coalesce(0).execute())
     hours = pa.table({"hour": pa.array(range(FIRST_HOUR, longest + 1), pa.int64())})
     clock = hold(cohort.source.con, "sample_hours", hours)
     rows = stays.join(clock, [clock.hour <= stays.lived, clock.hour >= stays.first_hour + cohort.config.step_hours])
@@ -156,7 +167,7 @@ def findings(images: pd.DataFrame, uncertain: str = "zeros", empty: str = "zeros
     return labels.astype("Int64")
 
 
-def finding_samples(images: pd.DataFrame, policy: Findings) -> pd.DataFrame:
+def finding_samples(images: pd.DataFrame, policy: Findings, attrition: Attrition) -> pd.DataFrame:
     """A sample per film that has findings; val and test follow the evaluation's policy, whatever training's is."""
     train = (images["split"] == "train").to_numpy()
     labels = findings(images, policy.eval_uncertain, policy.eval_empty)
@@ -165,7 +176,10 @@ def finding_samples(images: pd.DataFrame, policy: Findings) -> pd.DataFrame:
     about = about.assign(sample_id=about["dicom_id"], predict_at_hours=np.nan, code_status=None)
     about = about.astype({"code_status": "string"})[list(SAMPLES)]
     samples = pd.concat([about, labels.reset_index(drop=True)], axis=1)
-    return samples[labels.notna().any(axis=1).to_numpy()]
+    known = labels.notna().any(axis=1).to_numpy()
+    gone = samples.loc[~known, "dicom_id"]
+    attrition.add("samples: findings", "no finding of the study is known", len(samples), int(known.sum()), gone)
+    return samples[known]
 
 
 def code_status(events: ir.Table, stays: ir.Table) -> ir.Table:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ehr_features.cohort import Attrition
     from ehr_features.source import Source
 
-KEYS = ("hadm_id", "stay_id", "ed_stay_id")
+KEYS = {"hadm_id": "admissions", "stay_id": "icustays", "ed_stay_id": "edstays"}
 KEYED = {"patients": "subject_id", "admissions": "hadm_id", "icustays": "stay_id", "edstays": "stay_id"}
 KEYED |= {"triage": "stay_id", "cxr_chexpert": "study_id"}
 
@@ -42,6 +42,7 @@ def link_films(
     films = read_films(source, attrition, preset)
     linked = films
     for key, intervals in _intervals(source).items():
+        _note_impossible(key, intervals, attrition)
         found = nearest(films, intervals, key, tolerance_hours=ed_tolerance_hours if key == "ed_stay_id" else 0.0)
         linked = linked.left_join(found, "dicom_id").drop("dicom_id_right")
     linked = held(source, linked, instead_of=films)
@@ -129,6 +130,15 @@ def _intervals(source: Source) -> dict[str, ibis.Table]:
     else:
         visits = stays.filter(ibis.literal(False)).rename(ed_stay_id="stay_id")
     return {"hadm_id": admissions, "stay_id": stays, "ed_stay_id": visits}
+
+
+def _note_impossible(key: str, intervals: ibis.Table, attrition: Attrition) -> None:
+    """Rows that hold no film, because they lack an end or end before they begin."""
+    n = intervals.count().execute()
+    bad = ids_of(intervals.filter((_.end >= _.start).fill_null(False) == ibis.literal(False))[key])
+    attrition.add(
+        KEYS[key], "no begin or no end, or ends before it begins; no film is linked to it", n, n - len(bad), bad
+    )
 
 
 def _count(linked: ibis.Table, attrition: Attrition) -> None:

@@ -112,7 +112,7 @@ def _validated(chart: ir.Table, labs: ir.Table, stays: ir.Table) -> ir.Table:
 
 def _cleaned(events: ir.Table) -> ir.Table:
     """`text` of variables that stay text, `number` of the others; `why` says why a value is dropped."""
-    x = events.value.try_cast("float64")
+    x = events.value.try_cast("float64").nullif(float("nan"))
     fahrenheit = events.itemid.isin(FAHRENHEIT) | (x >= 79)
     number = ibis.cases(
         (events.clean == "text", ibis.null("float64")),

@@ -72,8 +72,9 @@ def samples(
         columns = {**schema.SAMPLES, **labels.label_columns(task)}
         path = part / "samples" / f"{task}.parquet"
         if task == "findings":
-            images = pd.read_parquet(part / "images.parquet")
-            write_table(con, labels.finding_samples(images, cohort_.config.findings), path, columns)
+            names = ["dicom_id", "stay_id", "subject_id", "split", *schema.FINDINGS]
+            images = pd.read_parquet(part / "images.parquet", columns=names)
+            write_table(con, labels.finding_samples(images, cohort_.config.findings, attrition), path, columns)
         else:
             samples = labels.TASKS[task](cohort_, attrition)
             samples = labels.latest(samples, status, "code_status")

@@ -39,6 +39,7 @@ def group_codes(codes: pd.DataFrame, preset: str) -> pd.DataFrame:
     """
     table = pd.read_csv(PHENOTYPES, dtype={"icd_code": str})
     table = table[table["presets"].str.split().map(lambda names: preset in names)]
+    codes = codes.astype({"icd_version": "Int64"})
     codes = codes.assign(plain=codes["icd_code"].str.strip().str.replace(".", "", regex=False).str.upper())
     keys = ["plain"] if preset == "medfuse" else ["plain", "icd_version"]
     known = table.rename(columns={"icd_code": "plain"})[[*keys, "ccs"]].drop_duplicates()
@@ -65,18 +66,20 @@ def with_phenotypes(source: Source, stays: ir.Table, preset: str, attrition: Att
     diagnoses = source.table("diagnoses_icd").semi_join(stays, "hadm_id")
     diagnoses = diagnoses.select("hadm_id", "icd_code", "icd_version").filter(_.icd_code.notnull())
     counted = diagnoses.group_by("icd_code", "icd_version").agg(n=_.count()).to_pandas()
+    counted = counted.astype({"icd_version": "Int64"})
     mapped = group_codes(counted.drop(columns="n"), preset)
     told = mapped.merge(counted, on=["icd_code", "icd_version"])
-    for (version, how), part in told.groupby(["icd_version", "how"]):
+    for (version, how), part in told.groupby(["icd_version", "how"], dropna=False):
         attrition.note(f"ICD-{version} diagnoses, group by {how}", {"codes": len(part), "rows": int(part["n"].sum())})
     attrition.note(
         "ICD-10 codes that no group could be told for", sorted(mapped.loc[mapped["how"] == "ambiguous", "icd_code"])
     )
-    mapped = mapped.dropna(subset="ccs").astype({"ccs": "int64", "icd_version": "int64"})[
-        ["icd_code", "icd_version", "ccs"]
-    ]
-    held = hold(source.con, "icd_groups", pa.Table.from_pandas(mapped, preserve_index=False))
-    has = diagnoses.join(held, ["icd_code", "icd_version"]).select("hadm_id", "ccs", "icd_version").distinct()
+    keys = ["icd_code"] if preset == "medfuse" else ["icd_code", "icd_version"]
+    known = mapped.dropna(subset="ccs")[[*keys, "ccs"]].drop_duplicates()
+    types = {"icd_code": "string", "icd_version": "int64", "ccs": "int64"}
+    known = known.astype({name: types[name] for name in [*keys, "ccs"]})
+    held = hold(source.con, "icd_groups", pa.Table.from_pandas(known, preserve_index=False))
+    has = diagnoses.join(held, keys).select("hadm_id", "ccs", "icd_version").distinct()
     _prevalence(diagnoses, has, attrition)
     flags = {f"phenotype_{g}": (_.ccs == g).cast("int64").max() for g in groups()}
     wide = has.group_by("hadm_id").agg(**flags)
@@ -86,7 +89,14 @@ def with_phenotypes(source: Source, stays: ir.Table, preset: str, attrition: Att
 
 def _prevalence(diagnoses: ir.Table, has: ir.Table, attrition: Attrition) -> None:
     """How many admissions of each ICD version have each group."""
-    coded = diagnoses.select("hadm_id", "icd_version").distinct().group_by("icd_version").agg(n=_.count()).to_pandas()
+    coded = (
+        diagnoses.select("hadm_id", "icd_version")
+        .filter(_.icd_version.notnull())
+        .distinct()
+        .group_by("icd_version")
+        .agg(n=_.count())
+        .to_pandas()
+    )
     positive = has.group_by("icd_version", "ccs").agg(n=_.hadm_id.nunique()).to_pandas()
     for version, n in zip(coded["icd_version"].tolist(), coded["n"].tolist(), strict=True):
         part = positive[positive["icd_version"] == version].set_index("ccs")["n"]

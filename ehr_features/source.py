@@ -137,9 +137,10 @@ def open_source(config: FeaturesConfig) -> Source:
 
 
 def _cast(column: ir.Value, to: str) -> ir.Value:
+    """What cannot be cast becomes null."""
     if to == "string":
         return column.cast("string").nullif("")
-    return column.try_cast(to) if column.type().is_string() else column.cast(to)
+    return column if str(column.type()) == to else column.try_cast(to)
 
 
 def _exists(path: str) -> bool:

@@ -74,7 +74,7 @@ def test_a_stay_without_its_admission_or_patient_is_listed(frames):
 
 def test_an_empty_cohort_says_which_rule_emptied_it(frames):
     frames["patients"]["anchor_age"] = 5
-    with pytest.raises(UserError, match="the cohort is empty: no ICU stay is left after `younger than 18"):
+    with pytest.raises(UserError, match=r"the cohort is empty: of 8 rows of icustays `younger than 18.*` took the last"):
         chosen(frames)
 
 
@@ -100,3 +100,9 @@ def test_medfuse_death_comes_from_dod_too(frames):
     frames["patients"].loc[0, "dod"] = str((frames["admissions"].loc[0, "dischtime"]).date())
     table, _, _ = chosen(frames, "medfuse")
     assert table.died.tolist() == [True, False, False, True, False, False, False, False]
+
+
+def test_medfuse_drops_impossible_rows_too(frames):
+    frames["icustays"].loc[0, ["outtime", "los"]] = [frames["icustays"].loc[0, "intime"] - DAY, -1.0]
+    table, gone, _ = chosen(frames, "medfuse")
+    assert gone == {"outtime not after intime": [30_000_001]} and 30_000_001 not in table.index

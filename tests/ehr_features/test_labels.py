@@ -92,6 +92,22 @@ def test_phenotypes_come_from_the_stays_admission(samples, frames):
     assert early.stay_id.tolist() == [FIRST + i for i in (0, 1, 3, 4, 6, 7)] and set(early.predict_at_hours) == {48.0}
 
 
+def test_a_stay_without_coded_diagnoses_has_no_phenotypes(samples, frames):
+    frames["diagnoses_icd"] = frames["diagnoses_icd"].astype({"icd_version": "Int64"}).iloc[1:]
+    frames["diagnoses_icd"].loc[1, "icd_version"] = pd.NA  # coded, in a version that is not said
+    got, attrition = samples("phenotypes")
+    assert got.stay_id.tolist() == [FIRST + i for i in range(1, 8)]
+    assert {e["why"]: e["ids"] for e in attrition.exclusions}["no diagnosis coded"] == [FIRST]
+    assert got.phenotype_108.tolist() == [0] + [1] * 6
+    published, _ = samples("phenotypes", preset="medfuse")  # absent there, and by code alone
+    assert published.phenotype_108.tolist() == [0] + [1] * 7
+
+
+def test_hourly_tasks_of_a_cohort_in_which_nothing_was_measured_are_empty(samples, frames):
+    frames["icustays"]["outtime"] = frames["icustays"]["intime"] + pd.Timedelta(hours=4)
+    assert len(samples("decompensation")[0]) == len(samples("length_of_stay")[0]) == 0
+
+
 @pytest.mark.parametrize(
     ("code", "version", "group", "how"),
     [
@@ -130,9 +146,11 @@ def test_evaluation_keeps_its_own_finding_policy_whatever_training_takes():
     images = pd.DataFrame([[-1.0] + [None] * 13] * 2 + [[None] * 14], columns=list(FINDINGS))
     images = images.assign(dicom_id=list("abc"), stay_id=pd.array([1, None, None], "Int64"), subject_id=[1, 2, 3])
     images["split"] = ["train", "test", "test"]
-    got = labels.finding_samples(images, Findings(uncertain="ones")).set_index("dicom_id")
+    attrition = Attrition()
+    got = labels.finding_samples(images, Findings(uncertain="ones"), attrition).set_index("dicom_id")
     assert got.Atelectasis.tolist()[0] == 1 and pd.isna(got.loc["b", "Atelectasis"])
     assert got.Cardiomegaly.tolist() == [0, 0] and "c" not in got.index  # no findings at all: no sample
+    assert [(e["before"], e["after"], e["ids"]) for e in attrition.exclusions] == [(3, 2, ["c"])]
 
 
 def test_code_status_is_the_last_one_before_the_prediction():

@@ -169,6 +169,8 @@ def test_study_time_without_leading_zeros_is_read_from_the_right() -> None:
         {"StudyTime": "250000"},
         {"StudyTime": "-1"},
         {"StudyTime": "noon"},
+        {"StudyTime": "nan"},
+        {"StudyTime": None},
         {"StudyDate": 20400101},  # before the subject was born
     ],
     ids=str,
@@ -193,6 +195,25 @@ def test_study_of_two_subjects_is_left_out_and_listed() -> None:
 def test_film_listed_twice_is_kept_once() -> None:
     linked, attrition = link([{}, {}])
     assert linked.index.tolist() == ["a"] and excluded(attrition, "listed twice")["ids"] == ["a"]
+
+
+def test_films_without_ids_are_left_out_and_counted() -> None:
+    linked, attrition = link([{}, {"dicom_id": None}, {"dicom_id": "b", "subject_id": None, "study_id": 51}])
+    assert linked.index.tolist() == ["a"]
+    assert excluded(attrition, "no dicom_id")["ids"] == [50, 51] and excluded(attrition, "no dicom_id")["after"] == 1
+
+
+def test_intervals_that_end_before_they_begin_hold_no_film_and_are_listed() -> None:
+    backwards = {"subject_id": 10, "intime": "2150-01-02", "outtime": "2150-01-01"}
+    linked, attrition = link(
+        [{"StudyDate": 21500102}],
+        icustays=[backwards | {"stay_id": 31}, backwards | {"stay_id": 32, "outtime": None}],
+        edstays=[backwards | {"stay_id": 41}],
+        admissions=[{"subject_id": 10, "hadm_id": 21, "admittime": "2150-01-03", "dischtime": "2150-01-01"}],
+    )
+    assert linked.loc["a", ["hadm_id", "stay_id", "ed_stay_id"]].isna().all()
+    listed = {e["table"]: e["ids"] for e in attrition.exclusions if "ends before it begins" in e["why"]}
+    assert listed == {"admissions": [21], "icustays": [31, 32], "edstays": [41]}
 
 
 def test_empty_view_is_resolved_from_its_code_where_it_can_be() -> None:
