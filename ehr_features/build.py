@@ -38,7 +38,7 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.engine import hold, named_by_the_engine
 from ehr_features.files import code_digest, digest, file_digest, new_folder, provenance, read_json, write_json
 from ehr_features.schema import FOR_NOTES
-from ehr_features.source import Source, open_source
+from ehr_features.source import Source, open_source, roots
 
 NO_EFFECT = {"out", "cache", "memory", "threads"}  # keys that change no result
 
@@ -169,8 +169,7 @@ def _provenance(
     read = [name for name in source.files if name not in found and name not in FOR_NOTES]
     raw = {name: int(source.table(name).count().execute()) for name in read}
     raw |= {name: rows for name, (_table, rows) in found.items()}
-    said = release.claimed(config.mimic_iv)
-    warnings = release.differences(raw, said)
+    releases, warnings = release.told(roots(config), raw, source.layout)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     written = {p.relative_to(part).as_posix(): pq.read_metadata(p).num_rows for p in sorted(part.rglob("*.parquet"))}
@@ -179,8 +178,8 @@ def _provenance(
         key=key,
         seed=config.seed,
         layout=source.layout,
-        release=said or release.recognised(raw),
-        release_claimed=said,
+        release=releases["mimic_iv"]["release"],
+        releases=releases,
         rows_read=raw,
         rows_written=written,
         warnings=warnings,

@@ -15,20 +15,32 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.engine import named_by_the_engine, readable
 from ehr_features.events import fingerprint
 from ehr_features.schema import READ
-from ehr_features.source import Source, check_columns, open_source
+from ehr_features.source import Source, check_columns, open_source, roots
 
 COUNTED = 30_000_000  # bytes; a larger CSV file's rows are estimated
 SAMPLED = 4_000_000
 STEPS = {  # step: (tables it needs, what is lost without them)
     "stays": (("patients", "admissions", "icustays"), "nothing can be built"),
     "series": (("chartevents", "labevents", "d_items", "d_labitems"), "nothing can be built"),
-    "phenotypes": (("diagnoses_icd",), "leave phenotypes out of tasks"),
+    "phenotypes": (
+        ("diagnoses_icd",),
+        "leave phenotypes out of tasks; the group prior_diagnoses counts admissions only",
+    ),
     "films": (("cxr_metadata",), "no images.parquet, no stay_films.parquet, dicom_id empty in every sample"),
-    "findings": (("cxr_chexpert",), "the finding columns are empty"),
-    "official film split": (("cxr_split",), "no official val / test subjects are pinned"),
-    "emergency stays": (("edstays",), "ed_stay_id is empty"),
-    "triage": (("triage",), "the group ed_triage is all missing"),
+    "findings": (("cxr_metadata", "cxr_chexpert"), "the finding columns are empty, and no task `findings`"),
+    "official film split": (("cxr_split",), "no official val / test subjects are pinned, and no split=official"),
+    "emergency stays": (("edstays",), "ed_stay_id and hours_since_ed_arrival are empty"),
+    "triage": (("edstays", "triage"), "the group ed_triage is all missing"),
+    "then pretrain": (("cxr_metadata",), "there are no films to learn from"),
+    "then probe": (("cxr_metadata", "cxr_chexpert"), "no labels of MIMIC-CXR; other data sets' tables are left"),
+    "then fuse": (("cxr_metadata",), "the models of the record alone (model=record_lstm)"),
 }
+NEEDED = {
+    "stays": None,
+    "series": None,
+    "phenotypes": "phenotypes",
+    "findings": "findings",
+}  # by every build; by a task
 
 
 @named_by_the_engine()
@@ -50,11 +62,11 @@ def check(config: FeaturesConfig) -> int:
             rows[name] = counted
         told = "?" if name in faults else f"{'' if exact else 'about '}{counted:,}"
         print(f"{name:<14}{told:>16}  {len(source.columns[name]):>7}  {_size(size):>9}  {path}")
-    said = release.claimed(config.mimic_iv)
-    print(
-        f"release: {said or release.recognised(rows) or 'unknown'}{' (by the folder)' if said else ' (by row counts)'}"
-    )
-    for warning in release.differences(rows, said):
+    releases, warnings = release.told(roots(config), rows, source.layout)
+    for root, found in releases.items():
+        by = " (by the folder's name)" if found["claimed"] else " (by row counts)" if found["release"] else ""
+        print(f"release of {root}: {found['release'] or 'unknown'}{by}")
+    for warning in warnings:
         print(f"warning: {warning}")
     for fault in faults.values():
         print(f"fault: {fault}")
@@ -94,18 +106,26 @@ def _steps(source: Source, config: FeaturesConfig, faults: dict[str, str]) -> in
     usable = 0
     for step, (tables, lost) in STEPS.items():
         missing = [name for name in tables if not source.has(name) or name in faults]
-        can = (
-            "yes"
-            if not missing
-            else f"no: {', '.join(missing)} {'faulty' if set(missing) & faults.keys() else 'absent'}; {lost}"
-        )
-        print(f"{step:<22}{can}")
-        needed = step in ("stays", "series") or (step == "phenotypes" and "phenotypes" in " ".join(config.tasks))
-        usable = 2 if missing and needed else usable
+        state = "faulty" if set(missing) & faults.keys() else "absent"
+        print(f"{step:<22}" + (f"no: {', '.join(missing)} {state}; {lost}" if missing else "yes"))
+        task = NEEDED.get(step)
+        wanted = step in NEEDED and (task is None or any(t.startswith(task) for t in config.tasks))
+        usable = 2 if missing and wanted else usable
+    print(f"{'then images':<22}{_films_on_disk(config.mimic_cxr)}")
+    if config.split == "official" and not source.has("cxr_split"):
+        print("split=official        no: cxr_split absent; take split=hash")
+        usable = 2
     unread = sorted(set(READ) - set(source.files))
     if unread:
         print(f"tables not found: {', '.join(unread)}")
     return usable
+
+
+def _films_on_disk(root: str | None) -> str:
+    if root is None:
+        return "no: no mimic_cxr; other films by films=FOLDER"
+    filesystem, inner = fsspec.url_to_fs(f"{root.rstrip('/')}/files")
+    return "yes" if filesystem.isdir(inner) else f"no: {root} has no folder files/; the tables alone hold no film"
 
 
 def _size(size: int) -> str:

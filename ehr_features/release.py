@@ -21,14 +21,33 @@ def claimed(root: str) -> str | None:
 
 
 def recognised(rows: Mapping[str, int], root: str = "mimic_iv") -> str | None:
-    """The release whose known row counts are those of every table at hand that has one."""
+    """The release, or `A or B`, whose known row counts are those of every table at hand that has one."""
     known = {name: READ[name].rows for name in rows if READ[name].root == root}
-    releases = {release for counts in known.values() for release in counts}
-    for release in sorted(releases):
-        shared = [name for name, counts in known.items() if release in counts]
-        if shared and all(known[name][release] == rows[name] for name in shared):
-            return release
-    return None
+    shared = {r: [name for name, counts in known.items() if r in counts] for counts in known.values() for r in counts}
+    fits = sorted(r for r, names in shared.items() if all(known[name][r] == rows[name] for name in names))
+    return " or ".join(fits) or None
+
+
+def told(
+    roots: Mapping[str, str | None], rows: Mapping[str, int], layout: str
+) -> tuple[dict[str, dict[str, str | None]], list[str]]:
+    """What is known of the release of each folder of a config.
+
+    Args:
+        roots: mimic_iv, mimic_ed, mimic_cxr -> folder or URL. rows: of the counted tables. layout: of mimic_iv.
+    Returns: root -> claimed (by the folder's name), release (claimed, else by row counts); and warnings.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    warnings = []
+    for root, folder in roots.items():
+        if folder is None:
+            continue
+        said = claimed(folder)
+        found[root] = {"claimed": said, "release": said or recognised(rows, root)}
+        warnings += differences(rows, said, root)
+        if root == "mimic_iv" and said and said != "demo" and said.startswith("1.") != (layout == "1.0"):
+            warnings.append(f"{folder}: named {said}, but its tables are laid out as in {layout}; is the name right?")
+    return found, warnings
 
 
 def differences(rows: Mapping[str, int], release: str | None, root: str = "mimic_iv") -> list[str]:

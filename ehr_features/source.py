@@ -107,10 +107,9 @@ def open_source(config: FeaturesConfig) -> Source:
 
     Raises: UserError: a wrong folder, a table that every build needs is absent, files of two layouts in one folder.
     """
-    roots = {"mimic_iv": config.mimic_iv, "mimic_ed": config.mimic_ed, "mimic_cxr": config.mimic_cxr}
     files: dict[str, str] = {}
     absent: dict[str, str] = {}
-    for key, root in roots.items():
+    for key, root in roots(config).items():
         tables = {name: raw for name, raw in READ.items() if raw.root == key}
         if root is None:
             absent |= {name: f"table `{name}` is needed here, but the config has no `{key}`" for name in tables}
@@ -134,6 +133,11 @@ def open_source(config: FeaturesConfig) -> Source:
     source = Source(con, files, columns, layout)
     source._absent = absent
     return source
+
+
+def roots(config: FeaturesConfig) -> dict[str, str | None]:
+    """The folders that a config names, by key."""
+    return {"mimic_iv": config.mimic_iv, "mimic_ed": config.mimic_ed, "mimic_cxr": config.mimic_cxr}
 
 
 def _cast(column: ir.Value, to: str) -> ir.Value:

@@ -160,6 +160,25 @@ def test_check_reports_tables_and_what_can_be_done(mimic, config, capsys):
     assert "series                no: labevents absent; nothing can be built" in capsys.readouterr().out
 
 
+def test_check_says_what_each_later_step_can_do(mimic, config, capsys, tmp_path):
+    films = pd.DataFrame([["a", 10_000_001, 50_000_001]], columns=["dicom_id", "subject_id", "study_id"])
+    wanted = [c for c in schema.READ["cxr_metadata"].columns if c not in films]
+    films = films.assign(**dict.fromkeys(wanted))
+    (tmp_path / "cxr").mkdir()
+    films.to_csv(tmp_path / "cxr/mimic-cxr-2.0.0-metadata.csv.gz", index=False)
+    keys = {"mimic_cxr": str(tmp_path / "cxr")}
+    assert check(config(**keys)) == 0
+    said = capsys.readouterr().out
+    assert "then pretrain         yes" in said and "then fuse             yes" in said
+    assert "then probe            no: cxr_chexpert absent" in said and "films: 1 of 1 subjects; 1 of subjects" in said
+    assert "then images           no: " in said and "has no folder files/" in said
+    (tmp_path / "cxr/files").mkdir()
+    assert check(config(**keys, split="official")) == 2  # no official split is there
+    said = capsys.readouterr().out
+    assert "then images           yes" in said and "split=official        no: cxr_split absent" in said
+    assert check(config(**keys, tasks=["findings"])) == 2
+
+
 def test_check_names_a_faulty_table_and_goes_on(mimic, frames, write, config, capsys):
     write(mimic, {"icustays": frames["icustays"].drop(columns="los")})
     assert check(config()) == 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ehr_features.release import claimed, differences, recognised
+from ehr_features.release import claimed, differences, recognised, told
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,8 @@ from ehr_features.release import claimed, differences, recognised
         ("/projects/release-7.5/tables", None),
         ("demo/data/mimic-iv", None),
         ("/data/mimic", None),
+        ("https://host/mimic-cxr-jpg/2.1.0", "2.1.0"),
+        ("/data/mimic-iv-ed-2.2", "2.2"),
     ],
 )
 def test_a_release_is_read_from_the_folders_name(folder, release):
@@ -31,3 +33,17 @@ def test_a_count_that_differs_from_the_claimed_release_says_by_how_many():
         "icustays: 73,180 rows, 1 fewer than the 73,181 of release 2.2; is it whole?"
     ]
     assert differences({"icustays": 5}, None) == []
+
+
+def test_every_folder_of_the_config_is_held_to_the_release_that_it_claims():
+    rows = {"icustays": 76_540, "edstays": 425_086, "cxr_metadata": 377_110, "cxr_chexpert": 227_827}
+    roots = {"mimic_iv": "/data/mimic-iv-1.0", "mimic_ed": "/data/mimic-iv-ed/2.2", "mimic_cxr": "/data/films"}
+    releases, warnings = told(roots, rows, "2.2")
+    assert {root: found["release"] for root, found in releases.items()} == {
+        "mimic_iv": "1.0", "mimic_ed": "2.2", "mimic_cxr": "2.0.0 or 2.1.0"
+    }  # fmt: skip
+    assert warnings == [
+        "/data/mimic-iv-1.0: named 1.0, but its tables are laid out as in 2.2; is the name right?",
+        "edstays: 425,086 rows, 1 fewer than the 425,087 of release 2.2; is it whole?",
+    ]
+    assert told(roots | {"mimic_ed": None}, rows, "1.0")[1] == []
