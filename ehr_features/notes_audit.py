@@ -70,7 +70,7 @@ def audit_notes(folder: Path, features: Path) -> tuple[list[Verdict], list[str]]
     if before is None:
         return verdicts, []
     after = notes if mode != "none" else _filtered(notes, "standard")
-    labelled = notes[["dicom_id"]].merge(images, on="dicom_id", validate="1:1")
+    labelled = notes[["dicom_id"]].drop_duplicates().merge(images, on="dicom_id", validate="1:1")
     return verdicts, table(labelled, before, after, mode, int(config.get("seed", 0)))
 
 
@@ -123,7 +123,7 @@ def table(films: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, mode: 
     """
     labels = findings(films, uncertain="ignore", empty="zeros")
     texts = {
-        name: films[["dicom_id"]].merge(notes, "left", "dicom_id")["note"].fillna("")
+        name: films["dicom_id"].map(notes.drop_duplicates("dicom_id").set_index("dicom_id")["note"]).fillna("")
         for name, notes in (("before", before), ("after", after))
     }
     train, test = (films["split"] == "train").to_numpy(), (films["split"] == "test").to_numpy()

@@ -53,8 +53,9 @@ CLOSE = (
     (rf"[ \t]*{GAP}[ \t]*", " "),
     (r"^[ \t]*[,;.]*[ \t]*$|[ \t]+$", ""),
 )
-IN_DIAGNOSES = (
-    rf"(?i)((?:^|\.[ \t]+)[^:;.]*diagnos[^:;.]*:(?:[^;{GAP}]*;)*)[ \t]*[^;{GAP}]*{GAP}(?:[^;.]|\.[^\s;])*(;|\.|$)"
+DIAGNOSES = (  # a sentence whose label says that it lists diagnoses; `E. coli` does not end it
+    r"(?i)^(?P<head>(?:.*?\.[ \t]+)?[^:;.]*diagnos[^:;.]*:)"
+    r"(?P<items>(?:.*;)?(?:[^.;]|\.[^\s;]|\.\s+(?-i:[a-z]))*)(?P<tail>(?:\.(?:\s.*)?)?)$"
 )
 
 
@@ -152,11 +153,18 @@ def _lines(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]
 
 def _mended(texts: pa.Array) -> pa.Array:
     """Take out the gaps, and what makes no sense beside them."""
-    texts = _settle(texts, ((IN_DIAGNOSES, rf"\1 {GAP}\2"),))
-    texts = _settle(texts, MEND)
+    texts = _settle(_whole_items(texts), MEND)
     for pattern, by in CLOSE:
         texts = pc.replace_substring_regex(texts, pattern, by)
     return texts
+
+
+def _whole_items(texts: pa.Array) -> pa.Array:
+    """Of diagnoses, make the whole item between semicolons a gap: half of a title would tell the rest."""
+    parts = pc.extract_regex(texts, DIAGNOSES)
+    head, items, tail = (pc.struct_field(parts, name) for name in ("head", "items", "tail"))
+    items = pc.replace_substring_regex(items, rf"(^|;)[^;]*{GAP}[^;]*", rf"\1 {GAP}")
+    return pc.coalesce(pc.binary_join_element_wise(head, items, tail, ""), texts)
 
 
 def _settle(texts: pa.Array, rules: Sequence[tuple[str, str]]) -> pa.Array:

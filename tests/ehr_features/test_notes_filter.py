@@ -76,6 +76,8 @@ def test_what_names_no_finding_stays_to_the_byte(text: str) -> None:
             "Diagnoses: Pneumonia due to Klebsiella; Gout, unspecified; Other heart failure.",
             "Diagnoses: Gout, unspecified.",
         ),
+        ("Diagnoses: Gout; Pneumonia in E. coli; E. x; Other edema; Cold.", "Diagnoses: Gout; E. x; Cold."),
+        ("Diagnoses: Gout; Pneumonia due to E. coli. Dose 0.5", "Diagnoses: Gout. Dose 0.5"),
         ("Admissions: 3. Diagnoses of them: Pneumonia. Dose 0.5", "Admissions: 3. Dose 0.5"),
     ],
 )

@@ -1,0 +1,401 @@
+"""Notes: one a linked film, of facts from before it alone, the same bytes every time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configs import UserError
+from ehr_features import demo, notes, notes_words
+from ehr_features.build import build
+from ehr_features.config import FeaturesConfig
+from ehr_features.engine import hold
+from ehr_features.files import read_json
+from ehr_features.notes import rendered, write_notes
+from ehr_features.notes_config import NotesConfig
+from ehr_features.notes_facts import FIELDS, complaints
+from ehr_features.notes_template import read_template
+from ehr_features.schema import FINDINGS, NOTES
+from ehr_features.source import Source
+
+WRITTEN = ("notes.parquet", "unfiltered.parquet", "schema.json", "attrition.json")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw synthetic MIMIC with leaky complaints, and its features."""
+    root = tmp_path_factory.mktemp("notes")
+    demo.generate(root / "raw", subjects=160, seed=3, film_size=32, leak=0.5)
+    raw = {f"mimic_{name}": str(root / "raw" / folder) for name, folder in (("iv", "mimic-iv"), ("cxr", "mimic-cxr"))}
+    build(FeaturesConfig(**raw, mimic_ed=str(root / "raw/mimic-iv-ed"), out=root / "features", tasks=("mortality",)))
+    return root
+
+
+def config(root: Path, out: Path, **more: Any) -> NotesConfig:
+    raw = {"mimic_iv": str(root / "raw/mimic-iv"), "mimic_ed": str(root / "raw/mimic-iv-ed")}
+    return NotesConfig(**{"features": root / "features", **raw, "out": out, "memory": "1GB"} | more)
+
+
+@pytest.fixture(scope="module")
+def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_notes(config(world, tmp_path_factory.mktemp("made") / "notes"))
+
+
+def raw(root: Path, name: str) -> pd.DataFrame:
+    times = ["intime", "charttime", "admittime", "dischtime", "edregtime"]
+    frame = pd.read_csv(root / "raw" / f"{name}.csv.gz", dtype={"icd_code": str})
+    return frame.assign(**{c: pd.to_datetime(frame[c]) for c in times if c in frame})
+
+
+def section(row: pd.Series, name: str) -> str:
+    return next((s["text"] for s in row["sections"] if s["name"] == name), "")
+
+
+def test_each_linked_film_has_a_note_and_the_others_are_counted(world: Path, made: Path) -> None:
+    films, table = pd.read_parquet(world / "features/images.parquet"), pd.read_parquet(made / "notes.parquet")
+    linked = films[films["hadm_id"].notna() | films["ed_stay_id"].notna()]
+    assert set(table["dicom_id"]) == set(linked["dicom_id"]) and table["dicom_id"].is_unique
+    assert 0 < len(linked) < len(films)
+    steps = read_json(made / "attrition.json")["exclusions"]
+    assert steps[0]["before"] == len(films) and steps[-1]["after"] == len(table)
+    assert all(a["after"] == b["before"] for a, b in itertools.pairwise(steps))
+    both = table.merge(films[["dicom_id", "split", "subject_id"]], on=["dicom_id", "split", "subject_id"])
+    assert len(both) == len(table)
+
+
+def test_the_columns_are_those_of_the_schema(made: Path) -> None:
+    described = read_json(made / "schema.json")["notes"]
+    table = pq.read_schema(made / "notes.parquet")
+    assert table.names == list(described) == list(NOTES)
+    types = {"int64": "int64", "string": "string", "timestamp": "timestamp[us]"}
+    assert all(str(table.field(n).type) == types[c.type] for n, c in NOTES.items() if c.type in types)
+
+
+def test_a_note_is_its_sections_and_names_nothing_that_is_missing(made: Path) -> None:
+    table = pd.read_parquet(made / "notes.parquet")
+    for note, sections in zip(table["note"], table["sections"], strict=True):
+        assert note == "\n".join(s["text"] for s in sections) != ""
+        assert not re.search(r"\b(nan|none|null|nat|unknown)\b|___|[:,;] other[.,;]", note, re.IGNORECASE), note
+        assert not re.search(r"[:,;]\s*[.,;]|\s[.,;]|\.\.|\(\)|  |^\s|\s$|: *$", note, re.MULTILINE), note
+
+
+def test_no_fact_is_from_after_its_film(made: Path) -> None:
+    table = pd.read_parquet(made / "notes.parquet")
+    assert (table["available_at"] <= table["taken_at"]).all() and table["available_at"].notna().all()
+
+
+def test_notes_say_what_a_plain_reading_of_the_tables_says(world: Path, made: Path) -> None:
+    """Every film, with pandas alone: visit, vital signs, drugs, home medication, earlier diagnoses."""
+    table = pd.read_parquet(made / "notes.parquet")
+    before = pd.read_parquet(made / "unfiltered.parquet").set_index("dicom_id")["note"]
+    films = pd.read_parquet(world / "features/images.parquet").set_index("dicom_id")
+    stays, triage = raw(world, "mimic-iv-ed/ed/edstays"), raw(world, "mimic-iv-ed/ed/triage").set_index("stay_id")
+    tables = {name: raw(world, f"mimic-iv-ed/ed/{name}") for name in ("vitalsign", "medrecon", "pyxis")}
+    admissions, codes = raw(world, "mimic-iv/hosp/admissions"), raw(world, "mimic-iv/hosp/diagnoses_icd")
+    codes = codes.merge(raw(world, "mimic-iv/hosp/d_icd_diagnoses"), on=["icd_code", "icd_version"])
+    told = dict.fromkeys(("visit", "drugs", "home", "history", "later"), 0)
+    for row in table.itertuples():
+        film, note = films.loc[row.dicom_id], before[row.dicom_id]
+        at = film["taken_at"]
+        own = stays[(stays["stay_id"] == film["ed_stay_id"]) & (stays["intime"] <= at)]
+        theirs = stays[(stays["hadm_id"] == film["hadm_id"]) & (stays["intime"] <= at)]
+        visit = (own if len(own) else theirs.sort_values("intime"))["stay_id"].tolist()[-1:]
+        assert visit == ([] if pd.isna(row.ed_stay_id) else [row.ed_stay_id])
+        if visit:
+            told["visit"] += 1
+            first = triage.loc[visit[0]]
+            if pd.notna(first["heartrate"]) and 10 <= first["heartrate"] <= 300:
+                assert f"heart rate {first['heartrate']:.0f} per minute" in note
+            if 77 <= first["temperature"] <= 113:
+                assert re.search(rf"temperature {(first['temperature'] - 32) / 1.8:.1f} C", note) or (
+                    abs((first["temperature"] - 32) / 1.8 * 10 % 1 - 0.5) < 1e-6
+                )
+        seen = {n: t[t["stay_id"].isin(visit) & (t["charttime"] <= at)] for n, t in tables.items()}
+        for name, label in (("pyxis", "Given in the emergency department"), ("medrecon", "Home medication")):
+            wanted = "; ".join(sorted(set(seen[name]["name"]), key=str.lower))
+            assert (f"{label}: {wanted}." in note) if wanted else (label not in note)
+            told["drugs" if name == "pyxis" else "home"] += bool(wanted)
+        rates = seen["vitalsign"].dropna(subset="heartrate").sort_values(["charttime", "heartrate"])
+        rates = rates[rates["heartrate"].between(10, 300)]
+        if len(rates):
+            later = re.search(r"Latest vital signs[^\n]*heart rate (\d+) per", note)
+            assert later and int(later[1]) == rates["heartrate"].iloc[-1]
+            told["later"] += 1
+        ended = admissions[(admissions["subject_id"] == film["subject_id"]) & (admissions["dischtime"] < at)]
+        wanted = set(codes.loc[codes["hadm_id"].isin(ended["hadm_id"]), "long_title"])
+        listed = re.search(r"Diagnoses of earlier admissions: ([^\n]*)\.$", note, re.MULTILINE)
+        assert (set(listed[1].split("; ")) if listed else set()) == wanted
+        told["history"] += bool(wanted)
+        assert ("male." in note) and (f"{film['age_years']:.0f} years old" in note or film["age_capped"])
+    assert min(told.values()) > 5, told
+
+
+def test_the_filter_leaves_no_term_and_is_the_only_difference(world: Path, made: Path, tmp_path: Path) -> None:
+    table, before = pd.read_parquet(made / "notes.parquet"), pd.read_parquet(made / "unfiltered.parquet")
+    leaky = before["note"].str.contains("pneumonia|pneumothorax|effusion|cardiomegaly", case=False)
+    assert leaky.sum() > 5 and not table["note"].str.contains("pneumonia|pneumothorax|effusion|cardiomegaly").any()
+    assert (table["num_removed"] > 0).sum() >= leaky.sum()
+    assert "productive cough" in "".join(table["note"])
+    none = write_notes(config(world, tmp_path / "none", filter="none"))
+    whole = pd.read_parquet(none / "notes.parquet")
+    assert not (none / "unfiltered.parquet").exists() and (whole["num_removed"] == 0).all()
+    pd.testing.assert_frame_equal(whole[["dicom_id", "note"]], before)
+    gone = read_json(made / "attrition.json")["counts"]["terms taken out by the leak filter (standard)"]
+    assert sum(gone.values()) == table["num_removed"].sum() and gone["Pneumonia"] > 0
+    harder = write_notes(config(world, tmp_path / "hard", filter="aggressive"))
+    assert pd.read_parquet(harder / "notes.parquet")["num_removed"].sum() > table["num_removed"].sum()
+
+
+def test_permuting_the_labels_changes_no_byte(world: Path, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "features", tmp_path / "features")
+    films = pd.read_parquet(tmp_path / "features/images.parquet")
+    order = np.random.default_rng(0).permutation(len(films))
+    films[list(FINDINGS)] = films[list(FINDINGS)].to_numpy()[order]
+    films["died_in_hospital"] = films["died_in_hospital"].to_numpy()[order]
+    films.to_parquet(tmp_path / "features/images.parquet", index=False)
+    again = write_notes(config(world, tmp_path / "notes", features=tmp_path / "features"))
+    for name in WRITTEN:
+        assert (again / name).read_bytes() == (made / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_threads_and_the_size_of_a_chunk_change_nothing(
+    world: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_notes(config(world, tmp_path / "threads", threads=1))
+    for name in WRITTEN:
+        assert (other / name).read_bytes() == (made / name).read_bytes(), name
+    monkeypatch.setattr(notes, "CHUNK", 150)
+    small = write_notes(config(world, tmp_path / "small", threads=3))
+    assert pq.read_table(small / "notes.parquet").equals(pq.read_table(made / "notes.parquet"))
+    assert (small / "attrition.json").read_bytes() == (made / "attrition.json").read_bytes()
+
+
+def test_an_unchanged_config_writes_nothing_again_and_a_changed_template_does(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "mine.txt"
+    template.write_text("[who]\nA {sex} of {age}.\n")
+    for _ in range(2):
+        out = write_notes(config(world, tmp_path / "notes", template=template))
+    assert "up to date" in capsys.readouterr().err
+    table = pd.read_parquet(out / "notes.parquet")
+    assert table["note"].str.fullmatch(r"A (fe)?male of (over )?\d+\.").all()
+    assert {tuple(s) for s in table["sources"]} == {("patients",)}
+    template.write_text("[who]\n{sex}\n")
+    write_notes(config(world, tmp_path / "notes", template=template))
+    assert set(pd.read_parquet(out / "notes.parquet")["note"]) == {"male", "female"}
+
+
+# ---- a hand-worked visit --------------------------------------------------------------------------------------------
+AT = pd.Timestamp("2150-05-01 12:00:00")
+
+
+def hour(h: float) -> pd.Timestamp:
+    return AT + pd.Timedelta(hours=h)
+
+
+def frames() -> dict[str, pd.DataFrame]:
+    """One subject: an earlier admission, a visit that began two hours before the film, and things from after it."""
+    vitals = pd.DataFrame(
+        [(-1.5, 98.6, 80, 18, 97, 120, 70), (-0.5, 212.0, 90, None, 97, 118, None), (0.1, 100.4, 140, 30, 80, 80, 40)],
+        columns=["charttime", "temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp"],
+    )
+    vitals = vitals.assign(charttime=vitals["charttime"].map(hour), stay_id=31, subject_id=1)
+    drug = {"stay_id": 31, "subject_id": 1}
+    return {
+        "patients": pd.DataFrame({"subject_id": [1], "gender": ["F"], "anchor_age": [60], "anchor_year": [2150]}),
+        "admissions": pd.DataFrame(
+            {
+                "subject_id": 1,
+                "hadm_id": [20, 21, 22],
+                "admittime": [hour(-900), hour(-20), hour(1)],
+                "dischtime": [hour(-800), AT, hour(90)],
+                "edregtime": [pd.NaT, pd.NaT, hour(-2)],
+            }
+        ),
+        "diagnoses_icd": pd.DataFrame(
+            [(1, 20, 2, "I10 ", 10), (1, 20, 1, "4019", 9), (1, 20, 3, "I10", 9), (1, 21, 1, "J189", 10)],
+            columns=["subject_id", "hadm_id", "seq_num", "icd_code", "icd_version"],
+        ),
+        "d_icd_diagnoses": pd.DataFrame(
+            [
+                ("I10", 10, "Essential (primary) hypertension"),
+                ("4019", 9, "Hypertension; unspecified"),
+                ("J189", 10, "X"),
+            ],
+            columns=["icd_code", "icd_version", "long_title"],
+        ),
+        "edstays": pd.DataFrame(
+            {"subject_id": 1, "hadm_id": [22], "stay_id": [31], "intime": [hour(-2)], "arrival_transport": ["UNKNOWN"]}
+        ),
+        "triage": pd.DataFrame(
+            {"subject_id": [1], "stay_id": [31], "temperature": [98.6], "heartrate": [999.0], "resprate": [None]}
+            | {"o2sat": [96.0], "sbp": [130.0], "dbp": [None], "pain": ["ua"], "acuity": [2.0]}
+            | {"chiefcomplaint": ["SOB, N/V, unknown, ___"]}
+        ),
+        "vitalsign": vitals,
+        "pyxis": pd.DataFrame(
+            [(hour(-1), "Morphine"), (hour(-0.5), "morphine"), (hour(0.5), "Heparin"), (hour(-1), "nan")],
+            columns=["charttime", "name"],
+        ).assign(**drug),
+        "medrecon": pd.DataFrame(
+            [
+                (hour(-1), "metoprolol  tartrate"),
+                (hour(-1), "metoprolol tartrate"),
+                (hour(-1), "Aspirin"),
+                (hour(3), "late"),
+            ],
+            columns=["charttime", "name"],
+        ).assign(**drug),
+    }
+
+
+def note_of(tables: dict[str, pd.DataFrame], **film: Any) -> pd.Series:
+    row = {"dicom_id": "f", "subject_id": 1, "split": "train", "taken_at": AT, "hadm_id": None, "ed_stay_id": 31}
+    row |= {"age_years": 60.0, "age_capped": False, "sex": "F"} | film
+    source = Source.from_frames(tables)
+    columns = {"hadm_id": pa.int64(), "ed_stay_id": pa.int64(), "sex": pa.string(), "age_years": pa.float64()}
+    columns |= {"dicom_id": pa.string(), "subject_id": pa.int64(), "split": pa.string(), "taken_at": pa.timestamp("us")}
+    columns |= {"age_capped": pa.bool_()}
+    films = hold(source.con, "films", pa.table({n: pa.array([row[n]], t) for n, t in columns.items()}))
+    words = complaints(source, notes_words.read_abbreviations(None))
+    return (
+        rendered(source, films, read_template(None, FIELDS), words)
+        .to_pandas()
+        .astype(object)
+        .iloc[0]
+        .replace({np.nan: None})
+    )
+
+
+def test_a_visit_worked_by_hand() -> None:
+    note = note_of(frames())
+    assert note["section_person"] == "Patient: 60 years old, female."
+    assert note["section_arrival"] == "Emergency department arrival: 2.0 hours ago."  # UNKNOWN transport is left out
+    assert note["section_complaint"] == "Chief complaint: shortness of breath, nausea and vomiting."
+    assert note["section_triage"] == (
+        "Triage: acuity 2 of 5, temperature 37.0 C, oxygen saturation 96%, blood pressure systolic 130 mmHg."
+    )
+    assert note["section_vitals"] == (
+        "Latest vital signs, 0.5 hours ago: temperature 37.0 C, heart rate 90 per minute, respiratory rate 18 per "
+        "minute, oxygen saturation 97%, blood pressure 118/70 mmHg."
+    )
+    assert note["section_given"] == "Given in the emergency department: Morphine."
+    assert note["section_home"] == "Home medication: Aspirin; metoprolol tartrate."
+    assert note["section_history"] == (  # an admission that ends as the film is taken has not ended before it
+        "Earlier admissions: 1. Diagnoses of earlier admissions: Hypertension, unspecified; Essential (primary) "
+        "hypertension."
+    )
+    assert note["available_at"] == hour(-0.5)
+    assert note["sources"] == "patients,admissions,diagnoses_icd,edstays,triage,vitalsign,medrecon,pyxis"
+
+
+def test_a_film_before_its_visit_knows_nothing_of_it() -> None:
+    note = note_of(frames(), taken_at=hour(-3))
+    assert note["ed_stay_id"] is None
+    assert [c for c in note.index if c.startswith("section_") and note[c] is not None] == [
+        "section_person",
+        "section_history",
+    ]
+    assert note["section_person"] == "Patient: 60 years old, female." and note["available_at"] == hour(-3)
+
+
+def test_the_visit_that_led_to_the_admission_is_told_of_a_film_on_the_ward() -> None:
+    note = note_of(frames(), hadm_id=22, ed_stay_id=None, taken_at=hour(30))
+    assert note["ed_stay_id"] == 31 and "Hospital admission: 29.0 hours ago." in note["section_arrival"]
+    assert "Heparin; Morphine" in note["section_given"] and "late" in note["section_home"]
+    assert "heart rate 140" in note["section_vitals"] and "X" in note["section_history"]
+
+
+def test_ages_above_89_are_given_as_the_bound_that_is_known() -> None:
+    assert "over 89 years old" in note_of(frames(), age_years=91.0, age_capped=True)["section_person"]
+    assert "over 79 years old" in note_of(frames(), age_years=81.0, age_capped=True)["section_person"]
+    assert note_of(frames(), age_years=None, sex=None)["section_person"] is None
+
+
+def test_without_emergency_tables_the_admission_is_told_of() -> None:
+    tables = {n: t for n, t in frames().items() if n in ("patients", "admissions", "diagnoses_icd", "d_icd_diagnoses")}
+    note = note_of(tables, hadm_id=22, ed_stay_id=None, taken_at=hour(2))
+    assert note["section_arrival"] == "Emergency department arrival: 4.0 hours ago. Hospital admission: 1.0 hours ago."
+    assert note["section_complaint"] is None and note["sources"] == "patients,admissions,diagnoses_icd"
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+def test_features_without_visits_are_refused_for_notes_of_visits(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "features", tmp_path / "features")
+    films = pd.read_parquet(tmp_path / "features/images.parquet").assign(ed_stay_id=pd.NA)
+    films.astype({"ed_stay_id": "Int64"}).to_parquet(tmp_path / "features/images.parquet")
+    about = read_json(tmp_path / "features/provenance.json")
+    about["config"]["mimic_ed"] = None
+    (tmp_path / "features/provenance.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="built without mimic_ed"):
+        write_notes(config(world, tmp_path / "notes", features=tmp_path / "features"))
+    out = write_notes(config(world, tmp_path / "notes", features=tmp_path / "features", mimic_ed=None))
+    assert set().union(*pd.read_parquet(out / "notes.parquet")["sources"]) == {
+        "patients",
+        "admissions",
+        "diagnoses_icd",
+    }
+
+
+def test_tables_of_other_people_are_refused(world: Path, tmp_path: Path) -> None:
+    demo.generate(tmp_path / "raw", subjects=60, seed=99, film_size=32)
+    with pytest.raises(UserError, match=r"has none of the \d+ hadm_ids"):
+        write_notes(config(world, tmp_path / "notes", mimic_iv=str(tmp_path / "raw/mimic-iv")))
+    assert not (tmp_path / "notes").exists()
+
+
+def test_a_folder_of_something_else_is_not_written_over(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files that are no notes"):
+        write_notes(config(world, tmp_path))
+    with pytest.raises(UserError, match="no such folder"):
+        write_notes(config(world, tmp_path / "notes", features=tmp_path / "nowhere"))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+# ---- abbreviations --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("SOB/CP", "shortness of breath/chest pain"),
+        ("s/p Fall, R leg pain", "after fall, right leg pain"),
+        ("ABD PAIN, N/V/D", "abdominal pain, nausea, vomiting and diarrhea"),
+        ("Dyspnea, Dyspnea", "dyspnea"),
+        ("w/u for PNA", "workup for pneumonia"),
+        ("Robber, soba, T-L spine", "robber, soba, t-l spine"),
+        ("unknown", None),
+        ("___; NaN", None),
+        ("temp 99.5 w/cough", "temp 99.5 with cough"),
+    ],
+)
+def test_abbreviations_are_expanded_as_words(text: str, plain: str | None) -> None:
+    table = notes_words.read_abbreviations(None)
+    assert notes_words.complaint(text, table, notes_words.expander(table)) == plain
+
+
+def test_ones_own_abbreviations_replace_the_shipped_ones(world: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.csv"
+    mine.write_text("abbreviation,expansion\nSyncope,fainting\n")
+    table = pd.read_parquet(write_notes(config(world, tmp_path / "notes", abbreviations=mine)) / "notes.parquet")
+    text = "".join(table["note"])
+    assert "fainting" in text and "syncope" not in text and "sob" in text
+    for broken, says in (
+        ("a,b\n1,2\n", "missing"),
+        ("abbreviation,expansion\nsob,\n", "line 2"),
+        ("", "cannot be read"),
+    ):
+        mine.write_text(broken)
+        with pytest.raises(UserError, match=says):
+            notes_words.read_abbreviations(mine)
