@@ -20,7 +20,7 @@ from configs import UserError
 from ehr_features.files import digest, new_file
 from finetune.config import WEIGHTS
 from finetune.net import file_weights, open_encoder
-from finetune.weights import open_weights
+from finetune.weights import fresh, open_weights
 from pretrain.progress import Bar
 
 if TYPE_CHECKING:
@@ -90,6 +90,12 @@ def open_frozen(
 
 def open_any(spec: str, seed: int = 0, weights: WeightsConfig | None = None) -> tuple[Encoder, Path | None]:
     """The encoder, and the folder or file that it was trained in (None for random weights). Raises: UserError."""
+    if spec.startswith("random:") and weights is not None:
+        if spec != f"random:{weights.arch}":
+            raise UserError(f"encoder={spec} and weights.arch={weights.arch} differ; give one architecture")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return fresh(weights), None
     if not spec.endswith(WEIGHTS) or spec.startswith("random:"):
         return open_encoder(spec, seed)
     if weights is None:

@@ -68,7 +68,9 @@ def write(
     keys = ("task", "model", "seed", "seeds", "allow_leak", "pairing", "freeze", "film", "control")
     if config.task in tasks.FILM_TASKS:
         about = about | {"prevalence": rarity.prevalence(samples.names, samples.labels[rows["train"]])}
-    results.write_results(folder, {**{key: getattr(config, key) for key in keys}, **about}, done)
+    retrospective = config.task in tasks.RETROSPECTIVE
+    told = {**{key: getattr(config, key) for key in keys}, "retrospective": retrospective, **about}
+    results.write_results(folder, told, done)
     return done
 
 
@@ -156,7 +158,8 @@ def announce(
     encoder = f"{config.encoder} {'frozen' if config.freeze else 'tuned'}" if seen else "no films"
     control = "" if config.control == "none" else f", control: {config.control}"
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
-    log.say(f"fuse: {config.model} on {config.task}, {config.pairing} stays, {encoder}{control}{seeds}")
+    task = f"{config.task} (retrospective)" if config.task in tasks.RETROSPECTIVE else config.task
+    log.say(f"fuse: {config.model} on {task}, {config.pairing} stays, {encoder}{control}{seeds}")
     if "text" in about:
         log.say(f"  {summary(about['text'])}")
     for split, own in rows.items():

@@ -25,6 +25,7 @@ FILM_TASKS = (
     "radiology",
 )  # findings: films alone; radiology: those of ICU stays, with the record before them
 
+RETROSPECTIVE = ("phenotypes",)  # read to the stay's end: an account of it, no forecast; `phenotypes_early` is one
 # Source of the groups: MIMIC-III benchmark (arXiv:1703.07771), table 4: 13 acute, 5 mixed, 7 chronic.
 MIXED, CHRONIC = (50, 105, 106, 108, 151), (49, 53, 98, 99, 101, 127, 158)
 

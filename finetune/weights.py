@@ -20,19 +20,23 @@ if TYPE_CHECKING:
     from finetune.config import WeightsConfig
 
 
+def fresh(config: WeightsConfig) -> encoders.Encoder:
+    """`config.arch` with random weights."""
+    return encoders.create(
+        config.arch,
+        in_chans=config.in_chans,
+        image_size=config.image_size,
+        model_args=dict(config.model_args),
+        preprocess=Preprocess(config.image_size, "dataset", config.mean, config.std, config.in_chans),
+    )
+
+
 def open_weights(path: str | Path, config: WeightsConfig) -> encoders.Encoder:
     """Build `config.arch` and fill it from `path`.
 
     Raises: UserError: no such file, not a file of tensors, weights of another architecture.
     """
-    preprocess = Preprocess(config.image_size, "dataset", config.mean, config.std, config.in_chans)
-    encoder = encoders.create(
-        config.arch,
-        in_chans=config.in_chans,
-        image_size=config.image_size,
-        model_args=dict(config.model_args),
-        preprocess=preprocess,
-    )
+    encoder = fresh(config)
     wanted = encoder.net.state_dict()
     state = {key: value for key, value in read_state(Path(path)).items() if not key.startswith(CLASSIFIERS)}
     state |= {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in state}

@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 
 from configs import UserError
 from finetune.config import ProbeConfig, WeightsConfig
-from finetune.frozen import open_frozen
+from finetune.frozen import open_any, open_frozen
 from finetune.probe import probe
 from finetune.results import read_results
 from finetune.weights import open_weights
@@ -103,3 +103,14 @@ def test_torchvision_weights_are_probed_from_their_path(make_world: Callable[...
     carried = {key: about["compared_by"][key] for key in ("parameters", "image_size", "films_seen")}
     assert carried == {"parameters": 11_176_512, "image_size": 32, "films_seen": None}
     assert rows.query("label == 'macro' and metric == 'auroc' and split == 'test'")["low"].item() > 0.5
+
+
+def test_random_weights_of_three_channels_are_seeded_and_need_one_architecture() -> None:
+    """The published encoder from scratch: resnet34, three channels."""
+    config = WeightsConfig(arch="resnet34", image_size=64)
+    made = [open_any("random:resnet34", seed, config)[0] for seed in (3, 3, 4)]
+    assert made[0].meta["in_chans"] == 3 and made[0].meta["image_size"] == 64
+    first, again, other = (encoder.net.state_dict()["conv1.weight"] for encoder in made)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    with pytest.raises(UserError, match="give one architecture"):
+        open_any("random:resnet18", 0, config)
