@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -196,7 +197,8 @@ def save(folder: str | Path, encoder: Encoder, meta: dict[str, Any] | None = Non
     folder = Path(folder)
     with new_folder(folder) as part:
         state = {key: value.detach().cpu().contiguous().clone() for key, value in encoder.net.state_dict().items()}
-        save_file(state, part / "encoder.safetensors", metadata={"format": "pt"})
+        data = to_bytes(state, metadata={"format": "pt"})  # its own writing hides a full disk's error
+        (part / "encoder.safetensors").write_bytes(data)
         about = {**encoder.meta, "preprocess": encoder.preprocess.to_json(), **(meta or {})}
         write_json(part / "encoder.json", about)
         if card is not None:

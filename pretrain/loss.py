@@ -11,7 +11,7 @@ underflow a row.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -93,6 +93,8 @@ def sinkhorn(probs: Tensor, iterations: int = 3) -> Tensor:
 def prior_divergence(mean: Tensor, prior: Prior) -> Tensor:
     """How far the mean prediction (K,) is from the prior; 0 where they are equal."""
     mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)
+    if prior not in get_args(Prior):
+        raise ValueError(f"prior {prior!r} is not one of {', '.join(get_args(Prior))}")
     if prior == "uniform":
         return math.log(len(mean)) + (mean * mean.log()).sum()
     wanted = torch.arange(1, len(mean) + 1, device=mean.device, dtype=mean.dtype) ** -0.25

@@ -17,10 +17,10 @@ def warmup_cosine(
     """Linear from `start` at step 0 to `peak` at step `warmup`, then cosine to `end` at step `stretch * total`."""
     if step < warmup:
         return start + (peak - start) * step / warmup
-    return cosine(step - warmup, total - warmup, peak, end, stretch)
+    return cosine(step - warmup, stretch * total - warmup, peak, end)
 
 
-def cosine(step: int, total: int, start: float, end: float, stretch: float = 1.0) -> float:
+def cosine(step: int, total: float, start: float, end: float, stretch: float = 1.0) -> float:
     """Half a cosine from `start` at step 0 to `end` at step `stretch * total`."""
     done = min(1.0, step / max(1.0, stretch * total))
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2

@@ -1,6 +1,8 @@
 """Encoders: the same numbers as timm, tokens really dropped, weights that load elsewhere."""
 
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from configs import UserError
+from configs.cli import guard
 from pretrain import encoder as enc
 from pretrain.preprocess import Preprocess
 
@@ -200,3 +203,12 @@ def test_recomputing_activations_changes_no_gradient_of_a_convolutional_net(arch
         assert len(calls) == 1 + checkpointing
         gradients.append([p.grad for p in encoder.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+def test_a_full_disk_while_exporting_keeps_the_encoder_before(tmp_path):
+    enc.save(tmp_path / "encoder", tiny(), {"step": 1})
+    if (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        os._exit(guard(lambda: (enc.save(tmp_path / "encoder", tiny(), {"step": 2}), 0)[1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert enc.load(tmp_path / "encoder").meta["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["encoder"]

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from lightly.loss import MSNLoss, PMSNLoss
 
 from pretrain.loss import msn_loss, prior_divergence, sinkhorn
@@ -37,19 +39,54 @@ def test_equals_lightly_in_value_and_gradients(prior, reference, iterations, sha
         torch.testing.assert_close(mine.grad, other.grad)
 
 
+@given(
+    views=st.integers(1, 5), films=st.integers(1, 9), width=st.integers(2, 20), prototypes=st.integers(2, 40),
+    temperature=st.floats(0.05, 1), sharpen=st.floats(0.1, 1), iterations=st.integers(0, 6), seed=st.integers(0, 999),
+    weight=st.floats(0, 3), prior=st.sampled_from(["uniform", "power_law"]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
+def test_equals_lightly_on_any_shapes_and_options(
+    views, films, width, prototypes, temperature, sharpen, iterations, seed, weight, prior
+):
+    ours, theirs = (batch(views, films, width, prototypes, seed) for _ in range(2))
+    options = {"temperature": temperature, "sinkhorn_iterations": iterations}
+    loss = msn_loss(*ours, target_temperature=sharpen, me_max_weight=weight, prior=prior, **options)["loss"]
+    kind = MSNLoss if prior == "uniform" else PMSNLoss
+    expected = kind(regularization_weight=weight, **options)(*theirs, target_sharpen_temperature=sharpen)
+    assert torch.isfinite(loss)
+    assume(torch.isfinite(expected))  # theirs is 0 / 0 where all of a target's probabilities underflow
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    for mine, other in ((ours[0], theirs[0]), (ours[2], theirs[2])):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_targets_get_no_gradient():
     anchors, targets, prototypes = batch()
     msn_loss(anchors, targets, prototypes)["loss"].backward()
     assert targets.grad is None and anchors.grad.abs().sum() > 0 and prototypes.grad.abs().sum() > 0
 
 
-def test_does_not_depend_on_the_autocast_outside():
-    tensors = batch()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_does_not_depend_on_the_autocast_outside(dtype):
+    tensors, others = batch(), batch()
     plain = msn_loss(*tensors)["loss"]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = msn_loss(*tensors)["loss"]
-    assert inside.dtype == torch.float32
+    with torch.autocast("cpu", dtype=dtype):
+        inside = msn_loss(*others)["loss"]
+        half = msn_loss(*(t.to(dtype) for t in others))["loss"]
+    assert inside.dtype == half.dtype == torch.float32
     torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+    torch.testing.assert_close(half, plain, rtol=1e-2, atol=1e-2)
+    plain.backward()
+    inside.backward()
+    torch.testing.assert_close(tensors[2].grad, others[2].grad, rtol=0, atol=0)
+
+
+def test_an_unknown_prior_is_refused():
+    with pytest.raises(ValueError, match="prior 'powerlaw' is not one of uniform, power_law"):
+        msn_loss(*batch(), prior="powerlaw")
 
 
 def test_views_are_matched_view_major():
@@ -94,32 +131,33 @@ def test_refuses_shapes_that_cannot_be_right(shapes, says):
         msn_loss(*(torch.randn(shape) for shape in shapes))
 
 
-def _one_of_two(rank: int, port: int, folder: str) -> None:
+def _one_of(rank: int, world: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
     for prior in ("uniform", "power_law"):
-        anchors, targets, prototypes = batch()
-        mine = slice(4 * rank, 4 * rank + 4)
-        local = anchors.view(3, 8, -1)[:, mine].reshape(12, -1)
+        anchors, targets, prototypes = batch(films=12, prototypes=30)
+        each = 12 // world
+        mine = slice(each * rank, each * rank + each)
+        local = anchors.view(3, 12, -1)[:, mine].reshape(3 * each, -1)
         parts = msn_loss(local, targets[mine], prototypes, prior=prior)
         parts["loss"].backward()
-        mean = torch.stack([*parts.values()]).detach()
-        dist.all_reduce(mean)
-        dist.all_reduce(prototypes.grad)
-        dist.all_reduce(anchors.grad)
+        sums = [torch.stack([*parts.values()]).detach(), prototypes.grad, anchors.grad]
+        for value in sums:
+            dist.all_reduce(value)
         if rank == 0:
-            torch.save([mean / 2, prototypes.grad / 2, anchors.grad / 2], Path(folder) / f"{prior}.pt")
+            torch.save([value / world for value in sums], Path(folder) / f"{prior}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one_on_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_equal_one_on_the_whole_batch(tmp_path, world):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_one_of_two, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(_one_of, args=(world, port, str(tmp_path)), nprocs=world)
     for prior in ("uniform", "power_law"):
-        anchors, targets, prototypes = batch()
+        anchors, targets, prototypes = batch(films=12, prototypes=30)
         parts = msn_loss(anchors, targets, prototypes, prior=prior)
         parts["loss"].backward()
         scalars, prototype_grad, anchor_grad = torch.load(tmp_path / f"{prior}.pt", weights_only=True)

@@ -1,5 +1,7 @@
 """Schedules: their ends, and lightly's cosine."""
 
+import math
+
 import pytest
 from lightly.utils.scheduler import cosine_schedule
 
@@ -31,3 +33,16 @@ def test_by_epoch_moves_once_an_epoch():
     plan = Schedule(OptimConfig(by_epoch=True, warmup_epochs=0, epochs=5), 10)
     assert plan(10) == plan(19) != plan(20)
     assert plan.total == 50
+
+
+def test_the_default_learning_rate_is_the_originals():
+    """facebookresearch/msn: linear 2e-4 -> 1e-3, then cosine to 1e-6 over 1.25 times the steps less the warm-up."""
+    plan = Schedule(OptimConfig(batch_size=1024, epochs=8, warmup_epochs=1.5), 10)
+
+    def original(step: int) -> float:
+        if step < 15:
+            return 2e-4 + step / 15 * (1e-3 - 2e-4)
+        progress = (step - 15) / (int(1.25 * 80) - 15)
+        return max(1e-6, 1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    assert [plan(s)[0] for s in range(80)] == pytest.approx([original(s) for s in range(80)])
