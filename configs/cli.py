@@ -118,7 +118,7 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
         advice = {
             errno.ENOSPC: "the disk is full: free some space and run the same command again",
             errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-            errno.EFBIG: "the file would be larger than is allowed here (ulimit -f): raise that, or choose another out=...",
+            errno.EFBIG: "the file is larger than is allowed here (ulimit -f): raise that, or choose another out=...",
             errno.EACCES: "permission denied: choose another folder with out=...",
             errno.EROFS: "the file system is read-only: choose another folder with out=...",
         }.get(error.errno or 0)
