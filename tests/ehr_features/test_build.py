@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import UserError
-from ehr_features import build, events, schema, series
+from ehr_features import build, demo, events, schema, series
 from ehr_features.channels import SHIPPED
 from ehr_features.check import check, num_rows
 from ehr_features.config import FeaturesConfig
@@ -69,14 +69,66 @@ def test_1_0_2_0_2_2_and_parquet_give_the_same_features(tmp_path, frames, write,
         same(first, build.build(config(mimic_iv=str(root), out=tmp_path / f"f{name}")))
 
 
-def test_memory_urls_give_the_same_features(tmp_path, mimic, config):
+FOLDERS = {"mimic_iv": "mimic-iv", "mimic_cxr": "mimic-cxr", "mimic_ed": "mimic-iv-ed"}
+
+
+@pytest.fixture(scope="module")
+def with_films(tmp_path_factory):
+    """Raw tables with films and emergency stays, and the features built from them."""
+    root = tmp_path_factory.mktemp("films")
+    demo.generate(root / "raw", subjects=50, seed=5, film_size=32)
+    roots = {key: str(root / "raw" / name) for key, name in FOLDERS.items()}
+    tasks = (*ALL, "findings")
+    return root / "raw", build.build(FeaturesConfig(**roots, out=root / "features", memory="800MB", tasks=tasks))
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_urls_give_the_same_features(tmp_path, with_films, protocol):
     import fsspec
 
+    raw, one = with_films
+    urls = {key: f"file://{raw}/{name}" for key, name in FOLDERS.items()}
     filesystem = fsspec.filesystem("memory")
-    filesystem.put(str(mimic), "/remote", recursive=True)
-    one = build.build(config())
-    same(one, build.build(config(mimic_iv="memory://remote", out=tmp_path / "two")))
-    filesystem.rm("/remote", recursive=True)
+    if protocol == "memory":
+        for path in raw.rglob("*.csv*"):
+            filesystem.pipe(f"/remote/{path.relative_to(raw)}", path.read_bytes())
+        urls = {key: f"memory://remote/{name}" for key, name in FOLDERS.items()}
+    tasks = (*ALL, "findings")
+    same(one, build.build(FeaturesConfig(**urls, out=tmp_path / "two", memory="800MB", tasks=tasks)))
+    if protocol == "memory":
+        filesystem.rm("/remote", recursive=True)
+
+
+def test_an_edit_within_a_second_that_keeps_the_size_is_seen(tmp_path, frames, write, config):
+    first = build.build(config(mimic_iv=str(write(tmp_path / "a", frames, suffix=".csv"))))
+    before = series.load(first, normalise=False)
+    path = tmp_path / "a/icu/chartevents.csv"
+    stat, text = path.stat(), path.read_text()
+    path.write_text(text.replace(",220045,", ",220046,", 1))  # an item that nobody reads
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+    after = series.load(build.build(config(mimic_iv=str(tmp_path / "a"))), normalise=False)
+    assert any(not np.array_equal(before[k], after[k]) for k in before)
+
+
+def test_progress_says_how_much_is_done_and_how_long_it_will_take(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 30))
+    monkeypatch.setattr(events.time, "monotonic", lambda: float(next(clock)))
+
+    class Done:
+        left = 3
+
+        def wait(self, _seconds):
+            self.left -= 1
+            return self.left < 0
+
+    shares = iter([-1.0, 25.0, 90.0])  # DuckDB says -1 while it does not know
+    events._watch(lambda: next(shares), "reading chartevents (once)", Done())
+    said = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "reading chartevents (once):   0 %, 30 s",
+        "reading chartevents (once):  25 %, 60 s, about 180 s left",
+        "reading chartevents (once):  90 %, 90 s, about 10 s left",
+    ]
 
 
 def test_a_second_run_reads_nothing_and_a_changed_config_only_what_depends_on_it(mimic, config, monkeypatch):
