@@ -21,6 +21,7 @@ from scipy.special import expit
 
 from configs import UserError
 from ehr_features.files import new_file
+from finetune import rarity
 from finetune.metrics import check, distribution, interval, macro, over_runs, runs_drawn
 from finetune.results import read_predictions, read_results
 
@@ -39,6 +40,7 @@ def paired(
     samples: int = 1000,
     seed: int = 0,
     same_seeds: bool = False,
+    macros: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
     """Compare two methods on the same rows.
 
@@ -47,6 +49,7 @@ def paired(
         a, b: (runs, N, L) probabilities of each training run of each method.
         groups: (N,) subjects.
         same_seeds: run i of `a` and run i of `b` share their seed, and are drawn together.
+        macros: means over some labels beside `macro`.
     Returns: label, metric, a, b (means over runs), difference (a - b), low, high, p (two-sided), p_holm, n, runs_a,
         runs_b, claim (`method` | `one run`); the first row is `macro`.
     """
@@ -60,7 +63,10 @@ def paired(
     means = [over_runs(runs, pick) for runs, pick in zip(found, picks, strict=True)]
     both = ~np.isnan(means[0][0][metric])
     rows = []
-    chosen = {"macro": both} | {name: both & (np.arange(len(named)) == i) for i, name in enumerate(named)}
+    groups_of = {name: both & np.isin(named, list(members)) for name, members in (macros or {}).items()}
+    chosen = {"macro": both} | {name: member for name, member in groups_of.items() if member.any()}
+    first = len(chosen)
+    chosen |= {name: both & (np.arange(len(named)) == i) for i, name in enumerate(named)}
     for name, member in chosen.items():
         ends = [float(macro(values[metric][None], member)[0]) for values, _ in means]
         difference = macro(means[0][1][metric], member) - macro(means[1][1][metric], member)
@@ -69,7 +75,7 @@ def paired(
         rows.append([name, metric, *ends, gap, *interval(difference, gap), _p(difference), np.nan, n, len(a), len(b)])
     columns = ["label", "metric", "a", "b", "difference", "low", "high", "p", "p_holm", "n", "runs_a", "runs_b"]
     table = pd.DataFrame(rows, columns=columns)
-    table.loc[1:, "p_holm"] = holm(table["p"].to_numpy()[1:])
+    table.loc[first:, "p_holm"] = holm(table["p"].to_numpy()[first:])
     table["claim"] = "method" if min(len(a), len(b)) >= ENOUGH_SEEDS else "one run"
     return table
 
@@ -113,12 +119,29 @@ def compare_runs(
     order = [np.argsort(s, kind="stable") for s in seeds]
     stacked = [np.stack(s)[o] for s, o in zip(scores, order, strict=True)]
     same = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
-    table = paired(first[1], *stacked, groups=first[2], names=first[3], samples=samples, seed=seed, same_seeds=same)
+    more: dict[str, Any] = {"names": first[3], "samples": samples, "seed": seed, "same_seeds": same}
+    shares = abouts[0][0].get("prevalence")  # of the film tasks
+    macros = rarity.thirds(shares) if shares else None
+    table = paired(first[1], *stacked, groups=first[2], macros=macros, **more)
+    if shares:
+        table = pd.concat([table, _by_count(first[1], stacked, first[2], more)], ignore_index=True)
     table["claim"] = "method" if min(map(trainings, abouts)) >= ENOUGH_SEEDS else "one run"
     for name, of in zip("ab", abouts, strict=True):
         by = of[0].get("compared_by") or {}
         table = table.assign(**{f"{key}_{name}": by.get(key) for key in CARRIED})
     return table
+
+
+def _by_count(
+    labels: NDArray[Any], stacked: Sequence[NDArray[Any]], groups: NDArray[Any], more: Mapping[str, Any]
+) -> pd.DataFrame:
+    """`macro` on the films with one, two, three and more findings."""
+    rows = []
+    for name, keep in rarity.by_count(more["names"], labels.astype(np.float32)).items():
+        if keep.any():
+            part = paired(labels[keep], *(s[:, keep] for s in stacked), groups=groups[keep], **more)
+            rows.append(part.iloc[:1].assign(label=f"macro, {name}"))
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
 def trainings(abouts: Sequence[Mapping[str, Any]]) -> int:

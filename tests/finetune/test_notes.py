@@ -12,9 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from configs import UserError
-from finetune import inputs
+from finetune import inputs, rarity
 from finetune import notes as module
+from finetune.compare import compare_runs
 from finetune.config import FuseConfig
+from finetune.rarity import THIRDS
 from finetune.results import read_results
 from finetune.train import fuse
 
@@ -134,3 +136,18 @@ def test_a_note_from_after_its_film_is_refused(told: tuple[Path, Path]) -> None:
 def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         config(tmp_path, **changes)
+
+
+def test_a_comparison_goes_by_prevalence_and_by_the_number_of_findings(told: tuple[Path, Path]) -> None:
+    folder, notes = told
+    options = {"task": "findings", "pairing": "paired", "epochs": 1, "samples": 0}
+    both = fuse(config(folder, model="cross_attention", out=str(folder / "both"), **options, **reads(notes)))
+    film = fuse(config(folder, model="film_tokens", out=str(folder / "film"), **options))
+    table = compare_runs([both], [film], samples=50).set_index("label")
+    assert list(table.index[:4]) == ["macro", *THIRDS] and {"macro, findings=1", "macro, findings=2"} <= set(
+        table.index
+    )
+    rarest = rarity.thirds(read_results(both)[0]["prevalence"])[THIRDS[0]]
+    assert table.loc[THIRDS[0], "difference"] == pytest.approx(table.loc[rarest, "difference"].mean())
+    assert table.loc[["macro", *THIRDS, "macro, findings=1"], "p_holm"].isna().all()
+    assert table.loc["Edema", "p_holm"] >= table.loc["Edema", "p"]
