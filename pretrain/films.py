@@ -20,6 +20,7 @@ from configs import UserError
 Dicom = Literal["mimic-jpg", "window"]
 MAX_PIXELS = 100_000_000  # the largest detectors have about 25 million; more is damage or a decompression bomb
 MIN_SIDE = 8
+LUMINANCE = np.array([0.299, 0.587, 0.114])
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 
 
@@ -99,6 +100,8 @@ def _picture(data: bytes, near: int | None) -> np.ndarray:
     except Image.DecompressionBombError:
         raise BadFilm(f"more than {MAX_PIXELS // 1_000_000} million px") from None
     _check_sides(image.height, image.width)
+    if data.startswith(b"\x89PNG") and data[24] == 16 and data[25] in (2, 4, 6):
+        return _deep_colour(data)
     if near is not None and max(image.size) > near:
         scale = near / max(image.size)
         image.draft("L", (round(image.width * scale), round(image.height * scale)))
@@ -109,6 +112,16 @@ def _picture(data: bytes, near: int | None) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return np.array(image.convert("L"))
+
+
+def _deep_colour(data: bytes) -> np.ndarray:
+    """A PNG of 16 bits with colour or transparency, of which Pillow reads 8 (a 12-bit film would be black)."""
+    import torch
+    from torchvision.io import decode_image
+
+    planes = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8)).numpy().astype(np.float64)
+    grey = planes[0] if len(planes) < 3 else np.tensordot(LUMINANCE, planes[:3], 1)
+    return _eight_bits(grey * (planes[-1] / 65535) if len(planes) in (2, 4) else grey)
 
 
 def _jpeg_fault(data: bytes) -> str | None:
@@ -161,12 +174,18 @@ def _dicom(data: bytes, mode: Dicom) -> np.ndarray:
     if int(ds.get("NumberOfFrames") or 1) > 1:
         raise BadFilm(f"DICOM of {ds.NumberOfFrames} frames")
     _check_sides(int(ds.Rows), int(ds.Columns))
-    pixels = pixel_array(ds)
+    try:
+        pixels = pixel_array(ds)
+    except RuntimeError as error:
+        if "missing dependencies" not in str(error):
+            raise
+        name = ds.file_meta.TransferSyntaxUID.name
+        raise BadFilm(f"{name}: no decoder; pip install pylibjpeg pylibjpeg-libjpeg") from None
     kind = str(ds.get("PhotometricInterpretation", "MONOCHROME2"))
     if kind == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, ds)
     if pixels.ndim == 3:
-        pixels = pixels[..., :3] @ np.array([0.299, 0.587, 0.114])
+        pixels = pixels[..., :3] @ LUMINANCE
     if mode == "mimic-jpg":
         film = _eight_bits(pixels)
         return equalise(255 - film if kind == "MONOCHROME1" else film)

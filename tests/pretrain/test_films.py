@@ -1,5 +1,6 @@
 """Films of every kind become the right 8-bit grey; what is not a whole film is refused with its reason."""
 
+import importlib.util
 import io
 import struct
 import zlib
@@ -63,6 +64,22 @@ def test_sixteen_bits_are_scaled_from_the_lowest_to_the_highest_value(tmp_path: 
     film = read(tmp_path, saved(Image.fromarray(deep), "PNG"))
     spread = (GREY.astype(float) - GREY.min()) / (GREY.max() - GREY.min()) * 255
     assert (film.min(), film.max()) == (0, 255) and np.abs(film - spread).max() <= 1
+
+
+@pytest.mark.parametrize(("kind", "planes"), [(2, 3), (4, 2), (6, 4)])  # PNG's colour types: RGB, grey + alpha, RGBA
+def test_sixteen_bits_with_colour_or_transparency_keep_their_depth(tmp_path: Path, kind: int, planes: int) -> None:
+    deep = np.repeat((100 + GREY.astype(np.uint16) * 3)[..., None], planes, axis=2).astype(">u2")  # 10 bits in 16
+    if kind in (4, 6):
+        deep[..., -1] = 65535
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    header = struct.pack(">IIBBBBB", GREY.shape[1], GREY.shape[0], 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks
+    )
+    film = read(tmp_path, data)
+    spread = (GREY.astype(float) - GREY.min()) / (GREY.max() - GREY.min()) * 255
+    assert np.abs(film - spread).max() <= 1
 
 
 def test_jpeg_of_every_mode_gives_its_luminance(tmp_path: Path) -> None:
@@ -264,6 +281,17 @@ def test_colour_dicom_becomes_luminance(tmp_path: Path) -> None:
     luminance = colour @ [0.299, 0.587, 0.114]
     spread = (luminance - luminance.min()) / np.ptp(luminance) * 255
     assert np.abs(film - spread).max() <= 1
+
+
+def test_a_compression_without_a_decoder_is_named(tmp_path: Path) -> None:
+    if importlib.util.find_spec("pylibjpeg") is not None or importlib.util.find_spec("gdcm") is not None:
+        pytest.skip("a decoder of lossless JPEG is installed")
+    ds = pydicom.dcmread(io.BytesIO(dicom(DEEP)))
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+    ds.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8 lossless"])
+    file = io.BytesIO()
+    ds.save_as(file)
+    assert "JPEG Lossless" in reason(tmp_path, file.getvalue()) and "pylibjpeg" in reason(tmp_path, file.getvalue())
 
 
 def test_dicom_that_is_no_single_film_is_refused(tmp_path: Path) -> None:
