@@ -4,45 +4,77 @@
 (b) a training step of ViT-Tiny/16 (batch 8, 12 views, equal masking, fp32): ours, against the published model's, built
     from torchvision's ViT, lightly's wrapper, head and loss;
 (c) the share of this machine's own large-matmul rate that our step reaches;
+(d) reading films from a store, against opening JPEG files of them;
 (e) two processes against one, at equal global batch and equal cores.
-(a) to (c) count CPU seconds of one thread, so that other work on the machine matters less; (e) is wall clock.
+Each side of (a) to (c) is a process of its own, as it would be used, and they take turns, so that what else the machine
+does falls on all alike. (a) to (d) count CPU seconds of one thread, (e) wall clock; medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.published import HEADS, PROTOTYPES, WIDTH, published_step
 from pretrain import encoder as encoders
 from pretrain.batches import Cutter
+from pretrain.memory import keep_freed_memory
 from pretrain.msn import MSN, Batch
 from pretrain.preprocess import Preprocess
 from pretrain.views import Views, film_keys
 
 PAPER = {"temperature": 0.1, "target_temperature": 0.25}
-WIDTH, HEADS, DEPTH, PROTOTYPES = 192, 6, 12, 1024
+Job = Callable[[], Any]
 
 
-def seconds(*jobs: Callable[[], Any], repeats: int) -> list[float]:
-    """Median CPU seconds of each job, run in turns, so that what else the machine does falls on all alike."""
-    times = np.zeros((repeats + 1, len(jobs)))  # the first round warms up
+def serve(side: str, batch_size: int, line: Any) -> None:
+    """A side's process: run its job when asked, answer with the CPU seconds that it took."""
+    torch.set_num_threads(1)
+    job = SIDES[side](batch_size)
+    job()  # the first run warms up
+    line.send(count(job) if side == "our step" else 0.0)
+    while line.recv():
+        start = time.process_time()
+        job()
+        line.send(time.process_time() - start)
+
+
+def seconds(sides: Sequence[str], batch_size: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Median CPU seconds of each side, taking turns; and what each said at the start."""
+    context = multiprocessing.get_context("spawn")
+    lines, workers = [], []
+    for side in sides:
+        ours, theirs = context.Pipe()
+        workers.append(context.Process(target=serve, args=(side, batch_size, theirs), daemon=True))
+        lines.append(ours)
+        workers[-1].start()
+        theirs.close()  # a side that fails then ends the run
+    said = [line.recv() for line in lines]
+    times = np.zeros((repeats, len(lines)))
     for spent in times:
-        for j, job in enumerate(jobs):
-            start = time.process_time()
-            job()
-            spent[j] = time.process_time() - start
-    return np.median(times[1:], axis=0).tolist()
+        for j, line in enumerate(lines):
+            line.send(True)
+            spent[j] = line.recv()
+    for line, worker in zip(lines, workers, strict=True):
+        line.send(False)
+        worker.join()
+    return np.median(times, axis=0).tolist(), said
 
 
 def cutter() -> Cutter:
@@ -57,34 +89,50 @@ def cutter() -> Cutter:
     )  # fmt: skip
 
 
-def views(repeats: int, batch_size: int = 8) -> tuple[float, float]:
-    """(a) seconds a film: ours (in a batch, as in training), lightly's."""
-    from lightly.transforms import MSNTransform
+def film() -> np.ndarray:
+    """512 x 512, smooth, as films are."""
     from PIL import Image
 
-    film = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
-    film = np.asarray(Image.fromarray(film).resize((512, 512)))  # smooth, as films are
-    cut, keys = cutter(), film_keys([str(i) for i in range(batch_size)])
-    films = torch.from_numpy(film.copy()).repeat(batch_size, 1, 1)
-    transform = MSNTransform(cj_prob=0, gaussian_blur=0, random_gray_scale=0)
-    picture = Image.fromarray(film).convert("RGB")
-    epoch = iter(range(10**6))
+    small = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize((512, 512)))
 
-    def ours() -> None:
+
+def our_views(batch_size: int) -> Job:
+    """A batch's views as a training process cuts them."""
+    keep_freed_memory()
+    cut, keys = cutter(), film_keys([str(i) for i in range(batch_size)])
+    films, epoch = torch.from_numpy(film()).repeat(batch_size, 1, 1), iter(range(10**6))
+
+    def job() -> None:
         at = next(epoch)
         cut.cut({"films": films, "plans": cut.plan(keys, 512, at), "keys": keys, "epoch": at})
 
-    mine, theirs = seconds(ours, lambda: [transform(picture) for _ in range(batch_size)], repeats=repeats)
-    return mine / batch_size, theirs / batch_size
+    return job
 
 
-def our_step(batch_size: int, generator: torch.Generator) -> tuple[Callable[[], Tensor], Batch]:
-    """One optimizer step of ours on a fixed batch."""
+def their_views(batch_size: int) -> Job:
+    """As the published code sets MSNTransform up; no changes of colour."""
+    from lightly.transforms import MSNTransform
+    from PIL import Image
+
+    transform = MSNTransform(cj_prob=0, gaussian_blur=0, random_gray_scale=0)
+    picture = Image.fromarray(film()).convert("RGB")
+    return lambda: [transform(picture) for _ in range(batch_size)]
+
+
+def fixed_batch(batch_size: int) -> Batch:
+    """The same for both steps."""
+    films = torch.randint(0, 256, (batch_size, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    cut, keys = cutter(), film_keys([str(i) for i in range(batch_size)])
+    return cut.cut({"films": films, "plans": cut.plan(keys, 256, 0), "keys": keys, "epoch": 0})
+
+
+def our_step(batch_size: int) -> Job:
+    """One optimizer step of ours."""
+    keep_freed_memory()
     encoder = encoders.create("vit_tiny_patch16_224", model_args={"num_heads": HEADS})
     msn = MSN(encoder, num_prototypes=PROTOTYPES, hidden=4 * WIDTH, out=WIDTH, loss=PAPER)
-    films = torch.randint(0, 256, (batch_size, 256, 256), dtype=torch.uint8, generator=generator)
-    cut, keys = cutter(), film_keys([str(i) for i in range(batch_size)])
-    batch = cut.cut({"films": films, "plans": cut.plan(keys, 256, 0), "keys": keys, "epoch": 0})
+    batch = fixed_batch(batch_size)
     optimizer = torch.optim.AdamW(msn.groups(decay_all=True), lr=1e-4, fused=True)
 
     def step() -> Tensor:
@@ -95,62 +143,40 @@ def our_step(batch_size: int, generator: torch.Generator) -> tuple[Callable[[], 
         msn.update_target(0.996)
         return loss
 
-    return step, batch
-
-
-class Published(nn.Module):
-    """The published model, from the libraries that it was built of."""
-
-    def __init__(self) -> None:
-        from lightly.models.modules import MaskedVisionTransformerTorchvision
-        from lightly.models.modules.heads import MSNProjectionHead
-        from lightly.models.utils import deactivate_requires_grad
-        from torchvision.models import VisionTransformer
-
-        def branch() -> Any:
-            vit = VisionTransformer(224, 16, DEPTH, HEADS, WIDTH, 4 * WIDTH)
-            return MaskedVisionTransformerTorchvision(vit=vit)
-
-        super().__init__()
-        self.target, self.anchor = branch(), branch()
-        self.target_head, self.anchor_head = (MSNProjectionHead(WIDTH, 4 * WIDTH, WIDTH) for _ in range(2))
-        self.prototypes = nn.Linear(WIDTH, PROTOTYPES, bias=False).weight
-        deactivate_requires_grad(self.target)
-        deactivate_requires_grad(self.target_head)
-
-
-def published_step(batch: Batch) -> Callable[[], Tensor]:
-    """One optimizer step of the published model on the same views, in three channels."""
-    from lightly.loss import MSNLoss
-    from lightly.models.utils import random_token_mask, update_momentum
-
-    model, loss_of = Published(), MSNLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    target, random, focal = (x.expand(-1, 3, -1, -1).contiguous() for x in (batch.target, *batch.anchors))
-
-    def embed(x: Tensor) -> Tensor:
-        length = (x.shape[-1] // 16) ** 2 + 1
-        keep, _ = random_token_mask((len(x), length), mask_ratio=0.15, device=x.device)
-        return model.anchor_head(model.anchor(images=x, idx_keep=keep))
-
-    def step() -> Tensor:
-        update_momentum(model.anchor, model.target, 0.996)
-        update_momentum(model.anchor_head, model.target_head, 0.996)
-        with torch.no_grad():
-            targets = model.target_head(model.target(images=target))
-        anchors = torch.cat([embed(random), embed(focal)])
-        loss = loss_of(anchors, targets, model.prototypes)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
     return step
 
 
-def count(step: Callable[[], Tensor]) -> float:
-    """Operations of a step: matrix products and attention."""
-    with FlopCounterMode(display=False) as counter:
+def large_matmul(batch_size: int) -> Job:
+    """2048 x 2048, what this machine can do at best."""
+    a, out = torch.randn(2048, 2048), torch.empty(2048, 2048)
+    return lambda: torch.mm(a, a, out=out)
+
+
+SIDES: dict[str, Callable[[int], Job]] = {
+    "our views": our_views,
+    "lightly's views": their_views,
+    "our step": our_step,
+    "published step": lambda batch_size: published_step(fixed_batch(batch_size)),
+    "matmul": large_matmul,
+}
+
+
+def count(step: Job) -> float:
+    """Operations of a step: matrix products, and those of fused attention, whose recomputation is not counted."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def products(number: int, q: Sequence[int], k: Sequence[int]) -> int:
+        return 2 * number * q[0] * q[1] * q[2] * q[3] * k[2]
+
+    def forward_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **more: Any) -> int:
+        return products(2, q, k)
+
+    def backward_flops(grad: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **more: Any) -> int:
+        return products(4, q, k)
+
+    own = {attention: forward_flops, backward: backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
         step()
     return float(counter.get_total_flops())
 
@@ -159,25 +185,24 @@ def worker(batch_size: int, steps: int) -> None:
     """One of the processes of (e): prints films a second."""
     from accelerate import Accelerator
 
+    keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     encoder = encoders.create("vit_tiny_patch16_224", model_args={"num_heads": HEADS})
     msn = MSN(encoder, num_prototypes=PROTOTYPES, hidden=4 * WIDTH, out=WIDTH, loss=PAPER)
     local = batch_size // accelerator.num_processes
     films = torch.randint(0, 256, (local, 256, 256), dtype=torch.uint8)
     model, optimizer = accelerator.prepare(msn, torch.optim.AdamW(msn.groups(), lr=1e-4, fused=True))
-    cut, keys, began = cutter(), film_keys([str(i) for i in range(local)]), 0.0
+    cut, keys, spent = cutter(), film_keys([str(i) for i in range(local)]), []
     for i in range(steps + 2):
-        if i == 2:
-            accelerator.wait_for_everyone()
-            began = time.perf_counter()
+        began = time.perf_counter()
         batch = cut.cut({"films": films, "plans": cut.plan(keys, 256, i), "keys": keys, "epoch": i})
         accelerator.backward(model(batch)["loss"])
         optimizer.step()
         optimizer.zero_grad()
         msn.update_target(0.996)
-    accelerator.wait_for_everyone()
+        spent.append(time.perf_counter() - began)
     if accelerator.is_main_process:
-        print(json.dumps(steps * batch_size / (time.perf_counter() - began)))
+        print(json.dumps(batch_size / float(np.median(spent[2:]))))
 
 
 def films_a_second(processes: int, threads: int, batch_size: int, steps: int) -> float:
@@ -189,32 +214,44 @@ def films_a_second(processes: int, threads: int, batch_size: int, steps: int) ->
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def store_against_files() -> tuple[float, float, float]:
+    """(d) milliseconds a film: the store's, JPEG files of the same size, JPEG files of the films' own size."""
+    from benchmarks.store import make_films, measure
+
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+        found = measure(make_films(Path(name) / "films", 6), Path(name), 512)
+    return found["store raw"], found["JPEG files of the same size"], found["JPEG files"]
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7, help="of (a) to (c)")
-    parser.add_argument("--batch-size", type=int, default=8, help="of (b), (c)")
-    parser.add_argument("--steps", type=int, default=4, help="of (e)")
-    parser.add_argument("--skip", nargs="*", default=[], choices=list("abce"))
+    parser.add_argument("--repeats", type=int, default=9, help="turns of (a) to (c)")
+    parser.add_argument("--batch-size", type=int, default=8, help="of (a) to (c)")
+    parser.add_argument("--steps", type=int, default=4, help="of each start of (e)")
+    parser.add_argument("--skip", nargs="*", default=[], choices=list("abcde"))
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
         return worker(args.worker, args.steps)
     torch.set_num_threads(1)
     print("| what | ours | reference | ratio |\n|---|---|---|---|", flush=True)
+    size = args.batch_size
     if "a" not in args.skip:
-        ours, theirs = views(args.repeats)
-        _row("(a) 12 views of a 512-px film, ms", f"{1e3 * ours:.2f}", f"lightly {1e3 * theirs:.2f}", theirs / ours)
+        (ours, theirs), _ = seconds(["our views", "lightly's views"], size, 4 * args.repeats)
+        ms = [f"{1e3 * s / size:.2f}" for s in (ours, theirs)]
+        _row("(a) 12 views of a 512-px film, ms", ms[0], f"lightly {ms[1]}", theirs / ours)
     if not {"b", "c"} <= set(args.skip):
-        step, batch = our_step(args.batch_size, torch.Generator().manual_seed(0))
-        a = torch.randn(2048, 2048)
-        ours, theirs, product = seconds(step, published_step(batch), lambda: a @ a, repeats=args.repeats)
-        what = f"(b) step of ViT-Tiny/16, batch {args.batch_size}, s"
-        _row(what, f"{ours:.3f}", f"published {theirs:.3f}", theirs / ours)
-        rate, most = count(step) / ours, 2 * 2048**3 / product
+        (ours, theirs, product), said = seconds(["our step", "published step", "matmul"], size, args.repeats)
+        _row(f"(b) step of ViT-Tiny/16, batch {size}, s", f"{ours:.3f}", f"published {theirs:.3f}", theirs / ours)
+        rate, most = said[0] / ours, 2 * 2048**3 / product
         _row("(c) GFLOP/s of that step", f"{rate / 1e9:.0f}", f"matmul 2048 {most / 1e9:.0f}", rate / most)
+    if "d" not in args.skip:
+        ours, same, whole = store_against_files()
+        _row("(d) reading a film of 512 px, ms", f"store {ours:.3f}", f"JPEG of 512 px {same:.2f}", same / ours)
+        _row("(d) the same", f"store {ours:.3f}", f"JPEG of 2544 x 3056 px {whole:.1f}", whole / ours)
     if "e" not in args.skip:
-        one, two = films_a_second(1, 2, 8, args.steps), films_a_second(2, 1, 8, args.steps)
+        one, two = np.median([[films_a_second(*n, 8, args.steps) for n in ((1, 2), (2, 1))] for _ in range(3)], axis=0)
         _row("(e) films/s, 2 cores, batch 8", f"2 processes {two:.2f}", f"1 process {one:.2f}", two / one)
 
 

@@ -21,10 +21,10 @@ from safetensors.torch import save as to_bytes
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from configs import UserError
 from ehr_features.files import new_folder, read_json, write_json
+from pretrain.blocks import through
 from pretrain.network import make, sincos
 from pretrain.preprocess import Preprocess
 
@@ -81,6 +81,8 @@ class Encoder(nn.Module):
                 map; None: encoder.json's.
             keep: (B, n) indices of the patches to compute; a ViT only.
         """
+        if self.is_vit and (pool or self.meta["pool"]) == "cls":
+            return self.pool(self._tokens(x, keep, first_only=True), pool)
         return self.pool(self.features(x, keep), pool)
 
     def pool(self, features: Tensor, pool: str | None = None) -> Tensor:
@@ -104,6 +106,10 @@ class Encoder(nn.Module):
         if not self.is_vit:
             assert keep is None, "tokens can be dropped from a ViT only; a convolutional net masks its input"
             return self.net.forward_features(x)
+        return self._tokens(x, keep)
+
+    def _tokens(self, x: Tensor, keep: Tensor | None, first_only: bool = False) -> Tensor:
+        """(B, C, H, W) -> (B, N, D); `first_only`: what comes first is the class token's, and all that is wanted."""
         net = self.net
         tokens = self._embed(x)  # (B, N, D)
         prefix, patches = self._positions((x.shape[-2] // self.patch, x.shape[-1] // self.patch))
@@ -113,10 +119,7 @@ class Encoder(nn.Module):
         if prefix is not None:
             tokens = torch.cat([prefix.expand(len(x), -1, -1), tokens], dim=1)
         tokens = net.norm_pre(net.pos_drop(tokens))
-        for block in net.blocks:
-            recompute = self.checkpointing and torch.is_grad_enabled()
-            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
-        return net.norm(tokens)
+        return net.norm(through(net.blocks, tokens, first_only=first_only, checkpointing=self.checkpointing))
 
     @property
     def patch(self) -> int:
