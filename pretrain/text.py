@@ -100,10 +100,12 @@ def _check(folder: Path) -> None:
     if not modules.is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a text encoder: neither modules.json nor config.json is there")
     listed = read_json(modules) if modules.is_file() else []
+    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
+        raise UserError(f"{modules}: not the list of modules that sentence-transformers writes")
     for module in listed:
         if not str(module.get("type", "")).startswith("sentence_transformers."):
             raise UserError(f"{modules}: the module {module.get('type')!r} is code of its own, which is never run")
-    for path in folder.rglob("config.json"):
+    for path in sorted(folder.rglob("*config*.json")):
         config = read_json(path)
         if isinstance(config, dict) and config.get("auto_map"):
             raise UserError(f"{path}: `auto_map` asks for code of its own, which is never run; take another encoder")

@@ -127,6 +127,12 @@ def test_code_that_comes_with_a_folder_is_never_run(make_text_model: Make, tmp_p
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "mine.Mine"}}))
     with pytest.raises(UserError, match="auto_map"):
         TextEncoder(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    TextEncoder(folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": {"AutoTokenizer": "mine.Mine"}}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json.*auto_map"):
+        TextEncoder(folder)
     assert not (tmp_path / "ran").exists()
 
 
