@@ -24,6 +24,7 @@ from ehr_features import (
     channels,
     cohort,
     events,
+    film_attrition,
     film_record,
     labels,
     linking,
@@ -140,6 +141,7 @@ def _films(source: Source, attrition: cohort.Attrition, config: FeaturesConfig) 
     if config.mimic_cxr is None:
         return None
     films = linking.link_films(source, attrition, preset=config.preset, ed_tolerance_hours=config.ed_tolerance_hours)
+    film_attrition.note_files(films, config.mimic_cxr, attrition)
     return film_record.add_record(source, films)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import ibis
 from ibis import _
 
+from ehr_features import film_attrition
 from ehr_features.films import first, held, hours, ids_of, read_films
 
 if TYPE_CHECKING:
@@ -41,12 +42,16 @@ def link_films(
     """
     films = read_films(source, attrition, preset)
     linked = films
-    for key, intervals in _intervals(source).items():
+    spans = _intervals(source)
+    for key, intervals in spans.items():
         _note_impossible(key, intervals, attrition)
         found = nearest(films, intervals, key, tolerance_hours=ed_tolerance_hours if key == "ed_stay_id" else 0.0)
         linked = linked.left_join(found, "dicom_id").drop("dicom_id_right")
     linked = held(source, linked, instead_of=films)
     _count(linked, attrition)
+    film_attrition.note_links(
+        linked, {k: s for k, s in spans.items() if k != "ed_stay_id" or source.has("edstays")}, attrition
+    )
     _repeated_keys(source, attrition)
     return linked.drop(*(f"{key}_candidates" for key in KEYS))
 

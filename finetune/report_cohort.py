@@ -68,7 +68,16 @@ def notes(folder: Path) -> str | None:
     listed = content.get("notes", []) if isinstance(content, dict) else []
     listed = [n for n in listed if isinstance(n, dict)] if isinstance(listed, list) else []
     told = [f"{number(n['count'])} {n['what']}" for n in listed if n.get("count") and n.get("what")]
+    told += [f"{number(n)} {what}" for n, what in _ambiguous(content) if n]
     return f"Also counted, and kept: {'; '.join(told)}." if told else None
+
+
+def _ambiguous(content: Any) -> list[tuple[int, str]]:
+    """How many films could have been linked to several admissions, stays or visits."""
+    records = content.get("exclusions") if isinstance(content, dict) else None
+    said = [r for r in records if isinstance(r, dict)] if isinstance(records, list) else []
+    said = [r for r in said if str(r.get("why", "")).startswith("ambiguous") and isinstance(r.get("num_ids"), int)]
+    return [(r["num_ids"], f"{r.get('table')} ({r['why']})") for r in said]
 
 
 def _count(record: dict[str, Any], which: str) -> int | None:

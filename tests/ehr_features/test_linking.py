@@ -1,5 +1,6 @@
 """Film -> admission, ICU stay, emergency stay, against loops over rows."""
 
+from pathlib import Path
 from typing import Any
 
 import ibis
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ibis.util import gen_name
 
-from ehr_features import linking
+from ehr_features import film_attrition, linking
 from ehr_features.cohort import Attrition
 from ehr_features.engine import connect, hold
 from ehr_features.source import Source
@@ -254,3 +255,45 @@ def test_patient_listed_twice_links_once_and_is_counted() -> None:
     linked, attrition = link([{}], patients=[patient, patient])
     assert linked.index.tolist() == ["a"]
     assert excluded(attrition, "subject_id in several rows")["ids"] == [10]
+
+
+def test_each_film_without_a_link_is_counted_with_the_reason() -> None:
+    films = [
+        {},  # in the admission and the stay
+        {"dicom_id": "b", "StudyDate": 21510101},  # a year later
+        {"dicom_id": "c", "subject_id": 11, "study_id": 51},  # somebody without a record
+        {"dicom_id": "d", "StudyTime": "990000"},  # no time
+    ]
+    stay = {"subject_id": 10, "stay_id": 30, "intime": "2150-01-01", "outtime": "2150-01-05", "los": 4.0}
+    visit = {"subject_id": 10, "stay_id": 40, "intime": "2150-01-01 11:00:00", "outtime": "2150-01-01 13:00:00"}
+    _, attrition = link(films, icustays=[stay, stay | {"stay_id": 31}], edstays=[visit])
+
+    def reasons(table: str) -> dict[str, list[str]]:
+        return {e["why"].split(" ")[0]: e["ids"] for e in attrition.exclusions if e["table"] == table}
+
+    for name, ambiguous in (("a hospital admission", []), ("an ICU stay", ["a"]), ("an emergency visit", [])):
+        found = reasons(f"films with a link to {name}")
+        assert found == {"no": ["d"], "the": ["c"], "taken": ["b"], "ambiguous:": ambiguous}, name
+    steps = [e for e in attrition.exclusions if e["table"].startswith("films with a link to an ICU")]
+    assert [(e["before"], e["after"]) for e in steps] == [(4, 3), (3, 2), (2, 1), (1, 1)]
+    assert attrition.counts["linking"]["stay_id_linked"] == 1
+
+
+def test_without_emergency_tables_no_film_is_said_to_miss_its_visit() -> None:
+    _, attrition = link([{}])
+    assert not [e for e in attrition.exclusions if "emergency" in e["table"]]
+
+
+def test_films_without_their_file_are_counted(tmp_path: Path) -> None:
+    def noted(folder: str) -> Attrition:
+        attrition = Attrition()
+        linked = linking.link_films(source([{}, {"dicom_id": "b"}]), attrition)
+        film_attrition.note_files(linked, folder, attrition)
+        return attrition
+
+    assert "not looked for" in noted(str(tmp_path)).counts["image files"]
+    assert "not looked for" in noted("memory://films").counts["image files"]
+    (tmp_path / "files/p10/p10/s50").mkdir(parents=True)
+    (tmp_path / "files/p10/p10/s50/b.jpg").touch()
+    gone = excluded(noted(str(tmp_path)), "missing file")
+    assert (gone["before"], gone["after"], gone["ids"]) == (2, 1, ["a"])
