@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from configs import UserError
 from ehr_features.schema import FINDINGS
+from finetune.compare import compare_runs
 from finetune.config import ProbeConfig, TableConfig
 from finetune.films import check_splits
 from finetune.layouts import read_layout
 from finetune.probe import probe
 from finetune.results import read_results
+from pretrain import encoder as encoders
 from pretrain.store import Store
 
 World = Callable[..., Path]
@@ -229,12 +232,31 @@ def test_faults_of_a_table_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_nih_end_to_end_on_real_films(shared: Path, tmp_path: Path) -> None:
     folder = shared / "data/nih_dev_256"
     given = {"layout": "nih", "table": str(folder / "Data_Entry_subset.csv"), "images": str(folder / "images")}
-    config = {"films": given, "encoder": "pixels", "out": str(tmp_path / "runs/nih"), "subgroups": ["sex", "view"]}
-    about, rows = read_results(probe(ProbeConfig.model_validate(config | {"samples": 200})))
-    assert sum(split["films"] for split in about["splits"].values()) == 538
-    finding = rows.query("label == 'No Finding' and metric == 'auroc' and split == 'test' and subset == 'all'").iloc[0]
-    assert finding["low"] > 0.6
-    assert {"sex=F", "sex=M", "view=AP", "view=PA"} < set(rows["subset"])
+    common = {"samples": 200, "cache": str(tmp_path / "cache"), "subgroups": ["sex", "age", "view"]}
+    torch.manual_seed(0)
+    small = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
+    made = encoders.create("vit_tiny_patch16_224", image_size=64, model_args=small)
+    encoder = encoders.save(tmp_path / "encoder", made, {"ehr_groups": {}})
+    runs = {
+        "pixels": {"encoder": "pixels", "fraction": [0.1, 1.0], "repeats": 2, "shift": {"field": "view"}},
+        "frozen": {"encoder": str(encoder), "method": "knn"},
+        "record": {"encoder": "metadata", "method": "boosting", "groups": ["sex", "age", "view"]},
+        "attentive": {"encoder": str(encoder), "method": "attentive", "tune": {"epochs": 1}},
+    }
+    for name, more in runs.items():
+        films = given | {"names": "chexpert" if name == "frozen" else "own"}
+        out = str(tmp_path / "runs" / name)
+        about, rows = read_results(probe(ProbeConfig.model_validate(common | more | {"films": films, "out": out})))
+        assert sum(split["films"] for split in about["splits"].values()) == 538, name
+        assert {"sex=F", "sex=M", "view=AP", "view=PA"} < set(rows["subset"]), name
+        finding = rows.query("label == 'No Finding' and metric == 'auroc' and split == 'test' and subset == 'all'")
+        assert len(finding) == (2 if name == "pixels" else 1) and finding["value"].between(0, 1).all(), name
+        if name == "pixels":
+            assert finding["low"].iloc[-1] > 0.6 and "view: AP -> PA" in set(rows["subset"])
+        assert ("macro CheXpert-5" in set(rows["label"])) == (name == "frozen")
+    table = compare_runs([tmp_path / "runs/pixels"], [tmp_path / "runs/record"], samples=100)
+    assert table["label"].iloc[0] == "macro" and table["low"].iloc[0] < table["high"].iloc[0]
