@@ -29,6 +29,26 @@ def test_synchronised_batch_norm_is_everywhere_and_changes_no_output(arch):
     assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds) and set(msn.state_dict()) == keys
 
 
+def test_moments_follow_the_memory_order_of_their_parameters():
+    """The fused AdamW walks over memory: moments in another order would be those of other weights."""
+
+    def three_steps(reload: bool) -> torch.Tensor:
+        random = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 2, 2, generator=random).to(memory_format=torch.channels_last))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        for step in range(3):
+            weight.grad = torch.randn(weight.shape, generator=random).to(memory_format=torch.channels_last)
+            optimizer.step()
+            if step == 0 and reload:
+                state = optimizer.state_dict()
+                state["state"][0] = {key: value.contiguous() for key, value in state["state"][0].items()}
+                optimizer.load_state_dict(state)
+                build._as_laid_out(optimizer)
+        return weight.detach()
+
+    torch.testing.assert_close(three_steps(reload=True), three_steps(reload=False), rtol=0, atol=0)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_tracker_that_is_not_installed_is_named_before_the_run_begins(tmp_path):
     config = PretrainConfig(**WHERE, trackers=["wandb"])

@@ -117,14 +117,19 @@ def test_no_finding_is_read(data, tmp_path, monkeypatch):
     assert sorted(seen) == sorted(["dicom_id", "study_id", "subject_id", "taken_at", "split", "view", "sex"])
 
 
-def test_stopped_and_gone_on_gives_the_losses_of_an_unbroken_run(data, tmp_path, monkeypatch):
-    whole = losses(train.train(config(data, tmp_path / "whole")))
+SMALL_RESNET = {"arch": "resnet34", "model_args": {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}}
+
+
+@pytest.mark.parametrize("network", [{}, SMALL_RESNET])
+def test_stopped_and_gone_on_gives_the_losses_of_an_unbroken_run(data, tmp_path, monkeypatch, network):
+    section = {"encoder": {**SMALL["encoder"], **network}, "mask": {"cell": 16}}
+    whole = losses(train.train(config(data, tmp_path / "whole", **section)))
     calls = iter([False, False, True])
     with monkeypatch.context() as patch:
         patch.setattr(run.stopping, "agreed", lambda self: next(calls))
         with pytest.raises(Stopped, match="step 3"):
-            train.train(config(data, tmp_path / "broken"))
-    assert losses(train.train(config(data, tmp_path / "broken"))) == whole
+            train.train(config(data, tmp_path / "broken", **section))
+    assert losses(train.train(config(data, tmp_path / "broken", **section))) == whole
 
 
 def test_workers_do_not_change_the_losses(data, tmp_path):
