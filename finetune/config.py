@@ -91,7 +91,7 @@ class ProbeConfig(Settings):
     views: Literal["frontal", "all"] = "frontal"
     unit: Literal["study", "film"] = "study"  # what is scored: a study is the mean of its films' probabilities
     uncertain: Literal["ignore", "zeros", "ones"] = "ignore"  # -1 in training; evaluation always ignores it
-    missing: Literal["zeros", "ignore"] = "zeros"  # empty in training; evaluation always takes it as 0
+    missing: Literal["zeros", "ignore"] | None = None  # empty in training; none: as in evaluation (MIMIC: zeros)
     fraction: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 1.0  # train subjects
     repeats: int = Field(3, ge=1)  # draws of each fraction below 1, of seed, seed + 1, ...: means, with an interval
     groups: list[str] = ["sex", "age", "view", "position", "icu"]  # `metadata`: the record's columns, without the film

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from configs import UserError
-from finetune.films import Films, evaluation_labels
+from finetune.films import Films
 from finetune.metrics import distribution, evaluate, interval, macro
 from finetune.resample import Floats
 from finetune.results import write_predictions
@@ -52,9 +52,8 @@ class Scored:
 def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *, unit: str = "study") -> Scored:
     """Films of `rows` and their logits (len(rows), L), as studies or films; a study is positive where a film is."""
     table = films.table.iloc[rows].reset_index(drop=True)
-    raw = films.labels.iloc[rows].reset_index(drop=True)
     table = table.assign(**{f"by_{field}": values for field, values in fields(table).items()})
-    labels, probabilities = evaluation_labels(raw), expit(logits)
+    labels, probabilities = films.evaluated(rows), expit(logits)
     table["num_films"] = table.groupby("study_id")["study_id"].transform("size") if unit == "study" else 1
     if unit == "study":
         key, first = pd.factorize(table["study_id"])[0], table.drop_duplicates("study_id").reset_index(drop=True)

@@ -1,8 +1,8 @@
 """Films with labels: which there are, of whom, in which split, and what an uncertain or empty finding counts as.
 
 Comes in: features/images.parquet. Goes out: `Films`, with labels as the source has them: 1, 0, -1 (uncertain), empty.
-Evaluation has one policy whatever the training's, so that runs compare: uncertain is left out, empty is negative (a
-report names what is there, and CheXpert's labels are read from reports).
+Evaluation has one policy whatever the training's, so that runs compare: uncertain is left out; empty is negative where
+labels were read from reports (MIMIC-CXR, CheXpert), which name what is there, and left out where they were not.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class Films:
         labels: (N, L) 1, 0, -1, NaN, columns named.
         left_out: why films of the source are not here -> how many.
         warnings: what a reader of the results must know.
+        empty: what an empty label is in evaluation, and in training unless a config says otherwise: `zeros`, `ignore`.
     """
 
     table: pd.DataFrame
     labels: pd.DataFrame
     left_out: dict[str, int]
     warnings: tuple[str, ...] = ()
+    empty: str = "zeros"
 
     def __len__(self) -> int:
         return len(self.table)
@@ -51,6 +53,14 @@ class Films:
 
     def rows(self, split: str) -> NDArray[np.intp]:
         return np.flatnonzero(self.table["split"].to_numpy() == split)
+
+    def trained(self, rows: NDArray[np.intp], uncertain: str, missing: str | None) -> NDArray[np.float32]:
+        """Labels (len(rows), L) to train on; see `training_labels`."""
+        return training_labels(self.labels.iloc[rows], uncertain=uncertain, missing=missing or self.empty)
+
+    def evaluated(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Labels (len(rows), L) to evaluate on: uncertain is left out, empty is as `empty` says."""
+        return training_labels(self.labels.iloc[rows], uncertain="ignore", missing=self.empty)
 
     def keep(self, wanted: NDArray[np.bool_], why: str) -> Films:
         """Only the films wanted; the others are counted under `why`."""
@@ -87,10 +97,10 @@ def read_films(features: str | Path, *, labels: Sequence[str] = (), views: str =
     names = list(labels) or known
     values = table[names].astype(np.float64)
     table = _with_groups(table, features)
+    read = table[known].notna().any(axis=1).to_numpy()  # whatever `labels` says: other empty findings are negative
     films = Films(table.drop(columns=known).reset_index(drop=True), values.reset_index(drop=True), {})
-    if views == "frontal":
-        films = films.keep(films.table["view"].isin(FRONTAL).to_numpy(dtype=bool), "not frontal")
-    return films.keep(films.labels.notna().any(axis=1).to_numpy(), "no labels")
+    wanted = films.table["view"].isin(FRONTAL).to_numpy(dtype=bool) | (views != "frontal")
+    return films.keep(wanted, "not frontal").keep(read[wanted], "no labels")
 
 
 def _with_groups(table: pd.DataFrame, features: str | Path) -> pd.DataFrame:

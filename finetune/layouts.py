@@ -78,7 +78,10 @@ def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 
         found = to_chexpert(found)
     if unknown := [name for name in labels if name not in found]:
         raise UserError(f"{config.table}: no label `{unknown[0]}`; there are {', '.join(map(str, found.columns))}")
-    found = found[list(labels)] if labels else found
+    empty = "ignore" if config.layout == "csv" else "zeros"
+    wanted = found[list(labels)] if labels else found
+    known = (found if empty == "zeros" else wanted).notna().any(axis=1).to_numpy()
+    found = wanted
     odd = ~(found.isin([0, 1, -1]) | found.isna())
     if odd.any(axis=None):
         name = str(odd.columns[odd.any()][0])
@@ -90,13 +93,14 @@ def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 
         twice = table["dicom_id"][table["dicom_id"].duplicated()]
         raise UserError(f"{config.table}: {twice.nunique()} films have more than one row, e.g. {twice.iloc[0]}")
     table["path"], why = _paths(table, config)
-    films = Films(table, found.astype(np.float64).reset_index(drop=True), {}, warnings)
-    films = films.keep(table["path"].notna().to_numpy(), why)
+    films = Films(table, found.astype(np.float64).reset_index(drop=True), {}, warnings, empty)
+    here = table["path"].notna().to_numpy()
+    films = films.keep(here, why)
     if not len(films):
         raise UserError(
             f"{config.images}: none of the {len(table)} films of {config.table} is here; was `images` meant?"
         )
-    return films.keep(films.labels.notna().any(axis=1).to_numpy(), "no labels")
+    return films.keep(known[here], "no labels")
 
 
 def to_chexpert(labels: pd.DataFrame) -> pd.DataFrame:

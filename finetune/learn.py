@@ -17,7 +17,7 @@ from configs import UserError
 from ehr_features import static
 from ehr_features.static_groups import READS
 from finetune import classic, heads
-from finetune.films import Films, evaluation_labels, training_labels
+from finetune.films import Films
 from finetune.frozen import Features
 from finetune.guard import refuse_discharge
 from finetune.heads import Data, LinearHead, Say
@@ -62,9 +62,9 @@ def on_features(config: ProbeConfig, films: Films, features: Features, device: s
     """Heads on fixed features, one row a film."""
 
     def learn(train_rows: Rows, val_rows: Rows, seed: int) -> Fitted:
-        labels = training_labels(films.labels.iloc[train_rows], uncertain=config.uncertain, missing=config.missing)
+        labels = films.trained(train_rows, config.uncertain, config.missing)
         train = Data(at(features, train_rows), labels)
-        val = Data(at(features, val_rows), evaluation_labels(films.labels.iloc[val_rows]))
+        val = Data(at(features, val_rows), films.evaluated(val_rows))
         if config.method == "logistic":
             head, chosen = classic.logistic(train, val, pools=config.pools, strengths=config.strengths)
         elif config.method == "knn":

@@ -224,6 +224,10 @@ def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str
         "grid": grid(config),
         "splits": counts.to_dict("index"),
         "left_out": films.left_out,
-        "labels": {"training": {"uncertain": config.uncertain, "missing": config.missing}, "views": config.views},
+        "labels": {
+            "training": {"uncertain": config.uncertain, "missing": config.missing or films.empty},
+            "evaluation": {"uncertain": "ignore", "missing": films.empty},
+            "views": config.views,
+        },
         **more,
     }

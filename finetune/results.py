@@ -72,20 +72,51 @@ class Row(BaseModel):
     positives: int
     reason: str | None = None
 
-    @model_validator(mode="after")
-    def _said(self) -> Row:
-        if self.value is None and not self.reason:
-            raise ValueError("`value` is null without a `reason`")
-        return self
-
 
 class Results(BaseModel):
-    """The schema of results.json."""
+    """What is read: results.json of this and of other versions."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     run: Run
     rows: list[Row]
+
+
+class WrittenRun(Run):
+    """What was run; a command adds keys of its own."""
+
+    model: str
+    encoder: str | None
+    seed: int
+    allow_leak: bool
+    warnings: list[str]
+
+
+class WrittenRow(Row):
+    """One value. `reason` says why `value` or its interval is null."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    subset: str
+    fraction: float
+    low: float | None
+    high: float | None
+    reason: str | None
+
+    @model_validator(mode="after")
+    def _said(self) -> WrittenRow:
+        if self.value is None and not self.reason:
+            raise ValueError("`value` is null without a `reason`")
+        return self
+
+
+class Written(BaseModel):
+    """What is written: the schema of results.json."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    run: WrittenRun
+    rows: list[WrittenRow]
 
 
 def write_results(folder: str | Path, run: Mapping[str, Any], rows: pd.DataFrame) -> Path:
@@ -100,8 +131,7 @@ def write_results(folder: str | Path, run: Mapping[str, Any], rows: pd.DataFrame
         if column not in table:
             table[column] = value
     records = [{key: _plain(value) for key, value in row.items()} for row in table[COLUMNS].to_dict("records")]
-    assert run.keys() >= {"task", "model", "encoder", "seed", "allow_leak", "warnings"}, sorted(run)
-    results = Results.model_validate({"run": _plain(dict(run)), "rows": records})
+    results = Written.model_validate({"run": _plain(dict(run)), "rows": records})
     path = Path(folder) / "results.json"
     write_json(path, results.model_dump(mode="json", exclude_unset=True))
     return path
@@ -176,4 +206,4 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(Results.model_json_schema(), indent=1))
+    print(json.dumps(Written.model_json_schema(), indent=1))

@@ -6,6 +6,7 @@ new films; nothing is fitted to them, thresholds neither.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def apply(
     features = film_features(frozen, store, films.table["dicom_id"].iloc[rows].tolist(), cache=cache)
     place = [about["labels"].index(name) for name in common]
     logits = head(features)[:, place]
-    here = Films(films.table, films.labels[common], films.left_out, films.warnings)
+    here = replace(films, labels=films.labels[common])
     on = scored(here, rows, logits, unit=config.unit)
     cut = np.array([np.nan if about["thresholds"][i] is None else about["thresholds"][i] for i in place])
     table = score(on, samples=config.samples, seed=config.seed, thresholds=cut).assign(split="test", subset="all")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.cli import Stopped
 from ehr_features.files import new_file
-from finetune.films import Films, evaluation_labels, training_labels
+from finetune.films import Films
 from finetune.frozen import open_any
 from finetune.guard import seen_after
 from finetune.heads import macro_auroc
@@ -72,7 +72,7 @@ class _Fit:
         self.config, self.films, self.store, self.folder = config, films, store, folder
         self.log, self.accelerator, self.seed = log, accelerator, seed
         self.ids = films.table["dicom_id"].to_numpy(object)
-        self.labels = training_labels(films.labels, uncertain=config.uncertain, missing=config.missing)
+        self.labels = films.trained(np.arange(len(films)), config.uncertain, config.missing)
         encoder, self.origin = open_any(config.encoder, seed, config.weights)
         attentive = config.method == "attentive"
         prior = torch.zeros(len(films.names))
@@ -118,9 +118,7 @@ class _Fit:
                     if stop.agreed() and step % per_epoch:
                         self._save(optimizer, step, reached, best_epoch, done=False)
                         raise Stopped(run.go_on(self.folder.parents[1], step))
-                auroc = float(
-                    macro_auroc(evaluation_labels(self.films.labels.iloc[val]), self._logits(val)[:, None])[0]
-                )
+                auroc = float(macro_auroc(self.films.evaluated(val), self._logits(val)[:, None])[0])
                 self.log.log({"epoch": epoch, "train/loss": float(np.mean(losses)), "val/auroc/macro": auroc}, step)
                 if auroc > reached:
                     reached, best_epoch = auroc, epoch

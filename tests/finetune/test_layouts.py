@@ -210,6 +210,25 @@ def test_labels_that_are_none_are_refused_before_any_work(tmp_path: Path, values
         read_layout(config)
 
 
+def test_an_empty_label_of_a_csv_is_unknown_and_one_of_a_report_negative(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(4)]
+    films(tmp_path, names)
+    labels = pd.DataFrame({"path": names, "a": [1, 0, None, None], "b": [1, None, -1, None]})
+    labels.to_csv(tmp_path / "my.csv", index=False)
+    given = {"layout": "csv", "table": str(tmp_path / "my.csv"), "images": str(tmp_path), "columns": ["a", "b"]}
+    found = read_layout(table(**given))
+    assert len(found) == 3 and found.left_out == {"no labels": 1}
+    nan, rows = np.nan, np.arange(3)
+    np.testing.assert_array_equal(found.evaluated(rows), [[1, 1], [0, nan], [nan, nan]])
+    np.testing.assert_array_equal(found.trained(rows, "ones", None), [[1, 1], [0, nan], [nan, 1]])
+    np.testing.assert_array_equal(found.trained(rows, "ignore", "zeros"), [[1, 1], [0, 0], [0, nan]])
+    assert len(read_layout(table(**given), labels=["a"])) == 2
+    reports = read_layout(chexpert(tmp_path, test=None), labels=["Edema"])
+    np.testing.assert_array_equal(
+        reports.evaluated(np.arange(len(reports)))[:, 0], reports.labels["Edema"].fillna(0).replace(-1, nan)
+    )
+
+
 @pytest.mark.parametrize("words", [["train", "valid", "test"], ["Train", "VAL", "Test"], ["training", "dev", "test"]])
 def test_a_tables_own_split_is_kept(tmp_path: Path, words: list[str]) -> None:
     names = [f"{i}.png" for i in range(3)]

@@ -222,6 +222,20 @@ def test_what_uncertain_and_empty_findings_become() -> None:
     np.testing.assert_array_equal(evaluation_labels(raw)[:, 0], [1, 0, nan, 0])
 
 
+def test_a_finding_counts_the_same_films_whatever_else_is_asked_for(make_world: World) -> None:
+    folder = make_world()
+    images = pd.read_parquet(folder / "features/images.parquet")
+    images.loc[images.index[::2], "Edema"] = np.nan  # other findings of these films are known: edema is negative
+    images.to_parquet(folder / "features/images.parquet")
+    more = {"epochs": 2, "samples": 0}
+    rows = [
+        read_results(probe(config(folder, labels=labels, out=str(folder / f"runs/{len(labels)}"), **more)))[1]
+        for labels in ([], ["Edema"])
+    ]
+    alone, among = (r[(r["label"] == "Edema") & (r["metric"] == "auroc")][["split", "n", "positives"]] for r in rows)
+    assert alone.to_numpy().tolist() == among.to_numpy().tolist()
+
+
 def test_a_subject_in_two_splits_is_refused(make_world: World) -> None:
     folder = make_world()
     path = folder / "features/images.parquet"
@@ -258,21 +272,22 @@ def test_a_damaged_results_file_is_named(tmp_path: Path) -> None:
 
 def test_results_are_of_the_shipped_schema_and_a_null_has_its_reason(make_world: World) -> None:
     shipped = json.loads((Path(results.__file__).parent / "results.schema.json").read_text())
-    assert shipped == results.Results.model_json_schema()
-    row = shipped["$defs"]["Row"]
-    assert row["required"] == list(row["properties"]) == results.COLUMNS and row["additionalProperties"] is False
+    assert shipped == results.Written.model_json_schema()
+    row = shipped["$defs"]["WrittenRow"]
+    assert (
+        set(row["required"]) == set(row["properties"]) == set(results.COLUMNS) and row["additionalProperties"] is False
+    )
     folder = make_world()
     images = pd.read_parquet(folder / "features/images.parquet").assign(Edema=0.0)  # one class only
     images.to_parquet(folder / "features/images.parquet")
     written = json.loads((probe(config(folder, epochs=2)) / "results.json").read_text())
     assert all(set(r) == set(row["properties"]) for r in written["rows"])
-    assert set(shipped["$defs"]["Run"]["required"]) <= set(written["run"])
+    assert set(shipped["$defs"]["WrittenRun"]["required"]) <= set(written["run"])
     nulls = [r for r in written["rows"] if r["value"] is None]
     assert {r["label"] for r in nulls} == {"Edema"} and all(r["reason"].startswith("one class") for r in nulls)
     nulls[0]["reason"] = None
-    write_json(folder / "results.json", written)
-    with pytest.raises(UserError, match="null without a `reason`"):
-        read_results(folder)
+    with pytest.raises(ValueError, match="null without a `reason`"):
+        results.Written.model_validate(written)
 
 
 def test_the_shipped_configs_load() -> None:
