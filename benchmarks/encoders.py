@@ -88,14 +88,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings (default 0 1 2)")
     parser.add_argument("--hospital", type=int, default=22, help="seed of the data (default 22)")
     parser.add_argument("--subjects", type=int, default=1600)
-    parser.add_argument("--conv-steps", type=int, default=500)
-    parser.add_argument("--record-steps", type=int, default=500)
+    parser.add_argument("--conv-steps", type=int, default=1000)
+    parser.add_argument("--record-steps", type=int, default=600)
     parser.add_argument("--keys", nargs="*", default=[], metavar="key=value", help="of every pretraining")
     args = parser.parse_args()
     inputs = hospital(args.out / f"hospital_{args.hospital}", args.subjects, args.hospital)
-    small = "encoder.model_args={growth_rate: 8, block_config: [2, 3, 4, 3]}"
     plans = {
-        "conv": ("pretrain_densenet121", CONV, ["ehr.groups=[]", small, f"optim.steps={args.conv_steps}"]),
+        "conv": ("pretrain_densenet121", CONV, ["ehr.groups=[]", f"optim.steps={args.conv_steps}"]),
         "record": ("pretrain_vit_tiny", RECORD, [f"optim.steps={args.record_steps}"]),
     }
     said = []
