@@ -235,8 +235,9 @@ def _paths(table: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
         found = pd.Series(None, index=table.index, dtype=object)
         inside = table["file"].str.split("/", n=1).str[-1]  # CheXpert's own folder leads its paths
         for folder, files in ((root, table["file"]), (root, inside), (Path(config.table).parent, table["file"])):
-            here = files.map(lambda name, at=folder: (at / name).as_posix() if (at / name).is_file() else None)
-            found = found.where(found.notna(), here)
+            missing = found.isna()  # a folder is asked once for each film: there may be 224,000 on a slow disk
+            tried = files[missing].map(lambda name, at=folder: at / name)
+            found[missing] = tried.map(lambda path: path.as_posix() if path.is_file() else None)
         if found.notna().any():
             return found, why
     paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES]
