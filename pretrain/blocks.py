@@ -1,9 +1,7 @@
 """The blocks of a ViT: timm's own modules and numbers, without what nobody reads.
 
 Comes in: tokens (B, N, D). Goes out: tokens after the last block, or the class token alone where only it is wanted: the
-last block then computes keys and values of all tokens and the rest of one, a twelfth of the work of 12 blocks saved.
-Small attention on a CPU (focal views: 37 tokens) is batched matrix products; torch's fused kernel, made for long
-sequences, takes three times as long there.
+last block then computes keys and values of all tokens and the rest of one: a sixth of its work.
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-SMALL = 64  # tokens up to which batched products win on a CPU
 
 
 def through(blocks: nn.Module, tokens: Tensor, *, first_only: bool = False, checkpointing: bool = False) -> Tensor:
@@ -66,44 +62,15 @@ def first(block: Any, tokens: Tensor) -> Tensor:
 
 
 def _attend(attn: Any, x: Tensor) -> Tensor:
-    """timm's `Attention.forward` without its options for masks and dropout."""
+    """timm's `Attention.forward` without its options for masks and dropout.
+
+    Split before the heads change places, so that the three gradients are put together in one copy instead of two.
+    """
     qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1))  # (B, N, 3, heads, d)
-    small = x.shape[1] <= SMALL and qkv.device.type == "cpu" and qkv.dtype == torch.float32
-    if small and qkv.requires_grad and isinstance(attn.q_norm, nn.Identity) and not torch.compiler.is_compiling():
-        return _project(attn, SmallAttention.apply(qkv))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     seen = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
     return _project(attn, seen.transpose(1, 2).flatten(2))
 
 
 def _project(attn: Any, x: Tensor) -> Tensor:
     return attn.proj_drop(attn.proj(attn.norm(x)))
-
-
-class SmallAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(d)) v of packed (B, N, 3, heads, d) -> (B, N, heads * d); the weights are kept for later."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor) -> Tensor:
-        films, number, _, heads, depth = qkv.shape
-        packed = qkv.permute(2, 0, 3, 1, 4).contiguous().view(3, films * heads, number, depth)
-        q, k, v = packed.unbind(0)
-        scores = torch.baddbmm(q.new_empty(len(q), number, number), q, k.transpose(1, 2), beta=0, alpha=depth**-0.5)
-        weights = torch.softmax(scores, dim=-1)
-        ctx.save_for_backward(packed, weights)
-        seen = torch.bmm(weights, v).view(films, heads, number, depth)
-        return seen.transpose(1, 2).reshape(films, number, heads * depth)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        packed, weights = ctx.saved_tensors
-        q, k, v = packed.unbind(0)
-        films, number, depth = len(grad), grad.shape[1], q.shape[2]
-        grad = grad.unflatten(2, (-1, depth)).transpose(1, 2).reshape(-1, number, depth)
-        grads = torch.empty_like(packed)
-        torch.bmm(weights.transpose(1, 2), grad, out=grads[2])
-        scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype)
-        torch.baddbmm(grads[0], scores, k, beta=0, alpha=depth**-0.5, out=grads[0])
-        torch.baddbmm(grads[1], scores.transpose(1, 2), q, beta=0, alpha=depth**-0.5, out=grads[1])
-        return grads.view(3, films, -1, number, depth).permute(1, 3, 0, 2, 4).contiguous()
