@@ -25,7 +25,6 @@ from finetune.resample import Floats
 from finetune.results import write_predictions
 
 CHEXPERT5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-FIELDS = ("sex", "age", "race", "view", "support_devices", "care_unit", "year_group")
 SMALLEST = 20  # a group with fewer studies is not compared
 RACES = {"WHITE": "white", "PORTUGUESE": "white", "BLACK": "black", "HISPANIC": "hispanic", "ASIAN": "asian"}
 
@@ -86,6 +85,13 @@ def fields(table: pd.DataFrame) -> dict[str, pd.Series]:
     return {name: values.astype(object).where(values.notna(), None) for name, values in found.items()}
 
 
+def check_fields(wanted: Sequence[str], table: pd.DataFrame) -> None:
+    """Raises: UserError: a subgroup field that these films do not have."""
+    have = fields(table)
+    if unknown := [field for field in wanted if field not in have]:
+        raise UserError(f"subgroups: no field `{unknown[0]}` here; there are {', '.join(have) or 'none'}")
+
+
 def macros(names: Sequence[str]) -> dict[str, list[str]]:
     """The means over some of the labels that papers report."""
     found = {}
@@ -120,16 +126,10 @@ def score(
 def subgroups(
     on: Scored, wanted: Sequence[str], *, samples: int, seed: int, thresholds: NDArray[np.float64] | None = None
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Rows for each group of each field, and the gaps, the largest of all fields first.
-
-    Raises: UserError: a field that these films do not have.
-    """
-    have = [str(c).removeprefix("by_") for c in on.table if str(c).startswith("by_")]
+    """Rows for each group of each field (see `check_fields`), and the gaps, the largest of all fields first."""
     tables: list[pd.DataFrame] = []
     gaps: list[dict[str, Any]] = []
     for field in wanted:
-        if field not in have:
-            raise UserError(f"subgroups: no field `{field}` here; there are {', '.join(have) or 'none'}")
         values = on.table[f"by_{field}"]
         groups = {str(value): on.only((values == value).to_numpy(dtype=bool)) for value in sorted(set(values.dropna()))}
         for value, part in groups.items():

@@ -22,14 +22,14 @@ from configs import UserError
 from ehr_features.files import read_table
 from finetune import show, transfer
 from finetune.config import ProbeConfig
-from finetune.evaluation import score, scored, subgroups
+from finetune.evaluation import check_fields, score, scored, subgroups
 from finetune.films import Films, check_splits, fraction_rows
 from finetune.frozen import Frozen, describe, film_features, open_any, open_frozen
 from finetune.guard import NOTHING, Seen, check_encoder
 from finetune.learn import Fitted, Learner, grid, on_features, record
 from finetune.metrics import f1_thresholds
 from finetune.results import write_results
-from finetune.shift import in_a_line, shift
+from finetune.shift import in_a_line, shift, sides
 from finetune.sources import open_films, radiologists
 from pretrain import run
 
@@ -57,6 +57,7 @@ def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
         films, store = open_films(config)
     if config.method != "transfer":
         check_splits(films)
+    check_asked(config, films)
     device = str(accelerator.device) if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
     frozen, through = _through(config, films, device, tuned)
     sources = [Path(config.features) / "images.parquet"] if config.features else [Path(config.films.table)]  # type: ignore[union-attr]
@@ -83,6 +84,15 @@ def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
         f"{folder}: results.json, predictions/ ({time.monotonic() - began:.0f} s)\nnext: ./launch.sh report {folder}"
     )
     return folder
+
+
+def check_asked(config: ProbeConfig, films: Films) -> None:
+    """That what is wanted at the end can be given, before hours are spent. Raises: UserError."""
+    check_fields(config.subgroups, films.table)
+    if config.shift is not None:
+        sides(config.shift, films)
+    if config.radiologists is not None:
+        radiologists(config.radiologists, films)
 
 
 def _through(config: ProbeConfig, films: Films, device: str, tuned: bool) -> tuple[Frozen | None, Through]:

@@ -10,7 +10,7 @@ import pytest
 from configs import UserError
 from ehr_features.schema import FINDINGS
 from finetune.config import ProbeConfig
-from finetune.evaluation import Scored, subgroups
+from finetune.evaluation import Scored, check_fields, subgroups
 from finetune.films import fraction_rows, read_films
 from finetune.probe import probe
 from finetune.results import read_predictions, read_results
@@ -75,7 +75,7 @@ def test_subgroups_and_the_largest_gap_of_a_planted_one() -> None:
     each = rows[(rows["subset"] == "sex=F") & (rows["label"] == "macro") & (rows["metric"] == "auroc")].iloc[0]
     assert each["n"] == (sex == "F").sum()
     with pytest.raises(UserError, match="no field `race` here; there are sex, view"):
-        subgroups(Scored(table, y, p, ["a", "b"]), ["race"], samples=0, seed=0)
+        check_fields(["sex", "race"], table.assign(sex=sex, view="AP"))
 
 
 def test_a_view_shortcut_is_caught_by_the_shift(make_world: World) -> None:
@@ -93,6 +93,22 @@ def test_a_view_shortcut_is_caught_by_the_shift(make_world: World) -> None:
     says = read_results(out)[0]["shift"]
     assert says["source"] == ["AP"] and says["target"] == ["PA"]
     assert {"a", "b", "difference", "low", "high", "p"} <= set(says["comparison"][0])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"subgroups": ["sex", "hair"]}, "no field `hair`"),
+        ({"shift": {"field": "view", "target": ["LL"]}}, "no film has view LL"),
+        ({"shift": {}}, "shift.field is missing"),
+        ({"radiologists": "none.csv"}, "none.csv: no such table"),
+    ],
+)
+def test_what_cannot_be_given_at_the_end_is_refused_at_the_start(make_world: World, more: dict, says: str) -> None:
+    folder = make_world()
+    with pytest.raises(UserError, match=says):
+        probe(config(folder, **more))
+    assert not (folder / "runs").exists()
 
 
 def test_a_finding_that_is_there_in_both_views_survives_the_shift(make_world: World) -> None:
