@@ -38,7 +38,8 @@ def plain(block: nn.Module) -> bool:
     if type(block) is not Block or type(block.attn) is not Attention:
         return False
     attn: Any = block.attn
-    return getattr(attn, "gate", None) is None and attn.attn_drop.p == 0 and not block._forward_hooks
+    usual = getattr(attn, "gate", None) is None and attn.attn_drop.p == 0 and not block._forward_hooks
+    return usual and attn.fused_attn  # who asks timm not to fuse wants to see its weights
 
 
 def whole(block: Any, tokens: Tensor) -> Tensor:
