@@ -10,6 +10,7 @@ of one pretraining are one training of it, whatever their seeds.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def paired(
     seed: int = 0,
     same_seeds: bool = False,
     macros: Mapping[str, Sequence[str]] | None = None,
+    drawn: dict[bytes, Any] | None = None,
 ) -> pd.DataFrame:
     """Compare two methods on the same rows.
 
@@ -50,13 +52,23 @@ def paired(
         groups: (N,) subjects.
         same_seeds: run i of `a` and run i of `b` share their seed, and are drawn together.
         macros: means over some labels beside `macro`.
+        drawn: resamples of runs by their digest, read and filled: where one run stands in many pairs.
     Returns: label, metric, a, b (means over runs), difference (a - b), low, high, p (two-sided), p_holm, n, runs_a,
         runs_b, claim (`method` | `one run`); the first row is `macro`.
     """
     y, _, named, group = check(labels, a[0], names, groups)
     num = int(group.max()) + 1
     more = {"samples": samples, "seed": seed, "metrics": [metric], "num_groups": num}
-    found = [[distribution(y, np.asarray(s, np.float64), group, **more) for s in runs] for runs in (a, b)]  # type: ignore[arg-type]
+    drawn = {} if drawn is None else drawn
+
+    def resampled(scores: NDArray[Any]) -> Any:
+        s = np.ascontiguousarray(scores, np.float64)
+        key = hashlib.blake2b(b"".join([y.tobytes(), group.tobytes(), s.tobytes(), repr(more).encode()])).digest()
+        if key not in drawn:
+            drawn[key] = distribution(y, s, group, **more)  # type: ignore[arg-type]
+        return drawn[key]
+
+    found = [[resampled(s) for s in runs] for runs in (a, b)]
     if same_seeds and len(a) != len(b):
         raise UserError(f"same seeds: {len(a)} runs against {len(b)}; wanted one of each for every seed")
     picks = [runs_drawn(len(runs), samples, seed + i * (not same_seeds)) for i, runs in enumerate((a, b))]

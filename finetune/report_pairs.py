@@ -51,8 +51,9 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
     base = reference(able)
     chosen = combinations(names, 2) if len(names) <= FEW else ((base, name) for name in names if name != base)
     found, apart, each = [], [], []
+    drawn: dict[bytes, Any] = {}
     for first, second in chosen:
-        if (table := _compare(able[second], able[first], samples)) is None:
+        if (table := _compare(able[second], able[first], samples, drawn)) is None:
             apart.append(f"{second} and {first}")
         else:
             found.append((second, first, table[table["main"]].iloc[0].to_dict()))
@@ -96,7 +97,9 @@ def reference(able: dict[str, list[Run]]) -> str:
     return max(records, key=lambda name: records[name]) if records else next(iter(able))
 
 
-def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> pd.DataFrame | None:
+def _compare(
+    a: Sequence[Run], b: Sequence[Run], samples: int, drawn: dict[bytes, Any] | None = None
+) -> pd.DataFrame | None:
     """Paired differences of each label on the test rows that all these runs have; None where there are too few."""
     read = [run.by_row for run in (*a, *b) if run.by_row is not None]
     common = common_rows([*a, *b])
@@ -119,7 +122,7 @@ def _compare(a: Sequence[Run], b: Sequence[Run], samples: int) -> pd.DataFrame |
     ]
     together = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
     groups = read[0]["subject_id"].to_numpy()
-    table = paired(labels, *sides, groups=groups, names=names, samples=samples, same_seeds=together)
+    table = paired(labels, *sides, groups=groups, names=names, samples=samples, same_seeds=together, drawn=drawn)
     main = table["label"] == a[0].main
     return table.assign(main=main) if main.any() and np.isfinite(table.loc[main, "difference"]).all() else None
 

@@ -20,6 +20,7 @@ from finetune.report_figures import Scale, tick_text
 from finetune.report_html import Html, interval, number, tag
 from finetune.report_pairs import _compare, methods
 from finetune.report_results import possible
+from finetune.report_training import smooth
 
 ROWS = st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=2, max_size=40).filter(
     lambda rows: 0 < sum(y for y, _ in rows) < len(rows)
@@ -89,6 +90,25 @@ def test_curves_are_drawn_on_the_rows_that_all_runs_scored(report_runs: list[Pat
     table.iloc[:10].to_parquet(few / "predictions" / "test.parquet")
     apart = curves_figure("mortality", read_runs([few, report_runs[0].parent / "medfuse"]))
     assert apart and "share too few rows" in apart
+
+
+def test_a_run_in_many_pairs_is_resampled_once_and_gives_the_same_numbers(report_runs: list[Path]) -> None:
+    runs = {run.name: [run] for run in read_runs(report_runs)}
+    names, drawn = ("pixels", "random", "probe_ehr"), {}  # type: ignore[var-annotated]
+    pairs = [(a, b) for a in names for b in names if a < b]
+    alone = [_compare(runs[a], runs[b], 20) for a, b in pairs]
+    together = [_compare(runs[a], runs[b], 20, drawn) for a, b in pairs]
+    assert len(drawn) == len(names)
+    for one, other in zip(alone, together, strict=True):
+        assert one is not None and other is not None
+        pd.testing.assert_frame_equal(one, other)
+
+
+def test_the_running_median_is_that_of_each_window() -> None:
+    y = np.random.default_rng(0).standard_normal(1234)
+    half = len(y) // 100
+    wanted = [np.median(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]
+    np.testing.assert_allclose(smooth(y), wanted)
 
 
 def test_runs_that_share_no_labels_are_not_compared(report_runs: list[Path]) -> None:
