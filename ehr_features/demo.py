@@ -24,7 +24,7 @@ from ehr_features.demo_truth import NAMES, PHENOTYPES, Outcomes, auroc, sigmoid
 from ehr_features.demo_visits import write_ed
 from ehr_features.files import new_folder, write_json
 
-GENERATOR_VERSION = 2  # raise it with any change of what is written: seeds 1-3 are for tuning, 10 and up for reporting
+GENERATOR_VERSION = 3  # raise it with any change of what is written: seeds 1-3 are for tuning, 10 and up for reporting
 
 Truth = dict[str, Any]
 NOTES = [

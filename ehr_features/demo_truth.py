@@ -41,7 +41,7 @@ NAMES = tuple(FILM)
 DEATH_FILM = {"edema": 1.0, "effusion": 0.9, "consolidation": 0.8, "heart": 0.4, "pneumothorax": 0.4}
 CARRIERS = ("edema", "effusion")  # of risk="change"
 DEATH = {"prevalence": 0.23, "record": 1.75, "film": 1.2, "text": 1.2}
-CHANGE_SD = 0.35  # of a latent amount, between the first and the last film before 48 h
+CHANGE_SD = {"level": 0.35, "change": 0.6}  # by risk: of a latent amount, from the first to the last film before 48 h
 
 # CCS group: prevalence, then weights on r, channels' offsets, drawn amounts, age (per 15 years), male
 PHENOTYPES: dict[int, dict[str, float]] = {
@@ -93,7 +93,7 @@ def draw_film(rng: np.random.Generator, age_z: Array, male: Array, icu: Array, r
     shared = rng.standard_normal((*shape, 1))
     latent = mean + common * shared + np.sqrt(1 - common**2) * rng.standard_normal((*shape, len(NAMES)))
     moves = np.isin(NAMES, ("edema", "consolidation", "effusion", "atelectasis"))
-    change = CHANGE_SD * moves * rng.standard_normal((*shape, len(NAMES)))
+    change = CHANGE_SD[risk] * moves * rng.standard_normal((*shape, len(NAMES)))
     if risk == "change":  # the carriers stand at a middling level, whatever they come from
         carry = np.isin(NAMES, CARRIERS)
         latent = np.where(carry, 0.75 + 0.12 * rng.standard_normal((*shape, len(NAMES))), latent)
