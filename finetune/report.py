@@ -113,8 +113,9 @@ def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
         scored = [(head["value"], run, head) for run, head in heads if head["n"] == most]
         for value, run, head in sorted(scored, key=lambda item: -item[0])[:1]:
             best = report_results.possible(truth, task, str(head["label"]), run)
+            among = f"the highest of {len(scored)} on " if len(scored) > 1 else ""
             what = "macro AUROC" if run.main == "macro" else "AUROC"
-            says = f"{_short(task)}: {what} of {run.name}, the highest of {len(scored)} on {most:,} test rows"
+            says = f"{_short(task)}: {what} of {run.name}, {among}{most:,} test rows"
             of = f"{number(head['low'])}–{number(head['high'])}" + (f" · possible {number(best)}" if best else "")
             tiles.append(
                 tag("div", tag("b", number(value)), tag("span", of, class_="of"), tag("span", says), class_="tile")
@@ -134,6 +135,7 @@ def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
         report_results.overview_figure(task, runs, truth, subset="paired"),
         report_results.overview_figure(task, runs, truth, split="test_radiologist"),
         report_pairs.pairs_figure(task, runs),
+        report_pairs.adds_figure(task, runs),
         report_results.labels_figure(task, runs, truth),
         report_curves.curves_figure(task, runs),
         report_groups.fraction_figure(task, runs),

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from finetune.report_data import Run, plain
 from finetune.report_html import Html, tag
 from finetune.report_names import told
-from finetune.report_results import by_task
+from finetune.report_results import by_task, title
 from finetune.report_training import collapse
 
 FEW = 20  # positives (or negatives) under which an AUROC says little
 FILMS = "shows films: under MIMIC's data use agreement it must not be passed on."
+NAMED = 6  # labels with few positives that a warning names
 CALM = (
     "No warnings: no leak override, no encoder of unknown films, no collapse, enough of both classes for every label."
 )
@@ -79,6 +80,8 @@ def _few(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:
             for label, n, positives in zip(rows["label"], rows["n"], rows["positives"], strict=True):
                 rare = int(min(positives, n - positives))
                 least[label] = min(rare, least.get(label, rare))
-        few = [f"{told(label)} ({count})" for label, count in least.items() if count < FEW]
+        few = sorted((label for label, count in least.items() if count < FEW), key=lambda label: least[label])
         if few:
-            yield False, f"fewer than {FEW} rows of one class in the test split: {', '.join(few)}.", task.capitalize()
+            named = ", ".join(f"{told(label)} ({least[label]})" for label in few[:NAMED])
+            more = f" and {len(few) - NAMED} more of {len(least)} labels" if len(few) > NAMED else ""
+            yield False, f"fewer than {FEW} rows of one class in the test split: {named}{more}.", title(task)

