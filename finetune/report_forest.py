@@ -49,9 +49,10 @@ def forest(
     room = max(max(len(row.name) * LETTER, len(row.remark) * SMALL) for row in rows) + 18
     left = min(room, 290 if wide else 128)
     letters = int((left - 8) / LETTER)
+    right = (170 if chance == 0 else 148) if wide else 66 if any(row.says for row in rows) else 40
     values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
     values += [row.best for row in rows if row.best is not None] + ([chance] if chance is not None else [])
-    x = Scale(*span([values], pad=0.04), left, width - ((170 if chance == 0 else 148) if wide else 40))
+    x = Scale(*span([values], pad=0.04), left, width - right)
     pages: list[list[tuple[Row, float]]] = [[]]
     for row in rows:
         tall = max(len(row.points) * step, 17 * len(_wrap(row.name, letters)) + 17 * bool(row.remark or row.says))
@@ -90,9 +91,9 @@ def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: 
 
 
 def _wrap(name: str, letters: int) -> list[str]:
-    """A name in one or two lines; what is longer still loses its middle, as its end tells seeds apart."""
+    """A name in up to three lines; what is longer still loses its middle, as its end tells seeds apart."""
     lines = textwrap.wrap(name, letters, break_long_words=False) if len(name) > letters else [name]
-    if len(lines) > 2 or any(len(line) > letters + 2 for line in lines):
+    if len(lines) > 3 or any(len(line) > letters + 2 for line in lines):
         lines = [f"{name[: (letters - 1) // 2]}…{name[-(letters // 2) :]}"]
     return lines
 

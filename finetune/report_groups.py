@@ -15,7 +15,7 @@ from finetune.report_figures import Frame, Series, legend, panel
 from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, number, table, tag
 from finetune.report_names import metric
-from finetune.report_results import SIDE_BY_SIDE, key_of, lacking
+from finetune.report_results import OWN, SIDE_BY_SIDE, key_of, lacking
 
 BANDS = 4  # lines up to which bands can be told apart
 
@@ -111,23 +111,25 @@ def _groups_figure(
     """A block for each subset, in it a line for each run; None where there is none but the first."""
     if len(subsets) < 2:
         return None
-    shown = list(runs)[:SIDE_BY_SIDE]
+    able = [(i, run) for i, run in enumerate(runs) if any(run.headline(subset=s) for s in subsets[1:])]
+    shown = able[:SIDE_BY_SIDE]
     rows, cells = [], []
     for subset in filter(None, subsets):
-        points, remark = [], ""
-        for i, run in enumerate(shown):
+        points, remarks = [], set()
+        for i, run in shown:
             row = run.headline(subset=subset)
             if row is None:
                 continue
             points.append((i, row["value"], row["low"], row["high"]))
-            remark = f"{row['n']:,} rows" if is_macro(run.main) else f"{row['positives']:,} of {row['n']:,}"
+            remarks.add(f"{row['n']:,} rows" if is_macro(run.main) else f"{row['positives']:,} of {row['n']:,}")
             auroc = interval(row["value"], row["low"], row["high"])
             cells.append([subset, run.name, auroc, row["n"], row["positives"]])
         if points:
+            remark = remarks.pop() if len(remarks) == 1 else OWN
             rows.append(Row(_group(subset), points, remark, strong=subset == "all"))
     if not rows:
         return None
-    names = {i: run.name for i, run in enumerate(shown)}
+    names = {i: run.name for i, run in shown}
     shared = legend(list(names.items())) if len(names) > 1 else None
     drawing = join([shared, both_widths(lambda width: forest(rows, names, width))])
     numbers = frame(pd.DataFrame(cells, columns=["group", "run", "AUROC", "n", "positives"]))

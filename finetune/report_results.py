@@ -17,6 +17,7 @@ from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, table
 from finetune.report_names import told
 
+OWN = "of each its own rows"  # in place of counts, where the runs' differ
 SIDE_BY_SIDE = 8  # runs in one block of a forest
 CAUTION = (
     "Each run on its test split, with 95% intervals over subjects. One interval above another does not show that two "
@@ -140,7 +141,7 @@ def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html
     rows, cells = [], []
     means = [label for label in dict.fromkeys(str(x) for run in runs for x in run.rows["label"]) if is_macro(label)]
     for label in [*means, *names_of]:
-        points, remark = [], ""
+        points, remarks = [], set()
         for i, run in enumerate(runs):
             row = run.row(label)
             if row is None:
@@ -151,8 +152,9 @@ def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html
             )
             if run in shown:
                 points.append((i, row["value"], row["low"], row["high"]))
-                remark = remark if is_macro(label) else f"{row['positives']:,.0f} of {row['n']:,.0f}"
+                remarks |= set() if is_macro(label) else {f"{row['positives']:,.0f} of {row['n']:,.0f}"}
         if points:
+            remark = remarks.pop() if len(remarks) == 1 else OWN if remarks else ""
             rows.append(Row(told(label), points, remark, possible(truth, task, label, runs[0]), strong=is_macro(label)))
     if not rows:
         return None
