@@ -130,7 +130,7 @@ def _groups_figure(
     if not rows:
         return None
     names = {i: run.name for i, run in shown}
-    shared = legend(list(names.items())) if len(names) > 1 else None
+    shared = legend(list(names.items())) if len(runs) > 1 else None
     drawing = join([shared, both_widths(lambda width: forest(rows, names, width))])
     numbers = frame(pd.DataFrame(cells, columns=["group", "run", "AUROC", "n", "positives"]))
     return figure(key, heading, drawing, caption + lacking(rows), join([more, numbers]), note=note)

@@ -17,7 +17,7 @@ from finetune.report_forest import Row, forest
 from finetune.report_html import Html, both_widths, figure, frame, interval, join, table
 from finetune.report_names import told
 
-OWN = "of each its own rows"  # in place of counts, where the runs' differ
+OWN = "counts differ"  # in place of counts, where the runs' differ
 SIDE_BY_SIDE = 8  # runs in one block of a forest
 CAUTION = (
     "Each run on its test split, with 95% intervals over subjects. One interval above another does not show that two "

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from configs import UserError
 from finetune.report_data import Run, find_runs, read_run
@@ -29,9 +30,9 @@ def show(folder: str | Path, console: Console | None = None) -> None:
     for path in find_runs([folder]):
         name = path.relative_to(folder).as_posix() if path != Path(folder) else path.name
         try:
-            table.add_row(*cells(read_run(path, name), broad))
+            table.add_row(*map(Text, cells(read_run(path, name), broad)))  # brackets in names are no markup
         except UserError as error:
-            table.add_row(name, f"[yellow]damaged: {error}[/]")
+            table.add_row(Text(name), Text(f"damaged: {error}", "yellow"))
     console.print(table)
 
 

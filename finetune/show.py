@@ -10,6 +10,7 @@ import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from finetune.films import Films
 
@@ -26,7 +27,7 @@ def plan(config: ProbeConfig, films: Films, name: str) -> str:
 
 def table(rows: pd.DataFrame, title: str) -> None:
     """The test split, all subjects, the largest fraction; then the macros of the other subsets and fractions."""
-    grid = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    grid = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("label", "AUROC", "95% interval", "AUPRC", "prevalence", "n", "positive"):
         grid.add_column(name, justify="left" if name == "label" else "right", no_wrap=name != "label")
     largest = rows["fraction"].max()
@@ -53,11 +54,11 @@ def _row(grid: Table, name: str, part: pd.DataFrame) -> None:
     auroc = by["auroc"]
     counts = (f"{auroc['n']:,}", f"{auroc['positives']:,}")
     if np.isnan(auroc["value"]):
-        grid.add_row(name, "-", str(auroc["reason"]).partition(":")[0], "", "", *counts)
+        grid.add_row(Text(name), "-", str(auroc["reason"]).partition(":")[0], "", "", *counts)
         return
     interval = f"{auroc['low']:.3f} - {auroc['high']:.3f}" if not np.isnan(auroc["low"]) else "-"
     numbers = [f"{by[m]['value']:.3f}" for m in ("auprc", "prevalence")]
-    grid.add_row(name, f"{auroc['value']:.3f}", interval, *numbers, *counts)
+    grid.add_row(Text(name), f"{auroc['value']:.3f}", interval, *numbers, *counts)
 
 
 def notes(more: Mapping[str, Any]) -> list[str]:

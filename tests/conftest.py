@@ -5,6 +5,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from ehr_features.files import write_json
+from finetune.report_screenshot import browser
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +43,18 @@ WORDS = [
     "fever",
 ]
 WORDS += ["fall", "chest", "pain", "heart", "rate"]
+
+
+@pytest.fixture(scope="session")
+def chromium() -> ModuleType:
+    """tests/chromium.py."""
+    if browser() is None:
+        pytest.skip("no Chromium here")
+    spec = importlib.util.spec_from_file_location("chromium", Path(__file__).with_name("chromium.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -94,6 +95,23 @@ def test_features_to_report_on_synthetic_input(house: Path, run: Path) -> None:
     command("finetune", "report", run, probe, fused, phenotypes, "--out", report)
     page = report.read_text(encoding="utf-8")
     assert page.count("<svg") >= 3 and "medfuse" in page
+
+
+@pytest.mark.browser
+def test_the_report_of_these_runs_opens_on_a_page_and_on_a_phone(
+    house: Path, run: Path, tmp_path: Path, chromium: Any
+) -> None:
+    inputs = [f"features={house / 'features'}", f"store={house / 'store'}", f"encoder={run}"]
+    probe, page = house / "runs/probe_seen", tmp_path / "report.html"
+    command("finetune", "probe", CONFIGS / "probe_linear.yaml", *inputs, f"out={probe}", *QUICK_PROBE)
+    command("finetune", "report", run, probe, "--with-films", "--out", page)
+    _, console, asked = chromium.visit(page, tmp_path / "profile", 1280)
+    assert not console and not asked
+    for width in (1280, 390):
+        seen = chromium.measure(page, tmp_path / f"profile{width}", width)
+        figures = {figure["id"]: figure for figure in seen["figures"]}
+        assert seen["wide"] <= width and {"figure-flow", "figure-labels-findings", "figure-map-ehr"} <= set(figures)
+        assert all(f["drawn"] and f["marks"] and f["right"] <= width for f in figures.values())
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-import html as markup
-import json
-import re
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.report import report
-from finetune.report_screenshot import FLAGS, browser, screenshot
+from finetune.report_screenshot import browser, screenshot
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(browser() is None, reason="no Chromium here")]
-
-REQUEST = re.compile(r'"initiator":"([^"]+)".*?"url":"([^"]+)"')
-MEASURE = """<script>
-const drawn = "svg, img, ol.flow, ul.bars, .scroll, summary";
-const seen = [...document.querySelectorAll("figure, .card")].map(f => {
-  const boxes = [...f.querySelectorAll(drawn)].map(e => e.getBoundingClientRect());
-  const shown = boxes.filter(b => b.width > 100 && b.height > 15);
-  return {id: f.id, drawn: shown.length, right: Math.max(0, ...shown.map(b => b.right)), height: f.offsetHeight,
-          marks: f.querySelectorAll("svg .mark, svg .line, .bar i, td, img").length};
-});
-const out = parent.document.createElement("pre");
-out.id = "measured";
-out.textContent = JSON.stringify({figures: seen, width: innerWidth, wide: document.documentElement.scrollWidth});
-parent.document.body.append(out);
-</script>"""
-
-
-def visit(page: Path, profile: Path, width: int) -> tuple[str, list[str], list[str]]:
-    """The page's final markup, its console messages, and what it asked for beside itself."""
-    log = profile / "net.json"
-    profile.mkdir(parents=True, exist_ok=True)
-    flags = [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},900", f"--log-net-log={log}"]
-    flags += ["--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
-    done = subprocess.run(
-        [str(browser()), *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    text = log.read_text(encoding="utf-8", errors="replace")
-    asked = {url for who, url in REQUEST.findall(text) if who != "not an origin"}  # that is Chromium's own
-    return done.stdout, console, sorted(asked)
-
-
-def measure(page: Path, profile: Path, width: int) -> dict:
-    """Sizes of all figures at a window's width. The page's policy forbids scripts, so a copy without it is measured."""
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
-    inside = markup.escape(text.replace("</body>", f"{MEASURE}</body>"))
-    copy = profile.with_suffix(".html")  # a frame, since a window cannot be as narrow as a phone
-    copy.write_text(f'<body><iframe srcdoc="{inside}" width="{width}" height="900" frameborder="0"></iframe></body>')
-    dom, _, _ = visit(copy, profile, width + 100)
-    found = re.search(r'<pre id="measured">(.*?)</pre>', dom, re.S)
-    assert found, "the measuring script did not run"
-    return json.loads(markup.unescape(found[1]))
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +18,21 @@ def page(report_runs: list[Path]) -> Path:
     return report(report_runs, report_runs[0].parents[1] / "browser.html")
 
 
-def test_the_page_opens_without_error_or_request(page: Path, tmp_path: Path) -> None:
-    dom, console, asked = visit(page, tmp_path / "profile", 1280)
+def test_the_page_opens_without_error_or_request(page: Path, tmp_path: Path, chromium: Any) -> None:
+    dom, console, asked = chromium.visit(page, tmp_path / "profile", 1280)
     assert "figure-overview-findings" in dom and not console and not asked
 
 
-def test_a_fault_would_be_seen(tmp_path: Path) -> None:
+def test_a_fault_would_be_seen(tmp_path: Path, chromium: Any) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text("<script>console.error('x')</script><img src='http://example.invalid/a.png'>", encoding="utf-8")
-    _, console, asked = visit(bad, tmp_path / "profile", 1280)
+    _, console, asked = chromium.visit(bad, tmp_path / "profile", 1280)
     assert console and asked == ["http://example.invalid/a.png"]
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_every_figure_is_drawn_and_fits(page: Path, tmp_path: Path, width: int) -> None:
-    seen = measure(page, tmp_path / "profile", width)
+def test_every_figure_is_drawn_and_fits(page: Path, tmp_path: Path, width: int, chromium: Any) -> None:
+    seen = chromium.measure(page, tmp_path / "profile", width)
     assert seen["width"] == width and seen["wide"] <= width, "the page scrolls sideways"
     assert len(seen["figures"]) > 12
     for figure in seen["figures"]:

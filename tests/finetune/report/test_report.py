@@ -151,6 +151,7 @@ def test_the_list_of_runs_has_their_numbers_and_no_colours_when_piped(
 def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "whole", {})
     (make_run(tmp_path / "broken", {}) / "results.json").write_text("{", encoding="utf-8")
+    make_run(tmp_path / "lr=[bold]", {})
     show(tmp_path)
     printed = capsys.readouterr().out
-    assert "damaged" in printed and "whole" in printed
+    assert "damaged" in printed and "whole" in printed and "lr=[bold]" in printed
