@@ -13,20 +13,34 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from ehr_features import schema
+from configs import UserError
+from ehr_features import channels, events, schema
+from ehr_features.audit_films import (
+    ENDED,
+    SLACK_HOURS,
+    TIMES,
+    check_ended,
+    check_films,
+    check_history,
+    check_stay_films,
+    check_times,
+)
 from ehr_features.audit_runs import check_runs
-from ehr_features.audit_series import check_series
+from ehr_features.audit_series import DECLARED, FITTED, KNOWN, check_carried, check_known, check_series
+from ehr_features.audit_series import READ as RAW_EVENTS
+from ehr_features.config import FeaturesConfig
 from ehr_features.files import read_json, read_table
 from ehr_features.notes_audit import audit_notes, is_notes, split_folders
+from ehr_features.source import Source, open_source
 from ehr_features.splits import SPLITS
-from ehr_features.verdict import PROVED, UNKNOWN, Verdict, decide
+from ehr_features.verdict import PROVED, UNKNOWN, Verdict, cannot, decide
 
 LABEL_GROUPS = ("finding", "phenotype", "outcome")
 ORDER = ("study", "admission", "discharge")
-SLACK_HOURS = 1e-6
+RAW = (*RAW_EVENTS, "icustays")
+HOURS = "samples are predicted when their task says"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,10 +77,59 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     verdicts.append(check_films(stays, images, samples))
     if films:
         verdicts.append(check_stay_films(stays, images, read_table(features, "stay_films")))
-        verdicts.append(check_history(images))
-    verdicts += check_series(features, stays)
+        verdicts.append(check_history(stays, images))
     verdicts.append(check_inputs(features))
+    try:
+        config = _built_with(features)
+    except UserError as error:
+        unsaid = (HOURS, DECLARED, FITTED, KNOWN, TIMES, *((ENDED,) if films else ()))
+        verdicts += [check_carried(features), *(cannot(claim, str(error)) for claim in unsaid)]
+        return verdicts + check_runs(runs, subjects.drop_duplicates())
+    verdicts.append(check_hours(stays, samples, config))
+    verdicts += check_series(features, stays, config)
+    try:
+        source = _same_source(features, config)
+    except UserError as error:
+        verdicts += [cannot(c, str(error).splitlines()[0]) for c in (KNOWN, TIMES, *((ENDED,) if films else ()))]
+    else:
+        verdicts += [check_known(features, source, config), check_times(source, stays, images)]
+        verdicts += [check_ended(source, images)] if films else []
     return verdicts + check_runs(runs, subjects.drop_duplicates())
+
+
+def _built_with(features: Path) -> FeaturesConfig:
+    """The config that a folder was built with. Raises: UserError: it is not said, or not valid."""
+    try:
+        config = FeaturesConfig(**read_json(features / "provenance.json")["config"])
+        channels.read_channels(config.channels)
+        return config
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"provenance.json does not say how the folder was built ({str(error).splitlines()[0]})"
+        raise UserError(why) from None
+
+
+def _same_source(features: Path, config: FeaturesConfig) -> Source:
+    """The raw tables, if they are still those of the build. Raises: UserError: they are not."""
+    source = open_source(config)
+    held = {one["table"]: one for one in read_json(features / "provenance.json")["sources"].values()}
+    for name in {*held, *RAW}:
+        now = events.fingerprint(source.files[name]) if name in source.files else {}
+        if not now or any(held.get(name, {}).get(key) != value for key, value in now.items()):
+            raise UserError(f"{source.files.get(name, name)} is not the file that the features were built from")
+    return source
+
+
+def check_hours(stays: pd.DataFrame, samples: dict[str, pd.DataFrame], config: FeaturesConfig) -> Verdict:
+    """Each sample is predicted when its task says, and while its stay lasts."""
+    bad, rows = {}, 0
+    for name, table in samples.items():
+        timed = table[table["predict_at_hours"].notna()].merge(stays[["stay_id", "los_hours"]], "left", "stay_id")
+        at, rows = timed["predict_at_hours"], rows + len(timed)
+        late = ~(at <= timed["los_hours"] + 10 * SLACK_HOURS)
+        if name in ("mortality", "phenotypes_early"):
+            late |= at != config.landmark_hours
+        bad[f"samples of {name} that are predicted at another hour"] = int(late.sum())
+    return decide(HOURS, bad, f"{rows} samples with a prediction time")
 
 
 def _no_images() -> pd.DataFrame:
@@ -86,60 +149,11 @@ def check_splits(tables: dict[str, pd.DataFrame]) -> Verdict:
     return decide("no subject is in two splits", bad, proof)
 
 
-def check_films(stays: pd.DataFrame, images: pd.DataFrame, samples: dict[str, pd.DataFrame]) -> Verdict:
-    """No sample has a film from after its prediction, or of somebody else."""
-    timed = [t[t["predict_at_hours"].notna()].assign(task=name) for name, t in samples.items()]
-    all_ = pd.concat(timed) if timed else pd.DataFrame(columns=["task", *schema.SAMPLES])
-    paired = all_[all_["dicom_id"].notna()]
-    at = paired.merge(images[["dicom_id", "subject_id", "taken_at"]], "left", "dicom_id", suffixes=("", "_film"))
-    at = at.merge(stays[["stay_id", "subject_id", "intime", "outtime"]], "left", "stay_id", suffixes=("", "_stay"))
-    hours = (pd.to_datetime(at["taken_at"]) - pd.to_datetime(at["intime"])).dt.total_seconds() / 3600
-    bad = {
-        "films from after their sample's prediction": int((hours > at["predict_at_hours"] + SLACK_HOURS).sum()),
-        "films from before their stay": int((hours < -SLACK_HOURS).sum()),
-        "films of another subject": int((at["subject_id_film"] != at["subject_id"]).sum()),
-        "samples of another subject's stay": int((at["subject_id_stay"] != at["subject_id"]).sum()),
-        "films without a time": int(hours.isna().sum()),
-    }
-    proof = f"{len(all_)} samples of {len(timed)} tasks, {len(paired)} with a film"
-    return decide("no film is from after its sample's prediction", bad, proof)
-
-
-def check_stay_films(stays: pd.DataFrame, images: pd.DataFrame, stay_films: pd.DataFrame) -> Verdict:
-    """The films of stays stand at their own hour, in their own stay."""
-    at = stay_films.merge(images[["dicom_id", "subject_id", "taken_at"]], "left", "dicom_id")
-    at = at.merge(stays[["stay_id", "subject_id", "intime", "los_hours"]], "left", "stay_id", suffixes=("", "_stay"))
-    hours = (pd.to_datetime(at["taken_at"]) - pd.to_datetime(at["intime"])).dt.total_seconds() / 3600
-    near = np.isclose(hours, at["hours_from_intime"], atol=1e-3)
-    bad = {
-        "films at another hour than they were taken": int((~near).sum()),
-        "films of another subject": int((at["subject_id"] != at["subject_id_stay"]).sum()),
-    }
-    return decide("films of stays stand at the hour they were taken", bad, f"{len(at)} films of stays")
-
-
-def check_history(images: pd.DataFrame) -> Verdict:
-    """What a film's row says of the past is of the past: arrivals, triage, earlier studies."""
-    hours = [c for c in schema.IMAGES if c.startswith("hours_since_")]
-    triage = [c for c, s in schema.IMAGES.items() if s.group == "ed_triage"]
-    unborn = images["hours_since_ed_arrival"].isna() | (images["hours_since_ed_arrival"] < 0)
-    began = images.groupby(["subject_id", "study_id"])["taken_at"].min()
-    rank = began.groupby("subject_id").rank(method="min") - 1
-    told = images.loc[unborn, triage].notna().any(axis=1)
-    earlier = images.set_index(["subject_id", "study_id"])["num_prior_studies"]
-    bad = {
-        "arrivals or studies from after the film": int((images[hours] < 0).any(axis=1).sum()),
-        "films with the triage of a visit that had not begun": int(told.sum()),
-        "films with more earlier studies than there are": int((earlier > rank.reindex(earlier.index)).sum()),
-    }
-    return decide("triage, arrivals and earlier studies are from before the film", bad, f"{len(images)} films")
-
-
 def check_inputs(features: Path) -> Verdict:
     """No label among the columns that models read, and no column said to be known earlier than it is."""
     described = read_json(features / "schema.json")
     ours = {"stays": schema.STAYS, "images": schema.IMAGES, "stay_films": schema.STAY_FILMS}
-    early = unknown = columns = 0
+    early = moved = unknown = columns = 0
     labels = set(schema.FINDINGS)
     for table, said in described.items():
         known = ours.get(table, schema.SAMPLES)
@@ -147,6 +161,7 @@ def check_inputs(features: Path) -> Verdict:
         labels |= {c for c, about in said.items() if about["group"] in LABEL_GROUPS}
         for name, about in said.items():
             if name in known:
+                moved += about["group"] != known[name].group
                 early += ORDER.index(about["available_at"]) < ORDER.index(known[name].available_at)
             else:  # a label of a task
                 unknown += about["group"] not in LABEL_GROUPS
@@ -154,6 +169,7 @@ def check_inputs(features: Path) -> Verdict:
     bad = {
         "labels among the columns of the series": len(labels & {c.removeprefix("mask->") for c in series}),
         "columns said to be known earlier than they are": int(early),
+        "columns said to be of another group than they are": int(moved),
         "columns of samples that are neither keys nor labels": int(unknown),
     }
     late = {c for said in described.values() for c, about in said.items() if about["available_at"] == "discharge"}

@@ -10,6 +10,7 @@ count.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +27,39 @@ from ehr_features import channels, events, medfuse, series
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import batches, hold
 from ehr_features.files import read_json
-from ehr_features.source import Source, open_source
-from ehr_features.verdict import Verdict, cannot, decide
+from ehr_features.source import Source
+from ehr_features.verdict import Verdict, decide
 
 KNOWN = "no vital sign or laboratory value is from after its hour"
 FILLED = "values that were not observed are carried forward, never back"
+DECLARED = "the series are of the declared variables, and of nothing else"
 FITTED = "the normaliser is fitted on train only"
 READ = ("chartevents", "labevents")
 
 
-def check_series(features: Path, stays: pd.DataFrame) -> list[Verdict]:
-    """Verdicts on series.safetensors and series.json.
+def check_series(features: Path, stays: pd.DataFrame, config: FeaturesConfig) -> list[Verdict]:
+    """Verdicts on series.safetensors and series.json that need no raw table."""
+    about, layout = read_json(features / "series.json"), _layout(config)
+    wanted = [*layout.values, *layout.observed]
+    other = sum(ours != theirs for ours, theirs in zip_longest(about["columns"], wanted))
+    declared = decide(DECLARED, {"columns that are not the declared ones": other}, f"{len(wanted)} columns")
+    return [check_carried(features), declared, _fitted(_file(features), about, layout, stays)]
 
-    Args:
-        stays: stays.parquet.
-    Raises: UserError: a file is missing or damaged.
-    """
-    about, path = read_json(features / "series.json"), features / "series.safetensors"
+
+def _file(features: Path) -> Path:
+    path = features / "series.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; build the features again")
-    verdicts = [_carried(path, about)]
-    try:
-        config = FeaturesConfig(**read_json(features / "provenance.json")["config"])
-        declared = channels.read_channels(config.channels)
-    except (KeyError, ValueError) as error:
-        why = f"provenance.json does not say how the folder was built ({str(error).splitlines()[0]})"
-        return [*verdicts, cannot(FITTED, why), cannot(KNOWN, why)]
-    layout = (medfuse if config.preset == "medfuse" else series).layout(declared)
-    verdicts.append(_fitted(path, about, layout, stays))
-    try:
-        source = _same_source(features, config)
-    except UserError as error:
-        return [*verdicts, cannot(KNOWN, str(error).splitlines()[0])]
-    return [*verdicts, _known(path, layout, source, config, declared)]
+    return path
 
 
-def _carried(path: Path, about: dict[str, Any], chunk: int = 2_000) -> Verdict:
+def _layout(config: FeaturesConfig) -> series.Layout:
+    return (medfuse if config.preset == "medfuse" else series).layout(channels.read_channels(config.channels))
+
+
+def check_carried(features: Path, chunk: int = 2_000) -> Verdict:
+    """What was not observed is the value before it, or the normal value."""
+    path, about = _file(features), read_json(features / "series.json")
     normal, of = np.array(about["imputation"]["normal"], np.float32), np.array(about["observed_of"])
     wrong = cells = 0
     with safe_open(path, "numpy") as file:
@@ -87,21 +85,9 @@ def _fitted(path: Path, about: dict[str, Any], layout: series.Layout, stays: pd.
     return decide(FITTED, {"means or deviations that are not those of train": bad}, f"{int(train.sum())} train stays")
 
 
-def _same_source(features: Path, config: FeaturesConfig) -> Source:
-    """The raw tables, if they are still those of the build. Raises: UserError: they are not."""
-    source = open_source(config)
-    held = {one["table"]: one for one in read_json(features / "provenance.json")["sources"].values()}
-    for name in (*READ, "icustays"):
-        now = events.fingerprint(source.files[name]) if name in source.files else {}
-        if any(held.get(name, {}).get(key) != value for key, value in now.items()) or name not in held:
-            raise UserError(f"{source.files.get(name, name)} is not the file that the features were built from")
-    return source
-
-
-def _known(
-    path: Path, layout: series.Layout, source: Source, config: FeaturesConfig, declared: tuple[channels.Channel, ...]
-) -> Verdict:
+def check_known(features: Path, source: Source, config: FeaturesConfig) -> Verdict:
     """Every observed value has its event, known by the end of its hour."""
+    path, layout, declared = _file(features), _layout(config), channels.read_channels(config.channels)
     with safe_open(path, "numpy") as file:
         stay_ids, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
         values, observed = file.get_tensor("values"), file.get_tensor("observed") == 1

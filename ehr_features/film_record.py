@@ -43,7 +43,7 @@ def add_record(source: Source, films: ibis.Table) -> ibis.Table:
     Returns: the same rows with the columns that schema.IMAGES lists; null where the record does not say.
     """
     n = films.count().execute()
-    steps = (_person, _stay, _emergency, _earlier_admissions, _by_date, _findings)
+    steps = (_person, _stay, _emergency, earlier_admissions, _by_date, _findings)
     films = held(source, earlier_studies(films))
     for step in steps:  # one after the other: engines plan a dozen joins at once badly
         films = held(source, step(source, films), instead_of=films)
@@ -130,7 +130,7 @@ def earlier_studies(films: ibis.Table) -> ibis.Table:
     ).drop("previous")
 
 
-def _earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
+def earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
     """Number and diagnoses of the subject's admissions that had ended when the film was taken."""
     ended = source.table("admissions").select("subject_id", "hadm_id", "dischtime")
     timed = films.select("dicom_id", "subject_id", "taken_at")

@@ -154,6 +154,51 @@ def _studies_that_come_later(images: pd.DataFrame) -> None:
     images.loc[0, "num_prior_studies"] += 1
 
 
+def _mortality_at_three_days(samples: pd.DataFrame) -> None:
+    samples["predict_at_hours"] = 72.0
+
+
+def _films_two_days_early(folder: Path) -> None:
+    images, films = (pd.read_parquet(folder / f"{t}.parquet") for t in ("images", "stay_films"))
+    late = films[films["hours_from_intime"] > 50].iloc[0]
+    images.loc[images["dicom_id"] == late["dicom_id"], "taken_at"] -= pd.Timedelta(hours=48)
+    films.loc[films["dicom_id"] == late["dicom_id"], "hours_from_intime"] -= 48
+    images.to_parquet(folder / "images.parquet")
+    films.to_parquet(folder / "stay_films.parquet")
+
+
+def _stays_an_hour_late(stays: pd.DataFrame) -> None:
+    stays["intime"] += pd.Timedelta(hours=1)
+
+
+def _own_diagnoses(images: pd.DataFrame) -> None:
+    images.loc[images.index[images["num_prior_admissions"] == 0][0], "prior_phenotypes"] = "108 131"
+
+
+def _admission_that_has_not_ended(images: pd.DataFrame) -> None:
+    images.loc[images["num_prior_admissions"].notna(), "num_prior_admissions"] += 1
+
+
+def _stay_that_is_to_come(folder: Path) -> None:
+    images, stays = (pd.read_parquet(folder / f"{t}.parquet") for t in ("images", "stays"))
+    outside = images[images["stay_id"].isna()].merge(stays, on="subject_id", suffixes=("", "_of"))
+    early = outside[outside["taken_at"] < outside["intime"]].iloc[0]
+    images.loc[images["dicom_id"] == early["dicom_id"], ["stay_id", "in_icu"]] = [early["stay_id_of"], 1]
+    images.to_parquet(folder / "images.parquet")
+
+
+def _film_after_its_stay(stay_films: pd.DataFrame) -> None:
+    stay_films.loc[0, "hours_from_intime"] = 5000.0
+
+
+def _another_column(about: dict[str, Any]) -> None:
+    about["columns"][5] = "hours_until_discharge"
+
+
+def _finding_called_sex(tables: dict[str, Any]) -> None:
+    tables["images"]["Pneumonia"]["group"] = "sex"
+
+
 LEAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "films of a test subject in train": (change("images", _films_of_a_test_subject_in_train), "no subject is in two"),
     "samples of a subject in another split": (
@@ -173,6 +218,18 @@ LEAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an outcome said to be known": (change_json("schema.json", _outcome_said_to_be_known), "no finding, phenotype or"),
     "a normaliser fitted on all": (_fitted_on_all, "the normaliser is fitted on train only"),
     "triage of a visit to come": (change("images", _triage_before_arrival), "triage, arrivals and earlier studies"),
+    "a prediction moved to a later hour": (
+        change("samples/mortality", _mortality_at_three_days),
+        "when their task says",
+    ),
+    "films moved to an earlier day": (_films_two_days_early, "times of the raw tables"),
+    "stays that begin later": (change("stays", _stays_an_hour_late), "times of the raw tables"),
+    "diagnoses of this admission": (change("images", _own_diagnoses), "had ended before the film"),
+    "an admission that goes on": (change("images", _admission_that_has_not_ended), "had ended before the film"),
+    "a stay that is to come": (_stay_that_is_to_come, "triage, arrivals and earlier studies"),
+    "a film from after its stay": (change("stay_films", _film_after_its_stay), "films of stays stand at the hour"),
+    "a column that nobody declared": (change_json("series.json", _another_column), "of the declared variables"),
+    "a finding called sex": (change_json("schema.json", _finding_called_sex), "no finding, phenotype or outcome"),
     "studies that come later": (change("images", _studies_that_come_later), "triage, arrivals and earlier studies"),
 }
 
