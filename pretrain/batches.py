@@ -23,8 +23,9 @@ from ehr_features.files import read_table
 from pretrain.config import FilmsConfig
 from pretrain.msn import Batch
 from pretrain.notes import TextSource, text_columns
+from pretrain.partners import Partners
 from pretrain.preprocess import Preprocess
-from pretrain.views import Plan, Views, cut, draw, draw_keep, film_keys, mask_cells, turn, uniforms
+from pretrain.views import Plan, Views, cut, draw, draw_keep, draw_noise, film_keys, mask_cells, turn, uniforms
 
 if TYPE_CHECKING:
     from pretrain.store import Store
@@ -132,42 +133,6 @@ def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> t
     return keep, left_out
 
 
-class Partners:
-    """For each film another of the same study, or of the same subject within some days; itself where there is none.
-
-    The other is of the same split, whatever the table says of its subject.
-    """
-
-    def __init__(self, table: pd.DataFrame, by: str, max_days: float | None) -> None:
-        columns = ["split", "subject_id", *(["study_id"] if by == "study" else [])]
-        codes = table.groupby(columns, sort=False, dropna=False).ngroup().to_numpy()
-        self.order = np.argsort(codes, kind="stable")
-        self.start = np.searchsorted(codes[self.order], codes, "left")
-        self.end = np.searchsorted(codes[self.order], codes, "right")
-        taken = pd.to_datetime(table["taken_at"])
-        self.days = ((taken - taken.min()) / pd.Timedelta(days=1)).to_numpy(np.float64)
-        self.max_days = max_days
-
-    def __call__(self, rows: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """rows (B,) -> partners (B,), drawn by u (B,) in [0, 1)."""
-        return np.array([self._one(int(row), x) for row, x in zip(rows, u, strict=True)])
-
-    def count(self) -> int:
-        """Films that have another."""
-        return sum(len(self._others(row)) > 0 for row in range(len(self.order)))
-
-    def _others(self, row: int) -> np.ndarray:
-        others = self.order[self.start[row] : self.end[row]]
-        others = others[others != row]
-        if self.max_days is not None:
-            others = others[np.abs(self.days[others] - self.days[row]) <= self.max_days]
-        return others
-
-    def _one(self, row: int, u: float) -> int:
-        others = self._others(row)
-        return int(others[int(u * len(others))]) if len(others) else row
-
-
 @dataclasses.dataclass(frozen=True)
 class Cutter:
     """From films to the views of a step.
@@ -189,7 +154,7 @@ class Cutter:
     seed: int
 
     def plan(self, keys: np.ndarray, side: int, epoch: int) -> dict[str, Any]:
-        """Boxes and kept patches of a batch (small tensors)."""
+        """Boxes, kept patches and noise of a batch, on the CPU."""
         kinds = {"target": self.target, "random": self.random, "focal": self.focal}
         plans: dict[str, Any] = {k: draw(v, keys, side, self.seed, epoch, k) for k, v in kinds.items() if v.count}
         for kind, views in kinds.items():
@@ -198,6 +163,10 @@ class Cutter:
                 patches = (views.size // self.patch) ** 2
                 arguments = (views.count, patches, self.mask_ratio, self.seed, epoch, f"{kind} mask")
                 plans[f"{kind} keep"] = draw_keep(keys, *arguments)
+                if not self.is_vit and self.fill == "noise":
+                    plans[f"{kind} noise"] = draw_noise(
+                        keys, views.count, views.size, self.seed, epoch, f"{kind} noise"
+                    )
         return plans
 
     def cut(self, raw: dict[str, Any]) -> Batch:
@@ -217,11 +186,21 @@ class Cutter:
                 continue
             views, keep = self._views(films, plans[kind], turned), plans.get(f"{kind} keep")
             if keep is not None and not self.is_vit:
-                views = mask_cells(views, keep, self.patch, self.fill, raw["keys"], self.seed, raw["epoch"])
+                views = mask_cells(views, keep, self.patch, self._filler(views, plans.get(f"{kind} noise"), len(films)))
                 keep = None
             anchors.append(views)
             keeps.append(keep)
         return Batch(target, anchors, keeps, raw.get("static"))
+
+    def _filler(self, views: Tensor, noise: Tensor | None, number: int) -> Tensor:
+        """What stands in masked cells: noise, the next film of this process's batch, or the mean, which is 0."""
+        if noise is not None:
+            return noise
+        return (
+            views.unflatten(0, (-1, number)).roll(1, dims=1).flatten(0, 1)
+            if self.fill == "film"
+            else views.new_zeros(1)
+        )
 
     def _views(self, films: Tensor, plan: Plan, turned: Tensor | None = None) -> Tensor:
         mean = std = None

@@ -13,10 +13,11 @@ from timm.layers import convert_sync_batchnorm
 from configs import UserError
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.batches import Cutter, Films, Partners, Steps
+from pretrain.batches import Cutter, Films, Steps
 from pretrain.config import PretrainConfig, ViewsConfig
 from pretrain.msn import MSN, Record
 from pretrain.notes import TextSource
+from pretrain.partners import Partners
 from pretrain.preprocess import Preprocess
 from pretrain.store import Store
 from pretrain.views import Views
@@ -116,6 +117,8 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
     for name, side in (("encoder.image_size", size), ("views.focal_size", config.views.focal_size)):
         if encoder.is_vit and side % patch:
             raise UserError(f"{name} {side} is not whole patches of {patch} px; e.g. {round(side / patch) * patch}")
+    if not encoder.is_vit and config.mask.cell > size:
+        raise UserError(f"mask.cell {config.mask.cell} is more than encoder.image_size {size}: nothing could be masked")
     if store.size < size:
         raise UserError(
             f"{store.folder}: its films are {store.size} px, encoder.image_size is {size}, and enlarging adds nothing; "

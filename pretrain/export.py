@@ -147,10 +147,12 @@ def export(
     if card is not None and probe is not None:
         card = card.replace(NO_RESULTS, probe_table(read_json(Path(probe) / "results.json")))
     if branch == "anchor":
+        target = f"the target branch after {encoder.meta.get('step')} steps"
         _fill_from_anchor(encoder, source)
-        card = None if card is None else card.replace("the target branch", "the anchor branch")
+        card = card and card.replace(target, f"the anchor branch after {encoder.meta['step']} steps")
     meta = encoder.meta | {"branch": branch}
     if in_chans is not None and in_chans != meta["in_chans"]:
+        before = meta["in_chans"]
         state, said = to_channels(encoder.net.state_dict(), in_chans)
         meta |= {"in_chans": in_chans}
         preprocess = dataclasses.replace(encoder.preprocess, in_chans=in_chans)
@@ -159,7 +161,8 @@ def export(
             preprocess=preprocess, pool=meta["pool"],
         )  # fmt: skip
         encoder.net.load_state_dict(state)
-        card = None if card is None else f"{card}\nExported with {said}.\n"
+        if card is not None:
+            card = card.replace(f"{before} channel(s)", f"{in_chans} channel(s)") + f"\nExported with {said}.\n"
     encoder.meta = meta
     if form == "timm":
         return encoders.save(out, encoder, card=card)

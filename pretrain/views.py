@@ -198,14 +198,20 @@ def _change(views: Tensor, changes: Tensor, bends: bool) -> Tensor:
     return views.pow_(gamma) if bends else views
 
 
-def mask_cells(views: Tensor, keep: Tensor, cell: int, fill: str, keys: np.ndarray, seed: int, epoch: int) -> Tensor:
-    """Mask the input of a network without tokens: cells of `cell` pixels that are not kept are filled.
+def draw_noise(keys: np.ndarray, num_views: int, size: int, seed: int, epoch: int, purpose: str) -> Tensor:
+    """(V*B, 1, size, size) of N(0, 1), drawn on the CPU, so that it is the same wherever the views are cut."""
+    seeds = (uniforms(keys, 1, seed, epoch, purpose)[:, 0] * 2**53).astype(np.int64).tolist()
+    films = [torch.randn(num_views, 1, size, size, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(films, dim=1).flatten(0, 1)
+
+
+def mask_cells(views: Tensor, keep: Tensor, cell: int, filler: Tensor) -> Tensor:
+    """Mask the input of a network without tokens: in cells of `cell` pixels that are not kept stands the filler.
 
     Args:
         views: (V*B, C, H, W), normalised, view-major.
         keep: (V*B, n) indices of kept cells, row by row.
-        fill: `noise`: N(0, 1), the same in all channels; `mean`: 0; `film`: the next film of the batch.
-        keys: (B,) film keys, which seed the noise.
+        filler: whatever broadcasts to the views: noise, other films, their mean (0).
     Source: cells of 32 px and noise: arXiv:2309.12757; the ratio and the other fills are choices.
     """
     rows, columns = views.shape[2] // cell, views.shape[3] // cell
@@ -213,18 +219,4 @@ def mask_cells(views: Tensor, keep: Tensor, cell: int, fill: str, keys: np.ndarr
     kept = kept.scatter_(1, keep, True).view(-1, 1, rows, columns)
     kept = kept.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
     kept = F.pad(kept, (0, views.shape[3] - kept.shape[3], 0, views.shape[2] - kept.shape[2]), value=True)
-    if fill == "mean":
-        return views * kept
-    by_view = views.unflatten(0, (-1, len(keys)))  # (V, B, C, H, W)
-    if fill == "film":
-        filler = by_view.roll(1, dims=1).flatten(0, 1)
-    else:
-        seeds = (uniforms(keys, 1, seed, epoch, "noise")[:, 0] * 2**53).astype(np.int64).tolist()
-        shape = (len(by_view), 1, *views.shape[2:])
-        noise = [torch.randn(shape, generator=_generator(views.device, s), device=views.device) for s in seeds]
-        filler = torch.stack(noise, dim=1).flatten(0, 1).to(views.dtype)
     return torch.where(kept, views, filler)
-
-
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)

@@ -21,7 +21,12 @@ TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 def source(tmp_path):
     """A run folder: target weights in encoder/, anchor weights in a checkpoint."""
     encoder = enc.create("vit_tiny_patch16_224", image_size=32, model_args=TINY)
-    enc.save(tmp_path / "run/encoder", encoder, {"step": 5}, card=f"Weights: the target branch.\n{NO_RESULTS}")
+    enc.save(
+        tmp_path / "run/encoder",
+        encoder,
+        {"step": 5},
+        card=f"1 channel(s)\nWeights: the target branch after 5 steps.\n{NO_RESULTS}",
+    )
     (tmp_path / "run/checkpoints").mkdir()
     anchor = {f"anchor.net.{key}": value + 1 for key, value in encoder.net.state_dict().items()}
     run.save_checkpoint(tmp_path / "run", {"model": anchor}, 7)
@@ -31,6 +36,8 @@ def source(tmp_path):
 def test_three_channels_see_a_gray_film_as_one_does(source, tmp_path):
     out = export(source, tmp_path / "colour", in_chans=3)
     one, three = enc.load(source / "encoder"), enc.load(out)
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "3 channel(s)" in card and "from 1 to 3 channels" in card
     meta = enc.read_meta(out)
     net = timm.create_model(meta["arch"], num_classes=0, in_chans=3, **meta["model_args"]).eval()
     net.load_state_dict(load_file(out / "encoder.safetensors"))
@@ -45,7 +52,7 @@ def test_the_anchor_comes_from_the_checkpoint(source, tmp_path):
     target, anchor = enc.load(source / "encoder"), enc.load(out)
     torch.testing.assert_close(anchor.net.cls_token, target.net.cls_token + 1)
     assert anchor.meta["branch"] == "anchor" and anchor.meta["step"] == 7
-    assert "the anchor branch" in (out / "MODEL_CARD.md").read_text()
+    assert "the anchor branch after 7 steps" in (out / "MODEL_CARD.md").read_text()
 
 
 def test_the_card_takes_the_probes_numbers(source, tmp_path):

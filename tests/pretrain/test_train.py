@@ -22,6 +22,7 @@ from pretrain import batches as bt
 from pretrain import build, loader, run, train
 from pretrain import encoder as enc
 from pretrain.config import ImagesConfig, PretrainConfig
+from pretrain.partners import Partners
 from pretrain.run import load_checkpoint
 from pretrain.store import Store, pack
 
@@ -293,10 +294,10 @@ def test_partners_are_of_the_same_study_or_subject_in_time():
     rows = np.arange(5)
     for u in np.linspace(0, 0.999, 7):
         draws = np.full(5, u)
-        assert bt.Partners(table, "study", None)(rows, draws).tolist() == [1, 0, 2, 3, 4]
-        near = bt.Partners(table, "patient", 7)(rows, draws)
+        assert Partners(table, "study", None)(rows, draws).tolist() == [1, 0, 2, 3, 4]
+        near = Partners(table, "patient", 7)(rows, draws)
         assert near[0] in (1, 2) and near[2] in (0, 1) and near[3] == 3 and near[4] == 4
-        assert bt.Partners(table, "patient", None)(rows, draws)[3] in (0, 1, 2)
+        assert Partners(table, "patient", None)(rows, draws)[3] in (0, 1, 2)
 
 
 @pytest.mark.parametrize("positives", ["study", "patient"])
@@ -449,7 +450,7 @@ def test_going_on_draws_the_same_drop_path(data, tmp_path, monkeypatch):
 def test_pairs_never_cross_splits_and_are_counted(data, tmp_path):
     table = pd.DataFrame({"split": ["train", "val", "train"], "study_id": 1, "subject_id": 1, "taken_at": "2150-01-01"})
     for by in ("study", "patient"):
-        partners = bt.Partners(table, by, None)
+        partners = Partners(table, by, None)
         assert partners(np.arange(3), np.full(3, 0.5)).tolist() == [2, 1, 0] and partners.count() == 2
     folder = train.train(config(data, tmp_path / "x", "optim.steps=1", "films.positives=patient", "films.max_days=8"))
     assert "pairs: 15 of 15 films have another of their patient" in (folder / "log.txt").read_text()

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain import views as vw
+from pretrain.batches import Cutter
+from pretrain.preprocess import Preprocess
 
 KEYS = vw.film_keys([f"film-{i}" for i in range(6)])
 
@@ -112,24 +114,41 @@ def test_at_least_one_patch_stays():
     assert vw.draw_keep(KEYS, 1, 4, 0.99, 0, 0, "mask").shape == (6, 1)
 
 
-@pytest.mark.parametrize("fill", ["noise", "mean", "film"])
-def test_masked_cells_are_filled_and_others_untouched(fill):
+def test_masked_cells_are_filled_and_others_untouched():
     views = torch.arange(2 * 6 * 64 * 64, dtype=torch.float32).view(12, 1, 64, 64) / 1e3 + 5
     keep = vw.draw_keep(KEYS, 2, 4, 0.5, 0, 0, "mask")
-    masked = vw.mask_cells(views, keep, 32, fill, KEYS, 0, 0)
     kept = torch.zeros(12, 4, dtype=torch.bool).scatter_(1, keep, True).view(12, 1, 2, 2)
     kept = kept.repeat_interleave(32, 2).repeat_interleave(32, 3)
-    torch.testing.assert_close(masked[kept], views[kept], rtol=0, atol=0)
-    filled = masked[~kept]
-    if fill == "mean":
-        assert (filled == 0).all()
-    elif fill == "noise":
-        assert abs(filled.mean()) < 0.05 and abs(filled.std() - 1) < 0.05
-        again = vw.mask_cells(views, keep, 32, fill, KEYS, 0, 0)
-        torch.testing.assert_close(again, masked, rtol=0, atol=0)
+    noise = vw.draw_noise(KEYS, 2, 64, 0, 0, "noise")
+    for filler in (noise, views.roll(1, 0), torch.zeros(1)):
+        masked = vw.mask_cells(views, keep, 32, filler)
+        torch.testing.assert_close(masked[kept], views[kept], rtol=0, atol=0)
+        torch.testing.assert_close(masked[~kept], filler.expand_as(views)[~kept], rtol=0, atol=0)
+
+
+def test_noise_is_normal_and_each_films_own():
+    noise = vw.draw_noise(KEYS, 2, 64, 0, 0, "noise")
+    assert noise.shape == (12, 1, 64, 64) and abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    torch.testing.assert_close(noise[[4, 10]], vw.draw_noise(KEYS[4:5], 2, 64, 0, 0, "noise"), rtol=0, atol=0)
+    assert not torch.allclose(noise[0], noise[1]) and not torch.allclose(noise[0], noise[6])
+
+
+@pytest.mark.parametrize("fill", ["noise", "mean", "film"])
+def test_every_fill_of_a_convolutional_net(fill):
+    crop = vw.Views(1, 64, (1.0, 1.0), ratio=(1.0, 1.0))
+    preprocess = Preprocess(64, "dataset", 0.0, 1.0)
+    cutter = Cutter(crop, crop, vw.Views(0, 32, (1, 1)), preprocess, 32, False, 0.5, False, fill, 0)
+    flat = torch.arange(10, 70, 10, dtype=torch.uint8)[:, None, None].expand(6, 64, 64).contiguous()
+    batch = cutter.cut({"films": flat, "plans": cutter.plan(KEYS, 64, 0), "keys": KEYS, "epoch": 0})
+    cells = batch.anchors[0].unflatten(2, (2, 32)).unflatten(4, (2, 32)).mean(dim=(1, 3, 5)).flatten(1)  # (B, 4)
+    own = flat[:, 0, 0].float()[:, None] / 255
+    untouched = (cells - own).abs() < 1e-6
+    assert untouched.sum(dim=1).tolist() == [2] * 6 and batch.keep == [None]
+    filled, other = cells[~untouched].view(6, 2), own.roll(1, 0).expand(6, 2)
+    if fill == "noise":
+        assert filled.abs().max() < 0.2 and filled.unique().numel() == 12
     else:
-        other = views.unflatten(0, (2, 6)).roll(1, 1).flatten(0, 1)
-        torch.testing.assert_close(filled, other[~kept])
+        torch.testing.assert_close(filled, other if fill == "film" else torch.zeros(6, 2))
 
 
 def test_black_films_stay_finite():
