@@ -5,6 +5,7 @@ Comes in: icustays, admissions, patients. Goes out: a row per stay of the cohort
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,9 +34,9 @@ class Attrition:
         Args:
             table: what the rows are of. why: the reason, for a reader. ids: of the rows that fell out.
         """
-        gone = sorted({i.item() if isinstance(i, np.generic) else i for i in ids})
+        gone = {i.item() if isinstance(i, np.generic) else i for i in ids}
         entry = {"table": table, "why": why, "before": int(before), "after": int(after), "num_ids": len(gone)}
-        self.exclusions.append(entry | {"ids": gone[:LISTED]})
+        self.exclusions.append(entry | {"ids": heapq.nsmallest(LISTED, gone)})
 
     def note(self, what: str, value: Any) -> None:
         """Record a number that excludes nothing."""

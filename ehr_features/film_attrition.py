@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ibis
+import pyarrow as pa
 from ibis import _
-
-from ehr_features.films import ids_of
 
 if TYPE_CHECKING:
     from ehr_features.cohort import Attrition
@@ -30,33 +29,31 @@ def note_links(linked: ibis.Table, intervals: Mapping[str, ibis.Table], attritio
         linked: dicom_id, subject_id, taken_at, and KEY, KEY_candidates of each kind.
         intervals: KEY -> subject_id, KEY, start, end: what there was to be linked to.
     """
-    films = linked.select("dicom_id", "subject_id", "taken_at", *(c for k in intervals for c in (k, f"{k}_candidates")))
     for key, spans in intervals.items():
-        name, table = (
-            NAMES[key],
-            f"films with a link to a {NAMES[key]}".replace("a ICU", "an ICU").replace("a em", "an em"),
-        )
+        name, article = NAMES[key], "a" if key == "hadm_id" else "an"
+        table = f"films with a link to {article} {name}"
         known = spans.filter(_.end >= _.start).select("subject_id").distinct().mutate(known=ibis.literal(True))
-        rows = films.left_join(known, "subject_id").select(
+        rows = linked.left_join(known, "subject_id").select(
             "dicom_id",
             timed=_.taken_at.notnull(),
             known=_.known.fill_null(False),
             linked=_[key].notnull(),
             several=(_[f"{key}_candidates"] > 1).fill_null(False),
         )
-        left = rows.count().execute()
+        films = rows.to_pyarrow()
+        ids = films["dicom_id"]
+        timed, known_, linked_, several = (films[c].to_numpy() for c in ("timed", "known", "linked", "several"))
+        left = len(films)
         for why, gone in (
-            ("no time of its own", ~rows.timed),
-            (f"the subject has no {name}", rows.timed & ~rows.known),
-            (f"taken outside of every {name} of the subject", rows.timed & rows.known & ~rows.linked),
+            ("no time of its own", ~timed),
+            (f"the subject has no {name}", timed & ~known_),
+            (f"taken outside of every {name} of the subject", timed & known_ & ~linked_),
         ):
-            ids = ids_of(rows.filter(gone).dicom_id)
-            attrition.add(table, why, left, left - len(ids), ids)
-            left -= len(ids)
-        ids = ids_of(rows.filter(rows.several).dicom_id)
-        attrition.add(
-            table, f"ambiguous: several {name}s fit equally; the one that began last is taken", left, left, ids
-        )
+            num = int(gone.sum())
+            attrition.add(table, why, left, left - num, ids.filter(pa.array(gone)).to_pylist())
+            left -= num
+        why = f"ambiguous: several {name}s fit equally; the one that began last is taken"
+        attrition.add(table, why, left, left, ids.filter(pa.array(several)).to_pylist())
 
 
 def note_files(films: ibis.Table, root: str, attrition: Attrition) -> None:
