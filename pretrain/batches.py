@@ -87,7 +87,9 @@ def select_films(
     if "prior_diagnoses" in groups:
         columns += [c for c in _column_names(features) if c.startswith("prior_phenotype_")]
     table = read_table(features, "images", columns).sort_values("dicom_id", ignore_index=True)
-    encoded = [static.encode(table, [group], preset=preset)[:2] for group in groups]
+    encoded = [_encode(table, group, preset, f"{features}/images.parquet") for group in groups]
+    if twice := int(table["dicom_id"].duplicated().sum()):
+        raise UserError(f"{features}/images.parquet: {twice} dicom_ids stand twice; build the features again")
     keep, left_out = _kept(table, store, films, seed)
     about = None
     if text is not None:
@@ -103,6 +105,17 @@ def select_films(
         left_out=left_out,
         text=about,
     )
+
+
+def _encode(table: pd.DataFrame, group: str, preset: str, source: str) -> tuple[np.ndarray, list[str]]:
+    try:
+        return static.encode(table, [group], preset=preset)[:2]
+    except UserError:
+        raise
+    except (ValueError, TypeError):  # its words would quote a patient's value
+        raise UserError(
+            f"{source}: a column of EHR group `{group}` holds values of another type; is it ours?"
+        ) from None
 
 
 def _column_names(features: str | Path) -> list[str]:

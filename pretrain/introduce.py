@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ehr_features.files import new_file
@@ -38,6 +39,9 @@ def introduce(log: run.Log, config: PretrainConfig, steps: Steps, msn: MSN, plan
             f"note: the loss of each of {o.accumulate} parts by itself is an approximation: Sinkhorn, the mean entropy "
             "and batch norm see a part of the batch only"
         )
+    groups = np.array(films.column_groups, dtype=object)
+    if same := [g for g in films.available_at if (films.static[:, groups == g] == films.static[0, groups == g]).all()]:
+        log.say(f"warning: of EHR group {', '.join(same)} all films have the same: it tells the anchor nothing")
     if config.trackers:
         accelerator.init_trackers("pretrain", config=_flat(config.model_dump(mode="json")))
 

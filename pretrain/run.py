@@ -75,7 +75,7 @@ def open_run(
                 stale.unlink()  # left by a process that was killed: the lock is ours
         given = config.model_dump(mode="json")
         digests = {Path(s).as_posix(): file_digest(s) for s in sources if Path(s).is_file()}
-        if (folder / "config.yaml").exists():
+        if (folder / "config.yaml").exists() and _begun(folder):
             _same_config(folder, given, {"out", *may_differ})
             _same_sources(folder, digests)
         else:
@@ -95,6 +95,13 @@ def _no_stranger(folder: Path) -> None:
             raise UserError(
                 f"{folder}: not a run folder; it holds {', '.join(foreign[:5])}. Choose another with out=..."
             )
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is anything to go on with: not if all that a run did was to say what is wrong."""
+    before = {"config.yaml", "provenance.json", "log.txt", "checkpoints", "seen_subjects.parquet"}
+    held = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
+    return bool(held - before) or any(folder.glob("checkpoints/*.pt"))
 
 
 def _same_config(folder: Path, given: dict[str, Any], free: set[str]) -> None:

@@ -60,6 +60,7 @@ def test_a_run_folder_holds_config_and_provenance(tmp_path: Path) -> None:
 def test_the_same_config_goes_on_and_another_is_refused_by_key(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     run.open_run(folder, Config(out="a"), may_differ=["workers"])
+    run.Log(folder).log({"train/loss": 1.0}, 1)
     run.open_run(folder, Config(out="b", workers=9), may_differ=["workers"])
     with pytest.raises(UserError) as error:
         run.open_run(folder, Config(seed=7, optim=Inner(lr=0.5)))
@@ -68,10 +69,20 @@ def test_the_same_config_goes_on_and_another_is_refused_by_key(tmp_path: Path) -
     assert "workers" not in says
 
 
+def test_a_run_that_never_began_makes_way_for_a_mended_config(tmp_path: Path) -> None:
+    run.open_run(tmp_path / "x", Config(seed=1))
+    run.open_run(tmp_path / "x", Config(seed=2))
+    assert "seed: 2" in (tmp_path / "x/config.yaml").read_text()
+    run.save_checkpoint(tmp_path / "x", {"a": torch.zeros(1)}, 1)
+    with pytest.raises(UserError, match="seed: 2 there, 3 now"):
+        run.open_run(tmp_path / "x", Config(seed=3))
+
+
 def test_a_changed_input_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "table.csv"
     source.write_text("1")
     run.open_run(tmp_path / "x", Config(), sources=[source])
+    run.Log(tmp_path / "x").log({"train/loss": 1.0}, 1)
     os.utime(source, (1, 1))  # another time, the same content
     run.open_run(tmp_path / "x", Config(), sources=[source])
     source.write_text("2")
@@ -89,7 +100,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
-    run.open_run(tmp_path / "x", Config())
+    run.Log(run.open_run(tmp_path / "x", Config())).log({"train/loss": 1.0}, 1)
     (tmp_path / "x/config.yaml").write_text("[")
     with pytest.raises(UserError, match=r"config\.yaml: damaged"):
         run.open_run(tmp_path / "x", Config())

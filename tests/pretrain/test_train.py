@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,11 +168,23 @@ def test_a_convolutional_net_trains_with_masked_input(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(data, tmp_path):
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_encoder_gives_the_losses_of_a_plain_one(data, tmp_path):
+    less = {"views": {"num_focal": 0}, "encoder": {**SMALL["encoder"], "model_args": {"embed_dim": 24, "depth": 1}}}
+    less["encoder"]["model_args"]["num_heads"] = 2
+    plain = losses(train.train(config(data, tmp_path / "a", "optim.steps=3", **less)))
+    assert losses(train.train(config(data, tmp_path / "b", "optim.steps=3", "compile=true", **less))) == pytest.approx(
+        plain, rel=1e-4
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_give_the_losses_of_one(data, tmp_path, accumulate):
     """Without batch norm, whose statistics are local on a CPU, nothing else depends on the number of processes."""
     layer = {"head": {**SMALL["head"], "norm": "layer"}}
     one = losses(train.train(config(data, tmp_path / "one", **layer)))
-    config(data, tmp_path / "two", **layer)
+    config(data, tmp_path / "two", **layer, optim={**SMALL["optim"], "accumulate": accumulate})
     launch = [sys.executable, "-m", "configs.launch", "--processes", "2", "--", "pretrain", "train"]
     done = subprocess.run(
         [*launch, str(tmp_path / "two.yaml"), "--processes", "2"],
@@ -547,3 +560,23 @@ def test_changed_notes_are_another_run(data, tmp_path, write_notes, word_encoder
     write_notes({**TOLD, "f00": "nothing"})
     with pytest.raises(UserError, match="input has changed"):
         train.train(config(data, tmp_path / "a", **sections))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.assign(age_years="old"), "EHR group `age` holds values of another type"),
+        (lambda t: pd.concat([t, t.head(3)]), "3 dicom_ids stand twice"),
+        (lambda t: t.drop(columns="age_years"), "columns missing: age_years"),
+        (lambda t: t.assign(age_years=np.nan), None),
+    ],
+)
+def test_odd_tables_are_named(data, tmp_path, change, says):
+    shutil.copytree(data / "features", tmp_path / "features")
+    change(pd.read_parquet(data / "features/images.parquet")).to_parquet(tmp_path / "features/images.parquet")
+    settings = config(data, tmp_path / "x", "ehr.groups=[sex,age]", "optim.steps=1", f"features={tmp_path}/features")
+    if says is None:
+        assert "warning: of EHR group age all films have the same" in (train.train(settings) / "log.txt").read_text()
+    else:
+        with pytest.raises(UserError, match=says):
+            train.train(settings)
