@@ -116,12 +116,7 @@ def _ranges(
     mine = hold(source.con, "audited", pa.table({"stay_id": stay_ids}))
     stays = source.table("icustays").semi_join(mine, "stay_id").distinct()
     window = stays.select("stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds())
-    items = {i for preset in ("default", "medfuse") for i in channels.item_ids(declared, preset)}
-    subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
-    # the same selection as the build's, so that its cache serves
-    from ehr_features.labels import CODE_STATUS
-
-    found = events.cached(source, items | set(CODE_STATUS), set(subjects), config.cache_folder)
+    found = events.selected(source, declared, config.cache_folder)
     columns = ["stay_id", "itemid", "value", "valuenum", "seconds", "left", "stored", "unstored"]
     published = config.preset == "medfuse"
     both = [_timed(found[name][0], window, name == "labevents", by_clock=published).select(*columns) for name in READ]

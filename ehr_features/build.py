@@ -1,8 +1,8 @@
 """Raw tables -> features/: every step in order.
 
 Comes in: a FeaturesConfig. Goes out: the folder of features, written aside and renamed when it is complete. The
-events and the unnormalised series are kept in the cache folder under a key of what they depend on, so that a changed
-config redoes only what depends on it, and an unchanged one nothing.
+events, the linked films and the unnormalised series are kept in the cache folder under a key of what they depend on,
+so that a changed config redoes only what depends on it, and an unchanged one nothing.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from ehr_features import (
 )
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import hold, named_by_the_engine
-from ehr_features.files import code_digest, digest, file_digest, new_folder, provenance, read_json, write_json
+from ehr_features.files import code_digest, digest, file_digest, new_file, new_folder, provenance, read_json, write_json
 from ehr_features.schema import FOR_NOTES
-from ehr_features.source import Source, open_source, roots
+from ehr_features.source import EVENTS, Source, open_source, roots
 
 NO_EFFECT = {"out", "cache", "memory", "threads"}  # keys that change no result
 
@@ -82,13 +82,13 @@ def build(config: FeaturesConfig) -> Path:
     with steps("choosing the stays"):
         stays = cohort.stays(source, config.preset, attrition)
     with steps("reading the events"):
-        found = _events(source, declared, config)
+        found = events.selected(source, declared, config.cache_folder)
     with steps("binning the series"):
         binned, fates = series_file.cached(source, found, stays, declared, config)
     columns = medfuse.layout(declared) if config.preset == "medfuse" else series.layout(declared)
     with new_folder(out) as part:
         with steps("linking the films"):
-            films = _films(source, attrition, config)
+            films = _films(source, attrition, config, prints)
             split = _split(source, stays, films, config)
             stays = stays.join(split, "subject_id")
             stay_films = None if films is None else linking.stay_films(films, stays)
@@ -128,21 +128,28 @@ def _extra_files(config: FeaturesConfig) -> list[str]:
     return [file_digest(path) for path in named if path is not None and path.is_file()]
 
 
-def _events(
-    source: Source, declared: tuple[channels.Channel, ...], config: FeaturesConfig
-) -> dict[str, tuple[ir.Table, int]]:
-    """The events of both presets' items and of all ICU subjects: independent of preset and cohort, so filtered once."""
-    items = {i for preset in ("default", "medfuse") for i in channels.item_ids(declared, preset)}
-    subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
-    return events.cached(source, items | set(labels.CODE_STATUS), set(subjects), config.cache_folder)
-
-
-def _films(source: Source, attrition: cohort.Attrition, config: FeaturesConfig) -> ir.Table | None:
+def _films(
+    source: Source, attrition: cohort.Attrition, config: FeaturesConfig, prints: Mapping[str, Any]
+) -> ir.Table | None:
+    """Every film with its links and its record, from the cache if what they depend on has not changed."""
     if config.mimic_cxr is None:
         return None
-    films = linking.link_films(source, attrition, preset=config.preset, ed_tolerance_hours=config.ed_tolerance_hours)
+    read = {source.files[name]: stat for name, stat in prints.items() if name not in EVENTS}
+    code = code_digest("film*.py", "linking.py", "phenotypes.*", "source.py", "schema.py", "engine.py")
+    key = digest([read, config.preset, config.ed_tolerance_hours, config.engine, code])
+    path = config.cache_folder / f"films-{key}.parquet"
+    facts = path.with_suffix(".json")
+    if not (path.is_file() and facts.is_file()):
+        own = cohort.Attrition()
+        films = linking.link_films(source, own, preset=config.preset, ed_tolerance_hours=config.ed_tolerance_hours)
+        films = film_record.add_record(source, films)
+        with new_file(path) as part:
+            pq.write_table(films.to_pyarrow(), part, compression="zstd")
+        write_json(facts, own.as_json())
+    attrition.extend(read_json(facts))
+    films = source.con.read_parquet(str(path))
     film_attrition.note_files(films, config.mimic_cxr, attrition)
-    return film_record.add_record(source, films)
+    return films
 
 
 def _split(source: Source, stays: ir.Table, films: ir.Table | None, config: FeaturesConfig) -> ir.Table:

@@ -42,6 +42,11 @@ class Attrition:
         """Record a number that excludes nothing."""
         self.counts[what] = value.item() if isinstance(value, np.generic) else value
 
+    def extend(self, found: dict[str, Any]) -> None:
+        """Add what another one counted, as its `as_json` gives it."""
+        self.exclusions += found["exclusions"]
+        self.counts |= found["counts"]
+
     def as_json(self) -> dict[str, Any]:
         return {"exclusions": self.exclusions, "counts": self.counts}
 

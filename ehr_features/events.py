@@ -19,10 +19,20 @@ import fsspec
 import ibis.expr.types as ir
 import pyarrow as pa
 
+from ehr_features.channels import Channel, item_ids
 from ehr_features.engine import hold, readable
 from ehr_features.files import digest, new_file, new_folder, write_json
 from ehr_features.schema import READ
 from ehr_features.source import EVENTS, Source
+
+CODE_STATUS = (223758, 228687)
+
+
+def selected(source: Source, declared: tuple[Channel, ...], folder: Path) -> dict[str, tuple[ir.Table, int]]:
+    """The events of both presets' items and of all ICU subjects: whatever preset and cohort, so filtered once."""
+    items = {i for preset in ("default", "medfuse") for i in item_ids(declared, preset)}
+    subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
+    return cached(source, items | set(CODE_STATUS), set(subjects), folder)
 
 
 def cached(

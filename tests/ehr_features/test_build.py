@@ -99,6 +99,22 @@ def test_urls_give_the_same_features(tmp_path, with_films, protocol):
         filesystem.rm("/remote", recursive=True)
 
 
+def test_films_are_linked_again_only_when_what_they_depend_on_has_changed(tmp_path, with_films, monkeypatch):
+    raw, one = with_films
+    roots = {key: str(raw / name) for key, name in FOLDERS.items()}
+    keys = roots | {"out": tmp_path / "two", "cache": one.with_name("features.cache"), "memory": "800MB"}
+    monkeypatch.setattr(build.linking, "link_films", lambda *a, **k: pytest.fail("the films were linked again"))
+    two = build.build(FeaturesConfig(**keys, tasks=["mortality"], seed=1))
+    ours, theirs = (read_table(folder, "images").drop(columns="split") for folder in (one, two))
+    pd.testing.assert_frame_equal(ours, theirs)
+    told = [json.loads((folder / "attrition.json").read_text()) for folder in (one, two)]
+    assert told[0]["counts"]["linking"] == told[1]["counts"]["linking"]
+    linked = [[e for e in t["exclusions"] if e["table"].startswith("films")] for t in told]
+    assert linked[0] == linked[1] and len(linked[0]) > 5
+    with pytest.raises(pytest.fail.Exception, match="linked again"):
+        build.build(FeaturesConfig(**keys, ed_tolerance_hours=24))
+
+
 def test_an_edit_within_a_second_that_keeps_the_size_is_seen(tmp_path, frames, write, config):
     first = build.build(config(mimic_iv=str(write(tmp_path / "a", frames, suffix=".csv"))))
     before = series.load(first, normalise=False)
