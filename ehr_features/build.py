@@ -38,10 +38,11 @@ from ehr_features import (
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import hold, named_by_the_engine
 from ehr_features.files import code_digest, digest, file_digest, new_file, new_folder, provenance, read_json, write_json
+from ehr_features.remote import fingerprint
 from ehr_features.schema import FOR_NOTES
 from ehr_features.source import EVENTS, Source, open_source, roots
 
-NO_EFFECT = {"out", "cache", "memory", "threads"}  # keys that change no result
+NO_EFFECT = {"out", "cache", "memory", "threads", "storage"}  # keys that change no result
 
 
 class Steps:
@@ -69,7 +70,7 @@ def build(config: FeaturesConfig) -> Path:
     steps = Steps()
     with steps("opening the tables"):
         source = open_source(config)
-        prints = {name: events.fingerprint(path) for name, path in source.files.items()}
+        prints = {name: fingerprint(path) for name, path in source.files.items()}
         used = {k: v for k, v in config.model_dump(mode="json").items() if k not in NO_EFFECT}
         key = digest([used, prints, _extra_files(config), code_digest("*.py", "*.yaml", "*.csv")])
     if is_current(out, key):

@@ -13,7 +13,7 @@ from configs import UserError
 from ehr_features import channels, release
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import named_by_the_engine, readable
-from ehr_features.events import fingerprint
+from ehr_features.remote import fingerprint
 from ehr_features.schema import READ
 from ehr_features.source import Source, check_columns, open_source, roots
 

@@ -13,6 +13,7 @@ from configs import Settings
 Task = Literal[
     "mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay", "findings"
 ]  # each writes samples/TASK.parquet
+Storage = dict[str, dict[str, str | int | float | bool]]  # see ehr_features/remote.py
 
 
 def _memory(text: str) -> str:
@@ -51,6 +52,7 @@ class FeaturesConfig(Settings):
     engine: Literal["duckdb", "pyspark"] = "duckdb"
     memory: Annotated[str, AfterValidator(_memory)] = "4GB"
     threads: Annotated[int, Field(ge=1)] = 2
+    storage: Storage = {}  # of URLs: protocol -> options of its file system, e.g. {gs: {requester_pays: my-project}}
 
     @model_validator(mode="after")
     def _consistent(self) -> FeaturesConfig:

@@ -108,7 +108,7 @@ def readable(path: str) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
     except OSError as error:
-        if error.errno is not None:  # pyarrow's complaints about bytes have no number
+        if error.errno is not None or "://" in path:  # pyarrow's complaints about bytes have no number
             raise
         raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
 

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import ibis.expr.types as ir
 import pyarrow as pa
 
 from ehr_features.channels import Channel, item_ids
 from ehr_features.engine import hold, readable
 from ehr_features.files import digest, new_file, new_folder, write_json
+from ehr_features.remote import explained, fingerprint
 from ehr_features.schema import READ
 from ehr_features.source import EVENTS, Source
 
@@ -56,7 +56,7 @@ def _one(source: Source, name: str, items: list[int], subjects: list[int], folde
     path, facts = folder / f"{name}-{key}.parquet", folder / f"{name}-{key}.json"
     if not (path.exists() and facts.is_file()):
         table = _kept(source, name, items, subjects)
-        with readable(source.files[name]), progress(source.con, f"reading {name} (once)"):
+        with explained(path_), readable(path_), progress(source.con, f"reading {name} (once)"):
             rows = _write(source, table, path)
         write_json(facts, {"rows_read": rows})
     return source.con.read_parquet(str(path)), json.loads(facts.read_text())["rows_read"]
@@ -92,16 +92,6 @@ def _rows_scanned(profile: Any) -> int:
             found.append(int(profile.get("intermediate_rows", 0)))
         found += [_rows_scanned(child) for key in ("operator", "children") for child in profile.get(key, [])]
     return max(found)
-
-
-def fingerprint(path: str) -> dict[str, Any]:
-    """Size and time of change of a file or URL; what changes when its content does."""
-    filesystem, inner = fsspec.url_to_fs(path)
-    info = filesystem.info(inner)
-    changed = next(
-        (info[k] for k in ("mtime", "LastModified", "last_modified", "updated", "created") if k in info), None
-    )
-    return {"bytes": info.get("size"), "mtime": changed if isinstance(changed, float) else str(changed)}
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from ehr_features.build import NO_EFFECT, Steps, is_current
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import hold, named_by_the_engine
-from ehr_features.events import fingerprint
 from ehr_features.files import digest, file_digest, new_folder, provenance, read_json, write_json
 from ehr_features.films import where
 from ehr_features.notes_config import NotesConfig
@@ -38,6 +37,7 @@ from ehr_features.notes_template import SHIPPED as TEMPLATE
 from ehr_features.notes_template import Template, fields_of, read_template, render
 from ehr_features.notes_words import SHIPPED as ABBREVIATIONS
 from ehr_features.notes_words import read_abbreviations
+from ehr_features.remote import fingerprint
 from ehr_features.source import Source, open_source
 
 CHUNK = 100_000  # films at a time
@@ -106,6 +106,7 @@ def _raw(config: NotesConfig) -> FeaturesConfig:
         engine=config.engine,
         memory=config.memory,
         threads=config.threads,
+        storage=config.storage,
     )
 
 

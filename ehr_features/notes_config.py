@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from configs import Settings
-from ehr_features.config import _memory
+from ehr_features.config import Storage, _memory
 
 Filter = Literal["none", "standard", "aggressive"]
 
@@ -26,4 +26,5 @@ class NotesConfig(Settings):
     engine: Literal["duckdb", "pyspark"] = "duckdb"
     memory: Annotated[str, AfterValidator(_memory)] = "4GB"
     threads: Annotated[int, Field(ge=1)] = 2
+    storage: Storage = {}  # of URLs: protocol -> options of its file system, e.g. {gs: {requester_pays: my-project}}
     seed: Annotated[int, Field(ge=0)] = 0  # of the audit's resampling; the notes themselves have nothing random

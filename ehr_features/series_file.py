@@ -17,6 +17,7 @@ from ehr_features import channels, events, medfuse, series
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import batches
 from ehr_features.files import code_digest, digest, new_file, read_json, write_json
+from ehr_features.remote import fingerprint
 from ehr_features.series import Layout
 from ehr_features.source import EVENTS, Source
 
@@ -39,7 +40,7 @@ def cached(
     frame = stays.select("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_hours")
     frame = frame.order_by("stay_id").to_pandas()
     who = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
-    prints = [events.fingerprint(source.files[name]) for name in EVENTS if name in source.files]
+    prints = [fingerprint(source.files[name]) for name in EVENTS if name in source.files]
     said = [channel.model_dump(mode="json") for channel in declared]
     code = code_digest("series*.py", "medfuse.py", "channels.py", "events.py", "source.py", "engine.py")
     key = digest([prints, who, said, config.preset, config.step_hours, config.engine, code])

@@ -25,6 +25,7 @@ from configs import UserError
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import connect, hold, read, readable
 from ehr_features.files import PARTIAL, tidy
+from ehr_features.remote import cached, configure, exists, explained, fingerprint, is_url
 from ehr_features.schema import READ, Raw
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
@@ -44,6 +45,7 @@ class Source:
         self.con, self.files, self.columns, self.layout = con, dict(files), dict(columns), layout
         self._tables: dict[str, ir.Table] = {}
         self._absent: dict[str, str] = {}
+        self._cache: Path | None = None  # of copies of tables at a URL
 
     @classmethod
     def from_frames(cls, frames: Mapping[str, pd.DataFrame], engine: str = "duckdb", layout: str = "2.2") -> Source:
@@ -87,7 +89,9 @@ class Source:
     def _open(self, name: str, items: list[int] | None = None) -> ir.Table:
         raw, path, found = READ[name], self.files[name], self.columns[name]
         check_columns(name, path, found, self.layout)
-        with readable(path):
+        if is_url(path) and name not in EVENTS and self.con.name == "duckdb" and self._cache is not None:
+            path = cached(path, fingerprint(path), self._cache)
+        with explained(path), readable(path):
             opened = read(self.con, path, found)
         if items is not None:
             text = opened.itemid.type().is_string()
@@ -107,6 +111,7 @@ def open_source(config: FeaturesConfig) -> Source:
 
     Raises: UserError: a wrong folder, a table that every build needs is absent, files of two layouts in one folder.
     """
+    configure(config.storage)
     files: dict[str, str] = {}
     absent: dict[str, str] = {}
     for key, root in roots(config).items():
@@ -127,11 +132,11 @@ def open_source(config: FeaturesConfig) -> Source:
     tidy(config.cache_folder)
     spill = config.cache_folder / f".spill{PARTIAL}-{os.getpid()}"
     con = connect(config.engine, memory=config.memory, threads=config.threads, spill=spill)
-    for protocol in {path.partition("://")[0] for path in files.values() if "://" in path}:
+    for protocol in {path.partition("://")[0] for path in files.values() if is_url(path)}:
         if config.engine == "duckdb":
             con.register_filesystem(fsspec.filesystem(protocol))
     source = Source(con, files, columns, layout)
-    source._absent = absent
+    source._absent, source._cache = absent, config.cache_folder
     return source
 
 
@@ -148,13 +153,7 @@ def _cast(column: ir.Value, to: str) -> ir.Value:
 
 
 def _exists(path: str) -> bool:
-    if "://" not in path:
-        return Path(path).is_file()
-    try:
-        filesystem, inner = fsspec.url_to_fs(path)
-        return filesystem.isfile(inner)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+    return exists(path) if is_url(path) else Path(path).is_file()
 
 
 def _find(root: str, raw: Raw) -> str | None:
@@ -168,13 +167,11 @@ def _find(root: str, raw: Raw) -> str | None:
 
 def _wrong_folder(root: str, key: str) -> str:
     wanted = f"wanted the folder that holds {_HOLDS[key]}"
-    try:
+    with explained(root):
         filesystem, inner = fsspec.url_to_fs(root)
         if not filesystem.isdir(inner):
             return f"{root}: no such folder; {wanted}"
         below = sorted(Path(p).name for p in filesystem.ls(inner, detail=False))
-    except (OSError, ValueError, ImportError) as error:
-        return f"{root}: cannot be listed ({error}); {wanted}"
     tables = [raw for raw in READ.values() if raw.root == key]
     inside = [name for name in below[:50] if any(_find(f"{root.rstrip('/')}/{name}", raw) for raw in tables)]
     hint = f"; did you mean {root.rstrip('/')}/{inside[-1]}?" if inside else ""
@@ -183,7 +180,7 @@ def _wrong_folder(root: str, key: str) -> str:
 
 def header(path: str) -> list[str]:
     """The column names of a table. Raises: UserError: empty, no gzip file, damaged."""
-    with readable(path):
+    with explained(path), readable(path):
         if path.endswith(".parquet"):
             with fsspec.open(path, "rb") as file:
                 return list(pq.read_schema(file).names)

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from configs import Settings
+from ehr_features.config import Storage
 
 
 class ImagesConfig(Settings):
@@ -24,6 +25,7 @@ class ImagesConfig(Settings):
     dicom: Literal["mimic-jpg", "window"] = "mimic-jpg"  # as MIMIC-CXR-JPG was made, or the file's own grey window
     workers: int | None = Field(None, ge=1, le=256)  # processes that decode; None: one a core
     seed: int = 0  # of per_subject_cap
+    storage: Storage = {}  # of URLs: protocol -> options of its file system, e.g. {gs: {requester_pays: my-project}}
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

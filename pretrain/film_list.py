@@ -6,10 +6,12 @@ import hashlib
 import zlib
 from pathlib import Path
 
+import fsspec
 import pandas as pd
 
 from configs import UserError
 from ehr_features.files import digest
+from ehr_features.remote import exists, explained, is_url
 from pretrain.config import ImagesConfig
 from pretrain.films import SUFFIXES
 
@@ -25,9 +27,9 @@ def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
     Raises: UserError: no such folder or table, columns missing, two films of one dicom_id, nothing left.
     """
     if config.mimic_cxr is not None:
-        films, counts = _mimic(Path(config.mimic_cxr), config)
+        films, counts = _mimic(config.mimic_cxr.removeprefix("file://").rstrip("/"), config)
     else:
-        films = _folder_or_list(Path(str(config.films)))
+        films = _folder_or_list(str(config.films).removeprefix("file://"))
         counts = {"packed": len(films)}
     if films.empty:
         raise UserError(f"{config.mimic_cxr or config.films}: no film to pack ({_say(counts)})")
@@ -45,7 +47,7 @@ def _say(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {what}" for what, number in counts.items()) or "none found"
 
 
-def _mimic(root: Path, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
+def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
     table = _metadata(root)
     view = table.ViewPosition.str.strip().str.upper().replace("", None)
     view = view.fillna(table.ViewCodeSequence_CodeMeaning.str.strip().str.lower().map(CODES)).fillna("unknown view")
@@ -64,11 +66,11 @@ def _mimic(root: Path, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, in
     return pd.DataFrame({"dicom_id": films.dicom_id, "path": f"{root}/" + folder + films.dicom_id + ".jpg"}), counts
 
 
-def _metadata(root: Path) -> pd.DataFrame:
+def _metadata(root: str) -> pd.DataFrame:
     columns = ["dicom_id", "subject_id", "study_id", "ViewPosition", "ViewCodeSequence_CodeMeaning"]
     for suffix in (".csv.gz", ".csv", ".parquet"):
-        path = root / f"{METADATA}{suffix}"
-        if path.is_file():
+        path = f"{root}/{METADATA}{suffix}"
+        if exists(path) if is_url(path) else Path(path).is_file():
             break
     else:
         raise UserError(
@@ -82,31 +84,64 @@ def _metadata(root: Path) -> pd.DataFrame:
     return table[columns].fillna("")
 
 
-def _folder_or_list(path: Path) -> pd.DataFrame:
-    if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        return pd.DataFrame({"dicom_id": [p.stem for p in paths], "path": [p.as_posix() for p in paths]}, dtype=str)
-    if not path.is_file():
-        raise UserError(f"{path}: no such folder or file; films is a folder of films, or a list (.txt, .csv, .parquet)")
-    if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+def _folder_or_list(place: str) -> pd.DataFrame:
+    paths = _films_below(place)
+    if paths is not None:
+        return pd.DataFrame({"dicom_id": [Path(p).stem for p in paths], "path": paths}, dtype=str)
+    if place.endswith(".txt"):
+        with explained(place), fsspec.open(place, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines()
         table = pd.DataFrame({"path": [line.strip() for line in lines if line.strip()]}, dtype=str)
     else:
-        table = _read(path)
+        table = _read(place)
     if "path" not in table:
-        raise UserError(f"{path}: no column `path`; found {', '.join(table.columns)}")
+        raise UserError(f"{place}: no column `path`; found {', '.join(table.columns)}")
     for column in table.columns.intersection(["path", "dicom_id"]):
         if empty := int((table[column].fillna("").str.strip() == "").sum()):
-            raise UserError(f"{path}: {empty} rows have no {column}")
-    names = table.path.map(Path)
-    ids = table.dicom_id if "dicom_id" in table else names.map(lambda p: p.stem)
-    return pd.DataFrame({"dicom_id": ids, "path": names.map(lambda p: (path.parent / p).as_posix())})
+            raise UserError(f"{place}: {empty} rows have no {column}")
+    ids = table.dicom_id if "dicom_id" in table else table.path.map(lambda p: Path(p).stem)
+    return pd.DataFrame({"dicom_id": ids, "path": table.path.map(lambda p: _beside(place, p))})
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _films_below(place: str) -> list[str] | None:
+    """The films of a folder, sorted; None: it is a file. Raises: UserError: neither."""
+    if is_url(place):
+        with explained(place):
+            filesystem, inner = fsspec.url_to_fs(place)
+            if filesystem.isfile(inner):
+                return None
+            found = [filesystem.unstrip_protocol(p) for p in filesystem.find(inner)]
+    elif Path(place).is_dir():
+        found = [p.as_posix() for p in Path(place).rglob("*")]
+    elif Path(place).is_file():
+        return None
+    else:
+        found = []
+    paths = sorted(p for p in found if p.lower().endswith(SUFFIXES) and not Path(p).name.startswith("."))
+    if not found and not Path(place).is_dir():
+        raise UserError(
+            f"{place}: no such folder or file; films is a folder of films, or a list (.txt, .csv, .parquet)"
+        )
+    return paths
+
+
+def _beside(place: str, path: str) -> str:
+    """A path of a list, relative to where the list lies."""
+    if is_url(place) and not is_url(path):
+        return f"{place.rpartition('/')[0]}/{path}"
+    return path if is_url(path) else (Path(place).parent / path).as_posix()
+
+
+def _read(path: str) -> pd.DataFrame:
     """A table, every column as text."""
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str)
+        with explained(path), fsspec.open(path, "rb") as file:
+            if path.endswith(".parquet"):
+                table = pd.read_parquet(file)
+            else:
+                table = pd.read_csv(file, dtype=str, compression="gzip" if path.endswith(".gz") else None)
+    except UserError:
+        raise
     except (OSError, EOFError, ValueError, zlib.error) as error:  # gzip, pandas and pyarrow each raise their own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a table ({first}); was it copied whole?") from None

@@ -28,20 +28,23 @@ class BadFilm(ValueError):
     """This film cannot be used; the message is the reason, in a few words, and holds no patient's values."""
 
 
-def decode(path: str | Path, *, dicom: Dicom = "mimic-jpg", near: int | None = None) -> np.ndarray:
+def decode(
+    path: str | Path, *, dicom: Dicom = "mimic-jpg", near: int | None = None, data: bytes | None = None
+) -> np.ndarray:
     """Read one film.
 
     Args:
         path: a file; its content says what it is, not its name.
         dicom: how DICOM pixels become 8 bits: `mimic-jpg` as MIMIC-CXR-JPG was made, `window` by the file's own window.
         near: the film may come smaller than it is (JPEG decodes faster so), its longer side at least `near` px.
+        data: the file's content, where it has been read already (from a URL).
     Returns: (H, W) uint8; air is dark, bone is bright. More than 8 bits are scaled from the film's lowest to its
         highest value; transparent pixels are black; colours become luminance.
     Raises: BadFilm: absent, empty, truncated, of another kind, without content; UserError: DICOM without pydicom.
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if data is None else data
     except FileNotFoundError:
         raise BadFilm("absent") from None
     except OSError as error:

@@ -18,11 +18,12 @@ import pyarrow as pa
 
 from configs import UserError
 from ehr_features.files import PARTIAL, digest, new_file, provenance, read_json, write_json
+from ehr_features.remote import configure
 from pretrain.config import ImagesConfig
 from pretrain.film_list import films_digest, list_films
 from pretrain.lock import lock
 from pretrain.progress import Bar
-from pretrain.workers import Job, Row, workers
+from pretrain.workers import Job, Row, streamed, workers
 
 FORMAT = 1
 SCHEMA = pa.schema(
@@ -48,6 +49,7 @@ def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: i
     Raises: UserError: nothing to pack, no film can be read, the folder holds something else, the disk is too small.
     """
     out = Path(config.out)
+    configure(config.storage)
     films, counts = list_films(config)
     per_shard = shard_films or max(1, min(4096, SHARD_BYTES // config.size**2))
     plan = _plan(config, films, per_shard)
@@ -62,13 +64,14 @@ def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: i
         for number in mine:
             group = groups[number]
             jobs: list[Job] = [
-                (i, path, config.size, config.encoding, config.dicom)
+                (i, path, config.size, config.encoding, config.dicom, None)
                 for i, path in zip(group.dicom_id, group.path, strict=True)
             ]
             rows = []
-            for row in work(jobs):
-                rows.append(row)
-                bar.advance()
+            for ready in streamed(jobs):
+                for row in work(ready):
+                    rows.append(row)
+                    bar.advance()
             _write_shard(out / shard_name(number), rows, config, plan)
     if all(_finished(out / shard_name(n), plan) for n in range(len(groups))):
         _complete(out, config, plan, films, counts, len(groups), time.monotonic() - began)
@@ -85,7 +88,7 @@ def shard_name(number: int) -> str:
 # ---- the folder -----------------------------------------------------------------------------------------------------
 def _plan(config: ImagesConfig, films: pd.DataFrame, per_shard: int) -> dict[str, Any]:
     """What must be equal for a call to go on with a folder."""
-    settings = config.model_dump(mode="json", exclude={"out", "workers"})
+    settings = config.model_dump(mode="json", exclude={"out", "workers", "storage"})
     return {
         "format": FORMAT,
         **settings,

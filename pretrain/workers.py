@@ -10,24 +10,29 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import InvalidStateError, ProcessPoolExecutor
+from concurrent.futures import InvalidStateError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from PIL import Image
 
+from ehr_features.remote import fetch, is_url
 from pretrain.films import SUFFIXES, BadFilm, decode, fit
 
 QUALITY = 95
+AHEAD = 128  # films of a URL that are read while the ones before them are decoded
 Row = tuple[str, bytes | None, str]  # dicom_id, the packed film or None, the path, or path and reason on two lines
-Job = tuple[str, str, int, str, Any]
+Job = tuple[str, str, int, str, Any, bytes | None]  # dicom_id, path, size, encoding, dicom, what a URL gave
 
 
 def pack_film(job: Job) -> Row:
     """One film, decoded, resized, padded and encoded; or why not."""
-    dicom_id, path, size, encoding, dicom = job
+    dicom_id, path, size, encoding, dicom, data = job
     try:
-        square = fit(decode(_existing(path), dicom=dicom, near=2 * size), size)
+        if is_url(path) and data is None:
+            raise BadFilm("absent")
+        found = path if is_url(path) else _existing(path)
+        square = fit(decode(found, dicom=dicom, near=2 * size, data=data), size)
     except BadFilm as why:
         return dicom_id, None, f"{path}\n{why}"
     if encoding == "raw":
@@ -43,6 +48,33 @@ def _existing(path: str) -> str:
         return path
     others = (os.path.splitext(path)[0] + suffix for suffix in SUFFIXES)
     return next((other for other in others if os.path.exists(other)), path)
+
+
+def streamed(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
+    """The jobs with the content of films that lie at a URL, some at a time; the next are read meanwhile."""
+    if not jobs or not is_url(jobs[0][1]):
+        yield jobs
+        return
+    parts = [jobs[at : at + AHEAD] for at in range(0, len(jobs), AHEAD)]
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(_fetched, parts[0])
+        for following in [*parts[1:], None]:
+            ready = coming.result()
+            if following is not None:
+                coming = reader.submit(_fetched, following)
+            yield ready
+
+
+def _fetched(jobs: Sequence[Job]) -> list[Job]:
+    """Read the films, or the same ones as .dcm or .png beside where they should be."""
+    contents: dict[str, bytes | None] = dict(
+        zip((job[1] for job in jobs), fetch([job[1] for job in jobs]), strict=True)
+    )
+    for suffix in SUFFIXES:
+        absent = [path for path, content in contents.items() if content is None]
+        others = [os.path.splitext(path)[0] + suffix for path in absent]
+        contents |= dict(zip(absent, fetch(others), strict=True))
+    return [(*job[:5], contents[job[1]]) for job in jobs]
 
 
 @contextlib.contextmanager

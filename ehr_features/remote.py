@@ -1,0 +1,129 @@
+"""Folders at a URL (gs://, s3://, http://, memory://, ...): configured, read in parallel, explained when they fail.
+
+Everything is opened by fsspec. `storage` of a config gives the options of a protocol's file system, for example
+
+    storage: {gs: {requester_pays: my-project, token: key.json}}
+
+for tables in one's own bucket and films in PhysioNet's: the project pays for both. Retries (429, 5xx, a cut connection)
+are those of the file system; what still fails is told as what it is, and never as a bad film.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import fsspec
+
+from configs import UserError
+from ehr_features.files import digest, new_file
+
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
+AT_ONCE = 32  # objects asked for at the same time
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is read through fsspec. A file:// URL is a local path."""
+    return "://" in path and not path.startswith("file://")
+
+
+def configure(storage: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give file systems that this process opens from now on their options."""
+    for protocol, options in storage.items():
+        names = ("gs", "gcs") if protocol in ("gs", "gcs") else (protocol,)
+        for name in names:
+            fsspec.config.conf[name] = {**fsspec.config.conf.get(name, {}), **options}
+
+
+@contextlib.contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn what a file system raises into a message that says what to do."""
+    if not is_url(url):
+        yield
+        return
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # each file system has its own exceptions, and wraps those of its HTTP library
+        raise UserError(f"{url}: {_why(url, error)}") from None
+
+
+def exists(url: str) -> bool:
+    """Whether there is such a file. Raises: UserError: nobody can say (no credentials, no network, ...)."""
+    with explained(url):
+        filesystem, inner = fsspec.url_to_fs(url)
+        try:
+            return bool(filesystem.info(inner)["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+
+def fingerprint(path: str) -> dict[str, Any]:
+    """Size and time of change of a file or URL; what changes when its content does."""
+    with explained(path):
+        filesystem, inner = fsspec.url_to_fs(path)
+        info = filesystem.info(inner)
+    changed = next(
+        (info[k] for k in ("mtime", "LastModified", "last_modified", "updated", "created") if k in info), None
+    )
+    return {"bytes": info.get("size"), "mtime": changed if isinstance(changed, float) else str(changed)}
+
+
+def fetch(urls: Sequence[str]) -> list[bytes | None]:
+    """The content of objects of one file system, read at the same time; None where there is none.
+
+    Raises: UserError: one could not be read for another reason than its absence, after the file system's retries.
+    """
+    if not urls:
+        return []
+    with explained(urls[0]):
+        filesystem, _ = fsspec.url_to_fs(urls[0])
+        inner = [filesystem._strip_protocol(url) for url in urls]
+        options = {"batch_size": AT_ONCE} if filesystem.async_impl else {}
+        found = filesystem.cat(inner, on_error="return", **options)
+    out: list[bytes | None] = []
+    for url, name in zip(urls, inner, strict=True):
+        content = found.get(name) if isinstance(found, dict) else found  # one path that is no pattern gives bytes
+        if isinstance(content, BaseException) and not isinstance(content, FileNotFoundError):
+            with explained(url):
+                raise content
+        out.append(content if isinstance(content, bytes) else None)
+    return out
+
+
+def cached(url: str, fingerprint: Mapping[str, Any], folder: Any) -> str:
+    """A local copy of a file, made once for each content that it had; a kill leaves none that is cut short."""
+    place = folder / "remote" / f"{digest([url, dict(fingerprint)])}-{url.rpartition('/')[2]}"
+    if not place.is_file():
+        with explained(url), new_file(place) as part:
+            filesystem, inner = fsspec.url_to_fs(url)
+            filesystem.get_file(inner, str(part))
+    return str(place)
+
+
+def _why(url: str, error: Exception) -> str:
+    protocol, text = url.partition("://")[0], (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    code = str(getattr(error, "code", getattr(error, "status", "")))
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, ImportError) or "not known" in text:
+        package = PACKAGES.get(protocol, f"the fsspec file system of {protocol}://")
+        return f"reading {protocol}:// needs {package}: python -m pip install {package}"
+    if "requester pays" in str(error).lower():
+        return (
+            "this bucket lets the reader pay; name the project that does, which must be yours: "
+            f"storage.{protocol}.requester_pays=PROJECT"
+        )
+    if code == "401" or names & {"DefaultCredentialsError", "RefreshError", "GoogleAuthError", "NoCredentialsError"}:
+        return (
+            f"no credentials, or none that it takes ({text}); for Google: gcloud auth application-default login, or "
+            f"storage.{protocol}.token=FILE"
+        )
+    if code == "403" or isinstance(error, PermissionError) or text.startswith("Forbidden"):
+        return f"these credentials may not read it ({text}); does your account have access to the bucket?"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if code in ("408", "429") or code.startswith("5"):
+        return f"the storage answered {code} again and again ({text}); wait a while, then run the same command again"
+    return f"cannot be read ({type(error).__name__}: {text}); what is done is kept: run the same command again"
