@@ -11,6 +11,8 @@ are those of the file system; what still fails is told as what it is, and never 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +32,9 @@ def is_url(path: str) -> bool:
 
 def configure(storage: Mapping[str, Mapping[str, Any]]) -> None:
     """Give file systems that this process opens from now on their options."""
+    # gcsfs otherwise opens a second, gRPC connection to ask what kind of bucket it is, and waits for it for minutes
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what fails for good is told by `explained`
     for protocol, options in storage.items():
         names = ("gs", "gcs") if protocol in ("gs", "gcs") else (protocol,)
         for name in names:

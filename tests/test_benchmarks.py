@@ -1,0 +1,46 @@
+"""The benchmarks' own parts: their rows are found, their tables find their place. What they measure no test asserts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import house, run
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_benchmark_says_what_it_measures(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_rows_of_a_benchmark_get_their_command() -> None:
+    printed = "noise\n| 12 views | 2.1 ms | lightly 9.7 ms | 4.6x |\n| not | a | row |\n|---|---|---|---|\n"
+    assert run.rows(printed, "benchmarks.x A") == [
+        "| 12 views | 2.1 ms | lightly 9.7 ms | 4.6x | `python -m benchmarks.x A` |"
+    ]
+
+
+def test_a_table_takes_its_place_in_a_page_and_nothing_else_changes() -> None:
+    page = "a\n<!-- t -->\nold\n<!-- end -->\nb\n<!-- u -->\n<!-- end -->\n"
+    assert house.fill(page, "t", "new") == "a\n<!-- t -->\nnew\n<!-- end -->\nb\n<!-- u -->\n<!-- end -->\n"
+    with pytest.raises(ValueError, match="no <!-- x -->"):
+        house.fill(page, "x", "new")
+
+
+def test_every_benchmark_of_the_table_exists() -> None:
+    assert {command.split()[0].partition(".")[2] for command in run.COMMANDS.values()} <= set(MODULES)
+
+
+def test_a_function_is_measured_once_with_its_method_types(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text("class A:\n    def f(self, x: int) -> int:\n        'says'\n        return x\ndef _g(x):\n    pass\n")
+    f, g = house.functions(path)
+    assert (f.name, f.lines, f.public, f.documented, f.typed) == ("f", 3, True, True, True)
+    assert (g.name, g.public, g.documented, g.typed) == ("_g", False, False, False)
