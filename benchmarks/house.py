@@ -8,6 +8,7 @@ Comes in: the repository. Goes out: docs/features.md and CONTRIBUTING.md, brough
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def fill(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     for (page, name), make in GENERATED.items():
         path = ROOT / page
         path.write_text(fill(path.read_text(encoding="utf-8"), name, make()), encoding="utf-8")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.run [DEMO] [--only NAME ...] [--write]
 
-DEMO is the open MIMIC-IV demo (hosp/, icu/); without it what needs it is left out, and said so. Each benchmark runs in a
-process of its own, one after the other, both sides of a ratio in one run. Goes out: a Markdown table (what, ours, the
-reference, the ratio, the command), the machine and the versions; with --write between the README's `<!-- benchmarks -->`
-and `<!-- end -->`.
+DEMO is the open MIMIC-IV demo (hosp/, icu/); without it what needs it is left out, and said so. Each benchmark runs in
+a process of its own, one after the other, both sides of a ratio in one run. Goes out: a Markdown table (what, ours, the
+reference, the ratio, the command), the machine and the versions; with --write between the README's marks
+`<!-- benchmarks -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations

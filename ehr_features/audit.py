@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from configs import UserError
-from ehr_features import channels, events, schema
+from ehr_features import channels, schema
 from ehr_features.audit_films import (
     ENDED,
     SLACK_HOURS,
@@ -33,6 +33,7 @@ from ehr_features.audit_series import READ as RAW_EVENTS
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import read_json, read_table
 from ehr_features.notes_audit import audit_notes, is_notes, split_folders
+from ehr_features.remote import fingerprint
 from ehr_features.source import Source, open_source
 from ehr_features.splits import SPLITS
 from ehr_features.verdict import PROVED, UNKNOWN, Verdict, cannot, decide
@@ -113,7 +114,7 @@ def _same_source(features: Path, config: FeaturesConfig) -> Source:
     source = open_source(config)
     held = {one["table"]: one for one in read_json(features / "provenance.json")["sources"].values()}
     for name in {*held, *RAW}:
-        now = events.fingerprint(source.files[name]) if name in source.files else {}
+        now = fingerprint(source.files[name]) if name in source.files else {}
         if not now or any(held.get(name, {}).get(key) != value for key, value in now.items()):
             raise UserError(f"{source.files.get(name, name)} is not the file that the features were built from")
     return source

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ehr_features.remote import cached, configure, exists, explained, fingerprin
 from ehr_features.schema import READ, Raw
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
+HEAD = 2**16  # bytes that hold a table's header
 EVENTS = ("chartevents", "labevents")  # too large to hold
 _HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
 
@@ -184,9 +186,14 @@ def header(path: str) -> list[str]:
         if path.endswith(".parquet"):
             with fsspec.open(path, "rb") as file:
                 return list(pq.read_schema(file).names)
-        zipped = "gzip" if path.endswith(".gz") else None
-        with fsspec.open(path, "rt", encoding="utf-8-sig", compression=zipped) as file:
-            line = file.readline()
+        with fsspec.open(path, "rb") as file:
+            head = file.read(HEAD)  # one request of a URL
+        if path.endswith(".gz"):
+            unzip = zlib.decompressobj(wbits=31)
+            whole, head = bool(head), unzip.decompress(head)
+            if whole and not unzip.eof and b"\n" not in head:
+                raise EOFError("it ends within its header")
+        line = head.partition(b"\n")[0].decode("utf-8-sig")
     if not line.strip():
         raise UserError(f"{path}: the file is empty; download it again")
     return next(csv.reader([line.strip()]))
