@@ -40,7 +40,7 @@ from ehr_features.engine import hold, named_by_the_engine
 from ehr_features.files import code_digest, digest, file_digest, new_file, new_folder, provenance, read_json, write_json
 from ehr_features.remote import fingerprint
 from ehr_features.schema import FOR_NOTES
-from ehr_features.source import EVENTS, Source, open_source, roots
+from ehr_features.source import EVENTS, Source, mixed, open_source, roots
 
 NO_EFFECT = {"out", "cache", "memory", "threads", "storage"}  # keys that change no result
 
@@ -180,6 +180,7 @@ def _provenance(
     raw = {name: int(source.table(name).count().execute()) for name in read}
     raw |= {name: rows for name, (_table, rows) in found.items()}
     releases, warnings = release.told(roots(config), raw, source.layout)
+    warnings += mixed(source.columns)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     written = {p.relative_to(part).as_posix(): pq.read_metadata(p).num_rows for p in sorted(part.rglob("*.parquet"))}

@@ -15,7 +15,7 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.engine import named_by_the_engine, readable
 from ehr_features.remote import fingerprint
 from ehr_features.schema import READ
-from ehr_features.source import Source, check_columns, open_source, roots
+from ehr_features.source import Source, check_columns, mixed, open_source, roots
 
 COUNTED = 30_000_000  # bytes; a larger CSV file's rows are estimated
 SAMPLED = 4_000_000
@@ -66,7 +66,7 @@ def check(config: FeaturesConfig) -> int:
     for root, found in releases.items():
         by = " (by the folder's name)" if found["claimed"] else " (by row counts)" if found["release"] else ""
         print(f"release of {root}: {found['release'] or 'unknown'}{by}")
-    for warning in warnings:
+    for warning in warnings + mixed(source.columns):
         print(f"warning: {warning}")
     for fault in faults.values():
         print(f"fault: {fault}")

@@ -30,6 +30,7 @@ from ehr_features.remote import cached, configure, exists, explained, fingerprin
 from ehr_features.schema import READ, Raw
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
+SINCE_22 = {"admissions": "admit_provider_id", "chartevents": "caregiver_id", "labevents": "order_provider_id"}
 HEAD = 2**16  # bytes that hold a table's header
 EVENTS = ("chartevents", "labevents")  # too large to hold
 _HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
@@ -216,6 +217,16 @@ def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
             f"{path}: column `{wanted}` is missing; found {found}. The layout is that of {whose}, whose `{name}` has "
             f"`{wanted}`{also}; is this file `{name}`, and whole?"
         )
+
+
+def mixed(columns: Mapping[str, list[str]]) -> list[str]:
+    """A warning where some tables have the columns that came with 2.2 and others lack them."""
+    there = {name: column in columns[name] for name, column in SINCE_22.items() if name in columns}
+    if len(set(there.values())) < 2:
+        return []
+    new, old = (", ".join(n for n, has in there.items() if has == side) for side in (True, False))
+    lacks = ", ".join(SINCE_22[n] for n, has in there.items() if not has)
+    return [f"{new} as since 2.2, {old} as before (without {lacks}): are all tables of one release?"]
 
 
 def _layout(root: str, files: Mapping[str, str], columns: Mapping[str, list[str]]) -> str:

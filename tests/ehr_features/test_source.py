@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from configs import UserError
+from ehr_features.check import check
 from ehr_features.engine import connect
 from ehr_features.source import Source, open_source
 
@@ -72,6 +73,15 @@ def test_two_layouts_in_one_folder_are_refused(tmp_path, frames, write, config):
     shutil.copy(root / "hosp/patients.csv.gz", root / "core/patients.csv.gz")
     with pytest.raises(UserError, match=r"two MIMIC-IV layouts are mixed.*core/patients is 1\.0"):
         open_source(config(mimic_iv=str(root)))
+
+
+def test_tables_of_2_0_among_those_of_2_2_are_a_warning(tmp_path, frames, write, config, capsys):
+    root = write(tmp_path / "m", frames, "2.2")
+    assert check(config(mimic_iv=str(root))) == 0 and "one release" not in capsys.readouterr().out
+    write(root, {"labevents": frames["labevents"]}, "2.0")
+    assert check(config(mimic_iv=str(root))) == 0
+    said = capsys.readouterr().out
+    assert "warning: admissions, chartevents as since 2.2, labevents as before (without order_provider_id)" in said
 
 
 def test_absent_table_names_the_file(tmp_path, frames, write, config):
