@@ -106,6 +106,13 @@ def test_the_published_grid_has_23_sets_and_2_sizes() -> None:
     assert len(combinations) == len({c[0].name for c in combinations}) == 46
 
 
+def test_the_models_of_medfuse_are_ten_on_two_tasks_and_every_run_is_valid(tmp_path: Path, capsys) -> None:
+    config = load(GridConfig, CONFIGS / "grid_medfuse.yaml", [f"out={tmp_path}"])
+    steps = {"fuse": ["fuse", str(CONFIGS / "fuse_mortality_published.yaml"), *config.steps["fuse"][2:]]}
+    assert grid(GridConfig(out=config.out, steps=steps, axes=config.axes), dry_run=True) == 0
+    assert capsys.readouterr().out.count("./launch.sh fuse") == 20
+
+
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "2", "a/b"])
 def test_a_shard_that_does_not_exist_is_refused(small: GridConfig, ran: list[Command], shard: str) -> None:
     with pytest.raises(UserError, match="wanted i/n"):
