@@ -28,16 +28,21 @@ import pyarrow.compute as pc
 
 SHIPPED = Path(__file__).with_name("leak_terms.csv")
 GAP = "\ue000"  # stands where a term stood while the rest is mended; a private-use character
+LETTER = "_\ue001", "\ue002_"  # around letters beyond ASCII, to RE2 no word characters: `\\b` is then none beside them
+BETWEEN = "[ \\t\u00a0\u2010-\u2015\u2212\\-]*"  # the words of a term
 JOINTS = (
-    "and/or|and|or|with|without|w/|w/o|for|of|due to|secondary to|from|versus|vs|on|in|by|at|to|per|via|"
-    "show|shows|showed|showing"
+    "and/or|and|or|with|without|w/|w/o|for|of|due to|secondary to|from|versus|vs|on|in|by|at|to|per|via|after|"
+    "show|shows|showed|showing|found to have|diagnosed with|complains of|complaining of|treated for"
 )
 
 # applied to a line in this order, over and over, until nothing changes; only beside gaps
 MEND = (
-    (rf"(?i){GAP}(?:[ \t]*[,;/&+\-]?[ \t]*|[ \t]+(?:{JOINTS})[ \t]+){GAP}", GAP),
+    (rf"(?i){GAP}(?:[ \t,;/&+\-]*|[ \t]+(?:{JOINTS})[ \t]+){GAP}", GAP),
     (rf"\([ \t]*{GAP}[ \t]*\)|\"[ \t]*{GAP}[ \t]*\"|\[[ \t]*{GAP}[ \t]*\]", GAP),
     (rf"(?i)\b(?:{JOINTS})[ \t]*{GAP}", GAP),
+    (rf"{GAP}(?:-+|\.)([A-Za-z])|{GAP}-+(\d)", rf"{GAP} \1\2"),  # `chf-related`, `chf.exac`
+    (rf"([A-Za-z\d])-+{GAP}", rf"\1 {GAP}"),
+    (rf"([A-Za-z])\.{GAP}", rf"\1. {GAP}"),
     (rf"(?i)((?:^|[:;,(]|\.[ \t])[ \t]*){GAP}[ \t]*(?:(?:{JOINTS})[ \t]+|[/&+][ \t]*)", rf"\1{GAP} "),
     (rf"([^\s:;,(.])[ \t]*[/&+][ \t]*{GAP}", rf"\1 {GAP}"),
     (rf"([:;,(])[ \t]*{GAP}[ \t]*[,;][ \t]*", r"\1 "),  # an item among others
@@ -92,7 +97,7 @@ def _either(terms: pd.Series, plural: bool = True) -> str:
 
 
 def _term(term: str, plural: bool) -> str:
-    stem = r"[ \t\-]*".join(re.escape(word) for word in term.rstrip("*").split())
+    stem = BETWEEN.join(re.escape(word) for word in term.rstrip("*").split())
     return stem + ("[a-z]*" if term.endswith("*") else "(?:e?s)?" if plural else "")
 
 
@@ -134,12 +139,14 @@ def apply(texts: pa.Array, mode: str) -> tuple[pa.Array, dict[str, pa.Array]]:
 
 def _lines(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]]:
     zero = pa.array([0] * len(texts), pa.int64())
-    texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
-    counts = dict.fromkeys(leaks.groups, zero)
+    whole = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    counts, touched = dict.fromkeys(leaks.groups, zero), pa.array([False] * len(texts))
+    texts = _guarded(whole)
     while True:  # what a removal brings together may be a term as well
         found = pc.fill_null(pc.match_substring_regex(texts, leaks.any_term), False)
         if not pc.any(found).as_py():
-            return texts, counts
+            return pc.if_else(touched, _unguarded(texts), whole), counts
+        touched = pc.or_(touched, found)
         some = pc.replace_substring(pc.filter(texts, found), GAP, "")
         for name, (term, pattern) in leaks.groups.items():
             if not pc.any(pc.match_substring_regex(some, term)).as_py():
@@ -149,6 +156,19 @@ def _lines(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]
             counts[name] = pc.add(counts[name], pc.replace_with_mask(zero, found, pc.cast(new, pa.int64())))
             some = marked
         texts = pc.replace_with_mask(texts, found, _mended(some))
+
+
+def _guarded(texts: pa.Array) -> pa.Array:
+    """Mark letters beyond ASCII, of scripts that set spaces between words, as parts of words."""
+    if not pc.any(pc.match_substring_regex(texts, r"[^\x00-\x7f]")).as_py():
+        return texts
+    clean = pc.replace_substring_regex(texts, "[\ue001\ue002]", "")
+    parts = r"((?:[^\x00-\x{a9}\P{Latin}]|\p{Greek}|\p{Cyrillic}|\pM)+)"  # Latin beyond ASCII, accents, ...
+    return pc.replace_substring_regex(clean, parts, LETTER[0] + r"\1" + LETTER[1])
+
+
+def _unguarded(texts: pa.Array) -> pa.Array:
+    return pc.replace_substring(pc.replace_substring(texts, LETTER[0], ""), LETTER[1], "")
 
 
 def _mended(texts: pa.Array) -> pa.Array:

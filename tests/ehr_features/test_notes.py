@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs import UserError
 from ehr_features import demo, notes, notes_words
@@ -156,16 +159,20 @@ def test_the_filter_leaves_no_term_and_is_the_only_difference(world: Path, made:
     assert pd.read_parquet(harder / "notes.parquet")["num_removed"].sum() > table["num_removed"].sum()
 
 
-def test_permuting_the_labels_changes_no_byte(world: Path, made: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "features", tmp_path / "features")
-    films = pd.read_parquet(tmp_path / "features/images.parquet")
-    order = np.random.default_rng(0).permutation(len(films))
-    films[list(FINDINGS)] = films[list(FINDINGS)].to_numpy()[order]
-    films["died_in_hospital"] = films["died_in_hospital"].to_numpy()[order]
-    films.to_parquet(tmp_path / "features/images.parquet", index=False)
-    again = write_notes(config(world, tmp_path / "notes", features=tmp_path / "features"))
-    for name in WRITTEN:
-        assert (again / name).read_bytes() == (made / name).read_bytes(), name
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=4, deadline=None)
+def test_permuting_the_labels_changes_no_byte(world: Path, made: Path, seed: int, alone: bool) -> None:
+    """Findings and deaths, all moved together or each column in an order of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        features = Path(shutil.copytree(world / "features", Path(name) / "features"))
+        films, rng = pd.read_parquet(features / "images.parquet"), np.random.default_rng(seed)
+        order = rng.permutation(len(films))
+        for column in (*FINDINGS, "died_in_hospital"):
+            films[column] = films[column].to_numpy()[rng.permutation(len(films)) if alone else order]
+        films.to_parquet(features / "images.parquet", index=False)
+        again = write_notes(config(world, Path(name) / "notes", features=features))
+        for file in WRITTEN:
+            assert (again / file).read_bytes() == (made / file).read_bytes(), file
 
 
 @pytest.mark.slow
@@ -329,6 +336,51 @@ def test_without_emergency_tables_the_admission_is_told_of() -> None:
     note = note_of(tables, hadm_id=22, ed_stay_id=None, taken_at=hour(2))
     assert note["section_arrival"] == "Emergency department arrival: 4.0 hours ago. Hospital admission: 1.0 hours ago."
     assert note["section_complaint"] is None and note["sources"] == "patients,admissions,diagnoses_icd"
+
+
+def test_odd_rows_change_no_word_of_a_note() -> None:
+    """Rows twice, further classes of a drug, odd spelling, no time, NaN as text, and everything from after the film."""
+    plain, odd = frames(), frames()
+    late = dict(charttime=hour(0.5))
+    odd["vitalsign"] = pd.concat(
+        [
+            plain["vitalsign"].assign(charttime=pd.NaT, heartrate=55),
+            plain["vitalsign"],
+            plain["vitalsign"].assign(**late, heartrate=222, temperature=104.0),
+            plain["vitalsign"].assign(charttime=hour(-0.1), **dict.fromkeys(["temperature", "heartrate"], np.nan))
+            .assign(resprate=-4, o2sat=250, sbp=np.inf, dbp=np.nan),
+        ]
+    )  # fmt: skip
+    for name in ("pyxis", "medrecon"):
+        each = plain[name]
+        more = [each.assign(name=text) for text in ("", "  ", "NaN", "None", "___")]
+        upper = each.assign(name=" " + each["name"].str.lower() + " \t") if name == "medrecon" else each
+        odd[name] = pd.concat([each, *more, each.assign(name="LATE", **late), upper, each.assign(charttime=pd.NaT)])
+    odd["edstays"] = pd.concat([plain["edstays"]] * 2)
+    odd["diagnoses_icd"] = pd.concat([plain["diagnoses_icd"], plain["diagnoses_icd"].assign(seq_num=40)])
+    odd["d_icd_diagnoses"] = pd.concat([plain["d_icd_diagnoses"]] * 2)
+    odd["admissions"] = pd.concat([plain["admissions"]] * 2)
+    odd["triage"] = plain["triage"].assign(chiefcomplaint=" sOb ,  N/v;NaN,\nsob,none, ___ .", pain="NaN")
+    a, b = note_of(plain).drop("section_home"), note_of(odd).drop("section_home")
+    assert a.to_dict() == b.to_dict()
+    assert note_of(odd)["section_home"].lower() == note_of(plain)["section_home"].lower()
+
+
+def test_of_two_triage_rows_one_is_taken_whatever_their_order() -> None:
+    tables = frames()
+    two = pd.concat([tables["triage"], tables["triage"].assign(heartrate=70.0, chiefcomplaint="Cough")])
+    notes = [note_of(tables | {"triage": rows}).to_dict() for rows in (two, two[::-1])]
+    assert notes[0] == notes[1] and notes[0]["section_complaint"] is not None
+
+
+def test_of_two_visits_at_once_the_films_own_is_told() -> None:
+    tables = frames()
+    other = tables["edstays"].assign(stay_id=32, hadm_id=None, intime=hour(-1), arrival_transport="HELICOPTER")
+    tables["edstays"] = pd.concat([tables["edstays"], other])
+    assert note_of(tables)["ed_stay_id"] == 31 and note_of(tables, ed_stay_id=32)["ed_stay_id"] == 32
+    note = note_of(tables, ed_stay_id=32)
+    assert note["section_arrival"] == "Emergency department arrival: helicopter, 1.0 hours ago."
+    assert note["section_triage"] is None and note["section_given"] is None
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

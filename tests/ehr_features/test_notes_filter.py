@@ -54,6 +54,8 @@ def test_abbreviations_plurals_and_the_language_of_radiology_go(leak: str) -> No
         "Home medication: Furosemide; CTX.",  # CT within a word
         "chfx, ptxy, factual, consolation, hapless",
         "chest pain, dyspnea on exertion, shortness of breath, hemoptysis",
+        "Fièvre 38,5, naïptx, éfx, ctä, жpna, pneumoni\u0301a",  # terms within words of other alphabets
+        "syncope and collapse, chest congestion, broken tooth",
     ],
 )
 def test_what_names_no_finding_stays_to_the_byte(text: str) -> None:
@@ -79,6 +81,10 @@ def test_what_names_no_finding_stays_to_the_byte(text: str) -> None:
         ("Diagnoses: Gout; Pneumonia in E. coli; E. x; Other edema; Cold.", "Diagnoses: Gout; E. x; Cold."),
         ("Diagnoses: Gout; Pneumonia due to E. coli. Dose 0.5", "Diagnoses: Gout. Dose 0.5"),
         ("Admissions: 3. Diagnoses of them: Pneumonia. Dose 0.5", "Admissions: 3. Dose 0.5"),
+        ("after rib fracture, pain", "pain"),
+        ("complains of PNA, found to have ptx", ""),
+        ("trach-dependent, CHF.exac, PNA-99.5, 38.5-PNA", "dependent, exac, 99.5, 38.5"),
+        ("PNA--CHF, fever.PNA. 38.5", "fever. 38.5"),
     ],
 )
 def test_what_is_left_reads_as_if_nothing_had_been_there(text: str, left: str) -> None:
@@ -106,6 +112,25 @@ def test_filtering_twice_is_filtering_once_and_no_term_is_left(text: str, mode: 
     assert remove(once, mode) == once and GAP not in once
     leaks = notes_filter.read(mode)
     assert leaks is not None and not re.search(leaks.any_term, once)
+
+
+def test_other_alphabets_stand_beside_terms_as_words_do() -> None:
+    assert remove("Fièvre, PNA, Schüttelfrost; chest x\u2011ray") == "Fièvre, Schüttelfrost"
+    assert remove("é, pulmonary\u00a0edema, 发烧PNA, cough") == "é, 发烧, cough"
+
+
+@given(
+    st.lists(st.sampled_from([*PIECES, "é", "ï ", "\u0301", "ж", "发烧", "_", "\u2011"]), max_size=20).map("".join),
+    modes,
+)
+@settings(max_examples=120, deadline=None)
+def test_text_without_a_term_stays_to_the_byte_in_any_alphabet(text: str, mode: str) -> None:
+    left, counts = apply(pa.array([text]), mode)
+    if not sum(count.to_pylist()[0] for count in counts.values()):
+        assert left.to_pylist() == [text]
+    assert not set(left.to_pylist()[0]) & {"\ue000", "\ue001", "\ue002"}
+    assert remove(left.to_pylist()[0], mode) == left.to_pylist()[0]
+    assert sorted(re.findall("[éïж发烧\u0301]", left.to_pylist()[0])) == sorted(re.findall("[éïж发烧\u0301]", text))
 
 
 @given(texts, modes)
