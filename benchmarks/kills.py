@@ -46,7 +46,6 @@ class Command:
     words: list[str]
     out: Path
     result: tuple[str, ...]  # globs below `out`; empty: `out` itself
-    rests_on: tuple[str, ...] = ()
     beside: tuple[Path, ...] = ()  # caches that go with `out`
     seconds: float = field(default=0.0)  # of the undisturbed run
 
@@ -69,7 +68,6 @@ def commands(world: Path) -> dict[str, Command]:
             ["ehr_features", "build", config("features"), *tables, f"out={features}"],
             features,
             ("**/*.parquet", "series.safetensors"),
-            ("demo data",),
             (world / "features.cache",),
         ),
         Command(
@@ -77,21 +75,18 @@ def commands(world: Path) -> dict[str, Command]:
             ["pretrain", "images", config("images"), tables[1], f"out={store}", "workers=2"],
             store,
             ("index.parquet", "shard-*.arrow"),
-            ("demo data",),
         ),
         Command(
             "pretrain",
             ["pretrain", "train", config("pretrain_vit_tiny"), *inputs, f"out={run}", *SHORT],
             run,
             ("encoder/encoder.safetensors",),
-            ("features", "images"),
         ),
         Command(
             "probe",
             ["finetune", "probe", config("probe_linear"), *inputs, *quick, f"out={probe}"],
             probe,
             ("results.json", "predictions/*.parquet"),
-            ("pretrain",),
             (world / "runs" / "cache",),
         ),
         Command(
@@ -99,7 +94,6 @@ def commands(world: Path) -> dict[str, Command]:
             ["finetune", "fuse", config("fuse_mortality"), *inputs, *quick, f"out={fuse}", "hidden=8", "joint=8"],
             fuse,
             ("results.json", "predictions/*.parquet"),
-            ("pretrain",),
             (world / "runs" / "cache",),
         ),
         Command(
@@ -107,14 +101,12 @@ def commands(world: Path) -> dict[str, Command]:
             ["finetune", "embed", str(run), str(data / "mimic-cxr" / "files"), str(world / "films.parquet")],
             world / "films.parquet",
             (),
-            ("pretrain",),
         ),
         Command(
             "report",
             ["finetune", "report", str(run), str(probe), str(fuse), "--out", str(world / "report.html")],
             world / "report.html",
             (),
-            ("probe", "fuse"),
         ),
     ]
     return {command.name: command for command in made}

@@ -15,7 +15,6 @@ from ehr_features.engine import hold
 from ehr_features.source import Source
 
 SHIPPED = Path(__file__).with_name("channels.yaml")
-FIRST_CHART_ITEM = 220_000  # laboratory itemids lie below
 
 
 class Conversion(Settings):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,8 +202,3 @@ def latest(samples: ir.Table, facts: ir.Table, column: str) -> ir.Table:
     last = pairs.group_by("sample_id").agg(last=ibis.struct({"hours": _.hours, "fact": _[column]}).max())
     last = last.select("sample_id", **{column: _["last"]["fact"]})
     return samples.left_join(last, "sample_id").drop("sample_id_right")
-
-
-def columns_of(task: str) -> Sequence[str]:
-    """The columns of samples/TASK.parquet, in order."""
-    return [*SAMPLES, *label_columns(task)]

@@ -312,7 +312,6 @@ NOTES: dict[str, Column] = {  # written by notes.py
     "num_removed": Column(INT, "terms that the leak filter took out", "text"),
 }
 FOR_NOTES = frozenset({"d_icd_diagnoses", "vitalsign", "medrecon", "pyxis"})  # tables that `build` never reads
-TABLES = {"stays": STAYS, "stay_films": STAY_FILMS, "images": IMAGES}
 
 
 def described(columns: Mapping[str, Column]) -> dict[str, dict[str, Any]]:

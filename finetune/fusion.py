@@ -165,8 +165,6 @@ class _Fusion(nn.Module):
 class MedFuse(_Fusion):
     """An LSTM over [record token, film token, note token], those that there are: it skips what is missing."""
 
-    reads_text = True
-
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
         self.fuse = nn.LSTM(sizes.hidden, sizes.joint, batch_first=True)
@@ -226,8 +224,6 @@ class Attention(_Fusion):
     All are brought to one scale first: a state of an LSTM stays within 1, a projected film does not, and one
     head reads their mean.
     """
-
-    reads_text = True
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)

@@ -23,8 +23,6 @@ from finetune.net import fit_scale
 from finetune.samples import Samples
 from pretrain.notes import Notes, note_tokens, note_vectors, read_notes
 
-Labelled = tuple[torch.Tensor, NDArray[np.float32], NDArray[np.int64]]
-
 
 def read(config: FuseConfig, samples: Samples, cache: Path, tokens: bool) -> tuple[Samples, dict[str, Any]]:
     """The samples with their notes.
