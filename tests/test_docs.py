@@ -15,6 +15,7 @@ import pytest
 
 from configs import Settings, load
 from ehr_features.config import FeaturesConfig
+from ehr_features.notes_config import NotesConfig
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import ImagesConfig, PretrainConfig
 
@@ -23,6 +24,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 SCHEMAS: dict[str, type[Settings]] = {
     "features": FeaturesConfig,
     "check": FeaturesConfig,
+    "notes": NotesConfig,
     "images": ImagesConfig,
     "pretrain": PretrainConfig,
     "probe": ProbeConfig,
