@@ -108,16 +108,18 @@ def read_passages(folder: str | Path) -> pd.DataFrame:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of passages (.txt, .md, .jsonl)")
     read = {".txt": _text, ".md": _markdown, ".jsonl": _lines}
-    files = sorted(p for p in folder.rglob("*") if p.suffix in read and not p.name.startswith("."))
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in read and not p.name.startswith("."))
     found: list[dict[str, str]] = []
     for path in files:
         name = path.relative_to(folder).as_posix()
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error})") from None
         stem = name.removesuffix(path.suffix)
-        found += [{"id": i, "text": t, "source": name} for i, t in read[path.suffix](path, stem, content) if t.strip()]
+        found += [
+            {"id": i, "text": t, "source": name} for i, t in read[path.suffix.lower()](path, stem, content) if t.strip()
+        ]
     if not found:
         raise UserError(f"{folder}: no passage; wanted .txt (one each), .md (one a heading), .jsonl (id and text)")
     table = pd.DataFrame(found).sort_values("id", ignore_index=True)

@@ -6,11 +6,15 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from ehr_features import demo
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
+from ehr_features.notes import write_notes
+from ehr_features.notes_config import NotesConfig
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
@@ -42,3 +46,18 @@ def test_spark_equals_duckdb_on_the_real_demo(shared, tmp_path):
     a, b = (load_file(folder / "series.safetensors") for folder in made.values())
     for key in a:
         np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_spark_writes_the_notes_that_duckdb_writes(tmp_path):
+    demo.generate(tmp_path / "raw", subjects=60, seed=3, film_size=32, leak=0.5)
+    raw = {f"mimic_{key}": str(tmp_path / "raw" / f"mimic-{name}") for key, name in (("iv", "iv"), ("ed", "iv-ed"))}
+    cxr = str(tmp_path / "raw/mimic-cxr")
+    features = build(FeaturesConfig(**raw, mimic_cxr=cxr, out=tmp_path / "features", tasks=("mortality",)))
+    made = [
+        write_notes(NotesConfig(features=features, **raw, out=tmp_path / engine, engine=engine, memory="2GB"))
+        for engine in ("duckdb", "pyspark")
+    ]
+    for name in ("notes.parquet", "unfiltered.parquet"):
+        assert pq.read_table(made[0] / name).equals(pq.read_table(made[1] / name)) and pq.read_table(made[0] / name)
+    assert (made[0] / "attrition.json").read_bytes() == (made[1] / "attrition.json").read_bytes()

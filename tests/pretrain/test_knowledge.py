@@ -91,6 +91,13 @@ def test_the_nearest_are_those_of_a_full_sort(top: int, number: int, threshold: 
         np.testing.assert_allclose(scores[i][: len(found)], cosine[found], atol=1e-5)
 
 
+def test_passages_of_windows_are_read_alike(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.MD").write_text("# Two\nthree\n")
+    table = read_passages(tmp_path).set_index("id")["text"].to_dict()
+    assert table == {"A": "one", "b#Two": "Two. three"}
+
+
 def test_passages_that_cannot_be_read_are_named(tmp_path: Path, word_encoder: Any, write_notes: Make) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_passages(tmp_path / "nowhere")
