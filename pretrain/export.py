@@ -91,8 +91,8 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
             continue
         if len(y[:, i].unique()) == 2:
             out[name] = {"metric": "auroc", "value": _auroc(wanted > wanted.min(), guess[:, i]), "chance": 0.5}
-        else:
-            r2 = 1 - ((wanted - guess[:, i]).square().mean() / (wanted - fitted.mean()).square().mean()).item()
+        elif spread := (wanted - fitted.mean()).square().mean().item():
+            r2 = 1 - (wanted - guess[:, i]).square().mean().item() / spread
             out[name] = {"metric": "r2", "value": r2, "chance": 0.0}
     groups = dict(zip(films.columns, films.column_groups, strict=True))
     vector = [name for name in out if groups[name] == TEXT and out[name]["metric"] == "r2"]

@@ -158,7 +158,8 @@ def text_columns(
     if not (train & has).any():
         raise UserError(f"{source.notes}: no train film has a note, so the group `text` cannot be fitted")
     mean, std = vectors[train & has].mean(0), vectors[train & has].std(0)
-    scaled = np.where(has[:, None], (vectors - mean) / np.where(std > 1e-6, std, 1), 0)
+    tells = std > 1e-6  # of MiniLM's columns two are 0 but for 1e-33, whose squares are 0
+    scaled = np.where(has[:, None] & tells, (vectors - mean) / np.where(tells, std, 1), 0)
     array = np.concatenate([scaled, ~has[:, None]], axis=1).astype(np.float32)
     names = [*(f"text_{i}" for i in range(vectors.shape[1])), "text_missing"]
     of = notes.rows(films["dicom_id"][used])

@@ -524,6 +524,20 @@ def test_a_note_conditions_as_a_group_with_zeros_and_a_mask_where_there_is_none(
     assert weight.shape[1] == len(meta["ehr"]["columns"]) == 3 + 17 and weight[:, 3:].any()
 
 
+def test_columns_of_a_text_encoder_that_say_nothing_are_zero(data, tmp_path, write_notes, minilm):
+    """Two columns of MiniLM's vectors are 0 but for 1e-33: no card of an encoder can hold what their squares give."""
+    given = text(write_notes(TOLD), text_encoder=str(minilm))
+    folder = train.train(config(data, tmp_path / "a", "optim.steps=1", **given))
+    readable = json.loads((folder / "encoder/encoder.json").read_text())["readability"]
+    assert np.isfinite(readable["text (mean over its columns)"]["value"])
+    films = bt.select_films(
+        data / "features", Store(data / "store"), config(data, tmp_path / "a").films, ["text"], "default", 0,
+        build.text(config(data, tmp_path / "a", **given)),
+    )  # fmt: skip
+    nothing = np.abs(films.static).max(axis=0) < 1e-20
+    assert 0 < nothing.sum() < 10 and not films.static[:, nothing].any()
+
+
 def test_the_text_group_is_fitted_on_train_and_blanked_as_a_whole(data, tmp_path, write_notes, word_encoder):
     source = build.text(config(data, tmp_path / "a", **text(write_notes(TOLD))))
     settings = config(data, tmp_path / "a").films
