@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import argparse
 import errno
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
 
 from configs.loader import Settings, UserError, load
+from configs.signals import INTERRUPTED, STOPPED, Stopped, ignore, listen
 
-STOPPED = 75
-_came_at: dict[int, float] = {}  # signal -> when it came last
-
-
-class Stopped(BaseException):
-    """SIGTERM came: what is done is saved, and the same command goes on from there."""
+ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EFBIG: "the file is larger than is allowed here (ulimit -f): raise that, or choose another out=...",
+    errno.EACCES: "permission denied: choose another folder with out=...",
+    errno.EROFS: "the file system is read-only: choose another folder with out=...",
+}
 
 
 def parser(prog: str, says: str) -> tuple[argparse.ArgumentParser, Any]:
@@ -101,60 +101,25 @@ def main(top: argparse.ArgumentParser, argv: list[str] | None = None) -> NoRetur
 def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
     """Run, and turn what went wrong into an exit code and a message of a few lines."""
     if signals:
-        signal.signal(signal.SIGTERM, _stop)
-        signal.signal(signal.SIGINT, _interrupt)  # a shell's background jobs start with it ignored
+        listen()
     try:
-        return run() or 0
+        message, code = "", run() or 0
     except UserError as error:
-        return _say(str(error), 2)
+        message, code = str(error), 2
     except Stopped as stopped:
-        return _say(str(stopped) or "stopped; the same command goes on from here", STOPPED)
+        message, code = str(stopped) or "stopped; the same command goes on from here", STOPPED
     except KeyboardInterrupt:
-        return _say("interrupted; nothing half-written is left looking complete", 130)
+        message, code = "interrupted; nothing half-written is left looking complete", INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... | head` closed the pipe
-        return 0
+        message, code = "", 0  # `... | head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        advice = {
-            errno.ENOSPC: "the disk is full: free some space and run the same command again",
-            errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-            errno.EFBIG: "the file is larger than is allowed here (ulimit -f): raise that, or choose another out=...",
-            errno.EACCES: "permission denied: choose another folder with out=...",
-            errno.EROFS: "the file system is read-only: choose another folder with out=...",
-        }.get(error.errno or 0)
-        if advice is None:
+        if (advice := ADVICE.get(error.errno or 0)) is None:
             raise
-        return _say(f"{error.filename or 'writing'}: {advice}", 2)
-
-
-def _stop(_: int, frame: FrameType | None) -> None:
-    """SIGTERM counts once, as Ctrl-C does: a launcher passes on what every process of a job may have been sent."""
-    if _first(signal.SIGTERM):
-        stopped = Stopped("stopped by SIGTERM; the same command goes on from here")
-        _leave_import(frame, stopped, STOPPED)
-        raise stopped
-
-
-def _interrupt(_: int, frame: FrameType | None) -> None:
-    """Ctrl-C counts once: a launcher passes it on to processes that the terminal has told already."""
-    if _first(signal.SIGINT):
-        _leave_import(frame, "interrupted", 130)
-        raise KeyboardInterrupt
-
-
-def _first(number: int) -> bool:
-    """Whether the same signal did not come just before."""
-    before, _came_at[number] = _came_at.get(number, -math.inf), time.monotonic()
-    return _came_at[number] - before > 3
-
-
-def _leave_import(frame: FrameType | None, message: object, code: int) -> None:
-    """Leave at once from the middle of an import, when nothing has begun: an exception there is lost, or misleads."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            _say(str(message), code)
-            os._exit(code)
-        frame = frame.f_back
+        message, code = f"{error.filename or 'writing'}: {advice}", 2
+    if signals:
+        ignore()
+    return _say(message, code) if message else code
 
 
 def _say(message: str, code: int) -> int:

@@ -10,6 +10,11 @@ a preempted run (75) or a mistake in a config (2) could not be told from a crash
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take a while
+    from configs import signals
+
+    signals.leave()
+
 import argparse
 import ctypes
 import os

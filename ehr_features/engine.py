@@ -21,7 +21,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from configs import UserError
-from configs.cli import Stopped
+from configs.signals import Stopped
 
 _OPEN: weakref.WeakSet[Any] = weakref.WeakSet()  # DuckDB connections, for `interruptible`
 

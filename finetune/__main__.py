@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take a while
+    from configs import signals
+
+    signals.leave()
+
 import argparse
 from pathlib import Path
 

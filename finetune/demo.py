@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs import UserError
-from configs.cli import Stopped
+from configs.signals import Stopped
 from ehr_features.files import digest, read_json, write_json
 
 CORES = 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs import UserError
-from configs.cli import Stopped
+from configs.signals import Stopped
 from finetune.config import FuseConfig
 from finetune.fusion import Late, Output
 from finetune.heads import macro_auroc

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.cli import Stopped
+from configs.signals import Stopped
 from ehr_features.files import new_file
 from finetune.films import Films
 from finetune.frozen import open_any

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from configs.cli import Stopped
+from configs.signals import Stopped
 from pretrain import build, export, run
 from pretrain.accumulate import backward
 from pretrain.batches import Steps, select_films

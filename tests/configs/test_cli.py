@@ -1,5 +1,6 @@
 """Exit codes: what a signal does, wherever it finds a command."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,28 @@ def test_a_signal_in_the_middle_of_an_import_ends_the_command_at_once(tmp_path: 
 def test_a_signal_that_comes_twice_counts_once(name: str, code: int) -> None:
     done = subprocess.run([sys.executable, "-c", TWICE.format(name=name)], capture_output=True, text=True, timeout=120)
     assert done.returncode == code and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("room", ["ehr_features", "pretrain", "finetune", "configs.launch"])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_during_the_first_imports_of_a_command_is_one_line(
+    tmp_path: Path, room: str, name: str, code: int
+) -> None:
+    (tmp_path / "yaml.py").write_text(SLOW.format(name=name))  # the first library that a command imports
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-m", room, "--help"], capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == code and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+LATE = """
+import os, signal
+from configs import cli
+cli.guard(lambda: 0, signals=True)
+os.kill(os.getpid(), signal.{name})
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_after_the_work_changes_nothing(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LATE.format(name=name)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from configs import UserError
-from configs.cli import Stopped
+from configs.signals import Stopped
 from finetune import loop
 from finetune.config import FuseConfig
 from finetune.fusion import MODELS

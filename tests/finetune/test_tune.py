@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.cli import Stopped
+from configs.signals import Stopped
 from ehr_features.files import read_json
 from finetune import tune, tune_net
 from finetune.config import ProbeConfig, TuneConfig

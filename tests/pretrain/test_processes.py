@@ -22,7 +22,7 @@ LOOP = """
 import argparse, sys, time
 import torch, torch.distributed as dist
 from configs import Settings, cli
-from configs.cli import Stopped
+from configs.signals import Stopped
 from pretrain import run
 
 class Config(Settings):

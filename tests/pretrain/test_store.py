@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import UserError
-from configs.cli import Stopped, guard
+from configs.cli import guard
+from configs.signals import Stopped
 from pretrain import pack as packing
 from pretrain.config import ImagesConfig
 from pretrain.films import decode, fit

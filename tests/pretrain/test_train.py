@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from configs import UserError, load
-from configs.cli import Stopped
+from configs.signals import Stopped
 from pretrain import batches as bt
 from pretrain import build, loader, run, train
 from pretrain import encoder as enc
