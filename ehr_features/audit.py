@@ -14,18 +14,19 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from configs import UserError
 from ehr_features import channels, schema
 from ehr_features.audit_films import (
-    ENDED,
+    RECORD,
     SLACK_HOURS,
-    TIMES,
-    check_ended,
+    STAYS,
     check_films,
     check_history,
+    check_record,
     check_stay_films,
-    check_times,
+    check_stays,
 )
 from ehr_features.audit_runs import check_runs
 from ehr_features.audit_series import DECLARED, FITTED, KNOWN, check_carried, check_known, check_series
@@ -83,7 +84,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         config = _built_with(features)
     except UserError as error:
-        unsaid = (HOURS, DECLARED, FITTED, KNOWN, TIMES, *((ENDED,) if films else ()))
+        unsaid = (HOURS, DECLARED, FITTED, KNOWN, STAYS, *((RECORD,) if films else ()))
         verdicts += [check_carried(features), *(cannot(claim, str(error)) for claim in unsaid)]
         return verdicts + check_runs(runs, subjects.drop_duplicates())
     verdicts.append(check_hours(stays, samples, config))
@@ -91,10 +92,10 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         source = _same_source(features, config)
     except UserError as error:
-        verdicts += [cannot(c, str(error).splitlines()[0]) for c in (KNOWN, TIMES, *((ENDED,) if films else ()))]
+        verdicts += [cannot(c, str(error).splitlines()[0]) for c in (KNOWN, STAYS, *((RECORD,) if films else ()))]
     else:
-        verdicts += [check_known(features, source, config), check_times(source, stays, images)]
-        verdicts += [check_ended(source, images)] if films else []
+        verdicts += [check_known(features, source, config), check_stays(source, stays, config)]
+        verdicts += [check_record(source, images, config)] if films else []
     return verdicts + check_runs(runs, subjects.drop_duplicates())
 
 
@@ -124,7 +125,9 @@ def check_hours(stays: pd.DataFrame, samples: dict[str, pd.DataFrame], config: F
     """Each sample is predicted when its task says, and while its stay lasts."""
     bad, rows = {}, 0
     for name, table in samples.items():
-        timed = table[table["predict_at_hours"].notna()].merge(stays[["stay_id", "los_hours"]], "left", "stay_id")
+        timed = table.loc[table["predict_at_hours"].notna(), ["stay_id", "predict_at_hours"]].merge(
+            stays[["stay_id", "los_hours"]], "left", "stay_id"
+        )
         at, rows = timed["predict_at_hours"], rows + len(timed)
         late = ~(at <= timed["los_hours"] + 10 * SLACK_HOURS)
         if name in ("mortality", "phenotypes_early"):
@@ -154,7 +157,7 @@ def check_inputs(features: Path) -> Verdict:
     """No label among the columns that models read, and no column said to be known earlier than it is."""
     described = read_json(features / "schema.json")
     ours = {"stays": schema.STAYS, "images": schema.IMAGES, "stay_films": schema.STAY_FILMS}
-    early = moved = unknown = columns = 0
+    early = moved = unknown = undeclared = columns = 0
     labels = set(schema.FINDINGS)
     for table, said in described.items():
         known = ours.get(table, schema.SAMPLES)
@@ -166,12 +169,16 @@ def check_inputs(features: Path) -> Verdict:
                 early += ORDER.index(about["available_at"]) < ORDER.index(known[name].available_at)
             else:  # a label of a task
                 unknown += about["group"] not in LABEL_GROUPS
+    for path in features.rglob("*.parquet"):
+        said = described.get(path.relative_to(features).with_suffix("").as_posix(), {})
+        undeclared += len(set(pq.read_schema(path).names) ^ set(said))
     series = read_json(features / "series.json")["columns"]
     bad = {
         "labels among the columns of the series": len(labels & {c.removeprefix("mask->") for c in series}),
         "columns said to be known earlier than they are": int(early),
         "columns said to be of another group than they are": int(moved),
-        "columns of samples that are neither keys nor labels": int(unknown),
+        "columns that are neither declared nor labels of a task": int(unknown),
+        "columns of the tables that schema.json does not have, or has alone": undeclared,
     }
     late = {c for said in described.values() for c, about in said.items() if about["available_at"] == "discharge"}
     listed = ", ".join(sorted(late - labels))

@@ -5,20 +5,19 @@ Comes in: the tables of a features/ folder and, where they are still those of th
 
 from __future__ import annotations
 
-import ibis
-import ibis.expr.types as ir
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from ehr_features import film_record, films, schema
-from ehr_features.engine import hold
+from ehr_features import cohort, film_record, linking, schema
+from ehr_features.config import FeaturesConfig
 from ehr_features.source import Source
 from ehr_features.verdict import Verdict, decide
 
 SLACK_HOURS = 1e-6
-TIMES = "films and stays stand at the times of the raw tables"
-ENDED = "earlier admissions and their diagnoses had ended before the film"
+RECORD = "what a film's row says of its patient, the raw tables had said when it was taken"
+STAYS = "stays stand at the times of the raw tables, and say what those say"
 
 
 def check_films(stays: pd.DataFrame, images: pd.DataFrame, samples: dict[str, pd.DataFrame]) -> Verdict:
@@ -76,44 +75,32 @@ def check_history(stays: pd.DataFrame, images: pd.DataFrame) -> Verdict:
     return decide("triage, arrivals and earlier studies are from before the film", bad, f"{len(images)} films")
 
 
-def check_times(source: Source, stays: pd.DataFrame, images: pd.DataFrame) -> Verdict:
-    """The times that everything else is measured by are those of the raw tables."""
-    bad = {}
-    raw = source.table("icustays").select("stay_id", "subject_id", "intime", "outtime")
-    bad["stays of another time or subject than in icustays"] = _not_among(source, raw, stays)
-    if source.has("cxr_metadata"):
-        table = source.table("cxr_metadata")
-        told = table.select("dicom_id", "subject_id", taken_at=films.timestamp(table.StudyDate, table.StudyTime))
-        timed = images.dropna(subset="taken_at")
-        bad["films of another time or subject than in the metadata"] = _not_among(source, told, timed)
-    return decide(TIMES, bad, f"{len(stays)} stays, {len(images)} films")
+def check_record(source: Source, images: pd.DataFrame, config: FeaturesConfig) -> Verdict:
+    """Each column of a film's row is what the raw tables had said when it was taken."""
+    counted = cohort.Attrition()
+    linked = linking.link_films(source, counted, preset=config.preset, ed_tolerance_hours=config.ed_tolerance_hours)
+    told = film_record.add_record(source, linked).to_pandas()
+    return _compared(RECORD, "films", images, told, "dicom_id", schema.IMAGES)
 
 
-def check_ended(source: Source, images: pd.DataFrame) -> Verdict:
-    """What a film's row says of earlier admissions is of admissions that had ended."""
-    columns = ["dicom_id", "subject_id", "taken_at", "age_years"]
-    table = _held(source, images[columns].astype({"dicom_id": "string"}))
-    again = film_record.earlier_admissions(source, table).to_pandas()
-    both = images[["dicom_id", "num_prior_admissions", "prior_phenotypes"]].merge(again, on="dicom_id")
-    more = both["num_prior_admissions_x"].fillna(0) > both["num_prior_admissions_y"].fillna(0)
-    said, known = (both[f"prior_phenotypes_{side}"].fillna("").astype(str).str.split() for side in "xy")
-    unknown = [not set(a) <= set(b) for a, b in zip(said, known, strict=True)]
-    bad = {
-        "films with more earlier admissions than had ended": int(more.sum()),
-        "films with diagnoses of admissions that had not ended": int(np.sum(unknown)),
-    }
-    return decide(ENDED, bad, f"{int(both['num_prior_admissions_x'].notna().sum())} films with a record")
+def check_stays(source: Source, stays: pd.DataFrame, config: FeaturesConfig) -> Verdict:
+    """Each column of a stay's row is that of the raw tables."""
+    told = cohort.stays(source, config.preset, cohort.Attrition()).to_pandas()
+    return _compared(STAYS, "stays", stays, told, "stay_id", schema.STAYS)
 
 
-def _not_among(source: Source, raw: ir.Table, ours: pd.DataFrame) -> int:
-    """How many rows have no equal row in a raw table, by its columns."""
-    names = list(raw.columns)
-    ours = ours[names].astype({n: "string" for n in names if n == "dicom_id"})
-    found = raw.semi_join(_held(source, ours), names).distinct().count().execute()
-    return len(ours) - int(found)
-
-
-def _held(source: Source, frame: pd.DataFrame) -> ir.Table:
-    times = {n: "datetime64[us]" for n in frame if pd.api.types.is_datetime64_any_dtype(frame[n])}
-    table = pa.Table.from_pandas(frame.astype(times), preserve_index=False)
-    return hold(source.con, ibis.util.gen_name("audited"), table)
+def _compared(
+    claim: str, what: str, ours: pd.DataFrame, told: pd.DataFrame, key: str, columns: Mapping[str, schema.Column]
+) -> Verdict:
+    names = [name for name in columns if name not in ("split", key)]
+    both = ours.merge(told[[key, *names]], "left", key, suffixes=("", "_told"), indicator="known")
+    bad = {f"{what} that the raw tables do not have": int((both["known"] != "both").sum())}
+    for name in names:
+        one, other = both[name], both[f"{name}_told"]
+        if columns[name].type in ("int64", "float64"):
+            a, b = (pd.to_numeric(c).to_numpy("float64", na_value=np.nan) for c in (one, other))
+            differ = int((~np.isclose(a, b, rtol=1e-9, atol=1e-6, equal_nan=True)).sum())
+        else:
+            differ = int(((one != other).fillna(True) & ~(one.isna() & other.isna())).sum())
+        bad[f"{what} whose {name} is not that of the raw tables"] = differ
+    return decide(claim, bad, f"{len(names)} columns of {len(ours)} {what}")

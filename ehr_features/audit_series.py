@@ -28,12 +28,13 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.engine import batches, hold
 from ehr_features.files import read_json
 from ehr_features.source import Source
-from ehr_features.verdict import Verdict, decide
+from ehr_features.verdict import Verdict, cannot, decide
 
 KNOWN = "no vital sign or laboratory value is from after its hour"
 FILLED = "values that were not observed are carried forward, never back"
 DECLARED = "the series are of the declared variables, and of nothing else"
 FITTED = "the normaliser is fitted on train only"
+ODD = "series.safetensors has other columns than declared"
 READ = ("chartevents", "labevents")
 
 
@@ -42,8 +43,11 @@ def check_series(features: Path, stays: pd.DataFrame, config: FeaturesConfig) ->
     about, layout = read_json(features / "series.json"), _layout(config)
     wanted = [*layout.values, *layout.observed]
     other = sum(ours != theirs for ours, theirs in zip_longest(about["columns"], wanted))
-    declared = decide(DECLARED, {"columns that are not the declared ones": other}, f"{len(wanted)} columns")
-    return [check_carried(features), declared, _fitted(_file(features), about, layout, stays)]
+    more = abs(sum(_widths(_file(features))) - len(wanted))
+    bad = {"columns that are not the declared ones": other, "columns more or fewer in the file than declared": more}
+    declared = decide(DECLARED, bad, f"{len(wanted)} columns")
+    fitted = cannot(FITTED, ODD) if more else _fitted(_file(features), about, layout, stays)
+    return [check_carried(features), declared, fitted]
 
 
 def _file(features: Path) -> Path:
@@ -51,6 +55,11 @@ def _file(features: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file; build the features again")
     return path
+
+
+def _widths(path: Path) -> tuple[int, int]:
+    with safe_open(path, "numpy") as file:
+        return tuple(file.get_slice(name).get_shape()[1] for name in ("values", "observed"))
 
 
 def _layout(config: FeaturesConfig) -> series.Layout:
@@ -61,6 +70,8 @@ def check_carried(features: Path, chunk: int = 2_000) -> Verdict:
     """What was not observed is the value before it, or the normal value."""
     path, about = _file(features), read_json(features / "series.json")
     normal, of = np.array(about["imputation"]["normal"], np.float32), np.array(about["observed_of"])
+    if len(normal) != len(of) or _widths(path)[0] != len(of) or of.max() >= _widths(path)[1]:
+        return cannot(FILLED, ODD)
     wrong = cells = 0
     with safe_open(path, "numpy") as file:
         offsets, values, observed = file.get_tensor("offsets"), file.get_slice("values"), file.get_slice("observed")
@@ -88,6 +99,8 @@ def _fitted(path: Path, about: dict[str, Any], layout: series.Layout, stays: pd.
 def check_known(features: Path, source: Source, config: FeaturesConfig) -> Verdict:
     """Every observed value has its event, known by the end of its hour."""
     path, layout, declared = _file(features), _layout(config), channels.read_channels(config.channels)
+    if _widths(path) != (len(layout.values), len(layout.observed)):
+        return cannot(KNOWN, ODD)
     with safe_open(path, "numpy") as file:
         stay_ids, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
         values, observed = file.get_tensor("values"), file.get_tensor("observed") == 1

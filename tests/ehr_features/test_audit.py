@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from configs import UserError
 from ehr_features import audit, channels, demo, series
 from ehr_features.__main__ import main
+from ehr_features.audit_films import RECORD, STAYS
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
 from ehr_features.verdict import PROVED, REFUTED, UNKNOWN
@@ -195,6 +196,22 @@ def _another_column(about: dict[str, Any]) -> None:
     about["columns"][5] = "hours_until_discharge"
 
 
+def _triage_of_a_visit_to_come(images: pd.DataFrame) -> None:
+    images.loc[images.index[images["ed_acuity"].isna()][0], ["hours_since_ed_arrival", "ed_acuity"]] = [1.0, 2.0]
+
+
+def _outcome_written_as_position(images: pd.DataFrame) -> None:
+    images["position"] = images["died_in_hospital"].map({1: "Erect", 0: "Recumbent"})
+
+
+def _outcome_written_as_age(stays: pd.DataFrame) -> None:
+    stays["age_years"] += (stays["los_hours"] > 72).astype(int)
+
+
+def _one_column_more(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    arrays["values"] = np.pad(arrays["values"], ((0, 0), (0, 1)))
+
+
 def _finding_called_sex(tables: dict[str, Any]) -> None:
     tables["images"]["Pneumonia"]["group"] = "sex"
 
@@ -222,13 +239,22 @@ LEAKS: dict[str, tuple[Callable[[Path], None], str]] = {
         change("samples/mortality", _mortality_at_three_days),
         "when their task says",
     ),
-    "films moved to an earlier day": (_films_two_days_early, "times of the raw tables"),
-    "stays that begin later": (change("stays", _stays_an_hour_late), "times of the raw tables"),
-    "diagnoses of this admission": (change("images", _own_diagnoses), "had ended before the film"),
-    "an admission that goes on": (change("images", _admission_that_has_not_ended), "had ended before the film"),
+    "films moved to an earlier day": (_films_two_days_early, RECORD),
+    "stays that begin later": (change("stays", _stays_an_hour_late), STAYS),
+    "diagnoses of this admission": (change("images", _own_diagnoses), RECORD),
+    "an admission that goes on": (change("images", _admission_that_has_not_ended), RECORD),
     "a stay that is to come": (_stay_that_is_to_come, "triage, arrivals and earlier studies"),
     "a film from after its stay": (change("stay_films", _film_after_its_stay), "films of stays stand at the hour"),
     "a column that nobody declared": (change_json("series.json", _another_column), "of the declared variables"),
+    "triage of a visit to come, its hours hidden": (change("images", _triage_of_a_visit_to_come), RECORD),
+    "an outcome in another column of films": (change("images", _outcome_written_as_position), RECORD),
+    "an outcome in another column of stays": (change("stays", _outcome_written_as_age), STAYS),
+    "an ICU stay that nobody had": (change("images", lambda t: t.update({"in_icu": t["in_icu"].fillna(1)})), RECORD),
+    "a label that no schema declares": (
+        change("images", lambda t: t.insert(3, "mortality", 1)),
+        "no finding, phenotype or outcome",
+    ),
+    "a column of the series that no one declares": (change_series(_one_column_more), "of the declared variables"),
     "a finding called sex": (change_json("schema.json", _finding_called_sex), "no finding, phenotype or outcome"),
     "studies that come later": (change("images", _studies_that_come_later), "triage, arrivals and earlier studies"),
 }
