@@ -169,13 +169,10 @@ def main() -> None:
     for model in ("record_lstm", "medfuse") if args.epochs else ():
         seconds = epoch_seconds(model, samples, np.arange(len(samples)), args.epochs)
         whole = seconds + (theirs - ours) * len(samples)
-        print(
-            f"an epoch of {model}: {seconds:.1f} s; fed the reference's way {whole:.1f} s ({whole / seconds:.1f} times)"
-        )
+        print(f"| epoch of {model}, s | {seconds:.1f} | fed the reference's way {whole:.1f} | {whole / seconds:.1f}x |")
         found[f"{model}_epoch_s"] = seconds
-    print(
-        f"input path a stay: ours {ours * 1e3:.4f} ms (film features too), parse and discretise {theirs * 1e3:.2f} ms"
-    )
+    reference = f"parse and discretise its CSV {theirs * 1e3:.2f}"
+    print(f"| input path of a stay, ms | {ours * 1e3:.4f} | {reference} | {theirs / ours:.0f}x |")
     found["ratio"] = theirs / ours
     if args.json:
         args.json.write_text(json.dumps(found, indent=2))

@@ -88,6 +88,13 @@ def _runs(args: argparse.Namespace) -> None:
     show(args.folder)
 
 
+def _count(text: str) -> int:
+    """A whole number from 0, of an argument."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and leave with an exit code."""
     top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
@@ -132,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     score.add_argument("labels", metavar="LABELS", help=".npy, .csv or .parquet: rows x labels of 0, 1 and empty")
     score.add_argument("scores", metavar="SCORES", help="the same rows and labels; probabilities, or any scores")
     score.add_argument("--groups", metavar="FILE", help="one subject for each row; intervals resample subjects")
-    score.add_argument("--samples", type=int, default=1000, help="resamples; 0 for none (default 1000)")
+    score.add_argument("--samples", type=_count, default=1000, help="resamples; 0 for none (default 1000)")
     score.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
     score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     score.set_defaults(run=_score)
@@ -145,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     compare.add_argument("a", metavar="RUN", nargs="+", help="runs of one method, a training seed each")
     compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", required=True, help="runs of the other method")
     compare.add_argument("--split", default="test", choices=("val", "test"))
-    compare.add_argument("--samples", type=int, default=1000, help="resamples (default 1000)")
+    compare.add_argument("--samples", type=_count, default=1000, help="resamples (default 1000)")
     compare.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
     compare.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     compare.set_defaults(run=_compare)
@@ -168,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     nearest.add_argument("embeddings", metavar="EMBEDDINGS.parquet", help="what `embed` wrote")
     nearest.add_argument("film", metavar="FILM", help="an id or path in it, or another film's file")
-    nearest.add_argument("--number", type=int, default=10, help="how many (default 10)")
+    nearest.add_argument("--number", type=_count, default=10, help="how many (default 10)")
     nearest.add_argument("--encoder", help="in place of the one that EMBEDDINGS names")
     nearest.set_defaults(run=_nearest)
     report = cli.command(

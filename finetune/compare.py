@@ -105,11 +105,12 @@ def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
 def compare_runs(
     a: Sequence[str | Path], b: Sequence[str | Path], *, split: str = "test", samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """`paired` of run folders, on the rows that they scored.
+    """`paired` of run folders, on the rows that they scored; a fusion with `seeds` above 1 counts as its trainings.
 
     Returns: as `paired`; each row also carries parameters, input size and films seen of a and b (the first run's).
     Raises: UserError: other films, labels or values than in the first run.
     """
+    a, b = each_training(a), each_training(b)
     first: tuple[list[Any], NDArray[Any], NDArray[Any], list[str]] | None = None
     scores: list[list[NDArray[Any]]] = [[], []]
     abouts: list[list[dict[str, Any]]] = [[], []]
@@ -142,6 +143,14 @@ def compare_runs(
         by = of[0].get("compared_by") or {}
         table = table.assign(**{f"{key}_{name}": by.get(key) for key in CARRIED})
     return table
+
+
+def each_training(runs: Sequence[str | Path]) -> list[str | Path]:
+    """The runs, a fusion of several seeds as the folders of its trainings."""
+    found: list[str | Path] = []
+    for run in runs:
+        found += sorted(Path(run).glob("seed_*/")) or [run]
+    return found
 
 
 def _by_count(
@@ -183,7 +192,10 @@ def show(
 ) -> pd.DataFrame:
     """Print `compare_runs`, and write it to `out` as CSV if given."""
     table = compare_runs(a, b, split=split, samples=samples, seed=seed)
-    abouts = [read_results(runs[0])[0] for runs in (a, b)]
+    if out is not None:  # before the screen, whose reader may leave (`| head`)
+        with new_file(out) as part:
+            table.to_csv(part, index=False)
+    abouts = [read_results(each_training(runs)[0])[0] for runs in (a, b)]
     print(f"AUROC on {split}")
     for side, runs, about in zip("ab", (a, b), abouts, strict=True):
         by = about.get("compared_by") or {}
@@ -197,8 +209,6 @@ def show(
     if table["claim"].iloc[0] == "one run":
         print(f"this compares the runs at hand; a claim between methods takes {ENOUGH_SEEDS} trainings of each")
     if out is not None:
-        with new_file(out) as part:
-            table.to_csv(part, index=False)
         print(f"wrote {out}")
     return table
 

@@ -34,6 +34,7 @@ def score(
     Raises: UserError: a file that is no table of numbers, rows or columns that do not fit.
     """
     left, right = _read(labels), _read(scores)
+    left, right = _whole(labels, left, len(right)), _whole(scores, right, len(left))
     y, s = _values(labels, left, "label_"), _values(scores, right, "logit_")
     if len(y) != len(s):
         raise UserError(f"{labels} has {len(y)} rows and {scores} {len(s)}; wanted the same rows")
@@ -41,13 +42,14 @@ def score(
     group = _groups(groups, len(y)) if groups else left["subject_id"].to_numpy() if "subject_id" in left else None
     names = [str(c) for c in (s if isinstance(y.columns, pd.RangeIndex) else y).columns]
     table = evaluate(y.to_numpy(), s.to_numpy(), names=names, groups=group, samples=samples, seed=seed)
+    if out is not None:  # before the screen, whose reader may leave (`| head`)
+        with new_file(out) as part:
+            table.to_csv(part, index=False)
     shown = table.drop(columns="reason").round(4).astype(object).where(table.drop(columns="reason").notna(), "-")
     print(shown.assign(reason=table["reason"].fillna("")).to_string(index=False))
     of = f"{len(y):,} rows; --groups FILE resamples subjects" if group is None else f"{len(set(group)):,} subjects"
     print(f"intervals: {samples:,} resamples of {of}")
     if out is not None:
-        with new_file(out) as part:
-            table.to_csv(part, index=False)
         print(f"wrote {out}")
     return table
 
@@ -78,6 +80,12 @@ def _read(path: str, *, header: bool = True) -> pd.DataFrame:
     if not len(frame):
         raise UserError(f"{path}: no rows")
     return frame if isinstance(frame.columns, pd.RangeIndex) else frame.rename(columns=str)
+
+
+def _whole(path: str, frame: pd.DataFrame, rows: int) -> pd.DataFrame:
+    """The file read without a header where its first line may be either (0, 1, ...) and a row is missing."""
+    doubtful = path.endswith(CSV) and list(frame.columns) == [str(i) for i in range(frame.shape[1])]
+    return _read(path, header=False) if doubtful and len(frame) == rows - 1 else frame
 
 
 def _all_numbers(line: list[str]) -> bool:

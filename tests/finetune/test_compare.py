@@ -102,6 +102,18 @@ def test_run_folders_are_compared_whatever_the_order_of_their_rows(tmp_path: Pat
         compare_runs([one], [other])
 
 
+def test_a_run_of_several_seeds_counts_as_its_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    y, a, b, _ = sample(better=0.5)
+    for name, p in (("a", a), ("b", b)):
+        for seed in (8, 9, 10):
+            write_run(tmp_path / name / f"seed_{seed}", y, p, seed)
+        write_run(tmp_path / name, y, p, 8, seeds=3)  # above them: means, and the predictions of the first
+    out = tmp_path / "table.csv"
+    table = show([str(tmp_path / "a")], [str(tmp_path / "b")], split="test", samples=50, seed=0, out=str(out))
+    assert table["runs_a"].tolist() == table["runs_b"].tolist() == [3, 3, 3] and set(table["claim"]) == {"method"}
+    assert "the runs at hand" not in capsys.readouterr().out and len(pd.read_csv(out)) == 3
+
+
 def test_probes_of_one_pretraining_are_no_claim_about_its_method(tmp_path: Path) -> None:
     y, a, b, _ = sample(better=0.5)
 

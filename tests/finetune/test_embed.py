@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from configs import UserError
 from ehr_features.files import write_json
+from finetune.__main__ import main
 from finetune.config import ProbeConfig
 from finetune.embed import embed, nearest
 from finetune.metrics import evaluate
@@ -139,6 +140,21 @@ def test_a_file_without_a_header_loses_no_row(tmp_path: Path) -> None:
     pd.DataFrame(y).to_csv(tmp_path / "y.csv", index=False)  # pandas' header: 0,1
     pd.DataFrame(s).to_csv(tmp_path / "s.csv")  # and its index
     pd.testing.assert_frame_equal(score(*files, samples=20), evaluate(y, s, samples=20))
+
+
+def test_a_headless_column_that_begins_with_0_loses_no_row(tmp_path: Path) -> None:
+    y, s = np.array([0, 1, 1, 0, 1]), np.array([0.4, 0.3, 0.8, 0.1, 0.9])
+    np.savetxt(tmp_path / "y.csv", y, fmt="%d")  # its first line is also pandas' name of a single column
+    np.save(tmp_path / "s.npy", s)
+    got = score(str(tmp_path / "y.csv"), str(tmp_path / "s.npy"), samples=9)
+    pd.testing.assert_frame_equal(got, evaluate(y, s, samples=9))
+
+
+@pytest.mark.parametrize("words", [["score", "y.npy", "y.npy", "--samples"], ["nearest", "e.parquet", "f", "--number"]])
+def test_a_number_below_0_is_the_users_mistake(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*words, "-3"])
+    assert left.value.code == 2 and "-3 is below 0" in capsys.readouterr().err
 
 
 def test_columns_of_other_names_are_matched_by_position_and_rows_by_their_key(
