@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before the imports below, which take a while
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from configs import cli
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
@@ -95,9 +96,8 @@ def _count(text: str) -> int:
     return number
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, run, and leave with an exit code."""
-    top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
+def _trains(commands: Any) -> None:
+    """What takes a config and makes a run: probe, fuse, grid."""
     probe = cli.config_command(
         commands,
         "probe",
@@ -130,6 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     grid.add_argument("--only", default="*", metavar="PATTERN", help="of the combinations' names")
     grid.add_argument("--dry-run", action="store_true", help="print the commands that are not done yet, and stop")
     grid.add_argument("--processes", type=int, default=1, metavar="N", help="of each run, one a GPU")
+
+
+def _scores(commands: Any) -> None:
+    """Numbers of any predictions, and of two methods: score, compare."""
     score = cli.command(
         commands,
         "score",
@@ -156,6 +160,10 @@ def main(argv: list[str] | None = None) -> None:
     compare.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
     compare.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     compare.set_defaults(run=_compare)
+
+
+def _films(commands: Any) -> None:
+    """Any films, by an encoder alone: embed, nearest."""
     embed = cli.command(
         commands,
         "embed",
@@ -178,6 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     nearest.add_argument("--number", type=_count, default=10, help="how many (default 10)")
     nearest.add_argument("--encoder", help="in place of the one that EMBEDDINGS names")
     nearest.set_defaults(run=_nearest)
+
+
+def _shows(commands: Any) -> None:
+    """What one looks at: report, runs, demo."""
     report = cli.command(
         commands,
         "report",
@@ -213,6 +225,13 @@ def main(argv: list[str] | None = None) -> None:
         "--shuffled", action="store_true", help="permute findings, codes and deaths: nothing can be learned"
     )
     demo.set_defaults(run=_demo)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run, and leave with an exit code."""
+    top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
+    for add in (_trains, _scores, _films, _shows):
+        add(commands)
     cli.main(top, argv)
 
 
