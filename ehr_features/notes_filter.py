@@ -43,6 +43,7 @@ MEND = (
     (rf"{GAP}(?:-+|\.)([A-Za-z])|{GAP}-+(\d)", rf"{GAP} \1\2"),  # `chf-related`, `chf.exac`
     (rf"([A-Za-z\d])-+{GAP}", rf"\1 {GAP}"),
     (rf"([A-Za-z])\.{GAP}", rf"\1. {GAP}"),
+    (rf"{GAP}\.([,;/)])", rf"{GAP}\1"),  # the last dot of `c.h.f.`
     (rf"(?i)((?:^|[:;,(]|\.[ \t])[ \t]*){GAP}[ \t]*(?:(?:{JOINTS})[ \t]+|[/&+][ \t]*)", rf"\1{GAP} "),
     (rf"([^\s:;,(.])[ \t]*[/&+][ \t]*{GAP}", rf"\1 {GAP}"),
     (rf"([:;,(])[ \t]*{GAP}[ \t]*[,;][ \t]*", r"\1 "),  # an item among others
@@ -98,6 +99,8 @@ def _either(terms: pd.Series, plural: bool = True) -> str:
 
 def _term(term: str, plural: bool) -> str:
     stem = BETWEEN.join(re.escape(word) for word in term.rstrip("*").split())
+    if plural and re.fullmatch("[a-z]{2,5}", term):
+        stem = f"(?:{stem}|{'[.]'.join(term)})"
     return stem + ("[a-z]*" if term.endswith("*") else "(?:e?s)?" if plural else "")
 
 

@@ -26,6 +26,8 @@ NOTHING = (
     "n/a",
     "na",
     "unknown",
+    "unknown-cc",
+    "unknown/na",
     "unk",
     "other",
     "___",
@@ -79,7 +81,8 @@ def complaint(text: str, abbreviations: Mapping[str, str], pattern: re.Pattern[s
 
     parts = []
     for part in re.split(r"\s*[,;\n]\s*", text.replace("___", " ").lower()):
-        part = re.sub(r"\s+", " ", pattern.sub(full, part)).strip(" .:-")
+        part = re.sub(r"\s+", " ", pattern.sub(full, part)).strip(" .:")
+        part = re.sub(r"^-+\s+|[\s\-]+$", "", part)  # but for the minus of `-LOC`
         if part not in NOTHING:
             parts.append(part)
     return ", ".join(dict.fromkeys(parts)) or None
