@@ -1,6 +1,6 @@
 """The report's data part: who is in it, who fell out and why, and how much of the series was measured.
 
-Comes in: the features folder that the runs' configs name. Goes out: one section.
+Comes in: the folders of features and of notes that the runs' configs name. Goes out: one section.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ def cohort_section(runs: Sequence[Run]) -> Html:
         key = "" if i == 0 else f"-{i + 1}"
         parts.append(tag("p", "Features: ", tag("code", folder.name), class_="muted") if len(found) > 1 else None)
         parts += [splits_figure(folder, key), flow_figure(folder, key), missing_figure(folder, key)]
+    told = list({run.notes.resolve(): run.notes for run in runs if run.notes}.values())
+    for i, folder in enumerate(told):
+        title = "Films without a note, and why" + (f" ({folder.name})" if len(told) > 1 else "")
+        parts.append(flow_figure(folder, "-notes" + ("" if i == 0 else f"-{i + 1}"), title))
     return section("data", "Data", parts, lead="Who is in it, who fell out and why, and how much was measured.")
 
 
@@ -87,7 +91,7 @@ def _count(record: dict[str, Any], which: str) -> int | None:
     return None
 
 
-def flow_figure(folder: Path, key: str) -> Html | None:
+def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") -> Html | None:
     """Each exclusion as a bar that shortens."""
     steps = attrition(folder)
     if not steps:
@@ -96,7 +100,7 @@ def flow_figure(folder: Path, key: str) -> Html | None:
     caption = (
         "What is left after each rule (dark), and what the rule took out (light). Counts of rows, never of values."
     )
-    return figure(f"flow{key}", "Who fell out, and why", flow(steps), caption, numbers, note=notes(folder))
+    return figure(f"flow{key}", title, flow(steps), caption, numbers, note=notes(folder))
 
 
 def splits_figure(folder: Path, key: str) -> Html | None:

@@ -52,16 +52,23 @@ class Run:
     @cached_property
     def features(self) -> Path | None:
         """The features folder that the config names, wherever the report is made from."""
-        return self._find("features", "provenance.json")
+        return self._find(self.config.get("features"), "provenance.json")
 
     @cached_property
     def store(self) -> Path | None:
         """The store of films that the config names."""
-        return self._find("store", "store.json")
+        return self._find(self.config.get("store"), "store.json")
 
-    def _find(self, key: str, file: str) -> Path | None:
+    @cached_property
+    def notes(self) -> Path | None:
+        """The folder of notes that the config names, for a fusion or for the EHR group `text`."""
+        ehr = self.config.get("ehr")
+        return self._find(
+            self.config.get("notes") or (ehr.get("notes") if isinstance(ehr, dict) else None), "notes.parquet"
+        )
+
+    def _find(self, given: Any, file: str) -> Path | None:
         """A folder of the config, from here or from a folder above the run, that holds `file`."""
-        given = self.config.get(key)
         places = [place / str(given) for place in (Path(), *self.folder.resolve().parents) if given]
         return next((place for place in places if (place / file).is_file()), None)
 
