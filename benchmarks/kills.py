@@ -1,11 +1,12 @@
 """Kill each command at random moments: nothing is lost, nothing looks complete that is not, the same command goes on.
 
-    python -m benchmarks.kills OUT [--kills 50] [--seed 0] [--commands features images ...]
+    python -m benchmarks.kills OUT [--signal KILL] [--kills 50] [--seed 0] [--commands features images ...]
 
-Comes in: an empty folder. Goes out: a Markdown table (command, kills, outputs checked, what was found).
-Every command works on a small synthetic hospital. It is run once undisturbed; then started, killed (SIGKILL, with all
-its processes) after a random part of that time, and looked at: whatever carries a final name must open whole. After at
-most `CHAIN` kills in one folder the command is left to finish, and its result must be that of the undisturbed run.
+Comes in: an empty folder. Goes out: a Markdown table (command, kills, seconds undisturbed, what was found).
+Every command works on a small synthetic hospital. It is run once undisturbed; then started, killed after a random part
+of that time (by turns with all its processes, and alone), and looked at: whatever carries a final name must open whole,
+and no process is left. After at most `CHAIN` kills in one folder the command is left to finish, and its result must be
+that of the undisturbed run. SIGTERM and SIGINT must also end it with their exit codes, and without a traceback.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
-from ehr_features.files import PARTIAL
+from configs.signals import INTERRUPTED, STOPPED
+from ehr_features.files import PARTIAL, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "demo"
 CHAIN = 5
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}
 SHORT = ["optim.steps=12", "optim.batch_size=16", "save_every_minutes=0.005", "log_every=1"]
 
 
@@ -60,7 +63,14 @@ def commands(world: Path) -> dict[str, Command]:
     def config(name: str) -> str:
         return str(CONFIGS / f"{name}.yaml")
 
-    probe, fuse = world / "runs" / "probe", world / "runs" / "fuse"
+    probe, fuse, grid, notes = world / "runs" / "probe", world / "runs" / "fuse", world / "grid", world / "notes"
+    steps = {
+        "pretrain": ["pretrain", config("pretrain_vit_tiny"), *inputs, *SHORT, "optim.steps=4"],
+        "probe": ["probe", config("probe_linear"), *inputs, "encoder={pretrain}", "epochs=1", "samples=20"],
+    }
+    axes = {"record": {"none": {"pretrain": ["ehr.groups=[]"]}, "sex": {"pretrain": ["ehr.groups=[sex]"]}}}
+    if world.is_dir():
+        write_json(world / "grid.yaml", {"out": str(grid), "steps": steps, "axes": axes})  # YAML holds JSON
     made = [
         Command("demo data", ["ehr_features", "demo", str(data), "--subjects", "80", "--seed", "3"], data, ("**/*.*",)),
         Command(
@@ -69,6 +79,12 @@ def commands(world: Path) -> dict[str, Command]:
             features,
             ("**/*.parquet", "series.safetensors"),
             (world / "features.cache",),
+        ),
+        Command(
+            "notes",
+            ["ehr_features", "notes", config("notes"), f"features={features}", tables[0], tables[2], f"out={notes}"],
+            notes,
+            ("*.parquet",),
         ),
         Command(
             "images",
@@ -107,6 +123,13 @@ def commands(world: Path) -> dict[str, Command]:
             ["finetune", "report", str(run), str(probe), str(fuse), "--out", str(world / "report.html")],
             world / "report.html",
             (),
+        ),
+        Command(
+            "grid",
+            ["finetune", "grid", str(world / "grid.yaml")],
+            grid,
+            ("**/encoder.safetensors", "**/results.json"),
+            (world / "runs" / "cache",),
         ),
     ]
     return {command.name: command for command in made}
@@ -197,7 +220,60 @@ def _open(path: Path) -> None:
         raise ValueError("cut short")
 
 
-def torment(command: Command, kills: int, seed: int, logs: Path) -> list[str]:
+def listens(process: subprocess.Popen[bytes]) -> bool:
+    """Wait until a process has a handler for SIGTERM. Returns: False: it ended before."""
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, StopIteration):
+            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            caught = next(line.split()[1] for line in status if line.startswith("SigCgt:"))
+            if int(caught, 16) >> (signal.SIGTERM - 1) & 1:
+                return True
+        time.sleep(0.01)
+    return False
+
+
+def left(session: int, patience: float = 10.0) -> list[int]:
+    """Processes of a session that are still there after a while."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                words = path.read_text().rpartition(")")[2].split()  # state, parent, group, session
+                if int(words[3]) == session and words[0] not in "ZX":
+                    found.append(int(path.parent.name))
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def kill(command: Command, number: signal.Signals, seconds: float, log: Path, *, alone: bool) -> list[str]:
+    """Start it, and kill it after so many seconds. Returns: what was wrong."""
+    said = log.stat().st_size if log.exists() else 0
+    process = start(command, log)
+    if number != signal.SIGKILL:
+        listens(process)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    ended = process.poll() is not None
+    with contextlib.suppress(ProcessLookupError):  # it had ended, and all that it started
+        (os.kill if alone else os.killpg)(process.pid, number)
+    try:
+        code = process.wait(120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return [f"still there 120 s after {number.name}"]
+    faults = [f"{len(left(process.pid))} processes left"] if left(process.pid) else []
+    if code != 0 if ended else code not in (0, CODES[number]):
+        faults.append(f"exit code {code}")
+    with log.open("rb") as file:
+        file.seek(said)
+        if b"Traceback" in file.read():
+            faults.append(f"a traceback in {log}")
+    return faults + damaged(command)
+
+
+def torment(command: Command, kills: int, seed: int, logs: Path, number: signal.Signals = signal.SIGKILL) -> list[str]:
     """Kill it `kills` times. Returns: what was wrong, nothing if nothing was."""
     logs.mkdir(parents=True, exist_ok=True)
     log, draw, faults = logs / f"{command.name.replace(' ', '_')}.txt", random.Random(f"{seed}/{command.name}"), []
@@ -206,20 +282,13 @@ def torment(command: Command, kills: int, seed: int, logs: Path) -> list[str]:
     wanted = result(command)
     assert wanted, f"{command.name} wrote nothing"
     remove(command)
-    for kill in range(1, kills + 1):
-        process = start(command, log)
-        time.sleep(draw.uniform(0.0, 1.0) * command.seconds)
-        ended = process.poll() is not None
-        with contextlib.suppress(ProcessLookupError):  # it had ended, and all that it started
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        faults += [f"kill {kill}: {fault}" for fault in damaged(command)]
-        if ended and process.returncode:
-            faults.append(f"kill {kill}: ended by itself with exit code {process.returncode}")
-        if kill % CHAIN == 0 or kill == kills:
+    for i in range(1, kills + 1):
+        found = kill(command, number, draw.uniform(0.0, 1.0) * command.seconds, log, alone=i % 2 == 0)
+        faults += [f"kill {i}: {fault}" for fault in found]
+        if i % CHAIN == 0 or i == kills:
             finish(command, log)
-            faults += [f"after kill {kill}: {fault}" for fault in differences(result(command), wanted)]
-            if kill < kills:
+            faults += [f"after kill {i}: {fault}" for fault in differences(result(command), wanted)]
+            if i < kills:
                 remove(command)
     return faults
 
@@ -230,6 +299,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="+", metavar="NAME")
+    parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     known = commands(args.out.resolve())
@@ -239,7 +309,7 @@ def main() -> None:
             if not command.out.exists():
                 finish(command, args.out / "log.txt")
             continue
-        faults = torment(command, args.kills, args.seed, args.out / "logs")
+        faults = torment(command, args.kills, args.seed, args.out / "logs", signal.Signals[f"SIG{args.signal}"])
         says = (
             "; ".join(faults[:5]) + f" and {len(faults) - 5} more" * (len(faults) > 5) or "nothing lost or half-written"
         )

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -25,8 +27,13 @@ ADVICE = {
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
     errno.EFBIG: "the file is larger than is allowed here (ulimit -f): raise that, or choose another out=...",
     errno.EACCES: "permission denied: choose another folder with out=...",
+    errno.EPERM: "that is not permitted: choose another folder with out=...",
     errno.EROFS: "the file system is read-only: choose another folder with out=...",
 }
+LAUNCHED = {("ehr_features", "build"): "features", ("pretrain", "train"): "pretrain"}  # the names of ./launch.sh
+LAUNCHED |= {("ehr_features", name): name for name in ("check", "audit", "notes")}
+LAUNCHED |= {("pretrain", name): name for name in ("images", "export")}
+LAUNCHED |= {("finetune", name): name for name in ("demo", "probe", "fuse", "grid", "report", "runs", "embed")}
 
 
 def parser(prog: str, says: str) -> tuple[argparse.ArgumentParser, Any]:
@@ -81,7 +88,12 @@ def config_command(
         if args.print_config:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
-        return run(config, args)
+        try:
+            return run(config, args)
+        except OSError as error:
+            if error.filename is None:
+                error.filename = getattr(config, "out", None)
+            raise
 
     made.set_defaults(run=go)
     return made
@@ -107,7 +119,8 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
     except UserError as error:
         message, code = str(error), 2
     except Stopped as stopped:
-        message, code = str(stopped) or "stopped; the same command goes on from here", STOPPED
+        says = str(stopped) or "stopped by SIGTERM"
+        message, code = says if "go on with" in says else f"{says}; go on with\n  {typed()}", STOPPED
     except KeyboardInterrupt:
         message, code = "interrupted; nothing half-written is left looking complete", INTERRUPTED
     except BrokenPipeError:
@@ -120,6 +133,16 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
     if signals:
         ignore()
     return _say(message, code) if message else code
+
+
+def typed() -> str:
+    """The command that started this process, as a user would type it."""
+    start, words = Path(sys.argv[0]), sys.argv[1:]
+    key = (start.parent.name, words[0] if words else "")
+    if start.name == "__main__.py" and key in LAUNCHED:
+        return shlex.join(["./launch.sh", LAUNCHED[key], *words[1:]])
+    module = ["python", "-m", start.parent.name] if start.name == "__main__.py" else [start.as_posix()]
+    return shlex.join([*module, *words])
 
 
 def _say(message: str, code: int) -> int:

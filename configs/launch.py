@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         }
         words = [sys.executable, "-m", *args.module]
-        children.append(subprocess.Popen(words, env=os.environ | environment | own, preexec_fn=_end_with_me))
+        children.append(subprocess.Popen(words, env=os.environ | environment | own, preexec_fn=end_with_me))
     for came in told:
         _send(children, came)  # it came while they were started
     return _wait(children, told)
@@ -120,8 +120,8 @@ def _from_accelerate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return flags, environment
 
 
-def _end_with_me() -> None:
-    """In a child: be killed when the launcher is, so that none trains on alone and holds the folder."""
+def end_with_me() -> None:
+    """In a child, between fork and exec: be killed when its parent is, so that none works on alone in the folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 

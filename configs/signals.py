@@ -22,8 +22,8 @@ class Stopped(BaseException):
 
 def leave() -> None:
     """Let both signals end this process at once: nothing has begun."""
-    signal.signal(signal.SIGTERM, lambda *_: _leave("stopped by SIGTERM", STOPPED))
-    signal.signal(signal.SIGINT, lambda *_: _leave("interrupted", INTERRUPTED))
+    signal.signal(signal.SIGTERM, lambda *_: _leave("stopped by SIGTERM before it began", STOPPED))
+    signal.signal(signal.SIGINT, lambda *_: _leave("interrupted before it began", INTERRUPTED))
 
 
 def listen() -> None:
@@ -41,10 +41,9 @@ def ignore() -> None:
 def _stop(_: int, frame: FrameType | None) -> None:
     """SIGTERM counts once, as Ctrl-C does: a launcher passes on what every process of a job may have been sent."""
     if _first(signal.SIGTERM):
-        stopped = Stopped("stopped by SIGTERM; the same command goes on from here")
         if _importing(frame):
-            _leave(str(stopped), STOPPED)
-        raise stopped
+            _leave("stopped by SIGTERM; the same command goes on from here", STOPPED)
+        raise Stopped
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:

@@ -38,6 +38,7 @@ from ehr_features import (
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import hold, named_by_the_engine
 from ehr_features.files import code_digest, digest, file_digest, new_file, new_folder, provenance, read_json, write_json
+from ehr_features.lock import alone
 from ehr_features.remote import fingerprint
 from ehr_features.schema import FOR_NOTES
 from ehr_features.source import EVENTS, Source, mixed, open_source, roots
@@ -76,6 +77,13 @@ def build(config: FeaturesConfig) -> Path:
     if is_current(out, key):
         print(f"{out} is up to date with its tables and config", file=sys.stderr)
         return out
+    with alone(out):
+        _extract(config, source, prints, steps, key)
+    return out
+
+
+def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], steps: Steps, key: str) -> None:
+    """Write the folder, step by step."""
     attrition = cohort.Attrition()
     declared = channels.read_channels(config.channels)
     absent = channels.check_items(source, declared, config.preset, config.channels)
@@ -87,7 +95,7 @@ def build(config: FeaturesConfig) -> Path:
     with steps("binning the series"):
         binned, fates = series_file.cached(source, found, stays, declared, config)
     columns = medfuse.layout(declared) if config.preset == "medfuse" else series.layout(declared)
-    with new_folder(out) as part:
+    with new_folder(config.out) as part:
         with steps("linking the films"):
             films = _films(source, attrition, config, prints)
             split = _split(source, stays, films, config)
@@ -107,7 +115,6 @@ def build(config: FeaturesConfig) -> Path:
         write_json(part / "schema.json", tables)
         write_json(part / "attrition.json", attrition.as_json())
         write_json(part / "provenance.json", _provenance(config, source, prints, found, part, steps, key))
-    return out
 
 
 def is_current(out: Path, key: str) -> bool:

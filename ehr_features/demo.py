@@ -23,6 +23,7 @@ from ehr_features.demo_tables import write_hosp, write_icu
 from ehr_features.demo_truth import NAMES, PHENOTYPES, Outcomes, auroc, sigmoid
 from ehr_features.demo_visits import write_ed
 from ehr_features.files import new_folder, write_json
+from ehr_features.lock import alone
 
 GENERATOR_VERSION = 3  # raise it with any change of what is written: seeds 1-3 are for tuning, 10 and up for reporting
 
@@ -56,9 +57,9 @@ def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = 
     out = Path(out)
     plan = Plan(subjects=subjects, seed=seed, shuffled=shuffled, **more)
     _check(out, plan)
-    outcomes = Outcomes(plan.risk, plan.text_signal)
-    everyone = people(plan, outcomes)
-    with new_folder(out) as part:
+    with alone(out), new_folder(out) as part:
+        outcomes = Outcomes(plan.risk, plan.text_signal)
+        everyone = people(plan, outcomes)
         counts = write_hosp(everyone, plan, part / "mimic-iv/hosp")
         counts |= write_icu(everyone, plan, part / "mimic-iv/icu")
         counts |= write_events(everyone, plan, part / "mimic-iv/hosp", part / "mimic-iv/icu")

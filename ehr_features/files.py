@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,33 @@ import pyarrow.parquet as pq
 from configs import UserError
 
 PARTIAL = ".partial"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the place is at fault, not the program
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder and those above it. Raises: UserError: it cannot be made."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{folder}: a file has that name; choose another folder with out=...") from None
+    except OSError as error:
+        if error.errno in (*FULL, errno.EACCES):
+            raise
+        why = (error.strerror or str(error)).lower()
+        raise UserError(f"{folder}: cannot be made ({why}); choose another folder with out=...") from None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name the file where the disk fails: DuckDB, safetensors and torch raise errors of their own for that."""
+    try:
+        yield
+    except Exception as error:
+        says = f"{error} {error.__context__}"  # torch says why only there
+        code = next((n for n in FULL if getattr(error, "errno", None) == n or os.strerror(n) in says), None)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 @contextlib.contextmanager
@@ -31,17 +59,24 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary sibling of `folder`; it takes the folder's place when the block ends without an error."""
     folder = Path(folder)
     part = folder.with_name(f".{folder.name}{PARTIAL}-{os.getpid()}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for old in folder.parent.glob(f".{folder.name}{PARTIAL}-*"):
-        if not _alive(old.name.rpartition("-")[2]):  # left by a process that was killed
-            shutil.rmtree(old, ignore_errors=True)
+    make_folder(folder.parent)
+    for mark in (PARTIAL, f".old{PARTIAL}"):
+        for stale in folder.parent.glob(f".{folder.name}{mark}-*"):
+            if not _alive(stale.name.rpartition("-")[2]):  # left by a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
     part.mkdir()
     try:
-        yield part
+        with writing(folder):
+            yield part
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old{PARTIAL}-{os.getpid()}")
-            folder.rename(old)
-            part.rename(folder)
+            try:
+                folder.rename(old)
+                part.rename(folder)
+            except BaseException:  # Ctrl-C between the two
+                if not folder.exists():
+                    old.rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             part.rename(folder)
@@ -54,11 +89,12 @@ def new_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary sibling of `path` (same suffix); it is renamed when the block ends without an error."""
     path = Path(path)
     part = path.with_name(f".{path.stem}{PARTIAL}-{os.getpid()}{path.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        with writing(path):
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.engine import hold, named_by_the_engine
 from ehr_features.files import digest, file_digest, new_folder, provenance, read_json, write_json
 from ehr_features.films import where
+from ehr_features.lock import alone
 from ehr_features.notes_config import NotesConfig
 from ehr_features.notes_facts import FIELDS, complaints, facts, latest
 from ehr_features.notes_template import SHIPPED as TEMPLATE
@@ -85,7 +86,7 @@ def write_notes(config: NotesConfig) -> Path:
         print(f"{out} is up to date with its tables and config", file=sys.stderr)
         return out
     _same_tables(source, films, config)
-    with new_folder(out) as part:
+    with alone(out), new_folder(out) as part:
         with steps("writing the notes"):
             written = _write(source, films, template, abbreviations, config, part, attrition)
         write_json(part / "schema.json", {"notes": schema.described(schema.NOTES)})

@@ -25,8 +25,10 @@ from rich.table import Table
 from rich.text import Text
 
 from configs import UserError
+from configs.launch import end_with_me
 from configs.signals import Stopped
 from ehr_features.files import digest, read_json, write_json
+from ehr_features.lock import lock
 
 CORES = 2
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
@@ -145,6 +147,7 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
     console = Console(highlight=False)
     settings = {"subjects": subjects, "seed": seed, "shuffled": shuffled}
     done = _open(out, settings)
+    lock(out)
     steps = plan(out, subjects, seed, shuffled)
     for step in steps:
         if digest(step.words) == done.get(step.name, {}).get("words"):
@@ -214,7 +217,9 @@ def auroc_rows(run: Path, subset: str) -> list[dict[str, Any]]:
 
 def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The steps done by an earlier call in this folder."""
-    if not out.exists() or not any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder: ./launch.sh demo OUT")
+    if not out.exists() or all(path.name[0] == "." for path in out.iterdir()):
         return {}
     if not (out / "demo.json").is_file():
         raise UserError(f"{out}: not empty and no demo; give an empty or a new folder: ./launch.sh demo OUT")
@@ -254,7 +259,7 @@ def _start(step: Step, out: Path, *, alone: bool) -> None:
         log.write(f"$ python -m {shlex.join(step.words)}\n".encode())
         log.flush()
         step.process = subprocess.Popen(
-            [sys.executable, "-m", *step.words], stdout=log, stderr=subprocess.STDOUT, env=env
+            [sys.executable, "-m", *step.words], stdout=log, stderr=subprocess.STDOUT, env=env, preexec_fn=end_with_me
         )
     step.state, step.seconds = "running", -time.monotonic()
 
@@ -267,7 +272,7 @@ def _look(step: Step, out: Path) -> None:
     step.seconds += time.monotonic()
     step.state = "done"
     if code == 75:
-        raise Stopped("stopped; the same command goes on from here")
+        raise Stopped
     if code:
         log = out / "logs" / f"{step.name}.txt"
         tail = "\n".join("  " + line for line in log.read_text(errors="replace").splitlines()[-4:])

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import Settings, UserError, load
-from ehr_features.files import read_json
+from configs.launch import end_with_me
+from ehr_features.files import digest, read_json
+from ehr_features.lock import lock
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import PretrainConfig
 
@@ -93,6 +95,7 @@ def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bo
     if dry_run:
         print("\n".join(command.typed(processes) for command in waiting))
         return 0
+    lock(Path(config.out), f".lock-{digest([shard, only])}")  # others may work on other parts
     failed: dict[str, int] = {}
     for i, command in enumerate(waiting):
         if command.name in failed:
@@ -114,7 +117,7 @@ def _run(command: Command, processes: int) -> int:
     words = [module, subcommand, *command.words[1:]]
     if processes > 1:
         words = ["configs.launch", "--processes", str(processes), "--", *words, "--processes", str(processes)]
-    child = subprocess.Popen([sys.executable, "-m", *words])
+    child = subprocess.Popen([sys.executable, "-m", *words], preexec_fn=end_with_me)
     try:
         return child.wait()
     finally:

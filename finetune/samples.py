@@ -21,6 +21,7 @@ from configs import UserError
 from ehr_features import series
 from ehr_features.files import read_json, read_table
 from finetune.tasks import KEYS, one_hot, read_samples
+from pretrain.loader import begin_worker
 
 if TYPE_CHECKING:
     from pretrain.store import Store
@@ -301,4 +302,4 @@ def stream(
     if not workers:
         return (samples.batch(rows, images) for rows in parts)
     data = Gather(samples, parts, images)
-    return iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers))
+    return iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, worker_init_fn=begin_worker))

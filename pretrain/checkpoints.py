@@ -34,21 +34,14 @@ def save_checkpoint(
         try:
             with new_file(path) as part, part.open("wb") as file:
                 torch.save({**state, "step": step}, file)
-        except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-            if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
-                raise
+        except OSError as error:
             raise UserError(
-                f"{path}: could not be written ({_why(error)}); nothing is lost: the checkpoints before it are whole. "
-                f"Free some space and run the same command again"
+                f"{path}: could not be written ({error.strerror or error}); nothing is lost: the checkpoints before "
+                f"it are whole. Free some space and run the same command again"
             ) from None
         _prune(path, keep, every_hours)
 
     on_main(save)
-
-
-def _why(error: BaseException) -> str:
-    cause = error if isinstance(error, OSError) else error.__context__
-    return (cause.strerror if isinstance(cause, OSError) else None) or str(error).splitlines()[0]
 
 
 def _plain(value: Any, where: str) -> None:

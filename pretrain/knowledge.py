@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from configs import UserError
 from ehr_features import notes_filter
 from ehr_features.files import digest, new_file, read_json, write_json
+from ehr_features.lock import alone
 from pretrain import notes as film_notes
 from pretrain.text import embed
 
@@ -51,9 +52,21 @@ def retrieve(
     if top < 1 or not -1 <= threshold <= 1:
         raise UserError(f"top {top}, threshold {threshold}: wanted 1 or more passages, a cosine between -1 and 1")
     held, opened = film_notes.read_notes(notes), film_notes.TextEncoder(encoder)
+    with alone(held.folder):
+        where = held.folder.resolve().parent / "cache" if cache is None else Path(cache)
+        return _retrieve(held, passages, opened, top, threshold, where)
+
+
+def _retrieve(
+    held: film_notes.Notes,
+    passages: str | Path,
+    opened: film_notes.TextEncoder,
+    top: int,
+    threshold: float,
+    where: Path,
+) -> Path:
     mode = str((read_json(held.folder / "provenance.json").get("config") or {}).get("filter", "standard"))
     known, about = filtered(read_passages(passages), mode)
-    where = held.folder.resolve().parent / "cache" if cache is None else Path(cache)
     table, cut = embed(opened, known["text"].tolist(), where)
     distinct, which = np.unique(held.table["note"].to_numpy(object).astype(str), return_inverse=True)
     queries, _ = embed(opened, distinct.tolist(), where)
@@ -70,7 +83,7 @@ def retrieve(
     out = held.folder / "knowledge.parquet"
     with new_file(held.folder / "passages.parquet") as part:
         known.to_parquet(part, index=False)
-    about |= {"encoder": str(encoder), "encoder_hash": opened.key, "notes_hash": held.hash, "filter": mode}
+    about |= {"encoder": str(opened.folder), "encoder_hash": opened.key, "notes_hash": held.hash, "filter": mode}
     about |= {"top": top, "threshold": threshold, "passages_hash": digest(known.to_dict("records"))}
     about |= {
         "passages_truncated": cut,

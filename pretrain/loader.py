@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pretrain import lock
+from ehr_features import lock
 from pretrain.batches import Steps
 from pretrain.msn import Batch
 
 
 def batches(steps: Steps, start: int, end: int, workers: int, device: torch.device) -> Iterator[Batch]:
     """The batches of steps `start` to `end` - 1."""
-    options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 2, "worker_init_fn": _begin_worker}
+    options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 2, "worker_init_fn": begin_worker}
     loader = DataLoader(
         steps,
         batch_size=None,
@@ -40,7 +40,8 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _begin_worker(_: int) -> None:
-    """SIGTERM is for the process that saves, also where every process of a job is sent one; so is the folder's lock."""
+def begin_worker(_: int) -> None:
+    """Signals are for the process that saves, also where all of a job are sent one; so is the folder's lock."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock.forget()

@@ -19,8 +19,6 @@ decides or refuses, all processes do. A loop reads as
 from __future__ import annotations
 
 import datetime
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,10 @@ import torch.distributed as dist
 import yaml
 
 from configs import Settings, UserError
+from configs.cli import typed
 from ehr_features.files import PARTIAL, file_digest, new_file, provenance, read_json, write_json
+from ehr_features.lock import lock
 from pretrain.checkpoints import load_checkpoint, save_checkpoint
-from pretrain.lock import lock
 from pretrain.log import Log
 from pretrain.processes import accelerator, check_world, distributed, is_main, on_main, stopping
 
@@ -39,7 +38,6 @@ __all__ = [
     "Log",
     "accelerator",
     "check_world",
-    "command",
     "complete",
     "finish",
     "go_on",
@@ -80,7 +78,7 @@ def open_run(
             _same_sources(folder, digests)
         else:
             (folder / "checkpoints").mkdir(exist_ok=True)
-            write_json(folder / "provenance.json", provenance(given, sources, digests=digests, command=command()))
+            write_json(folder / "provenance.json", provenance(given, sources, digests=digests, command=typed()))
             with new_file(folder / "config.yaml") as part:  # last: a folder with a config is whole
                 part.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
 
@@ -168,17 +166,6 @@ def finish(folder: Path, **more: Any) -> None:
     on_main(mark)
 
 
-def command() -> str:
-    """The command that started this process, as a user would type it."""
-    start, words = Path(sys.argv[0]), sys.argv[1:]
-    names = {("pretrain", "train"): "pretrain", ("finetune", "probe"): "probe", ("finetune", "fuse"): "fuse"}
-    key = (start.parent.name, words[0] if words else "")
-    if start.name == "__main__.py" and key in names:
-        return shlex.join(["./launch.sh", names[key], *words[1:]])
-    module = ["python", "-m", start.parent.name] if start.name == "__main__.py" else [start.as_posix()]
-    return shlex.join([*module, *words])
-
-
 def go_on(folder: Path, step: int) -> str:
     """What to say when a run stops early: `raise Stopped(go_on(folder, step))`."""
-    return f"{folder}: stopped at step {step} and saved; go on with\n  {command()}"
+    return f"{folder}: stopped at step {step} and saved; go on with\n  {typed()}"

@@ -15,7 +15,8 @@ import torch
 
 from configs import Settings, UserError
 from configs.cli import guard
-from pretrain import lock, run
+from ehr_features import lock
+from pretrain import run
 
 
 class Inner(Settings):

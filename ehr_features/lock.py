@@ -1,14 +1,17 @@
-"""One command at a time in a folder."""
+"""One command at a time in a folder. A lock ends with its process, however that ends: none is ever stale."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from configs import UserError
+from ehr_features.files import make_folder
 
 _held: dict[Path, int] = {}  # lock file -> descriptor; kept until the process ends
 
@@ -20,8 +23,26 @@ def lock(folder: Path, name: str = ".lock") -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file of that name exists; choose another folder with out=...")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / name
+    make_folder(folder)
+    _hold(folder.resolve() / name, folder)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a lock beside a folder that is written aside and renamed when it is complete.
+
+    Raises: UserError: another process holds it.
+    """
+    make_folder(folder.parent)
+    path = folder.parent.resolve() / f".{folder.name}.lock"
+    _hold(path, folder)
+    try:
+        yield
+    finally:
+        os.close(_held.pop(path))
+
+
+def _hold(path: Path, folder: Path) -> None:
     if path in _held:
         if path.exists() and os.fstat(_held[path]).st_ino == path.stat().st_ino:
             return
