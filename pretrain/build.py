@@ -117,8 +117,11 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
     for name, side in (("encoder.image_size", size), ("views.focal_size", config.views.focal_size)):
         if encoder.is_vit and side % patch:
             raise UserError(f"{name} {side} is not whole patches of {patch} px; e.g. {round(side / patch) * patch}")
-    if not encoder.is_vit and config.mask.cell > size:
-        raise UserError(f"mask.cell {config.mask.cell} is more than encoder.image_size {size}: nothing could be masked")
+        masked = config.mask.ratio and (name == "encoder.image_size" or config.mask.focal)
+        if not encoder.is_vit and masked and config.mask.cell > side:
+            raise UserError(f"mask.cell {config.mask.cell} is more than {name} {side}: nothing could be masked")
+        if not encoder.is_vit:
+            _passes(encoder, side, name)
     if store.size < size:
         raise UserError(
             f"{store.folder}: its films are {store.size} px, encoder.image_size is {size}, and enlarging adds nothing; "
@@ -134,6 +137,22 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
         raise UserError("one film at a time cannot pass a convolutional net's batch norm: raise optim.batch_size")
     if batch // parts < 2 and config.head.norm == "batch":
         raise UserError("one film at a time cannot pass batch norm: raise optim.batch_size, or head.norm: layer")
+
+
+def _passes(encoder: encoders.Encoder, side: int, name: str) -> None:
+    """Refuse views that a convolutional net halves until nothing is left."""
+    if side >= 64:
+        return
+    was_training = encoder.training
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(1, encoder.meta["in_chans"], side, side))
+    except RuntimeError:
+        raise UserError(
+            f"{name} {side} is too small for {encoder.meta['arch']}: nothing is left of it; e.g. 64"
+        ) from None
+    finally:
+        encoder.train(was_training)
 
 
 def synchronise(msn: MSN) -> MSN:

@@ -219,7 +219,7 @@ class PretrainConfig(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the networks; the loss is always fp32
     compile: bool = False  # torch.compile of the encoders
     checkpointing: bool = False  # recompute activations: less memory, about a third more time
-    workers: int = Field(default=0, ge=0)  # processes that prepare batches, for each training process
+    workers: int = Field(default=0, ge=0, le=256)  # processes that prepare batches, for each training process
     log_every: int = Field(default=1, ge=1)  # steps
     save_every_minutes: float = Field(default=10.0, gt=0)  # between checkpoints; SIGTERM saves at once
     keep: int = Field(default=2, ge=1)  # newest checkpoints that stay

@@ -189,6 +189,9 @@ def _dicom(data: bytes, mode: Dicom) -> np.ndarray:
         pixels = apply_color_lut(pixels, ds)
     if pixels.ndim == 3:
         pixels = pixels[..., :3] @ LUMINANCE
+    for name in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"):
+        if name in ds and ds[name].is_empty:  # many archives write the tag and leave it empty: as good as absent
+            del ds[name]
     if mode == "mimic-jpg":
         film = _eight_bits(pixels)
         return equalise(255 - film if kind == "MONOCHROME1" else film)
@@ -214,6 +217,8 @@ def _window(values: np.ndarray, ds: Any) -> np.ndarray:
         part = (values - centre) / width + 0.5
     else:
         part = (values - (centre - 0.5)) / (width - 1) + 0.5
+    if not np.isfinite(part).all():
+        raise BadFilm("not a number in its window or rescaling")
     return (np.clip(part, 0, 1) * 255).round().astype(np.uint8)
 
 

@@ -268,6 +268,22 @@ def test_the_window_of_the_file_is_used_after_rescaling(tmp_path: Path) -> None:
     assert np.abs(curve - 255 / (1 + np.exp(-4 * (values - 2000) / 1001))).max() <= 0.5
 
 
+def test_empty_elements_are_as_good_as_absent(tmp_path: Path) -> None:
+    empty = dict.fromkeys(("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"), "")
+    assert (read(tmp_path, dicom(DEEP, **empty), dicom="window") == read(tmp_path, dicom(DEEP), dicom="window")).all()
+    assert (read(tmp_path, dicom(DEEP, **empty)) == read(tmp_path, dicom(DEEP))).all()
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "WindowCenter", "WindowWidth"])
+def test_a_window_or_slope_that_is_no_number_is_told(tmp_path: Path, name: str) -> None:
+    window = {"RescaleSlope": "1.00", "RescaleIntercept": "0", "WindowCenter": "2000", "WindowWidth": "4000"}
+    data = dicom(DEEP, **window).replace(window[name].encode(), b"nan ")
+    path = tmp_path / "film.dcm"
+    path.write_bytes(data)
+    with pytest.raises(BadFilm, match="not a number"):
+        decode(path, dicom="window")
+
+
 def test_signed_pixels_and_files_without_a_window(tmp_path: Path) -> None:
     signed = DEEP.astype(np.int16) - 1500
     spread = (DEEP - DEEP.min()) / (DEEP.max() - DEEP.min()) * 255

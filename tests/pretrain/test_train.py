@@ -285,6 +285,20 @@ def test_mistakes_are_named(data, tmp_path, override, says):
         train.train(config(data, tmp_path / "x", override))
 
 
+@pytest.mark.parametrize(
+    "arch, override, says",
+    [
+        ("densenet121", "views.focal_size=16", "views.focal_size 16 is too small for densenet121"),
+        ("resnet34", "mask.focal=true", "mask.cell 32 is more than views.focal_size 16"),
+    ],
+)
+def test_views_too_small_for_a_convolutional_net_are_named(data, tmp_path, arch, override, says):
+    made = config(data, tmp_path / "x", override)
+    net = made.encoder.model_copy(update={"arch": arch, "model_args": {}, "pool": None})
+    with pytest.raises(UserError, match=says):
+        train.train(made.model_copy(update={"encoder": net}))
+
+
 def test_films_of_other_splits_and_views_are_left_out_and_counted(data):
     settings = config(data, data / "y").films
     films = bt.select_films(data / "features", Store(data / "store"), settings, ["sex"], "default", 0)
