@@ -162,6 +162,8 @@ class OptimConfig(Settings):
     def _parts(self) -> Self:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas[0]}, {self.betas[1]}")
         return self
 
 

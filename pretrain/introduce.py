@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ehr_features.files import new_file
 from pretrain import run
@@ -39,11 +40,17 @@ def introduce(log: run.Log, config: PretrainConfig, steps: Steps, msn: MSN, plan
             f"note: the loss of each of {o.accumulate} parts by itself is an approximation: Sinkhorn, the mean entropy "
             "and batch norm see a part of the batch only"
         )
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu" and _batch_norm(msn):
+        log.say("note: on CPUs batch norm sees the films of its own process only (torch synchronises it on GPUs)")
     groups = np.array(films.column_groups, dtype=object)
     if same := [g for g in films.available_at if (films.static[:, groups == g] == films.static[0, groups == g]).all()]:
         log.say(f"warning: of EHR group {', '.join(same)} all films have the same: it tells the anchor nothing")
     if config.trackers:
         accelerator.init_trackers("pretrain", config=_flat(config.model_dump(mode="json")))
+
+
+def _batch_norm(msn: MSN) -> bool:
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in msn.modules())
 
 
 def _record(config: PretrainConfig, films: Films) -> str:

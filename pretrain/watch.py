@@ -81,11 +81,16 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds, so that the lines of a run that goes on are those of an unbroken one."""
-        if not self.pending:
-            return {"pending": []}
-        scalars = self._reduced()
-        rows = ({key: value[i].item() for key, value in scalars.items()} for i in range(len(self.pending)))
-        return {"pending": [[step, row, waited] for (step, _, waited), row in zip(self.pending, rows, strict=True)]}
+        features = torch.stack([f for f, _ in self.recent], dim=1)  # (b, steps, D): films first, to be gathered
+        hits = torch.stack([h for _, h in self.recent]).int()
+        if self.accelerator.num_processes > 1:
+            features, hits = self.accelerator.gather(features), self.accelerator.reduce(hits, "sum")
+        state: dict[str, Any] = {"recent": [features, hits], "pending": []}
+        if self.pending:
+            scalars = self._reduced()
+            rows = ({key: value[i].item() for key, value in scalars.items()} for i in range(len(self.pending)))
+            state["pending"] = [[step, row, wait] for (step, _, wait), row in zip(self.pending, rows, strict=True)]
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave."""
@@ -94,6 +99,11 @@ class Watch:
             (step, {key: torch.tensor(value, device=device) for key, value in row.items()}, waited)
             for step, row, waited in state.get("pending", [])
         ]
+        if "recent" in state:
+            features, hits = (x.to(device) for x in state["recent"])
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            mine = features.chunk(world)[rank].unbind(1)
+            self.recent.extend(zip(mine, (hits if rank == 0 else torch.zeros_like(hits)).long(), strict=True))
 
     def _warn(self, done: int, values: dict[str, float]) -> None:
         """Say once of each sign that the features may be collapsing."""

@@ -134,6 +134,20 @@ def test_stopped_and_gone_on_gives_the_losses_of_an_unbroken_run(data, tmp_path,
     assert losses(train.train(config(data, tmp_path / "broken", **section))) == whole
 
 
+def test_going_on_measures_rank_and_prototypes_over_the_same_films(data, tmp_path, monkeypatch):
+    def seen(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["train/effective_rank"], line["train/prototypes_used"]) for line in lines]
+
+    whole = seen(train.train(config(data, tmp_path / "whole")))
+    calls = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        with pytest.raises(Stopped):
+            train.train(config(data, tmp_path / "broken"))
+    assert seen(train.train(config(data, tmp_path / "broken"))) == whole
+
+
 def test_workers_do_not_change_the_losses(data, tmp_path):
     alone = losses(train.train(config(data, tmp_path / "a", "optim.steps=3", "films.views=all")))
     helped = losses(train.train(config(data, tmp_path / "b", "optim.steps=3", "films.views=all", "workers=1")))
@@ -225,6 +239,7 @@ def test_two_processes_stop_together(data, tmp_path):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=400)[0]
     assert process.returncode == 75 and "go on with" in said and "Traceback" not in said
+    assert "batch norm sees the films of its own process only" in said
     assert run.load_checkpoint(tmp_path / "x")["step"] >= 1
 
 
@@ -273,6 +288,7 @@ def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
         ("ehr.groups=[view,mortality]", "died_in_hospital"),
         ("mask.ratio=1.0", "mask.ratio"),
         ("loss.prototypes=1", "loss.prototypes"),
+        ("optim.betas=[0.9,1.0]", "betas must be in"),
         ("precision=fp16", "GPU"),
         ("encoder.image_size=48", "films are 40 px"),
         ("encoder.pool=max", "pool `max`"),
