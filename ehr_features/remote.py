@@ -31,11 +31,18 @@ def is_url(path: str) -> bool:
 
 
 def configure(storage: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give file systems that this process opens from now on their options."""
+    """Give file systems that this process opens from now on their options.
+
+    Raises: UserError: a key file that is not there.
+    """
     # gcsfs otherwise opens a second, gRPC connection to ask what kind of bucket it is, and waits for it for minutes
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what fails for good is told by `explained`
+    for name in ("gcsfs", "fsspec.prefetcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails for good is told by `explained`
     for protocol, options in storage.items():
+        token = options.get("token")  # gcsfs takes a file that is not there for a token, and sends its name away
+        if isinstance(token, str) and (token.endswith(".json") or os.sep in token) and not os.path.isfile(token):
+            raise UserError(f"storage.{protocol}.token={token}: no such file; wanted a key file, anon, or none")
         names = ("gs", "gcs") if protocol in ("gs", "gcs") else (protocol,)
         for name in names:
             fsspec.config.conf[name] = {**fsspec.config.conf.get(name, {}), **options}

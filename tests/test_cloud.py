@@ -232,6 +232,30 @@ def test_a_bad_minute_is_retried_and_costs_nothing(proxy: Proxy, house: Path, tm
     assert any(n > 1 for name, n in proxy.counts.items() if name.endswith(".jpg"))
 
 
+@pytest.mark.slow
+def test_tables_are_read_through_a_bad_minute_and_a_cut_one_is_never_taken_for_whole(
+    proxy: Proxy, house: Path, tmp_path: Path
+) -> None:
+    forever = False
+
+    def rule(bucket: str, name: str, query: dict[str, str], count: int) -> Answer:
+        if query.get("alt") == "media" and (proxy.read[name] == 1 or (forever and "chartevents" in name)):
+            kinds: list[Answer] = [(429, {"message": "slow down"}), (503, {"message": "busy"}), "cut"]
+            return "cut" if "chartevents" in name else kinds[sum(name.encode()) % 3]
+        return reader_pays(bucket, name, query, count)
+
+    proxy.rule = rule
+    build(proxy, house, tmp_path / "cloud")
+    roots = [f"mimic_{name}={house / 'data' / f'mimic-{name}'}" for name in ("iv", "cxr")]
+    run(["ehr_features", "build", CONFIGS / "features.yaml", *roots, f"out={tmp_path / 'local'}"], house)
+    same_table(tmp_path / "cloud/images.parquet", tmp_path / "local/images.parquet")
+    assert (tmp_path / "cloud/series.safetensors").read_bytes() == (tmp_path / "local/series.safetensors").read_bytes()
+    forever = True
+    text = build(proxy, house, tmp_path / "other", code=2)
+    assert "chartevents" in text and "run the same command again" in text and len(text.splitlines()) < 6
+    assert not (tmp_path / "other").exists()
+
+
 def _bad_films(house: Path) -> int:
     """Films that are absent or damaged in the synthetic hospital itself."""
     out = house / "store"
@@ -292,6 +316,8 @@ def test_without_credentials_the_message_says_how_to_get_them(proxy: Proxy, hous
         assert "application-default login" in text and "storage.gs.token=FILE" in text
     proxy.rule = lambda *_: (403, {"message": "user does not have storage.objects.get access"})
     assert "does your account have access" in build(proxy, house, tmp_path / "out", code=2)
+    text = build(proxy, house, tmp_path / "out", code=2, token=tmp_path / "key.json")
+    assert f"storage.gs.token={tmp_path}/key.json: no such file" in text
 
 
 @pytest.mark.slow
