@@ -11,6 +11,7 @@ Trained on credentialed data (PhysioNet) where it was MIMIC: the data must not l
 carry traces of patients. Share them only after checking the data use agreement. For research; not a medical device."""
 
 
+READABLE = "## How linearly readable the record is from the frozen features"
 NO_RESULTS = "None yet: `./launch.sh probe` measures it, `python -m pretrain export --probe RUN` writes it here."
 
 
@@ -36,7 +37,7 @@ def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
             " self-supervised encoders; never evaluate on subjects that it saw."
         )
     if readable := meta.get("readability"):
-        lines += ["", "## How linearly readable the record is from the frozen features", ""]
+        lines += ["", READABLE, ""]
         lines += ["| column | metric | value | chance |", "|---|---|---|---|"]
         lines += [f"| {n} | {r['metric']} | {r['value']:.3f} | {r['chance']:g} |" for n, r in readable.items()]
     lines += ["", "## Results", "", NO_RESULTS, ""]

@@ -19,7 +19,7 @@ from ehr_features.files import digest, file_digest, new_folder, read_json, write
 from ehr_features.static import TEXT
 from pretrain import encoder as encoders
 from pretrain.batches import Films
-from pretrain.card import NO_RESULTS, model_card, probe_table
+from pretrain.card import NO_RESULTS, READABLE, model_card, probe_table
 from pretrain.config import PretrainConfig
 from pretrain.encoder import Encoder
 from pretrain.run import load_checkpoint
@@ -150,6 +150,8 @@ def export(
         target = f"the target branch after {encoder.meta.get('step')} steps"
         _fill_from_anchor(encoder, source)
         card = card and card.replace(target, f"the anchor branch after {encoder.meta['step']} steps")
+        card = card and card.replace(READABLE, f"{READABLE} of the target branch")
+        encoder.meta.pop("readability", None)  # it was measured on the other branch
     meta = encoder.meta | {"branch": branch}
     if in_chans is not None and in_chans != meta["in_chans"]:
         before = meta["in_chans"]

@@ -6,6 +6,7 @@ the encoder, filled.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Sequence
@@ -85,10 +86,30 @@ def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> 
     state |= {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in state}
     state, converted = to_channels(state, encoder.meta["in_chans"])
     if faults := differences(wanted, state):
-        raise UserError(f"encoder.init {path}: not the weights of {encoder.meta['arch']} as configured: {faults}")
+        raise UserError(
+            f"encoder.init {path}: not the weights of {encoder.meta['arch']} as configured: {faults}"
+            + _other_size(encoder, state)
+        )
+    if broken := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"encoder.init {path}: not a number in {len(broken)} tensors, e.g. {broken[0]}")
     encoder.net.load_state_dict(state)
     notes = [f"{len(state)} tensors from {source}", *([converted] if converted else [])]
     return "; ".join(notes + ([f"its classifier ({', '.join(dropped)}) left out"] if dropped else []))
+
+
+def _other_size(encoder: Encoder, state: dict[str, Tensor]) -> str:
+    """What to do where the file's positions are those of films of another size; else nothing."""
+    mine, theirs = getattr(encoder.net, "pos_embed", None), state.get("pos_embed")
+    if mine is None or theirs is None or mine.shape == theirs.shape:
+        return ""
+    extra = mine.shape[1] - math.prod(encoder.net.patch_embed.grid_size)
+    side = math.isqrt(theirs.shape[1] - extra)
+    if side**2 != theirs.shape[1] - extra:
+        return ""
+    theirs_px, mine_px = side * encoder.patch, encoder.meta["image_size"]
+    return (
+        f"; with encoder.model_args: {{img_size: {theirs_px}}} its positions are interpolated for films of {mine_px} px"
+    )
 
 
 def _folder(path: str | Path) -> Path:

@@ -11,7 +11,7 @@ from configs import UserError
 from ehr_features.files import write_json
 from pretrain import encoder as enc
 from pretrain import run
-from pretrain.card import NO_RESULTS
+from pretrain.card import NO_RESULTS, READABLE
 from pretrain.export import _auroc, _ridge, export
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -24,8 +24,8 @@ def source(tmp_path):
     enc.save(
         tmp_path / "run/encoder",
         encoder,
-        {"step": 5},
-        card=f"1 channel(s)\nWeights: the target branch after 5 steps.\n{NO_RESULTS}",
+        {"step": 5, "readability": {"sex_m": {"metric": "auroc", "value": 0.8, "chance": 0.5}}},
+        card=f"1 channel(s)\nWeights: the target branch after 5 steps.\n{READABLE}\n{NO_RESULTS}",
     )
     (tmp_path / "run/checkpoints").mkdir()
     anchor = {f"anchor.net.{key}": value + 1 for key, value in encoder.net.state_dict().items()}
@@ -52,7 +52,9 @@ def test_the_anchor_comes_from_the_checkpoint(source, tmp_path):
     target, anchor = enc.load(source / "encoder"), enc.load(out)
     torch.testing.assert_close(anchor.net.cls_token, target.net.cls_token + 1)
     assert anchor.meta["branch"] == "anchor" and anchor.meta["step"] == 7
-    assert "the anchor branch after 7 steps" in (out / "MODEL_CARD.md").read_text()
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "the anchor branch after 7 steps" in card and f"{READABLE} of the target branch\n" in card
+    assert "readability" not in anchor.meta and "readability" in target.meta
 
 
 def test_the_card_takes_the_probes_numbers(source, tmp_path):

@@ -99,6 +99,24 @@ def test_missing_keys_are_named(tmp_path):
         start_from(tiny(), tmp_path / "vit.pth", heads=2)
 
 
+def test_positions_of_another_size_come_with_what_to_set(tmp_path):
+    torch.save(torchvision_vit().state_dict(), tmp_path / "vit.pth")  # of 32 px
+    larger = enc.create("vit_tiny_patch16_224", image_size=64, model_args=TINY)
+    with pytest.raises(UserError, match=r"encoder\.model_args: \{img_size: 32\}"):
+        start_from(larger, tmp_path / "vit.pth", heads=2)
+    larger = enc.create("vit_tiny_patch16_224", image_size=64, model_args={**TINY, "img_size": 32})
+    start_from(larger, tmp_path / "vit.pth", heads=2)
+    assert larger(torch.zeros(1, 1, 64, 64)).shape == (1, 24)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    state = torchvision_vit().state_dict()
+    state["encoder.ln.bias"][3] = torch.nan
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(UserError, match=r"not a number in 1 tensors, e\.g\. norm\.bias"):
+        start_from(tiny(), tmp_path / "vit.pth", heads=2)
+
+
 @pytest.mark.parametrize("content", [b"", b"no weights", None])
 def test_files_that_are_no_weights_are_refused(tmp_path, content):
     path = tmp_path / "w.pth"
