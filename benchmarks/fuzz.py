@@ -27,14 +27,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from configs import UserError, load
+from ehr_features import channels, notes_template
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
 from ehr_features.demo import generate
+from ehr_features.files import write_json
+from ehr_features.notes_facts import FIELDS
 from finetune.config import FuseConfig
+from finetune.report import report
+from finetune.results import write_results
 from finetune.score import score
 from pretrain import encoder as encoders
 from pretrain.config import ImagesConfig, PretrainConfig
 from pretrain.films import BadFilm, decode
+from pretrain.notes import read_notes
 from pretrain.pack import pack
 from pretrain.preprocess import Preprocess
 from pretrain.store import Store
@@ -80,10 +86,16 @@ def kinds(folder: Path) -> dict[str, list[tuple[Path, Reader]]]:
             (_copy(ROOT / "configs/pretrain_vit_small.yaml", folder), lambda path: load(PretrainConfig, path)),
             (_copy(ROOT / "configs/fuse_mortality.yaml", folder), lambda path: load(FuseConfig, path)),
         ],
+        "channels file, notes template": [
+            (_copy(channels.SHIPPED, folder), channels.read_channels),
+            (_copy(notes_template.SHIPPED, folder), lambda path: notes_template.read_template(path, FIELDS)),
+        ],
         "raw table (csv, csv.gz, parquet)": _tables(folder / "tables"),
         "film (JPEG, PNG, DICOM)": [(path, decode) for path in _films(folder / "films")],
         "store": _store(folder / "store"),
         "encoder/": _encoder(folder / "encoder"),
+        "notes.parquet": _notes(folder / "notes"),
+        "results.json": _results(folder / "run"),
         "weights file": [(path, read_state) for path in _weights(folder / "weights")],
         "arrays to score (npy, csv, parquet)": _arrays(folder / "arrays"),
     }
@@ -171,6 +183,44 @@ def _small_encoder() -> encoders.Encoder:
 def _encoder(folder: Path) -> list[tuple[Path, Reader]]:
     encoders.save(folder, _small_encoder(), {"step": 1})
     return [(path, lambda path: encoders.load(path.parent)) for path in sorted(folder.glob("encoder.*"))]
+
+
+def _notes(folder: Path) -> list[tuple[Path, Reader]]:
+    import pandas as pd
+
+    folder.mkdir()
+    films = [f"film{i}" for i in range(40)]
+    table = pd.DataFrame({"dicom_id": films, "note": [f"{i} year old woman with cough" for i in range(40)]})
+    table["available_at"] = pd.Timestamp("2150-01-01")
+    table.to_parquet(folder / "notes.parquet")
+    write_json(folder / "provenance.json", {})
+    taken_at = pd.Series(pd.Timestamp("2150-01-02"), films)
+    return [(folder / "notes.parquet", lambda path: read_notes(path.parent, taken_at))]
+
+
+def _results(folder: Path) -> list[tuple[Path, Reader]]:
+    """results.json of a run, which the report reads."""
+    import pandas as pd
+
+    row: dict[str, Any] = {"split": "test", "label": "macro", "subset": "all", "fraction": 1.0, "metric": "auroc"}
+    row |= {"value": 0.7, "low": 0.6, "high": 0.8, "n": 40, "positives": 20, "reason": None}
+    rows = pd.DataFrame(
+        [row | {"split": split, "label": label} for split in ("val", "test") for label in ("macro", "a")]
+    )
+    folder.mkdir()
+    write_results(
+        folder,
+        {"task": "findings", "model": "linear", "encoder": "x", "seed": 0, "allow_leak": False, "warnings": []},
+        rows,
+    )
+    (folder / "config.yaml").write_text("method: linear\nout: run\n")
+    write_json(folder / "provenance.json", {"config": {}, "finished_at": "2150-01-01"})
+
+    def read(path: Path) -> object:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return report([path.parent], folder.with_name("report.html"))
+
+    return [(folder / "results.json", read)]
 
 
 def _weights(folder: Path) -> list[Path]:

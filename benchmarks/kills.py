@@ -220,15 +220,12 @@ def _open(path: Path) -> None:
         raise ValueError("cut short")
 
 
-def listens(process: subprocess.Popen[bytes]) -> bool:
-    """Wait until a process has a handler for SIGTERM. Returns: False: it ended before."""
-    while process.poll() is None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, StopIteration):
-            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            caught = next(line.split()[1] for line in status if line.startswith("SigCgt:"))
-            if int(caught, 16) >> (signal.SIGTERM - 1) & 1:
-                return True
-        time.sleep(0.01)
+def catches(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, StopIteration):
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        caught = next(line.split()[1] for line in status if line.startswith("SigCgt:"))
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
     return False
 
 
@@ -252,7 +249,8 @@ def kill(command: Command, number: signal.Signals, seconds: float, log: Path, *,
     said = log.stat().st_size if log.exists() else 0
     process = start(command, log)
     if number != signal.SIGKILL:
-        listens(process)
+        while process.poll() is None and not catches(process.pid):
+            time.sleep(0.01)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     ended = process.poll() is not None

@@ -6,10 +6,13 @@ half-written is removed and what is done is saved; after it they change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 STOPPED, INTERRUPTED = 75, 130  # exit codes
@@ -36,6 +39,23 @@ def ignore() -> None:
     """Let neither signal change the outcome: it is known."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Let signals wait for the block's end: a process that is being started there would be lost, or stumble."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for first in came[:1]:
+            signal.raise_signal(first)
 
 
 def _stop(_: int, frame: FrameType | None) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from configs import UserError
 
@@ -123,6 +124,19 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); was it copied whole?") from None
 
 
+@contextlib.contextmanager
+def undamaged(path: str | Path, advice: str) -> Iterator[None]:
+    """Name a Parquet or safetensors file that cannot be read. Raises: UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException, SafetensorError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        kind = "safetensors" if str(path).endswith(".safetensors") else "Parquet"
+        raise UserError(f"{path}: damaged {kind} file ({why}); {advice}") from None
+
+
 def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a table of a features/ folder.
 
@@ -139,13 +153,11 @@ def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = No
     if not path.is_file():
         found = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.parquet"))
         raise UserError(f"{path}: no such table; this features folder has {', '.join(found)}")
-    try:
+    with undamaged(path, "build the features again"):
         have = pq.read_schema(path).names
         if missing := [c for c in columns or () if c not in have]:
             raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}")
         return pd.read_parquet(path, columns=list(columns) if columns is not None else None)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: damaged Parquet file ({error}); build the features again") from None
 
 
 def provenance(config: Mapping[str, Any], sources: Sequence[str | Path] = (), **more: Any) -> dict[str, Any]:

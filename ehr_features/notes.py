@@ -29,7 +29,7 @@ from ehr_features.build import NO_EFFECT, Steps, is_current
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import hold, named_by_the_engine
-from ehr_features.files import digest, file_digest, new_folder, provenance, read_json, write_json
+from ehr_features.files import digest, file_digest, new_folder, provenance, read_json, undamaged, write_json
 from ehr_features.films import where
 from ehr_features.lock import alone
 from ehr_features.notes_config import NotesConfig
@@ -137,7 +137,8 @@ def linked_films(config: NotesConfig) -> tuple[pa.Table, Attrition]:
         raise UserError(f"{config.features}: no such folder; write it with ./launch.sh features CONFIG")
     if not path.is_file():
         raise UserError(f"{path}: no such table: the features have no films; build them with mimic_cxr=...")
-    films = pq.read_table(path, columns=FILMS).sort_by("dicom_id")
+    with undamaged(path, "build the features again"):
+        films = pq.read_table(path, columns=FILMS).sort_by("dicom_id")
     visits = config.mimic_ed and not (about.get("config") or {}).get("mimic_ed")
     if visits and len(films) and films["ed_stay_id"].null_count == len(films):
         raise UserError(

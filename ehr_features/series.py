@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from configs import UserError
 from ehr_features.channels import Channel, item_table, text_table
-from ehr_features.files import read_json
+from ehr_features.files import read_json, undamaged
 from ehr_features.source import Source
 
 NEVER = -(2**62)  # a storetime that is missing is older than any other
@@ -224,7 +224,7 @@ def load(
     keep = None if hours is None else int(hours // about["step_hours"])
     mean = np.array([0.0 if m is None else m for m in about["normaliser"]["mean"]], np.float32)
     std = np.array([1.0 if s is None else s for s in about["normaliser"]["std"]], np.float32)
-    with safe_open(path, "numpy") as file:
+    with undamaged(path, "build the features again"), safe_open(path, "numpy") as file:
         known, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
         wanted = known if stay_ids is None else np.asarray(stay_ids, np.int64)
         place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)

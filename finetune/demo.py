@@ -26,7 +26,7 @@ from rich.text import Text
 
 from configs import UserError
 from configs.launch import end_with_me
-from configs.signals import Stopped
+from configs.signals import Stopped, held
 from ehr_features.files import digest, read_json, write_json
 from ehr_features.lock import lock
 
@@ -258,9 +258,9 @@ def _start(step: Step, out: Path, *, alone: bool) -> None:
     with (out / "logs" / f"{step.name}.txt").open("wb") as log:
         log.write(f"$ python -m {shlex.join(step.words)}\n".encode())
         log.flush()
-        step.process = subprocess.Popen(
-            [sys.executable, "-m", *step.words], stdout=log, stderr=subprocess.STDOUT, env=env, preexec_fn=end_with_me
-        )
+        words = [sys.executable, "-m", *step.words]
+        with held():
+            step.process = subprocess.Popen(words, stdout=log, stderr=log, env=env, preexec_fn=end_with_me)
     step.state, step.seconds = "running", -time.monotonic()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from configs import Settings, UserError, load
 from configs.launch import end_with_me
+from configs.signals import held
 from ehr_features.files import digest, read_json
 from ehr_features.lock import lock
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
@@ -117,7 +118,8 @@ def _run(command: Command, processes: int) -> int:
     words = [module, subcommand, *command.words[1:]]
     if processes > 1:
         words = ["configs.launch", "--processes", str(processes), "--", *words, "--processes", str(processes)]
-    child = subprocess.Popen([sys.executable, "-m", *words], preexec_fn=end_with_me)
+    with held():
+        child = subprocess.Popen([sys.executable, "-m", *words], preexec_fn=end_with_me)
     try:
         return child.wait()
     finally:

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from configs import UserError
-from ehr_features.files import file_digest, read_json
+from ehr_features.files import file_digest, read_json, undamaged
 
 HELD_OUT = ("val", "test")
 
@@ -99,8 +99,10 @@ def seen_after(origin: Path | None, subjects: pd.DataFrame) -> pd.DataFrame | No
     if origin is None:
         return now
     before = origin.parent / "seen_subjects.parquet"
-    known = origin.is_dir() and before.is_file()
-    return pd.concat([pd.read_parquet(before), now]).drop_duplicates("subject_id") if known else None
+    if not (origin.is_dir() and before.is_file()):
+        return None
+    with undamaged(before, "copy the run again"):
+        return pd.concat([pd.read_parquet(before), now]).drop_duplicates("subject_id")
 
 
 def refuse_discharge(groups: Iterable[str], available_at: dict[str, str]) -> None:
@@ -129,10 +131,8 @@ def _overlap(
     """How the films seen stand to the held-out subjects, and how many of these were seen."""
     listed = folder.parent / "seen_subjects.parquet"
     if listed.is_file():
-        try:
+        with undamaged(listed, "copy the run again"):
             seen = set(pq.read_table(listed, columns=["subject_id"])["subject_id"].to_pylist())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{listed}: cannot be read ({str(error).splitlines()[0]}); copy the run again") from None
         both = seen & set(held_out["subject_id"])
         return ("leak", f"{len(both)} of {held_out['subject_id'].nunique()}") if both else ("train", "")
     splits = meta.get("splits_seen")

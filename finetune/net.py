@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import UserError
+from ehr_features.files import undamaged
 from finetune.fusion import Note, Output
 from finetune.samples import CONTEXT
 from pretrain import encoder as encoders
@@ -165,7 +166,9 @@ def read_branch(folder: str | Path, model: str) -> dict[str, Tensor]:
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a finished `fuse model={model}` run")
-    return {k.removeprefix("model."): v for k, v in load_file(path).items() if k.startswith("model.")}
+    with undamaged(path, "train it again"):
+        state = load_file(path)
+    return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
 
 
 def fit_scale(features: NDArray[np.float32]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from ehr_features import series
-from ehr_features.files import file_digest, new_file, read_json, read_table
+from ehr_features.files import file_digest, new_file, read_json, read_table, undamaged
 from finetune.samples import complete_steps
 from pretrain.notes import check_notes
 
@@ -47,7 +47,8 @@ class MappedSeries:
             return None
         about = read_json(folder / "series.json")
         step = float(about.get("step_hours", 1))
-        with safe_open(folder / "series.safetensors", "numpy") as file:
+        path = folder / "series.safetensors"
+        with undamaged(path, "build the features again"), safe_open(path, "numpy") as file:
             known, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
         stays = read_table(folder, "stays", ["stay_id", "subject_id", "los_hours"]).set_index("stay_id")
         stay, until = pd.Index(table["stay_id"]), table["until"].to_numpy(float)

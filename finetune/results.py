@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from configs import UserError
-from ehr_features.files import new_file, read_json, write_json
+from ehr_features.files import new_file, read_json, undamaged, write_json
 
 COLUMNS = ["split", "label", "subset", "fraction", "metric", "value", "low", "high", "n", "positives", "reason"]
 
@@ -185,7 +185,8 @@ def read_predictions(folder: str | Path, split: str) -> tuple[pd.DataFrame, pd.D
     path = Path(folder) / "predictions" / f"{split}.parquet"
     if not path.is_file():
         raise UserError(f"{path}: no such predictions; a finished probe or fusion run has them")
-    table = pd.read_parquet(path)
+    with undamaged(path, "evaluate the run again"):
+        table = pd.read_parquet(path)
     columns = [str(c) for c in table.columns]
     names = [c.removeprefix("label_") for c in columns if c.startswith("label_")]
     if missing := [name for name in names if f"logit_{name}" not in table]:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from configs import UserError
+from configs.signals import held
 from ehr_features import series
 from ehr_features.files import read_json, read_table
 from finetune.tasks import KEYS, one_hot, read_samples
@@ -302,4 +303,7 @@ def stream(
     if not workers:
         return (samples.batch(rows, images) for rows in parts)
     data = Gather(samples, parts, images)
-    return iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, worker_init_fn=begin_worker))
+    with held():  # while the workers start
+        return iter(
+            torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, worker_init_fn=begin_worker)
+        )

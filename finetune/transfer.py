@@ -15,7 +15,7 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 
 from configs import UserError
-from ehr_features.files import new_file, read_json, write_json
+from ehr_features.files import new_file, read_json, undamaged, write_json
 from finetune.config import ProbeConfig
 from finetune.evaluation import score, scored, subgroups
 from finetune.films import Films
@@ -42,7 +42,8 @@ def load(folder: str | Path) -> tuple[LinearHead, dict[str, Any]]:
     if not (path / "head.json").is_file():
         raise UserError(f"{folder}: no head.json; give a finished run of method=linear or logistic")
     about = read_json(path / "head.json")
-    tensors = load_file(path / "head.safetensors")
+    with undamaged(path / "head.safetensors", "fit it again"):
+        tensors = load_file(path / "head.safetensors")
     return LinearHead(about["pools"], tensors["weights"], tensors["bias"]), about
 
 

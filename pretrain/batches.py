@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from configs import UserError
 from ehr_features import static
-from ehr_features.files import read_table
+from ehr_features.files import read_table, undamaged
 from pretrain.config import FilmsConfig
 from pretrain.msn import Batch
 from pretrain.notes import TextSource, text_columns
@@ -121,7 +121,9 @@ def _encode(table: pd.DataFrame, group: str, preset: str, source: str) -> tuple[
 def _column_names(features: str | Path) -> list[str]:
     import pyarrow.parquet as pq
 
-    return list(pq.read_schema(Path(features) / "images.parquet").names)
+    path = Path(features) / "images.parquet"
+    with undamaged(path, "build the features again"):
+        return list(pq.read_schema(path).names)
 
 
 def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> tuple[np.ndarray, dict[str, int]]:

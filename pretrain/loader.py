@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from configs.signals import held
 from ehr_features import lock
 from pretrain.batches import Steps
 from pretrain.msn import Batch
@@ -27,7 +28,9 @@ def batches(steps: Steps, start: int, end: int, workers: int, device: torch.devi
         collate_fn=_as_it_is,
         **(options if workers else {}),
     )
-    for item in loader:
+    with held():  # while the workers start
+        items = iter(loader)
+    for item in items:
         yield item if isinstance(item, Batch) else steps.cutter.cut(to_device(item, device))
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs import UserError
-from ehr_features.files import file_digest
+from ehr_features.files import file_digest, undamaged
 from pretrain.text import TextEncoder, Tokens, embed, embed_tokens
 
 COLUMNS = ("dicom_id", "available_at")
@@ -64,13 +64,11 @@ def check_notes(
     path = Path(folder) / "notes.parquet"
     if not path.is_file() or not (path.parent / "provenance.json").is_file():
         raise UserError(f"{folder}: not a folder of notes (notes.parquet, provenance.json); {WAY}")
-    try:
+    with undamaged(path, WAY):
         have = pq.read_schema(path).names
         if missing := [c for c in (*COLUMNS, "note") if c not in have]:
             raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}; {WAY}")
         table = pd.read_parquet(path, columns=list(columns))
-    except OSError as error:
-        raise UserError(f"{path}: damaged Parquet file ({error}); {WAY}") from None
     if repeated := int(table["dicom_id"].duplicated().sum()):
         raise UserError(f"{path}: {repeated} films have more than one note; wanted one a film")
     if taken_at is not None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs import UserError
+from ehr_features.files import undamaged
 from pretrain.encoder import Encoder, differences, read_meta
 
 FIRST = ("patch_embed.proj.weight", "features.conv0.weight", "conv1.weight")  # layers that see the film's channels
@@ -121,7 +122,10 @@ def _folder(path: str | Path) -> Path:
 def seen_before(path: str | Path) -> pd.DataFrame | None:
     """The subjects that weights have seen (subject_id, split), as the run says that they are of; None: unknown."""
     listed = _folder(path).parent / "seen_subjects.parquet"
-    return pd.read_parquet(listed) if _folder(path).is_dir() and listed.is_file() else None
+    if not (_folder(path).is_dir() and listed.is_file()):
+        return None
+    with undamaged(listed, "copy the run again"):
+        return pd.read_parquet(listed)
 
 
 def ancestry(path: str | Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from configs.signals import held
 from ehr_features.remote import fetch, is_url
 from pretrain.films import SUFFIXES, BadFilm, decode, fit
 
@@ -99,7 +100,8 @@ def workers(
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             try:
-                rows = pools[number].map(work, jobs, chunksize=max(1, min(16, len(jobs) // number)))
+                with held():
+                    rows = pools[number].map(work, jobs, chunksize=max(1, min(16, len(jobs) // number)))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             yield from rows

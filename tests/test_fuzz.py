@@ -6,7 +6,18 @@ import pytest
 
 from benchmarks import fuzz
 
-KINDS = ("config", "raw table", "film", "store", "encoder/", "weights", "arrays")
+KINDS = (
+    "config",
+    "raw table",
+    "film",
+    "store",
+    "encoder/",
+    "weights",
+    "arrays",
+    "channels",
+    "notes.parquet",
+    "results",
+)
 
 
 @pytest.fixture(scope="module")

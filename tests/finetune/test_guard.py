@@ -60,7 +60,7 @@ def test_an_outcome_in_pretraining_is_named(tmp_path: Path) -> None:
 def test_a_damaged_list_of_subjects_is_no_pass(tmp_path: Path) -> None:
     made = encoder(tmp_path, [1], ehr_groups={})
     (tmp_path / "seen_subjects.parquet").write_bytes(b"half a file")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged Parquet file"):
         check_encoder(made, SUBJECTS)
 
 
