@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from configs import UserError
 from ehr_features.config import FeaturesConfig
 from ehr_features.engine import connect, hold, read, readable
-from ehr_features.files import PARTIAL, tidy
+from ehr_features.files import PARTIAL, make_folder, tidy
 from ehr_features.remote import cached, configure, exists, explained, fingerprint, is_url
 from ehr_features.schema import READ, Raw
 
@@ -131,7 +131,7 @@ def open_source(config: FeaturesConfig) -> Source:
             absent[name] = f"{path}{{{','.join(SUFFIXES)}}}: no such file; `{key}` needs its table `{name}` here"
     columns = {name: header(path) for name, path in files.items()}
     layout = _layout(config.mimic_iv, files, columns)
-    config.cache_folder.mkdir(parents=True, exist_ok=True)
+    make_folder(config.cache_folder)
     tidy(config.cache_folder)
     spill = config.cache_folder / f".spill{PARTIAL}-{os.getpid()}"
     con = connect(config.engine, memory=config.memory, threads=config.threads, spill=spill)

@@ -27,7 +27,7 @@ from rich.text import Text
 from configs import UserError
 from configs.launch import end_with_me
 from configs.signals import Stopped, held
-from ehr_features.files import digest, read_json, write_json
+from ehr_features.files import digest, make_folder, read_json, write_json
 from ehr_features.lock import lock
 
 CORES = 2
@@ -231,7 +231,7 @@ def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _run(steps: list[Step], out: Path, kept: dict[str, Any], settings: dict[str, Any], console: Console) -> None:
     """Start each step when its inputs are there and a core is free."""
-    (out / "logs").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "logs")
     write_json(out / "demo.json", {"settings": settings, "steps": kept})
     with Live(console=console, refresh_per_second=8, transient=False) as live:
         while any(step.state != "done" for step in steps):

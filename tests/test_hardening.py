@@ -301,7 +301,8 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_space(
     if code == 0:
         assert free > 4_096, "it wrote nothing"  # what it writes is smaller
         return
-    assert code == 2 and "Traceback" not in text and text.count("error:") == 1, text
+    lines = 2 if name == "grid" else 1  # each of its runs says so
+    assert code == 2 and "Traceback" not in text and text.count("error:") == lines, text
     assert str(disk) in text.split("error:")[1], text
     assert kills.damaged(kills.Command(name, [], command.out, ())) == []
     ballast.unlink()
@@ -431,6 +432,8 @@ def with_markers(data: Path) -> int:
         if len(table) < 10 or path.name.startswith("d_") or "chexpert" in path.name:
             continue
         for i, column in enumerate(c for c in table if not c.endswith("_id") and c not in NEVER):
+            if table[column].str.match(r"\d{4}-").any():
+                continue  # a damaged time is refused by some tables
             numbers = pd.to_numeric(table[column].replace("", "0"), errors="coerce").notna().all()
             table.loc[table.index[(3 * i + 1) % len(table)], column] = ODD if numbers else f"{MARK}{column}"
             planted += 1
