@@ -21,7 +21,10 @@ def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
     if part is None:
         raise UserError(f"--shard {args.shard}: wanted i/n, e.g. 1/4 on the first of four machines")
     out = pack(config, (int(part[1]), int(part[2])))
-    print(f"{out}\nnext: ./launch.sh pretrain configs/pretrain_vit_small.yaml features=features store={out}")
+    if (out / "store.json").is_file():
+        print(f"{out}\nnext: ./launch.sh pretrain configs/pretrain_vit_small.yaml features=features store={out}")
+    else:
+        print(f"{out}\nnext: the parts of --shard i/{part[2]} that are not packed yet")
 
 
 def _train(config: PretrainConfig, args: argparse.Namespace) -> None:

@@ -90,6 +90,8 @@ def select_films(
     encoded = [_encode(table, group, preset, f"{features}/images.parquet") for group in groups]
     if twice := int(table["dicom_id"].duplicated().sum()):
         raise UserError(f"{features}/images.parquet: {twice} dicom_ids stand twice; build the features again")
+    if unknown := int(table["subject_id"].isna().sum()):
+        raise UserError(f"{features}/images.parquet: {unknown} films have no subject_id; build the features again")
     keep, left_out = _kept(table, store, films, seed)
     about = None
     if text is not None:

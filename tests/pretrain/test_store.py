@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from configs import UserError
 from configs.cli import guard
 from configs.signals import Stopped
 from pretrain import pack as packing
+from pretrain.__main__ import _images
 from pretrain.config import ImagesConfig
 from pretrain.films import decode, fit
 from pretrain.store import Store, pack
@@ -302,6 +304,12 @@ def test_two_machines_pack_one_store(tmp_path: Path, films: Path) -> None:
     assert whole(out) == whole(pack(config(tmp_path / "one", films), shard_films=3))
     with pytest.raises(UserError, match="--shard 3/2"):
         pack(config(out, films), (3, 2), shard_films=3)
+
+
+def test_a_part_points_to_the_other_parts(tmp_path: Path, films: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, says in (("2/2", "next: the parts of --shard i/2"), ("1/2", "next: ./launch.sh pretrain")):
+        _images(config(tmp_path / "store", films), Namespace(shard=part))
+        assert says in capsys.readouterr().out
 
 
 def test_two_workers_store_the_same_as_one(tmp_path: Path, films: Path) -> None:

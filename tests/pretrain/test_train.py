@@ -612,6 +612,7 @@ def test_changed_notes_are_another_run(data, tmp_path, write_notes, word_encoder
         (lambda t: t.assign(age_years="old"), "EHR group `age` holds values of another type"),
         (lambda t: pd.concat([t, t.head(3)]), "3 dicom_ids stand twice"),
         (lambda t: t.drop(columns="age_years"), "columns missing: age_years"),
+        (lambda t: t.assign(subject_id=None), "films have no subject_id"),
         (lambda t: t.assign(age_years=np.nan), None),
     ],
 )
