@@ -19,6 +19,7 @@ from ehr_features.engine import hold
 from ehr_features.source import Source
 
 PHENOTYPES = Path(__file__).with_name("phenotypes.csv")
+VERSIONS = (9, 10)
 
 
 def groups() -> list[int]:
@@ -69,6 +70,7 @@ def with_phenotypes(source: Source, stays: ir.Table, preset: str, attrition: Att
     counted = counted.astype({"icd_version": "Int64"})
     mapped = group_codes(counted.drop(columns="n"), preset)
     told = mapped.merge(counted, on=["icd_code", "icd_version"])
+    told["icd_version"] = told["icd_version"].where(told["icd_version"].isin(VERSIONS))  # no odd value is told
     for (version, how), part in told.groupby(["icd_version", "how"], dropna=False):
         attrition.note(f"ICD-{version} diagnoses, group by {how}", {"codes": len(part), "rows": int(part["n"].sum())})
     attrition.note(
@@ -91,7 +93,7 @@ def _prevalence(diagnoses: ir.Table, has: ir.Table, attrition: Attrition) -> Non
     """How many admissions of each ICD version have each group."""
     coded = (
         diagnoses.select("hadm_id", "icd_version")
-        .filter(_.icd_version.notnull())
+        .filter(_.icd_version.isin(VERSIONS))
         .distinct()
         .group_by("icd_version")
         .agg(n=_.count())

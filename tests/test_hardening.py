@@ -4,9 +4,11 @@ Commands get the words that a user types, and run in a process of their own; it 
 the libraries, which saves seconds each. benchmarks/kills.py does the same at random moments, from the first line on.
 """
 
+import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ import pytest
 import torch
 
 from benchmarks import kills
+from pretrain import progress
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 LIBRARIES = [
@@ -287,8 +290,7 @@ def short(here: Room, name: str) -> Command:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("free", [4_096, 150_000])
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize(("name", "free"), [(name, (4_096, 150_000)[i % 2]) for i, name in enumerate(WRITES)])
 def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_space(
     room: Callable[..., Room], disk: Path, name: str, free: int
 ) -> None:
@@ -311,14 +313,17 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_space(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["a read-only disk", "below a file"])
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *((name, "a read-only disk") for name in WRITES),
+        *((name, "below a file") for name in ("demo data", "features", "images", "probe", "report", "grid")),
+    ],
+)
 def test_a_folder_that_cannot_be_written_is_named(room: Callable[..., Room], disk: Path, name: str, place: str) -> None:
     here = room(disk, name)
     command = short(here, name)
     if place == "below a file":
-        if name == "knowledge":
-            pytest.skip("it writes beside the notes that it reads")
         (disk / "file").touch()
         words = [word.replace(str(command.out), f"{disk}/file/{command.out.name}") for word in command.words]
         if name == "grid":
@@ -478,3 +483,61 @@ def test_no_value_of_a_patient_is_printed_or_passed_on(room: Callable[..., Room]
         if path.suffix in (".json", ".jsonl", ".html", ".txt", ".md", ".yaml"):
             lines = path.read_text(errors="replace").splitlines()
             assert not [line[:300] for line in lines if MARK in line or ODD in line], path
+
+
+# ---- the clock ------------------------------------------------------------------------------------------------------
+def put_ahead(folder: Path) -> None:
+    """All that is there was written in ten years: the clock was put back since."""
+    ahead = time.time() + 10 * 365 * 86_400
+    for path in [folder, *folder.rglob("*")]:
+        os.utime(path, (ahead, ahead))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_files_are_of_the_future(room: Callable[..., Room], tmp_path: Path) -> None:
+    here = room(tmp_path / "own")
+    command = here.command("pretrain")
+
+    def steps() -> list[int]:
+        lines = (command.out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+    first, log = here.start(command)
+    wait_for(lambda: command.working(log) and len(steps()) > 5, first, log)
+    os.kill(first.pid, signal.SIGTERM)
+    assert here.end(first, log)[0] == 75
+    before = steps()
+    put_ahead(command.out)
+    second, log = here.start(command)
+    wait_for(lambda: len(steps()) > len(before) + 5, second, log)
+    os.kill(second.pid, signal.SIGTERM)
+    assert here.end(second, log)[0] == 75
+    assert steps() == list(range(1, steps()[-1] + 1)) and steps()[: len(before)] == before
+    newest = max((command.out / "checkpoints").glob("step_*.pt"))
+    assert int(newest.stem.removeprefix("step_")) == steps()[-1]
+
+
+@pytest.mark.slow
+def test_a_table_that_became_older_is_read_again(room: Callable[..., Room], tmp_path: Path) -> None:
+    here = room(tmp_path / "own")
+    shutil.copytree(here.world / "data", here.own / "data")
+    command = here.command("features")
+    command.words[:] = [word.replace(f"{here.world}/data", f"{here.own}/data") for word in command.words]
+    put_ahead(here.own / "data")
+    assert here.run(command)[0] == 0
+    assert "up to date" in here.run(command)[1]
+    table = next((here.own / "data").rglob("labevents.csv.gz"))
+    os.utime(table, (1e9, 1e9))
+    code, text = here.run(command)
+    assert code == 0 and "up to date" not in text, text
+
+
+def test_no_time_left_is_below_zero_when_the_clock_is_put_back(monkeypatch, capsys) -> None:
+    clock = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    with progress.Bar("packing", 100, "films") as bar:
+        for _ in range(99):
+            bar.advance()
+    said = re.findall(r"([-\d.]+)/s, ([-\d]+) s left", capsys.readouterr().err)
+    assert len(said) > 90 and all(float(rate) >= 0 and int(left) >= 0 for rate, left in said)
