@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 
 SHIPPED = Path(__file__).with_name("leak_terms.csv")
 GAP = "\ue000"  # stands where a term stood while the rest is mended; a private-use character
+LINE = "\ue003"  # stands for an underscore, to RE2 a word character: `___PNA`
 LETTER = "_\ue001", "\ue002_"  # around letters beyond ASCII, to RE2 no word characters: `\\b` is then none beside them
 BETWEEN = "[ \\t\u00a0\u2010-\u2015\u2212\\-]*"  # the words of a term
 JOINTS = (
@@ -43,6 +44,7 @@ MEND = (
     (rf"{GAP}(?:-+|\.)([A-Za-z])|{GAP}-+(\d)", rf"{GAP} \1\2"),  # `chf-related`, `chf.exac`
     (rf"([A-Za-z\d])-+{GAP}", rf"\1 {GAP}"),
     (rf"([A-Za-z])\.{GAP}", rf"\1. {GAP}"),
+    (rf"{GAP}['\x{{2019}}](?:s|d)\b", GAP),
     (rf"{GAP}\.([,;/)])", rf"{GAP}\1"),  # the last dot of `c.h.f.`
     (rf"(?i)((?:^|[:;,(]|\.[ \t])[ \t]*){GAP}[ \t]*(?:(?:{JOINTS})[ \t]+|[/&+][ \t]*)", rf"\1{GAP} "),
     (rf"([^\s:;,(.])[ \t]*[/&+][ \t]*{GAP}", rf"\1 {GAP}"),
@@ -162,16 +164,17 @@ def _lines(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]
 
 
 def _guarded(texts: pa.Array) -> pa.Array:
-    """Mark letters beyond ASCII, of scripts that set spaces between words, as parts of words."""
-    if not pc.any(pc.match_substring_regex(texts, r"[^\x00-\x7f]")).as_py():
+    """Mark letters beyond ASCII, of scripts that set spaces between words, as parts of words; underscores as none."""
+    if not pc.any(pc.match_substring_regex(texts, r"[^\x00-\x7f]|_")).as_py():
         return texts
-    clean = pc.replace_substring_regex(texts, "[\ue001\ue002]", "")
+    clean = pc.replace_substring(pc.replace_substring_regex(texts, "[\ue001-\ue003]", ""), "_", LINE)
     parts = r"((?:[^\x00-\x{a9}\P{Latin}]|\p{Greek}|\p{Cyrillic}|\pM)+)"  # Latin beyond ASCII, accents, ...
     return pc.replace_substring_regex(clean, parts, LETTER[0] + r"\1" + LETTER[1])
 
 
 def _unguarded(texts: pa.Array) -> pa.Array:
-    return pc.replace_substring(pc.replace_substring(texts, LETTER[0], ""), LETTER[1], "")
+    texts = pc.replace_substring(pc.replace_substring(texts, LETTER[0], ""), LETTER[1], "")
+    return pc.replace_substring(texts, LINE, "_")
 
 
 def _mended(texts: pa.Array) -> pa.Array:

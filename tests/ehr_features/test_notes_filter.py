@@ -69,6 +69,9 @@ def test_what_names_no_finding_stays_to_the_byte(text: str) -> None:
     ("text", "left"),
     [
         ("fever, C.H.F., cough 99.5", "fever, cough 99.5"),
+        ("___PNA, cough, fever_x", "___, cough, fever_x"),
+        ("fever, denies CHF, no evidence of PNA, pneumothorax ruled out, not edema", "fever"),
+        ("pneumonia's, x-ray\u2019d, fever", "fever"),
         ("Chief complaint: fever, productive cough and pneumonia.", "Chief complaint: fever, productive cough."),
         ("Temp 99.5. Pneumonia. Next 3.4 mg.", "Temp 99.5. Next 3.4 mg."),
         ("Temperature 37.5 C, complaint: pneumonia.", "Temperature 37.5 C."),
