@@ -4,6 +4,7 @@ Commands get the words that a user types, and run in a process of their own; it 
 the libraries, which saves seconds each. benchmarks/kills.py does the same at random moments, from the first line on.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -256,6 +257,8 @@ def test_the_second_command_in_a_folder_is_refused_until_the_first_is_gone(
     assert code == 2 and "another command works in this folder" in text and str(command.out) in text, text
     assert text.count("error:") == 1 and "Traceback" not in text, text
     os.kill(first.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(first.pid, signal.SIGCONT)  # what it started, which would stay stopped for ever
     here.end(first, log)
     second, log = here.start(command)
     wait_for(lambda: holds(second), second, log)
