@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         }
         words = [sys.executable, "-m", *args.module]
-        children.append(subprocess.Popen(words, env=os.environ | environment | own, preexec_fn=end_with_me))
+        children.append(
+            subprocess.Popen(words, env=os.environ | environment | own, preexec_fn=end_with_me(os.getpid()))
+        )
     for came in told:
         _send(children, came)  # it came while they were started
     return _wait(children, told)
@@ -120,10 +122,17 @@ def _from_accelerate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return flags, environment
 
 
-def end_with_me() -> None:
-    """In a child, between fork and exec: be killed when its parent is, so that none works on alone in the folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+def end_with_me(parent: int) -> Callable[[], None]:
+    """What a child does between fork and exec, to be killed when its parent is: none works on alone in the folder."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def tie() -> None:
+        if libc is not None:
+            libc.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was killed before
+            os._exit(1)
+
+    return tie
 
 
 def _wait(children: list[subprocess.Popen[bytes]], told: list[int]) -> int:

@@ -260,7 +260,7 @@ def _start(step: Step, out: Path, *, alone: bool) -> None:
         log.flush()
         words = [sys.executable, "-m", *step.words]
         with held():
-            step.process = subprocess.Popen(words, stdout=log, stderr=log, env=env, preexec_fn=end_with_me)
+            step.process = subprocess.Popen(words, stdout=log, stderr=log, env=env, preexec_fn=end_with_me(os.getpid()))
     step.state, step.seconds = "running", -time.monotonic()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import os
 import shlex
 import signal
 import subprocess
@@ -119,7 +120,7 @@ def _run(command: Command, processes: int) -> int:
     if processes > 1:
         words = ["configs.launch", "--processes", str(processes), "--", *words, "--processes", str(processes)]
     with held():
-        child = subprocess.Popen([sys.executable, "-m", *words], preexec_fn=end_with_me)
+        child = subprocess.Popen([sys.executable, "-m", *words], preexec_fn=end_with_me(os.getpid()))
     try:
         return child.wait()
     finally:
