@@ -251,6 +251,8 @@ def _film_rows(
     if task == "findings":
         views = read_table(folder, "images", ["dicom_id", "view"])
         return own.merge(views, on="dicom_id", validate="m:1").assign(hours=0.0)[["row", "dicom_id", "hours", "view"]]
+    if own.empty:  # of tables without films there is no stay_films.parquet
+        return own.assign(hours=0.0, view="")[["row", "dicom_id", "hours", "view"]]
     taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime", "view"])
     taken = taken.drop_duplicates(["stay_id", "dicom_id"]).sort_values("hours_from_intime", kind="stable")
     taken = taken if readable is None else taken[[film in readable for film in taken["dicom_id"]]]

@@ -65,6 +65,15 @@ def test_a_film_that_the_store_lacks_counts_as_absent(make_icu: Make) -> None:
     assert samples.has_image.sum() == 5 and sorted(samples.film_ids) == sorted(own[:5])
 
 
+def test_features_without_films_need_no_table_of_them(make_icu: Make) -> None:
+    folder = make_icu() / "features"
+    table = pd.read_parquet(folder / "samples/mortality.parquet")
+    table.assign(dicom_id=pd.Series(pd.NA, table.index, "string")).to_parquet(folder / "samples/mortality.parquet")
+    (folder / "stay_films.parquet").unlink()
+    samples = load(folder, "mortality")
+    assert len(samples) == len(table) and not samples.has_image.any() and not samples.film_ids
+
+
 def test_several_films_stand_in_time_order_and_end_with_the_samples_own(make_icu: Make) -> None:
     folder = make_icu(films=4) / "features"
     samples = load(folder, "mortality", films=3)
