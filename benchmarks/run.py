@@ -27,7 +27,6 @@ COMMANDS = {
     "features": "benchmarks.features DEMO",
     "linking": "benchmarks.linking",
     "notes": "benchmarks.notes",
-    "store": "benchmarks.store",
     "pretrain": "benchmarks.pretrain",
     "metrics": "benchmarks.metrics",
     "fusion": "benchmarks.fusion FEATURES",

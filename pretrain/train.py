@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
+from configs.cli import typed
 from configs.signals import Stopped
 from pretrain import build, export, run
 from pretrain.accumulate import backward
@@ -105,7 +106,12 @@ def _loop(
             lr, decay, momentum = plan(step)
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
-            out = backward(model, msn, batch, accelerator, optim.accumulate, optim.accumulate_mode == "exact")
+            try:
+                out = backward(model, msn, batch, accelerator, optim.accumulate, optim.accumulate_mode == "exact")
+            except RuntimeError:
+                if config.compile and stop.requested:  # SIGTERM to the whole job has ended the compiler too
+                    raise Stopped(f"{folder}: stopped while compiling; go on with\n  {typed()}") from None
+                raise
             norm = _clip(msn, accelerator, optim.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -454,6 +454,17 @@ def test_a_full_disk_while_saving_loses_nothing(data, tmp_path, monkeypatch):
     assert losses(train.train(config(data, tmp_path / "x"))) == losses(train.train(config(data, tmp_path / "y")))
 
 
+@pytest.mark.parametrize(("compiled", "error"), [("true", Stopped), ("false", RuntimeError)])
+def test_sigterm_that_ends_the_compiler_too_is_a_stop(data, tmp_path, monkeypatch, compiled, error):
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("g++ was terminated")
+
+    monkeypatch.setattr(train, "backward", killed)
+    with pytest.raises(error):
+        train.train(config(data, tmp_path / "x", f"compile={compiled}"))
+
+
 def test_encoder_is_exported_on_the_way(data, tmp_path, monkeypatch):
     steps = []
     write = train.export.write
