@@ -178,7 +178,7 @@ class Room:
 
     def end(self, process: ForkServerProcess, log: Path) -> tuple[int, str]:
         """The exit code, and what was printed; no process of it may be left."""
-        process.join(120)
+        process.join(500)  # a grid is six commands
         assert process.exitcode is not None and process.pid is not None, "it does not end"
         assert not kills.left(process.pid), log.read_text()
         return process.exitcode, log.read_text() if log.exists() else ""
@@ -230,7 +230,8 @@ def test_a_signal_ends_a_command_with_one_line_and_no_process_left(
     assert got == code and "Traceback" not in text, text
     last = [line for line in text.removeprefix(said).splitlines() if line.startswith(("interrupted", "stopped"))]
     assert last or "stopped at step" in text, text
-    assert number == signal.SIGINT or not command.resumes or "go on with" in text, text
+    goes_on = "go on with" in text or "the same command goes on" in text  # the latter before its work has begun
+    assert number == signal.SIGINT or not command.resumes or goes_on, text
     assert kills.damaged(kills.Command(name, [], command.out, ())) == []
 
 
