@@ -116,9 +116,8 @@ class MaskConfig(Settings):
 class LossConfig(Settings):
     """pretrain/loss.py."""
 
-    prototypes: int = Field(
-        default=1024, ge=2
-    )  # more than the films of a batch are fine; far more than clusters are not
+    # more than the films of a batch are fine; far more than clusters are not
+    prototypes: int = Field(default=1024, ge=2, le=1_000_000)
     temperature: float = Field(default=0.1, gt=0)
     target_temperature: float = Field(default=0.25, gt=0, le=1)  # sharpens targets
     sinkhorn_iterations: int = Field(default=3, ge=0)

@@ -23,6 +23,10 @@ def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any
 
     Raises: UserError: timm has no such model, refuses the arguments, or it is of another family.
     """
+    if files := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & args.keys():
+        raise UserError(
+            f"encoder.model_args: {', '.join(sorted(files))}: no weights are read here; give encoder.init=PATH"
+        )
     try:
         if model_entrypoint(arch).__module__.rpartition(".")[2] in VITS:
             args |= {"img_size": image_size, "dynamic_img_size": True} | args

@@ -288,6 +288,8 @@ def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
         ("ehr.groups=[view,mortality]", "died_in_hospital"),
         ("mask.ratio=1.0", "mask.ratio"),
         ("loss.prototypes=1", "loss.prototypes"),
+        ("loss.prototypes=1000000000", "loss.prototypes"),
+        ("encoder.model_args={checkpoint_path: x.pth}", "give encoder.init"),
         ("optim.betas=[0.9,1.0]", "betas must be in"),
         ("precision=fp16", "GPU"),
         ("encoder.image_size=48", "films are 40 px"),
