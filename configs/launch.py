@@ -157,7 +157,7 @@ def _code(local: int, code: int, told: list[int]) -> int:
         return code
     if -code in told:  # it had not come so far as to listen
         if local == 0:
-            print(f"stopped by {signal.Signals(-code).name} before it began; the same command begins", file=sys.stderr)
+            print(f"stopped by {signal.Signals(-code).name} before it began; the same command goes on", file=sys.stderr)
         return 75 if -code == signal.SIGTERM else 130
     print(
         f"process {local} was ended by {signal.Signals(-code).name}"

@@ -25,7 +25,8 @@ class Stopped(BaseException):
 
 def leave() -> None:
     """Let both signals end this process at once: nothing has begun."""
-    signal.signal(signal.SIGTERM, lambda *_: _leave("stopped by SIGTERM before it began", STOPPED))
+    stopped = "stopped by SIGTERM before it began; the same command goes on"
+    signal.signal(signal.SIGTERM, lambda *_: _leave(stopped, STOPPED))
     signal.signal(signal.SIGINT, lambda *_: _leave("interrupted before it began", INTERRUPTED))
 
 

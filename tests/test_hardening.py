@@ -41,7 +41,8 @@ LIBRARIES = [
 LIBRARIES += ["pretrain.train", "pretrain.knowledge", "ehr_features.build", "ehr_features.notes", "ehr_features.audit"]
 LIBRARIES += ["ehr_features.demo", "ehr_features.check", "sentence_transformers"]
 COMMAND = """
-import multiprocessing, os, runpy, sys
+import multiprocessing, os, runpy, sys, warnings
+warnings.filterwarnings("ignore", message=".*found in sys.modules")  # by runpy: loaded before, for speed
 multiprocessing.set_start_method(None, force=True)
 os.setsid()
 os.chdir(folder)
