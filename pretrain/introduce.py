@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from ehr_features.files import new_file
 from pretrain import run
-from pretrain.batches import Films, Steps
+from pretrain.batches import Cutter, Films, Steps
 from pretrain.config import PretrainConfig
 from pretrain.msn import MSN
 from pretrain.notes import summary
@@ -42,11 +43,23 @@ def introduce(log: run.Log, config: PretrainConfig, steps: Steps, msn: MSN, plan
         )
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu" and _batch_norm(msn):
         log.say("note: on CPUs batch norm sees the films of its own process only (torch synchronises it on GPUs)")
+    for name, cells in unmasked(config, steps.cutter).items():
+        least = math.ceil(100 / cells) / 100
+        log.say(
+            f"warning: mask.ratio {config.mask.ratio} of the {cells} patches of {name} masks none; {least} masks one"
+        )
     groups = np.array(films.column_groups, dtype=object)
     if same := [g for g in films.available_at if (films.static[:, groups == g] == films.static[0, groups == g]).all()]:
         log.say(f"warning: of EHR group {', '.join(same)} all films have the same: it tells the anchor nothing")
     if config.trackers:
         accelerator.init_trackers("pretrain", config=_flat(config.model_dump(mode="json")))
+
+
+def unmasked(config: PretrainConfig, cutter: Cutter) -> dict[str, int]:
+    """Patches of the views that are to be masked, and have too few for the ratio to be one of them."""
+    views = {"encoder.image_size": cutter.random} | ({"views.focal_size": cutter.focal} if cutter.mask_focal else {})
+    cells = {name: (v.size // cutter.patch) ** 2 for name, v in views.items() if v.count and config.mask.ratio}
+    return {name: number for name, number in cells.items() if int(number * config.mask.ratio) == 0}
 
 
 def _batch_norm(msn: MSN) -> bool:

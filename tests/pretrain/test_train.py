@@ -317,6 +317,13 @@ def test_views_too_small_for_a_convolutional_net_are_named(data, tmp_path, arch,
         train.train(made.model_copy(update={"encoder": net}))
 
 
+@pytest.mark.parametrize("ratio, named", [(0.2, "masks none; 0.25 masks one"), (0.25, None), (0.0, None)])
+def test_a_ratio_of_less_than_one_patch_is_told(data, tmp_path, ratio, named):
+    train.train(config(data, tmp_path / "x", f"mask.ratio={ratio}", "encoder.image_size=32", "optim.steps=1"))
+    said = (tmp_path / "x" / "log.txt").read_text()
+    assert (named in said) if named else ("masks none" not in said)
+
+
 def test_films_of_other_splits_and_views_are_left_out_and_counted(data):
     settings = config(data, data / "y").films
     films = bt.select_films(data / "features", Store(data / "store"), settings, ["sex"], "default", 0)
