@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 SHIPPED = Path(__file__).with_name("leak_terms.csv")
 GAP = "\ue000"  # stands where a term stood while the rest is mended; a private-use character
 LINE = "\ue003"  # stands for an underscore, to RE2 a word character: `___PNA`
+WIDE = "[\uff01-\uff5e\ufb00-\ufb06]"  # full-width letters and ligatures, which stand for others
 LETTER = "_\ue001", "\ue002_"  # around letters beyond ASCII, to RE2 no word characters: `\\b` is then none beside them
 BETWEEN = "[ \\t\u00a0\u2010-\u2015\u2212\\-]*"  # the words of a term
 JOINTS = (
@@ -38,7 +39,9 @@ JOINTS = (
 
 # applied to a line in this order, over and over, until nothing changes; only beside gaps
 MEND = (
-    (rf"(?i){GAP}(?:[ \t,;/&+\-]*|[ \t]+(?:{JOINTS})[ \t]+){GAP}", GAP),
+    (rf"(?i){GAP}(?:[ \t,:;/&+\-]*|[ \t]+(?:{JOINTS})[ \t]+){GAP}", GAP),
+    (rf"(^|[ \t,:;(])(?:[+\-]+|\([+\-]+\))[ \t]*{GAP}", rf"\1{GAP}"),  # `+CXR`
+    (rf"{GAP}[ \t]*(?::|[+\-]+|\([+\-]+\))([ \t,;.)]|$)", rf"{GAP}\1"),  # `CXR: ...`, `CXR (+)`
     (rf"\([ \t]*{GAP}[ \t]*\)|\"[ \t]*{GAP}[ \t]*\"|\[[ \t]*{GAP}[ \t]*\]", GAP),
     (rf"(?i)\b(?:{JOINTS})[ \t]*{GAP}", GAP),
     (rf"{GAP}(?:-+|\.)([A-Za-z])|{GAP}-+(\d)", rf"{GAP} \1\2"),  # `chf-related`, `chf.exac`
@@ -164,10 +167,15 @@ def _lines(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]
 
 
 def _guarded(texts: pa.Array) -> pa.Array:
-    """Mark letters beyond ASCII, of scripts that set spaces between words, as parts of words; underscores as none."""
+    """Mark letters beyond ASCII, of scripts that set spaces between words, as parts of words; underscores as none.
+
+    What hides a term from the eye's reading of it (soft hyphens, full-width letters) is taken away.
+    """
     if not pc.any(pc.match_substring_regex(texts, r"[^\x00-\x7f]|_")).as_py():
         return texts
-    clean = pc.replace_substring(pc.replace_substring_regex(texts, "[\ue001-\ue003]", ""), "_", LINE)
+    texts = pc.if_else(pc.match_substring_regex(texts, WIDE), pc.utf8_normalize(texts, "NFKC"), texts)
+    hidden = r"[\x{e001}-\x{e003}]|\p{Cf}"  # ours; soft hyphens, spaces of no width
+    clean = pc.replace_substring(pc.replace_substring_regex(texts, hidden, ""), "_", LINE)
     parts = r"((?:[^\x00-\x{a9}\P{Latin}]|\p{Greek}|\p{Cyrillic}|\pM)+)"  # Latin beyond ASCII, accents, ...
     return pc.replace_substring_regex(clean, parts, LETTER[0] + r"\1" + LETTER[1])
 

@@ -152,7 +152,10 @@ def _cast(column: ir.Value, to: str) -> ir.Value:
     """What cannot be cast becomes null."""
     if to == "string":
         return column.cast("string").nullif("")
-    return column if str(column.type()) == to else column.try_cast(to)
+    if str(column.type()) == to:
+        return column
+    # DuckDB 2.0 takes a bare try_cast for the type of a CSV column, and stops at the first value that is none
+    return (column.nullif("") if column.type().is_string() else column).try_cast(to)
 
 
 def _exists(path: str) -> bool:

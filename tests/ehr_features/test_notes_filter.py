@@ -26,7 +26,8 @@ NAMED = (
     "cardiomegaly, fractures, rib fx, lung nodules, RLL infiltrate, opacities, CXR, chest x-ray, xray, CT "
     "scan, pacemaker, ETT, widened mediastinum, empyema, consolidations, no findings, Heart Failure, "
     "C.H.F, p.n.a, HF exacerbation, pnuemonia, fluid overloaded, U/S, x-rayed, cardio-megaly, lung mets, "
-    "collapse of lung, ultra-sound, roentgenogram, hemo/pneumothorax, PA/lateral, fxd, plural effusion"
+    "collapse of lung, ultra-sound, roentgenogram, hemo/pneumothorax, PA/lateral, fxd, plural effusion, "
+    "mass on lung, heart enlarged"
 )
 modes = st.sampled_from(["standard", "aggressive"])
 
@@ -92,6 +93,8 @@ def test_what_names_no_finding_stays_to_the_byte(text: str) -> None:
         ("complains of PNA, found to have ptx", ""),
         ("trach-dependent, CHF.exac, PNA-99.5, 38.5-PNA", "dependent, exac, 99.5, 38.5"),
         ("PNA--CHF, fever.PNA. 38.5", "fever. 38.5"),
+        ("Chief complaint: CXR: RLL PNA.", ""),
+        ("Chief complaint: +CXR, (-) PNA, fever, CT (+), PNA-, abnormal xray neg.", "Chief complaint: fever."),
     ],
 )
 def test_what_is_left_reads_as_if_nothing_had_been_there(text: str, left: str) -> None:
@@ -119,6 +122,13 @@ def test_filtering_twice_is_filtering_once_and_no_term_is_left(text: str, mode: 
     assert remove(once, mode) == once and GAP not in once
     leaks = notes_filter.read(mode)
     assert leaks is not None and not re.search(leaks.any_term, once)
+
+
+@pytest.mark.parametrize(
+    "leak", ["pneu\u00admonia", "pleu\u200bral effusion", "\uff30\uff2e\uff21", "\ufb02uid overload"]
+)
+def test_a_term_is_found_behind_signs_that_do_not_show(leak: str) -> None:
+    assert remove(f"fever, {leak}") == "fever"
 
 
 def test_other_alphabets_stand_beside_terms_as_words_do() -> None:

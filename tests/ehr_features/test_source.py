@@ -118,6 +118,21 @@ def test_unreadable_text_becomes_null_and_not_another_value():
     assert got["itemid"].isna().sum() == 1
 
 
+def test_a_time_or_number_that_is_none_costs_that_value_and_not_the_table(tmp_path, frames, write, config):
+    (tmp_path / "ed").mkdir()  # a table of numbers and times alone: DuckDB casts such a one while it reads
+    path = tmp_path / "ed/vitalsign.csv"
+    path.write_text(
+        "subject_id,stay_id,charttime,temperature,heartrate,resprate,o2sat,sbp,dbp,rhythm,pain\n"
+        "1,2,2150-01-01 11:00:00,98.6,80,16,97,120,80,,\n"
+        "1,3,yesterday,98.6,81,16,97,120,80,,\n"
+        "1,4,2150-01-01 12:00:00,98.6,fast,16,97,120,80,,\n"
+    )
+    source = open_source(config(mimic_iv=str(write(tmp_path / "m", frames)), mimic_ed=str(tmp_path)))
+    got = source.table("vitalsign").order_by("stay_id").to_pandas()
+    assert got["charttime"].isna().tolist() == [False, True, False]
+    assert got["heartrate"].isna().tolist() == [False, False, True]
+
+
 def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path, frames, write, config):
     root = write(tmp_path / "m", frames, suffix=".csv")
     for path in root.rglob("*.csv"):
