@@ -78,6 +78,9 @@ def write_notes(config: NotesConfig) -> Path:
     with steps("opening the tables"):
         films, attrition = linked_films(config)
         source = open_source(_raw(config))
+        given = [name for name in READ if config.mimic_ed or schema.READ[name].root != "mimic_ed"]
+        if absent := [name for name in given if not source.has(name)]:
+            print(f"  not there, so that no note tells of it: {', '.join(absent)}", file=sys.stderr)
         used = {name: path for name, path in source.files.items() if name in READ}
         prints = {path: fingerprint(path) for path in used.values()}
         prints |= {str(path): fingerprint(str(path)) for path in [config.features / "images.parquet"]}

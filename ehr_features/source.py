@@ -129,6 +129,8 @@ def open_source(config: FeaturesConfig) -> Source:
         for name in tables.keys() - found.keys():
             path = f"{root.rstrip('/')}/{tables[name].places[0]}"
             absent[name] = f"{path}{{{','.join(SUFFIXES)}}}: no such file; `{key}` needs its table `{name}` here"
+        if "edstays" in tables and "edstays" not in found:
+            raise UserError(f"{absent['edstays']}: the other tables have no time of arrival and no admission")
     columns = {name: header(path) for name, path in files.items()}
     layout = _layout(config.mimic_iv, files, columns)
     make_folder(config.cache_folder)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
 SPLITS = ("train", "val", "test")
+CHOICES = {"views": ("frontal", "all"), "uncertain": ("ignore", "zeros", "ones"), "missing": ("zeros", "ignore")}
 FRACTIONS = (0.7, 0.15, 0.15)
 Item = dict[str, Any]
 
@@ -96,6 +97,9 @@ class Records(torch.utils.data.Dataset[Item]):
     ) -> None:
         if split not in (None, *SPLITS) or splits not in ("features", "70/15/15"):
             raise UserError(f"split={split}, splits={splits}: wanted {', '.join(SPLITS)} or None; features or 70/15/15")
+        for name, value in {"views": views, "uncertain": uncertain, "missing": missing}.items():
+            if value not in CHOICES[name]:
+                raise UserError(f"{name}={value}: wanted {' or '.join(CHOICES[name])}")
         folder = Path(features)
         self.store = Store(store) if isinstance(store, (str, Path)) else store
         self.tokenizer, self.max_tokens = tokenizer, max_tokens

@@ -178,6 +178,9 @@ def _lines(path: Path, stem: str, content: str) -> Iterator[tuple[str, str]]:
             continue
         try:
             passage = json.loads(line)
-            yield str(passage["id"]), str(passage["text"])
+            name, text = passage["id"], passage["text"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f'{path}, line {number}: wanted {{"id": ..., "text": ...}}') from None
+            name, text = None, None
+        if not isinstance(name, (str, int)) or not isinstance(text, str):
+            raise UserError(f'{path}, line {number}: wanted {{"id": ..., "text": ...}}')
+        yield str(name), text

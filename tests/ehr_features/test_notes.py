@@ -408,6 +408,20 @@ def test_tables_of_other_people_are_refused(world: Path, tmp_path: Path) -> None
     assert not (tmp_path / "notes").exists()
 
 
+def test_a_table_that_is_not_there_is_named_and_without_visits_nothing_is_written(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "raw/mimic-iv-ed", tmp_path / "ed")
+    (pyxis,) = (tmp_path / "ed").rglob("pyxis.csv.gz")
+    pyxis.unlink()
+    out = write_notes(config(world, tmp_path / "notes", mimic_ed=str(tmp_path / "ed")))
+    assert "no note tells of it: pyxis\n" in capsys.readouterr().err
+    assert "pyxis" not in set().union(*pd.read_parquet(out / "notes.parquet")["sources"])
+    pyxis.with_name("edstays.csv.gz").unlink()
+    with pytest.raises(UserError, match=r"edstays.*no such file"):
+        write_notes(config(world, tmp_path / "other", mimic_ed=str(tmp_path / "ed")))
+
+
 def test_a_folder_of_something_else_is_not_written_over(world: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files that are no notes"):

@@ -127,7 +127,11 @@ def test_a_time_or_number_that_is_none_costs_that_value_and_not_the_table(tmp_pa
         "1,3,yesterday,98.6,81,16,97,120,80,,\n"
         "1,4,2150-01-01 12:00:00,98.6,fast,16,97,120,80,,\n"
     )
-    source = open_source(config(mimic_iv=str(write(tmp_path / "m", frames)), mimic_ed=str(tmp_path)))
+    raw = config(mimic_iv=str(write(tmp_path / "m", frames)), mimic_ed=str(tmp_path))
+    with pytest.raises(UserError, match=r"ed/edstays\{.*no such file"):
+        open_source(raw)
+    (tmp_path / "ed/edstays.csv").write_text("subject_id,hadm_id,stay_id,intime,outtime\n")
+    source = open_source(raw)
     got = source.table("vitalsign").order_by("stay_id").to_pandas()
     assert got["charttime"].isna().tolist() == [False, True, False]
     assert got["heartrate"].isna().tolist() == [False, False, True]

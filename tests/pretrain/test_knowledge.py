@@ -106,6 +106,10 @@ def test_passages_that_cannot_be_read_are_named(tmp_path: Path, word_encoder: An
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "x", "text": "one"}) + "\n\n{broken\n")
     with pytest.raises(UserError, match=r"a\.jsonl, line 3"):
         read_passages(tmp_path)
+    for odd in ({"id": "x", "text": None}, {"id": None, "text": "one"}, {"id": "x", "text": ["one"]}, ["x", "one"]):
+        (tmp_path / "a.jsonl").write_text(json.dumps(odd))
+        with pytest.raises(UserError, match=r"a\.jsonl, line 1: wanted"):
+            read_passages(tmp_path)
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"id": "x", "text": "one"}) + "\n" + json.dumps({"id": "x", "text": "t"})
     )
