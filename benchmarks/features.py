@@ -53,7 +53,7 @@ def enlarge(demo: Path, folder: Path, k: int) -> dict[str, int]:
 
 
 def extract(folder: Path, out: Path) -> dict[str, Any]:
-    """Run the extraction. Returns: wall seconds, peak resident memory in MB, seconds of each step."""
+    """Run the extraction. Returns: wall and CPU seconds, peak memory, size of features and cache, seconds a step."""
     config = out.with_suffix(".yaml")
     config.write_text(f"mimic_iv: {folder}\nout: {out}\nmemory: 1GB\nthreads: 2\n")
     begun = time.monotonic()
@@ -64,7 +64,11 @@ def extract(folder: Path, out: Path) -> dict[str, Any]:
         raise SystemExit(f"the extraction failed with status {status}")
     steps = json.loads((out / "provenance.json").read_text())["seconds"]
     cpu = round(usage.ru_utime + usage.ru_stime, 2)
-    return {"seconds": round(seconds, 2), "cpu": cpu, "peak_mb": round(usage.ru_maxrss / 1024), "steps": steps}
+    disk = [
+        sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in (out, out.with_name(f"{out.name}.cache"))
+    ]
+    numbers = {"seconds": round(seconds, 2), "cpu": cpu, "peak_mb": round(usage.ru_maxrss / 1024)}
+    return numbers | {"disk_mb": round(sum(disk) / 1e6), "steps": steps}
 
 
 def exponent(points: dict[int, float]) -> float:
@@ -116,7 +120,7 @@ def main() -> None:
         now = results[k]
         print(
             f"k = {k:3d}: {now['chart_rows']:>11,d} chart rows  {now['seconds']:7.1f} s ({now['cpu']:.1f} s of CPU)  "
-            f"{now['peak_mb']:5d} MB  {faster}"
+            f"{now['peak_mb']:5d} MB  {now['disk_mb']:5d} MB on disk  {faster}"
         )
         print("        " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in now["steps"].items()), flush=True)
     if len(results) > 1:

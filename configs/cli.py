@@ -6,8 +6,10 @@ Exit codes: 0 done; 2 the user's mistake; 75 stopped early, the same command goe
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,6 +30,7 @@ ADVICE = {
     errno.EFBIG: "the file is larger than is allowed here (ulimit -f): raise that, or choose another out=...",
     errno.EACCES: "permission denied: choose another folder with out=...",
     errno.EPERM: "that is not permitted: choose another folder with out=...",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.EROFS: "the file system is read-only: choose another folder with out=...",
 }
 LAUNCHED = {("ehr_features", "build"): "features", ("pretrain", "train"): "pretrain"}  # the names of ./launch.sh
@@ -53,6 +56,7 @@ def command(commands: Any, name: str, *, says: str, example: str) -> argparse.Ar
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
+    made.set_defaults(parser=made)
     return made
 
 
@@ -106,8 +110,19 @@ def main(top: argparse.ArgumentParser, argv: list[str] | None = None) -> NoRetur
     if hasattr(args, "overrides") and len(overrides) == len(rest):
         args.overrides = [*args.overrides, *rest]  # argparse does not mix flags and trailing words
     elif rest:
-        top.error(f"not understood: {' '.join(rest)}")
+        top.error(_not_understood([word for word in rest if word not in overrides], args))
     sys.exit(guard(lambda: args.run(args), signals=True))
+
+
+def _not_understood(words: list[str], args: argparse.Namespace) -> str:
+    """Name the words, and what was probably meant by the first flag among them."""
+    says, flag = f"not understood: {' '.join(words)}", next((w for w in words if w.startswith("--")), "")
+    name = flag.partition("=")[0]
+    if near := difflib.get_close_matches(name, re.findall(r"--[a-z-]+", args.parser.format_help()), n=1):
+        return f"{says}; did you mean {near[0]}?"
+    if flag and hasattr(args, "overrides"):
+        return f"{says}; keys of the config are given as key=value, without dashes"
+    return says
 
 
 def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:

@@ -31,6 +31,11 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=BaseModel)
+WANTED = {  # in the words of YAML, where pydantic's are those of Python
+    "missing": "is not given, and has no default",
+    "path_type": "is a path; a name that reads as a number is written ./2024",
+    "tuple_type": "is a list, such as [a, b]",
+}
 
 
 def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
@@ -77,7 +82,7 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
             if fault["type"] == "extra_forbidden" and not in_list:  # named above, with the nearest key
                 continue
             key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function-"))
-            says = fault["msg"].removeprefix("Value error, ")
+            says = WANTED.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
             missing = fault["type"] == "missing"
             got = "" if missing or not key or isinstance(fault["input"], dict) else f", got {fault['input']!r}"
             faults.append(f"{where(key)}: `{key}` {says}{got}" if key else f"{path}: {says}")

@@ -68,6 +68,7 @@ def build(config: FeaturesConfig) -> Path:
     """
     out = config.out
     _may_write(out)
+    splits.check(config.split)
     steps = Steps()
     with steps("opening the tables"):
         source = open_source(config)
@@ -188,6 +189,7 @@ def _provenance(
     raw |= {name: rows for name, (_table, rows) in found.items()}
     releases, warnings = release.told(roots(config), raw, source.layout)
     warnings += mixed(source.columns)
+    warnings += [f"{source.files[name]}: has a header and no rows" for name, rows in raw.items() if rows == 0]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     written = {p.relative_to(part).as_posix(): pq.read_metadata(p).num_rows for p in sorted(part.rglob("*.parquet"))}

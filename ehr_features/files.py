@@ -32,7 +32,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the place is at
 def make_folder(folder: str | Path) -> None:
     """Make a folder and those above it. Raises: UserError: it cannot be made."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        led_to(folder).mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(f"{folder}: a file has that name; choose another folder with out=...") from None
     except OSError as error:
@@ -58,14 +58,14 @@ def writing(path: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary sibling of `folder`; it takes the folder's place when the block ends without an error."""
-    folder = Path(folder)
+    folder = led_to(folder)
     part = folder.with_name(f".{folder.name}{PARTIAL}-{os.getpid()}")
     make_folder(folder.parent)
     for mark in (PARTIAL, f".old{PARTIAL}"):
         for stale in folder.parent.glob(f".{folder.name}{mark}-*"):
             if not _alive(stale.name.rpartition("-")[2]):  # left by a process that was killed
                 shutil.rmtree(stale, ignore_errors=True)
-    part.mkdir()
+    make_folder(part)
     try:
         with writing(folder):
             yield part
@@ -88,9 +88,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary sibling of `path` (same suffix); it is renamed when the block ends without an error."""
-    path = Path(path)
-    part = path.with_name(f".{path.stem}{PARTIAL}-{os.getpid()}{path.suffix}")
-    make_folder(path.parent)
+    path, part = _beside(path)
     try:
         with writing(path):
             yield part
@@ -99,6 +97,31 @@ def new_file(path: str | Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_new_file(path: str | Path) -> None:
+    """Refuse, before the work for it begins, a name that `new_file` cannot give. Raises: UserError, OSError."""
+    path, part = _beside(path)
+    try:
+        part.touch()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no file can be made there; choose another name") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _beside(path: str | Path) -> tuple[Path, Path]:
+    """A file's place and its temporary sibling; a device, a pipe or a folder of that name is never replaced."""
+    path = led_to(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; wanted the name of a file")
+    make_folder(path.parent)
+    return path, path.with_name(f".{path.stem}{PARTIAL}-{os.getpid()}{path.suffix}")
+
+
+def led_to(path: str | Path) -> Path:
+    """Where a symbolic link leads, so that the link stays and its target is written; any other path as it is."""
+    return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
 
 
 def tidy(folder: str | Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs import UserError
-from ehr_features.files import make_folder
+from ehr_features.files import led_to, make_folder
 
 _held: dict[Path, int] = {}  # lock file -> descriptor; kept until the process ends
 
@@ -33,8 +33,9 @@ def alone(folder: Path) -> Iterator[None]:
 
     Raises: UserError: another process holds it.
     """
-    make_folder(folder.parent)
-    path = folder.parent.resolve() / f".{folder.name}.lock"
+    place = led_to(folder)
+    make_folder(place.parent)
+    path = place.parent.resolve() / f".{place.name}.lock"
     _hold(path, folder)
     try:
         yield

@@ -7,6 +7,7 @@ cohort: the hash of a subject depends on the seed and on nothing else, so adding
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,6 +56,15 @@ def assign(
     return pd.DataFrame({"subject_id": ids, "split": split.to_numpy(object)})
 
 
+def check(method: str) -> None:
+    """Refuse a `split` that is neither a method nor a file, before anything is read. Raises: UserError."""
+    if method in METHODS or Path(method).is_file():
+        return
+    near = difflib.get_close_matches(method, METHODS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"split={method}: no such file, and no method either; methods: {', '.join(METHODS)}{hint}")
+
+
 def by_hash(subject_id: int, seed: int, fractions: Sequence[float] = FRACTIONS) -> str:
     """The split of one subject: 70 / 10 / 20 by the first 8 bytes of sha256("SEED:SUBJECT_ID")."""
     digest = hashlib.sha256(f"{seed}:{int(subject_id)}".encode()).digest()
@@ -84,8 +94,7 @@ def _temporal(subjects: pd.DataFrame, ids: pd.Index) -> pd.Series:
 
 
 def _from_file(path: Path, ids: pd.Index) -> pd.Series:
-    if not path.is_file():
-        raise UserError(f"split={path}: no such file, and no method either; methods: {', '.join(METHODS)}")
+    check(str(path))
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (ValueError, OSError, EOFError) as error:

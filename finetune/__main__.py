@@ -91,7 +91,11 @@ def _runs(args: argparse.Namespace) -> None:
 
 def _count(text: str) -> int:
     """A whole number from 0, of an argument."""
-    if (number := int(text)) < 0:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is below 0")
     return number
 
@@ -144,7 +148,7 @@ def _scores(commands: Any) -> None:
     score.add_argument("scores", metavar="SCORES", help="the same rows and labels; probabilities, or any scores")
     score.add_argument("--groups", metavar="FILE", help="one subject for each row; intervals resample subjects")
     score.add_argument("--samples", type=_count, default=1000, help="resamples; 0 for none (default 1000)")
-    score.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
+    score.add_argument("--seed", type=_count, default=0, help="of the resamples (default 0)")
     score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     score.set_defaults(run=_score)
     compare = cli.command(
@@ -157,7 +161,7 @@ def _scores(commands: Any) -> None:
     compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", required=True, help="runs of the other method")
     compare.add_argument("--split", default="test", choices=("val", "test"))
     compare.add_argument("--samples", type=_count, default=1000, help="resamples (default 1000)")
-    compare.add_argument("--seed", type=int, default=0, help="of the resamples (default 0)")
+    compare.add_argument("--seed", type=_count, default=0, help="of the resamples (default 0)")
     compare.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     compare.set_defaults(run=_compare)
 
@@ -220,7 +224,7 @@ def _shows(commands: Any) -> None:
         "out", metavar="OUT", nargs="?", default="demo", help="a new folder, or one to go on with (default demo)"
     )
     demo.add_argument("--subjects", type=int, default=1600, help="of the synthetic hospital (default 1600)")
-    demo.add_argument("--seed", type=int, default=0, help="of the data and of the training (default 0)")
+    demo.add_argument("--seed", type=_count, default=0, help="of the data and of the training (default 0)")
     demo.add_argument(
         "--shuffled", action="store_true", help="permute findings, codes and deaths: nothing can be learned"
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from configs import UserError
-from ehr_features.files import new_file
+from ehr_features.files import check_new_file, new_file
 from finetune import rarity
 from finetune.metrics import check, distribution, interval, macro, over_runs, runs_drawn
 from finetune.results import read_predictions, read_results
@@ -191,6 +191,8 @@ def show(
     a: Sequence[str], b: Sequence[str], *, split: str, samples: int, seed: int, out: str | None = None
 ) -> pd.DataFrame:
     """Print `compare_runs`, and write it to `out` as CSV if given."""
+    if out is not None:
+        check_new_file(out)
     table = compare_runs(a, b, split=split, samples=samples, seed=seed)
     if out is not None:  # before the screen, whose reader may leave (`| head`)
         with new_file(out) as part:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from configs import UserError
-from ehr_features.files import new_file
+from ehr_features.files import check_new_file, new_file
 from finetune.net import open_encoder
 from pretrain import encoder as encoders
 from pretrain.films import SUFFIXES, BadFilm, decode, fit
@@ -30,6 +30,7 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
         pool: of the encoder; its own if None.
     Raises: UserError: no encoder, no films, or none that can be read.
     """
+    check_new_file(out)
     made, _ = open_encoder(encoder)
     paths = film_paths(films)
     print(f"{len(paths):,} films by {encoder}")

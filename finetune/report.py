@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ehr_features.files import new_file
+from ehr_features.files import check_new_file, new_file
 from finetune import (
     report_checklist,
     report_cohort,
@@ -43,6 +43,7 @@ def report(
     Returns: out.
     Raises: UserError: a folder is no run, or a file in it is damaged.
     """
+    check_new_file(out)
     read = read_runs(runs)
     known = _truth(read, truth)
     tasks = report_results.by_task(read)

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.special import expit
 
 from configs import UserError
-from ehr_features.files import new_file
+from ehr_features.files import check_new_file, new_file
 from finetune.metrics import evaluate
 
 KEYS = ("sample_id", "dicom_id", "study_id", "stay_id", "subject_id", "hadm_id", "path", "view", "split")
@@ -33,6 +33,8 @@ def score(
             subject_id, if it has one; else rows are resampled one by one.
     Raises: UserError: a file that is no table of numbers, rows or columns that do not fit.
     """
+    if out is not None:
+        check_new_file(out)
     left, right = _read(labels), _read(scores)
     left, right = _whole(labels, left, len(right)), _whole(scores, right, len(left))
     y, s = _values(labels, left, "label_"), _values(scores, right, "logit_")
@@ -105,9 +107,18 @@ def _values(path: str, frame: pd.DataFrame, kind: str) -> pd.DataFrame:
     kept = kept if own else frame.drop(columns=[c for c in KEYS if c in frame])
     try:
         values = kept.astype(np.float64)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not an array of numbers ({str(error).splitlines()[0]})") from None
+    except (ValueError, TypeError):  # whose message holds the value, which may be a patient's
+        raise UserError(f"{path}: not an array of numbers: {_no_number(kept)}; wanted numbers or empty cells") from None
     return pd.DataFrame(expit(values)) if own and kind == "logit_" else values
+
+
+def _no_number(frame: pd.DataFrame) -> str:
+    """Where the first cell is that is no number."""
+    found = frame.astype(str).apply(pd.to_numeric, errors="coerce").isna() & frame.notna()
+    rows, columns = np.nonzero(found.to_numpy())
+    if not len(rows):
+        return "columns of " + ", ".join(sorted({str(kind) for kind in frame.dtypes}))
+    return f"{len(rows)} cells are none, the first in row {rows[0] + 1} of column `{frame.columns[columns[0]]}`"
 
 
 def _order(left: pd.DataFrame, right: pd.DataFrame, scores: str) -> np.ndarray:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from configs import cli
+
 SLOW = """
 import os, signal, time
 try:
@@ -65,3 +67,21 @@ os.kill(os.getpid(), signal.{name})
 def test_a_signal_after_the_work_changes_nothing(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", LATE.format(name=name)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--print-confg", "seed=1"], "not understood: --print-confg; did you mean --print-config?"),
+        (["--seed", "3", "out=x"], "not understood: --seed 3; keys of the config are given as key=value"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_named_alone_with_what_was_meant(words: list[str], says: str) -> None:
+    command = [sys.executable, "-m", "ehr_features", "build", "configs/demo/features.yaml", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr
+
+
+def test_a_name_that_is_too_long_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.guard(lambda: (tmp_path / ("y" * 300)).mkdir()) == 2
+    assert capsys.readouterr().err.strip().endswith("the name is too long: choose a shorter one")

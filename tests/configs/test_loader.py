@@ -60,7 +60,7 @@ def test_every_fault_is_named_at_once_with_file_key_and_nearest_key(write) -> No
         f"{path}: unknown key `encoder.dept`; did you mean `encoder.depth`?",
         "command line: unknown key `grups`; did you mean `groups`?",
         "command line: `nonsense` is not of the form key=value",
-        f"{path}: `out` Field required",
+        f"{path}: `out` is not given, and has no default",
         f"{path}: `preset` Input should be 'default' or 'paper', got 'papre'",
         "command line: `encoder.depth` Input should be greater than or equal to 1, got -1",
     ):

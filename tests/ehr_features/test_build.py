@@ -350,3 +350,15 @@ def test_a_user_s_channels_file_adds_its_variable_to_the_folder(mimic, frames, w
     got = series.load(out, normalise=False)[30_000_001]
     assert set(got[:, columns.index("lactate")]) == {1.5, 3.5}
     assert got[:, columns.index("mask->lactate")].sum() == 7  # stored at hours 7, 15, ... 55
+
+
+def test_a_split_that_does_not_exist_is_named_before_the_tables_are_opened(tmp_path, config):
+    with pytest.raises(UserError, match="did you mean official"):
+        build.build(config(mimic_iv=str(tmp_path / "absent"), split="offical"))
+
+
+def test_a_table_without_rows_is_a_warning(mimic, config):
+    path = next(mimic.rglob("labevents.csv*"))
+    pd.read_csv(path).head(0).to_csv(path, index=False)
+    warnings = json.loads((build.build(config()) / "provenance.json").read_text())["warnings"]
+    assert f"{path}: has a header and no rows" in warnings

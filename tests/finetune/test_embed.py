@@ -150,11 +150,28 @@ def test_a_headless_column_that_begins_with_0_loses_no_row(tmp_path: Path) -> No
     pd.testing.assert_frame_equal(got, evaluate(y, s, samples=9))
 
 
-@pytest.mark.parametrize("words", [["score", "y.npy", "y.npy", "--samples"], ["nearest", "e.parquet", "f", "--number"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["score", "y.npy", "y.npy", "--samples"],
+        ["score", "y.npy", "y.npy", "--seed"],
+        ["compare", "a", "--with", "b", "--seed"],
+        ["demo", "out", "--seed"],
+        ["nearest", "e.parquet", "f", "--number"],
+    ],
+)
 def test_a_number_below_0_is_the_users_mistake(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([*words, "-3"])
     assert left.value.code == 2 and "-3 is below 0" in capsys.readouterr().err
+
+
+def test_text_among_the_numbers_is_placed_and_not_told(tmp_path: Path) -> None:
+    np.save(tmp_path / "y.npy", np.array([0, 1, 0]))
+    (tmp_path / "s.csv").write_text('a\n0.1\nJane Roe\n""\n')
+    with pytest.raises(UserError, match="1 cells are none, the first in row 2 of column `a`") as error:
+        score(str(tmp_path / "y.npy"), str(tmp_path / "s.csv"))
+    assert "Roe" not in str(error.value)
 
 
 def test_columns_of_other_names_are_matched_by_position_and_rows_by_their_key(

@@ -1,0 +1,51 @@
+"""What carries a final name: through symbolic links, and never in the place of what is no file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from configs import UserError
+from ehr_features.files import check_new_file, new_file, new_folder
+from ehr_features.lock import alone
+
+
+def test_a_folder_behind_a_symbolic_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    for target in ("scratch/there", "scratch/not_yet"):
+        link = tmp_path / Path(target).name
+        link.symlink_to(target)
+    (tmp_path / "scratch/there").mkdir()
+    (tmp_path / "scratch/there/old").touch()
+    for name in ("there", "not_yet"):
+        with alone(tmp_path / name), new_folder(tmp_path / name) as part:
+            (part / "new").touch()
+        assert (tmp_path / name).is_symlink()
+        assert os.listdir(tmp_path / "scratch" / name) == ["new"]
+    assert sorted(os.listdir(tmp_path)) == ["not_yet", "scratch", "there"]  # nothing half-made beside the links
+
+
+def test_a_file_behind_a_symbolic_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "latest.csv").symlink_to("scratch/today.csv")
+    with new_file(tmp_path / "latest.csv") as part:
+        part.write_text("a")
+    assert (tmp_path / "latest.csv").is_symlink() and (tmp_path / "scratch/today.csv").read_text() == "a"
+
+
+def test_a_folder_or_a_pipe_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, a file of its name would take its place
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("pipe", "no regular file"), ("folder", "a folder")):
+        with pytest.raises(UserError, match=f"{name}: is {kind}"), new_file(tmp_path / name) as part:
+            part.write_text("a")
+        with pytest.raises(UserError, match=f"{name}: is {kind}"):
+            check_new_file(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+def test_the_check_for_a_new_file_leaves_nothing(tmp_path: Path) -> None:
+    check_new_file(tmp_path / "out.csv")
+    assert not os.listdir(tmp_path)
