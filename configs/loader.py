@@ -8,6 +8,7 @@ key.
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,8 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
 
+    data = _at_home(data)
+
     def where(key: str) -> str:
         return "command line" if any(key == g or key.startswith(g + ".") for g in given) else str(path)
 
@@ -114,6 +117,15 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig) or not all(isinstance(key, str) for key in config):
         raise UserError(f"{path}: wanted `key: value` lines at the top, found something else")
     return config
+
+
+def _at_home(value: Any) -> Any:
+    """`~/` at the beginning of a path, as a shell reads it: no folder is to be called `~`."""
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

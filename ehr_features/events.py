@@ -85,11 +85,10 @@ def _write(source: Source, table: ir.Table, path: Path) -> int:
 
 
 def _rows_scanned(profile: Any) -> int:
-    """The rows that came out of the file scan; the list of subjects, which is scanned too, is an Arrow table."""
+    """The rows that came out of the file scan; lists of items and subjects, which are scanned too, are no files."""
     found = [0]
     if isinstance(profile, dict):
-        kind = f"{profile.get('type', '')} {profile.get('name', '')}"
-        if ("SCAN" in kind or "READ_" in kind) and "ARROW" not in kind:
+        if profile.get("type") == "TABLE_SCAN" and "ARROW" not in str(profile.get("name", "")):
             found.append(int(profile.get("intermediate_rows", 0)))
         found += [_rows_scanned(child) for key in ("operator", "children") for child in profile.get(key, [])]
     return max(found)

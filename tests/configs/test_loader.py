@@ -107,3 +107,9 @@ def test_damaged_bytes_and_odd_overrides_never_give_a_traceback(
         load(Config, path, overrides)
     except UserError as error:
         assert str(error)
+
+
+def test_the_home_folder_in_a_path_is_no_folder_called_tilde(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(Config, write("out: ~/runs\n"), ["groups=[~/a,a~b]"])
+    assert config.out == "/home/me/runs" and config.groups == ["/home/me/a", "a~b"]
