@@ -89,6 +89,7 @@ def _loop(
     log.cut(start)
 
     def save(step: int) -> None:
+        watch.check(msn, step)
         state = {"model": msn.state_dict(), "optimizer": optimizer.state_dict(), **watch.state()}
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
@@ -124,8 +125,10 @@ def _loop(
                 if stop.any(time.monotonic() - saved_at > 60 * config.save_every_minutes):
                     save(done)
                     saved_at = time.monotonic()
-            if export_every and done % export_every == 0 and run.is_main():
-                export.write(folder, config, msn.target, steps.films, steps.store, done)
+            if export_every and done % export_every == 0:
+                watch.check(msn, done)
+                if run.is_main():
+                    export.write(folder, config, msn.target, steps.films, steps.store, done)
             if stop.agreed():
                 save(done)
                 raise Stopped(run.go_on(folder, done))

@@ -19,7 +19,7 @@ from ehr_features.files import write_json
 from pretrain import run
 from pretrain.batches import Steps
 from pretrain.config import PretrainConfig
-from pretrain.msn import effective_rank
+from pretrain.msn import MSN, effective_rank
 
 RANK_WINDOW = 512  # films over which the effective rank is measured
 RANK_FLOOR, PROTOTYPES_FLOOR = 4.0, 0.1  # directions; share of prototypes used lately: below, say so
@@ -70,14 +70,27 @@ class Watch:
 
     def _reduced(self) -> dict[str, Tensor]:
         """The pending steps' numbers (n,), as means over processes. Raises: UserError: a loss was not finite."""
+        self._finite_losses()
         scalars = {key: torch.stack([s[key] for _, s, _ in self.pending]) for key in self.pending[0][1]}
-        for (step, _, _), loss in zip(self.pending, scalars["loss"].tolist(), strict=True):
-            if not math.isfinite(loss):
-                self._stop(step)
-            self.last_finite = step
         if self.accelerator.num_processes > 1:
             scalars = {key: self.accelerator.reduce(value, "mean") for key, value in scalars.items()}
         return scalars
+
+    def check(self, msn: MSN, done: int) -> None:
+        """Before weights are written over good ones. Raises: UserError: a loss was not finite, or they are not."""
+        self._finite_losses()
+        numbers = [value for value in msn.state_dict().values() if value.is_floating_point()]
+        if not torch.stack([value.isfinite().all() for value in numbers]).all():
+            self._stop(done - 1, "the update of the weights")  # its loss was finite, so they were before it
+
+    def _finite_losses(self) -> None:
+        if not self.pending:
+            return
+        losses = torch.stack([scalars["loss"] for _, scalars, _ in self.pending]).tolist()
+        for (step, _, _), loss in zip(self.pending, losses, strict=True):
+            if not math.isfinite(loss):
+                self._stop(step)
+            self.last_finite = step
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds, so that the lines of a run that goes on are those of an unbroken one."""
@@ -121,12 +134,13 @@ class Watch:
                     "views.normalise: crop, loss.target_temperature: 0.1, fewer prototypes, a lower lr"
                 )
 
-    def _stop(self, step: int) -> NoReturn:
+    def _stop(self, step: int, what: str = "the loss") -> NoReturn:
         path = self.log.folder / f"bad_batch_{step}_rank{self.accelerator.process_index}.json"
         rows = self.steps.rows(step)
         write_json(path, {"step": step, "dicom_ids": self.steps.dicom_ids[rows].tolist()})
-        last = f"step {self.last_finite} was the last finite one" if self.last_finite >= 0 else "no step was finite"
+        before = min(self.last_finite, step - 1)
+        last = f"step {before} was the last finite one" if before >= 0 else "no step was finite"
         raise UserError(
-            f"the loss is not finite at step {step} ({last}); its films are listed in {path}. "
+            f"{what} is not finite at step {step} ({last}); its films are listed in {path}. "
             "The last checkpoint is from before it: lower optim.lr or use precision: bf16, then choose another out=..."
         )

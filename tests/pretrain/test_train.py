@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
 
 from configs import UserError, load
 from configs.signals import Stopped
@@ -268,6 +269,17 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_films(data, tmp_path, mon
         train.train(config(data, tmp_path / "x"))
     listed = json.loads((tmp_path / "x/bad_batch_2_rank0.json").read_text())
     assert len(listed["dicom_ids"]) == 8 and run.load_checkpoint(tmp_path / "x") is None
+
+
+def test_weights_that_are_not_finite_are_neither_exported_on_the_way_nor_saved(data, tmp_path):
+    given = ("optim.lr=1e30", "optim.clip=null", "log_every=100", "export_every_epochs=0.3")
+    with pytest.raises(UserError, match="loss is not finite at step 1"):
+        train.train(config(data, tmp_path / "a", *given))
+    for path in (tmp_path / "a/encoder").glob("*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+    with pytest.raises(UserError, match=r"update of the weights is not finite at step 0 \(no step was finite\)"):
+        train.train(config(data, tmp_path / "b", "optim.lr=1e39", "optim.clip=null", "optim.steps=1"))
+    assert run.load_checkpoint(tmp_path / "b") is None and not (tmp_path / "b/encoder").exists()
 
 
 def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
