@@ -1,6 +1,6 @@
 """What a film's note adds to record and film on the synthetic hospital whose notes tell of frailty.
 
-    python -m benchmarks.text_gain OUT --text-encoder FOLDER [--seeds 10 11 12 13 14] [--subjects 1600] [--trainings 1]
+    python -m benchmarks.text_gain OUT --text-encoder FOLDER [--seeds 20 21 ...] [--subjects 3000] [--trainings 3]
 
 For each seed a hospital is drawn in which frailty, told by complaints and home drugs alone, moves death
 (`ehr_features demo --text-signal 2`). The same fusion is trained on death in hospital without and with the note as one
@@ -91,9 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--text-encoder", metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
-    parser.add_argument("--subjects", type=int, default=1600)
-    parser.add_argument("--trainings", type=int, default=1, help="of each model in each hospital; default %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
+    parser.add_argument("--subjects", type=int, default=3000)
+    parser.add_argument("--trainings", type=int, default=3, help="of each model in each hospital; default %(default)s")
     args = parser.parse_args()
     encoder = args.text_encoder or _packaged(parser)
     folders = [args.out / f"seed_{seed}" for seed in args.seeds]
