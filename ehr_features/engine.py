@@ -106,11 +106,11 @@ def readable(path: str) -> Iterator[None]:
         with named_by_the_engine(f"{path}: "):
             yield
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
+        raise UserError(f"{path}: damaged or cut short ({_line(str(error))}); download it again") from None
     except OSError as error:
         if error.errno is not None or "://" in path:  # pyarrow's complaints about bytes have no number
             raise
-        raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
+        raise UserError(f"{path}: damaged or cut short ({_line(str(error))}); download it again") from None
 
 
 @contextlib.contextmanager
@@ -173,4 +173,10 @@ def _damage(error: BaseException) -> str | None:
     if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "pyspark", "py4j"):
         return None
     marks = "GZIP|gzip|CSV Error|Parquet|EOFException|ZipException|Unexpected end|No magic bytes|Failed to read file"
-    return text.splitlines()[0][:300] if re.search(marks, text) else None
+    marks += "|[Tt]hrift|TProtocolException|TTransportException|don't know what type|No more data"  # in Parquet's headers
+    return _line(text) if re.search(marks, text) else None
+
+
+def _line(text: str) -> str:
+    """The first line of a complaint, without the bytes that it quotes."""
+    return "".join(sign for sign in (text.splitlines() or [""])[0][:300] if sign.isprintable()).strip(" :")

@@ -102,9 +102,9 @@ class Source:
         names = {c: (raw.renamed.get(c, c) if self.layout == "1.0" else c) for c in raw.columns}
         cast = {c: _cast(opened[names[c]] if names[c] in found else ibis.null("string"), raw.columns[c]) for c in names}
         table = opened.select(**cast)
-        if name in EVENTS or path.endswith(".parquet") or self.con.name != "duckdb":
+        if name in EVENTS or self.con.name != "duckdb":
             return table
-        with readable(path):  # a table that several steps read is parsed once
+        with readable(path):  # a table that several steps read is parsed once, and damage is told with its file
             self.con.con.execute(f"CREATE TEMP TABLE opened_{name} AS {ibis.to_sql(table, dialect='duckdb')}")
         return self.con.table(f"opened_{name}")
 

@@ -6,9 +6,11 @@ import shutil
 
 import fsspec
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from configs import UserError
+from ehr_features.build import build
 from ehr_features.check import check
 from ehr_features.engine import connect
 from ehr_features.source import Source, open_source
@@ -65,6 +67,22 @@ def test_wrong_folder_says_what_is_there_and_which_folder_was_meant(tmp_path, fr
         open_source(config(mimic_iv=str(tmp_path / "mimic-iv")))
     with pytest.raises(UserError, match="no such folder"):
         open_source(config(mimic_iv=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("name", ["icustays", "patients", "chartevents", "labevents"])
+def test_a_damaged_page_of_a_parquet_table_is_told_with_its_file(tmp_path, frames, write, config, name):
+    root = write(tmp_path / "m", frames, suffix={name: ".parquet"})
+    path = next(root.rglob(f"{name}.parquet"))
+    data = bytearray(path.read_bytes())
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    for column in (group.column(i) for i in range(group.num_columns)):
+        for page in (column.dictionary_page_offset, column.data_page_offset):
+            if page is not None:
+                data[page] = 0x1F  # a field of a type that there is none of
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name}\.parquet: don't know what type; is the file whole\? Download") as told:
+        build(config(mimic_iv=str(root)))
+    assert str(told.value).isprintable()
 
 
 def test_two_layouts_in_one_folder_are_refused(tmp_path, frames, write, config):
