@@ -119,7 +119,7 @@ def named_by_the_engine(where: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (says := _damage(error)) is None:
+        if (says := _damage(error, one_file=bool(where))) is None:
             raise
         raise UserError(f"{where}{says}; is the file whole? Download it again") from None
 
@@ -167,14 +167,18 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt if came[0] == signal.SIGINT else Stopped()
 
 
-def _damage(error: BaseException) -> str | None:
+# What DuckDB raises about bytes that it can make nothing of, often without a word on files: thrift's own errors too
+_ABOUT_BYTES = ["Error", "InvalidInputException", "SerializationException", "OutOfRangeException", "InternalException"]
+
+
+def _damage(error: BaseException, one_file: bool) -> str | None:
     """The first line of an engine's complaint about a file; None if it is something else."""
     text = str(error).strip()
     if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "pyspark", "py4j"):
         return None
     marks = "GZIP|gzip|CSV Error|Parquet|EOFException|ZipException|Unexpected end|No magic bytes|Failed to read file"
-    marks += "|[Tt]hrift|TProtocolException|TTransportException|don't know what type|No more data"  # in Parquet's headers
-    return _line(text) if re.search(marks, text) else None
+    about_bytes = one_file and type(error).__name__ in _ABOUT_BYTES
+    return _line(text) if about_bytes or re.search(marks, text) else None
 
 
 def _line(text: str) -> str:

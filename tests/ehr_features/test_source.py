@@ -80,7 +80,9 @@ def test_a_damaged_page_of_a_parquet_table_is_told_with_its_file(tmp_path, frame
             if page is not None:
                 data[page] = 0x1F  # a field of a type that there is none of
     path.write_bytes(data)
-    with pytest.raises(UserError, match=rf"{name}\.parquet: don't know what type; is the file whole\? Download") as told:
+    with pytest.raises(
+        UserError, match=rf"{name}\.parquet: don't know what type; is the file whole\? Download"
+    ) as told:
         build(config(mimic_iv=str(root)))
     assert str(told.value).isprintable()
 
