@@ -137,14 +137,31 @@ def write_json(path: str | Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n", encoding="utf-8")
 
 
+class _Object(dict[str, Any]):
+    """What a JSON file holds; a key that is not there is told with the file's name."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path}: `{key}` is missing; was it copied whole?")
+
+
 def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises: UserError: absent or damaged."""
+    """Read JSON. Raises: UserError: absent or damaged; later, where a key is asked of it that it has not."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            value = _Object(value)
+            value.path = Path(path)
+        return value
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); was it copied whole?") from None
+
+
+# What pandas, pyarrow and safetensors raise about damaged bytes; the odd ones come from pandas' own notes in a file
+UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException, SafetensorError)
 
 
 @contextlib.contextmanager
@@ -154,7 +171,7 @@ def undamaged(path: str | Path, advice: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, pa.ArrowException, SafetensorError) as error:
+    except UNREADABLE as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         kind = "safetensors" if str(path).endswith(".safetensors") else "Parquet"
         raise UserError(f"{path}: damaged {kind} file ({why}); {advice}") from None

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from configs import UserError
+from ehr_features.files import UNREADABLE
 
 SPLITS = ("train", "val", "test")
 METHODS = ("hash", "official", "temporal")  # or the path of a file of subject_id, split
@@ -97,8 +98,10 @@ def _from_file(path: Path, ids: pd.Index) -> pd.Series:
     check(str(path))
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as a split file ({str(error).splitlines()[0]})") from None
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path}: cannot be read as a split file ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from None
     if missing := {"subject_id", "split"} - set(frame):
         raise UserError(f"{path}: column {sorted(missing)} missing; found {list(frame)}; wanted subject_id, split")
     split = _one_each(frame.assign(split=_names(frame["split"], OFFICIAL | {"val": "val"}, str(path))), str(path))

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from configs import UserError
+from ehr_features.files import UNREADABLE
 from ehr_features.schema import FINDINGS
 from ehr_features.splits import by_hash
 from finetune.config import TableConfig
@@ -268,8 +269,10 @@ def read(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         table = pd.read_parquet(path) if str(path).endswith(".parquet") else pd.read_csv(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such table") from None
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]})") from None
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path}: cannot be read as a table ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from None
     if missing := [c for c in columns if c not in table]:
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(map(str, table.columns))}")
     if table.empty:

@@ -14,7 +14,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 
 from configs import UserError
-from ehr_features.files import read_json, read_table
+from ehr_features.files import read_json, read_table, undamaged
 from finetune.report_data import Run, read_object
 from finetune.report_forest import bars, flow
 from finetune.report_html import Html, figure, frame, number, section, table, tag
@@ -129,10 +129,8 @@ def splits_figure(folder: Path, key: str) -> Html | None:
 def _samples(folder: Path) -> list[list[Any]]:
     rows = []
     for path in sorted((folder / "samples").glob("*.parquet")):
-        try:
+        with undamaged(path, "build the features again"):
             data = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: damaged Parquet file ({error}); build the features again") from None
         if "split" not in data:
             continue
         task = path.stem.replace("_", " ")

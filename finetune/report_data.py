@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from configs import UserError
-from ehr_features.files import read_json
+from ehr_features.files import read_json, undamaged
 from finetune.results import COLUMNS, read_results
 
 MARK = "config.yaml"
@@ -78,10 +78,8 @@ class Run:
         path = self.folder / "predictions" / "test.parquet"
         if not path.is_file():
             return None
-        try:
+        with undamaged(path, "run the evaluation again"):
             table = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: damaged Parquet file ({error}); run the evaluation again") from None
         values = table[[c for c in table if str(c).startswith(("label_", "logit_"))]]
         if odd := [c for c in values if not pd.api.types.is_numeric_dtype(values[c])]:
             raise UserError(f"{path}: column `{odd[0]}` holds no numbers; run the evaluation again")

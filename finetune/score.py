@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.special import expit
 
 from configs import UserError
-from ehr_features.files import check_new_file, new_file
+from ehr_features.files import UNREADABLE, check_new_file, new_file
 from finetune.metrics import evaluate
 
 KEYS = ("sample_id", "dicom_id", "study_id", "stay_id", "subject_id", "hadm_id", "path", "view", "split")
@@ -77,7 +77,7 @@ def _read(path: str, *, header: bool = True) -> pd.DataFrame:
         raise UserError(f"{path}: no such file") from None
     except UserError:
         raise
-    except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:  # the last two: a damaged .npy header
+    except (*UNREADABLE, SyntaxError, TokenError) as error:  # the last two: a damaged .npy header
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
     if not len(frame):
         raise UserError(f"{path}: no rows")

@@ -10,7 +10,7 @@ import fsspec
 import pandas as pd
 
 from configs import UserError
-from ehr_features.files import digest
+from ehr_features.files import UNREADABLE, digest
 from ehr_features.remote import exists, explained, is_url
 from pretrain.config import ImagesConfig
 from pretrain.films import SUFFIXES
@@ -142,7 +142,7 @@ def _read(path: str) -> pd.DataFrame:
                 table = pd.read_csv(file, dtype=str, compression="gzip" if path.endswith(".gz") else None)
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # gzip, pandas and pyarrow each raise their own
+    except (*UNREADABLE, zlib.error) as error:  # gzip, pandas and pyarrow each raise their own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a table ({first}); was it copied whole?") from None
     return table.astype("string").astype(object)

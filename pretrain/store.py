@@ -17,7 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from configs import UserError
-from ehr_features.files import read_json
+from ehr_features.files import read_json, undamaged
 from pretrain.pack import FORMAT, pack, shard_name
 
 __all__ = ["Store", "pack"]
@@ -40,10 +40,10 @@ class Store:
                     f"{self.folder}: not all films are packed; run the same ./launch.sh images command again"
                 )
             raise UserError(f"{self.folder}: not a store; write one with ./launch.sh images CONFIG out={self.folder}")
-        about = read_json(self.folder / "store.json")
-        if about.get("format") != FORMAT:
+        about = _read_about(self.folder / "store.json")
+        if about["format"] != FORMAT:
             raise UserError(
-                f"{self.folder}: store format {about.get('format')}, this version reads {FORMAT}; pack it again"
+                f"{self.folder}: store format {about['format']}, this version reads {FORMAT}; pack it again"
             )
         for name, size in about["shards"].items():
             path = self.folder / name
@@ -106,9 +106,15 @@ def _unpack(data: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",)))
 
 
+def _read_about(path: Path) -> dict[str, Any]:
+    about = read_json(path)
+    wanted = {"format": int, "shards": dict, "size": int, "hash": str, "preprocess": dict}
+    found = about if isinstance(about, dict) else {}
+    if odd := [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]:
+        raise UserError(f"{path}: damaged (`{odd[0]}` is not what it should be); was the store copied whole?")
+    return found
+
+
 def _read_index(path: Path) -> pd.DataFrame:
-    try:
+    with undamaged(path, "was the store copied whole?"):
         return pd.read_parquet(path)[["dicom_id", "shard", "row", "height", "width"]]
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are of these
-        says = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(f"{path}: damaged ({says}); was the store copied whole?") from None

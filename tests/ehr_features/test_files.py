@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from configs import UserError
-from ehr_features.files import check_new_file, new_file, new_folder
+from ehr_features.files import check_new_file, new_file, new_folder, read_json, undamaged
 from ehr_features.lock import alone
 
 
@@ -49,3 +53,22 @@ def test_a_folder_or_a_pipe_is_never_replaced_by_a_file(tmp_path: Path) -> None:
 def test_the_check_for_a_new_file_leaves_nothing(tmp_path: Path) -> None:
     check_new_file(tmp_path / "out.csv")
     assert not os.listdir(tmp_path)
+
+
+def test_a_key_that_a_json_file_has_not_is_told_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "held.json").write_text('{"size": 1}')
+    held = read_json(tmp_path / "held.json")
+    assert held == {"size": 1} and held.get("hash") is None and json.dumps(held | {"a": 2}) == '{"size": 1, "a": 2}'
+    with pytest.raises(UserError, match=r"held\.json: `hash` is missing; was it copied whole\?"):
+        held["hash"]
+
+
+def test_damaged_notes_of_pandas_in_a_parquet_file_are_told(tmp_path: Path) -> None:
+    table = pa.Table.from_pandas(pd.DataFrame({"a": ["x"]}))
+    notes = {key: value.replace(b"numpy_type", b"numqy_type") for key, value in table.schema.metadata.items()}
+    pq.write_table(table.replace_schema_metadata(notes), tmp_path / "a.parquet")
+    with (
+        pytest.raises(UserError, match=r"a\.parquet: damaged .*; copy it again"),
+        undamaged(tmp_path / "a.parquet", "copy it again"),
+    ):
+        pd.read_parquet(tmp_path / "a.parquet")

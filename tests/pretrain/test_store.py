@@ -374,6 +374,10 @@ def test_a_store_that_was_not_copied_whole_is_refused(tmp_path: Path, films: Pat
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001\.arrow: absent"):
         Store(out)
+    about = out / "store.json"
+    about.write_text(about.read_text().replace('"shards"', '"shakds"'))
+    with pytest.raises(UserError, match=r"store\.json: damaged \(`shards`"):
+        Store(out)
     with pytest.raises(UserError, match="not a store; write one with"):
         Store(films)
 
