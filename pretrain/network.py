@@ -27,6 +27,8 @@ def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any
         raise UserError(
             f"encoder.model_args: {', '.join(sorted(files))}: no weights are read here; give encoder.init=PATH"
         )
+    if args.get("patch_drop_rate"):
+        raise UserError("encoder.model_args: patch_drop_rate: patches are dropped by mask.ratio")
     try:
         if model_entrypoint(arch).__module__.rpartition(".")[2] in VITS:
             args |= {"img_size": image_size, "dynamic_img_size": True} | args
