@@ -139,7 +139,7 @@ def _check_disk(out: Path, config: ImagesConfig, films: int) -> None:
     free = shutil.disk_usage(out).free
     if need > free:
         more = "" if config.encoding == "jpeg" else "; encoding=jpeg takes about a tenth"
-        raise UserError(f"{out}: about {need / 1e9:.2g} GB are needed and {free / 1e9:.2g} GB are free{more}")
+        raise UserError(f"{out}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free{more}")
 
 
 def _write_shard(path: Path, rows: list[Row], config: ImagesConfig, plan: dict[str, Any]) -> None:
