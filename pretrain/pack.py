@@ -161,6 +161,25 @@ def _write_shard(path: Path, rows: list[Row], config: ImagesConfig, plan: dict[s
         writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
+def _frame(path: Path) -> tuple[int, int, str]:
+    """Where a shard's films begin and end, and the hash of all that stands around them: Arrow trusts it blindly."""
+    with pa.memory_map(str(path)) as file:
+        films = pa.ipc.open_file(file).get_batch(0).column("bytes").buffers()[2]
+        file.seek(0)
+        start = films.address - file.read_buffer(1).address if films is not None and films.size else 0
+        stop = start + (films.size if start else 0)
+        return start, stop, frame_hash(path, start, stop)
+
+
+def frame_hash(path: Path, start: int, stop: int) -> str:
+    """sha256 of a file without its bytes from `start` to `stop`."""
+    with path.open("rb") as file:
+        sha = hashlib.sha256(file.read(start))
+        file.seek(stop)
+        sha.update(file.read())
+    return sha.hexdigest()
+
+
 def _complete(
     out: Path,
     config: ImagesConfig,
@@ -173,7 +192,7 @@ def _complete(
     """All shards are there: write index, rejected and, last, store.json."""
     for stale in out.glob(f".shard-*{PARTIAL}-*"):
         stale.unlink(missing_ok=True)  # left by a process that was killed
-    index, rejected, hashes = [], [], []
+    index, rejected, hashes, frames = [], [], [], {}
     for number in range(shards):
         about = _metadata(out / shard_name(number))
         hashes.append(about["sha256"])
@@ -181,6 +200,7 @@ def _complete(
         with pa.memory_map(str(out / shard_name(number))) as file:
             batch = pa.ipc.open_file(file).get_batch(0).select(["dicom_id", "height", "width"]).to_pandas()
         index.append(batch.assign(shard=number, row=range(len(batch))))
+        frames[shard_name(number)] = _frame(out / shard_name(number))
     packed = pd.concat(index)[["dicom_id", "shard", "row", "height", "width"]].astype(
         {"shard": "int32", "row": "int32"}
     )
@@ -209,7 +229,9 @@ def _complete(
         "preprocess": preprocess,
     }
     made = provenance(config.model_dump(mode="json"), seconds=round(seconds, 1))
-    write_json(out / "store.json", {**about, **more, "shards": files, "plan": plan, "provenance": made})
+    write_json(
+        out / "store.json", {**about, **more, "shards": files, "frames": frames, "plan": plan, "provenance": made}
+    )
     (out / "packing.json").unlink(missing_ok=True)
     size, rate = sum(files.values()) / 1e6, len(films) / max(seconds, 1e-9)
     print(f"{out}: {len(packed)} films, {size:.0f} MB, {rate:.0f} films/s")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from configs import UserError
 from ehr_features.files import read_json, undamaged
-from pretrain.pack import FORMAT, pack, shard_name
+from pretrain.pack import FORMAT, frame_hash, pack, shard_name
 
 __all__ = ["Store", "pack"]
 
@@ -54,6 +54,7 @@ class Store:
         self.preprocess: dict[str, Any] = about["preprocess"]
         self.index = _read_index(self.folder / "index.parquet")
         self._places = dict(zip(self.index.dicom_id, zip(self.index.shard, self.index.row, strict=True), strict=True))
+        self._frames: dict[str, Any] = about.get("frames", {})  # of older stores unknown
         self._shards: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -73,7 +74,10 @@ class Store:
             raise UserError(f"{self.folder}: film {dicom_id} is not in this store (see its rejected.parquet)") from None
         films = self._shards.get(shard)
         if films is None:
-            films = self._shards[shard] = _map(self.folder / shard_name(shard), self.size)
+            path = self.folder / shard_name(shard)
+            if path.name in self._frames:
+                _check_frame(path, self._frames[path.name])
+            films = self._shards[shard] = _map(path, self.size)
         return films[row] if isinstance(films, np.ndarray) else _unpack(films[row].as_buffer())
 
     def read(self, dicom_ids: Sequence[str]) -> np.ndarray:
@@ -87,6 +91,17 @@ class Store:
         for place, dicom_id in enumerate(dicom_ids):
             films[place] = self[dicom_id]
         return films
+
+
+def _check_frame(path: Path, frame: Any) -> None:
+    """Refuse a shard whose framing was changed, before Arrow reads it: that can end the process."""
+    try:
+        start, stop, wanted = frame
+        found = frame_hash(path, start, stop)
+    except (TypeError, ValueError, OverflowError, OSError) as error:
+        raise UserError(f"{path}: cannot be checked ({error}); was the store copied whole?") from None
+    if found != wanted:
+        raise UserError(f"{path}: damaged (around its films); was the store copied whole?")
 
 
 def _map(path: Path, size: int) -> Any:

@@ -22,6 +22,7 @@ from PIL import Image
 from configs import UserError
 from configs.cli import guard
 from configs.signals import Stopped
+from ehr_features.files import read_json
 from pretrain import pack as packing
 from pretrain.__main__ import _images
 from pretrain.config import ImagesConfig
@@ -371,6 +372,12 @@ def test_a_store_that_was_not_copied_whole_is_refused(tmp_path: Path, films: Pat
     store = Store(out)  # of the right size: seen when it is read
     with pytest.raises(UserError, match=r"shard-00001\.arrow: damaged"):
         store.read(list(store.index.dicom_id))
+    start, stop, _ = read_json(out / "store.json")["frames"][shard.name]
+    assert stop - start == 32 * 32 * 4 and len(data) - stop + start < 3000  # little is read to be sure
+    for at in [*range(8, start, 97), *range(stop, len(data), 97)]:  # read by Arrow, some of these end the process
+        shard.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        with pytest.raises(UserError, match=r"shard-00001\.arrow: damaged \(around its films\)"):
+            Store(out).read(list(store.index.dicom_id))
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001\.arrow: absent"):
         Store(out)
