@@ -231,8 +231,8 @@ def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _run(steps: list[Step], out: Path, kept: dict[str, Any], settings: dict[str, Any], console: Console) -> None:
     """Start each step when its inputs are there and a core is free."""
+    write_json(out / "demo.json", {"settings": settings, "steps": kept})  # first: it says whose folder this is
     make_folder(out / "logs")
-    write_json(out / "demo.json", {"settings": settings, "steps": kept})
     with Live(console=console, refresh_per_second=8, transient=False) as live:
         while any(step.state != "done" for step in steps):
             ready = {step.name for step in steps if step.state == "done"}

@@ -82,6 +82,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         demo(tmp_path, subjects=120, seed=4)
 
 
+def test_a_folder_is_known_as_a_demo_from_its_first_file_on(tmp_path: Path, short: Path, monkeypatch) -> None:
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demos, "CONFIGS", short)
+    monkeypatch.setattr(demos, "make_folder", stop)  # of the logs
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            demo(tmp_path / "demo", subjects=40, seed=1)
+    assert [path.name for path in (tmp_path / "demo").iterdir() if path.name[0] != "."] == ["demo.json"]
+
+
 @pytest.mark.slow
 def test_a_step_that_fails_names_its_log(tmp_path: Path, short: Path, monkeypatch) -> None:
     broken = Path(shutil.copytree(short, tmp_path / "configs"))
