@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from configs import UserError
 from ehr_features.files import write_json
 from finetune.__main__ import main
+from finetune.compare import show
 from finetune.config import ProbeConfig
 from finetune.embed import embed, nearest
 from finetune.metrics import evaluate
 from finetune.probe import probe
+from finetune.report import report
 from finetune.results import read_results
 from finetune.score import score
 from finetune.watch import watch
@@ -40,6 +42,19 @@ def draw(folder: Path, count: int = 6) -> Path:
         pixels = np.random.default_rng(i).integers(0, 255, (40, 30), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"films/film{i}.png")
     return folder / "films"
+
+
+@pytest.mark.parametrize("name", ["embed", "report", "compare", "score"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    out, no = str(tmp_path), str(tmp_path / "nothing_here")
+    commands = {
+        "embed": lambda: embed(no, no, out),
+        "report": lambda: report([no], out),
+        "compare": lambda: show([no], [no], split="test", samples=10, seed=0, out=out),
+        "score": lambda: score(no, no, out=out),
+    }
+    with pytest.raises(UserError, match="is a folder; wanted the name of a file"):
+        commands[name]()
 
 
 def test_films_of_a_folder_are_embedded_by_the_exported_encoder_alone(tmp_path: Path) -> None:
