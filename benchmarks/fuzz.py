@@ -27,12 +27,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from configs import UserError, load
-from ehr_features import channels, notes_template
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
-from ehr_features.demo import generate
+from ehr_features.demo.generate import generate
 from ehr_features.files import write_json
-from ehr_features.notes_facts import FIELDS
+from ehr_features.notes import template as notes_template
+from ehr_features.notes.facts import FIELDS
+from ehr_features.series import channels
 from finetune.config import FuseConfig
 from finetune.report import report
 from finetune.results import write_results

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ehr_features import schema
-from ehr_features.static_groups import READS
+from ehr_features.static import READS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("configs", "ehr_features", "pretrain", "finetune", "benchmarks", "tests")

@@ -78,10 +78,10 @@ def draw(rng: np.random.Generator, num_films: int) -> dict[str, pd.DataFrame]:
 
 def link(folder: Path) -> None:
     """Link as `build` does, and print seconds."""
-    from ehr_features import film_record, linking
     from ehr_features.cohort import Attrition
     from ehr_features.config import FeaturesConfig
-    from ehr_features.source import open_source
+    from ehr_features.films import linking, record
+    from ehr_features.raw.source import open_source
 
     roots = {f"mimic_{name}": str(folder / name) for name in ("iv", "cxr", "ed")}
     source = open_source(FeaturesConfig(**roots, out=folder / "out", memory="2GB"))
@@ -89,7 +89,7 @@ def link(folder: Path) -> None:
     attrition = Attrition()
     films = linking.link_films(source, attrition)
     linked = time.monotonic()
-    film_record.add_record(source, films)
+    record.add_record(source, films)
     seconds = {"linking": linked - began, "record": time.monotonic() - linked}
     print(json.dumps({"seconds": seconds, "counts": attrition.counts["linking"]}))
 

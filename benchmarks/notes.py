@@ -28,8 +28,9 @@ import duckdb
 import pandas as pd
 
 from benchmarks.features import APART, IDS
-from ehr_features import notes_filter, notes_words
-from ehr_features.film_record import TRIAGE
+from ehr_features.films.record import TRIAGE
+from ehr_features.notes import facts as notes_words
+from ehr_features.notes import leak_filter
 
 TABLES = {"admissions": "iv/hosp", "diagnoses_icd": "iv/hosp", "edstays": "ed/ed", "triage": "ed/ed"}
 TABLES |= {"vitalsign": "ed/ed", "medrecon": "ed/ed", "pyxis": "ed/ed"}
@@ -130,7 +131,7 @@ class Reference:
             self.groups = {(name, key): self.tables[name].groupby(key).indices for name, key in wanted}
         self.abbreviations = notes_words.read_abbreviations(None)
         self.expander = notes_words.expander(self.abbreviations)
-        leaks = notes_filter.read("standard")
+        leaks = leak_filter.read("standard")
         assert leaks is not None
         self.leak = re.compile(leaks.any_term)
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from configs import cli
-from ehr_features.config import FeaturesConfig
-from ehr_features.demo_plan import add_arguments as demo_arguments
-from ehr_features.notes_config import NotesConfig
+from ehr_features.config import FeaturesConfig, NotesConfig
+from ehr_features.demo.plan import add_arguments as demo_arguments
 
 
 def _build(config: Any, args: argparse.Namespace) -> int:
     from ehr_features.build import build
-    from ehr_features.engine import interruptible
+    from ehr_features.raw.engine import interruptible
 
     print(f"features: {config.mimic_iv} (preset {config.preset}) -> {config.out}", file=sys.stderr, flush=True)
     with interruptible():
@@ -34,15 +33,15 @@ def _build(config: Any, args: argparse.Namespace) -> int:
 
 def _check(config: Any, args: argparse.Namespace) -> int:
     from ehr_features.check import check
-    from ehr_features.engine import interruptible
+    from ehr_features.raw.engine import interruptible
 
     with interruptible():
         return check(config)
 
 
 def _notes(config: Any, args: argparse.Namespace) -> int:
-    from ehr_features.engine import interruptible
-    from ehr_features.notes import write_notes
+    from ehr_features.notes.write import write_notes
+    from ehr_features.raw.engine import interruptible
 
     print(f"notes: {config.features} (filter {config.filter}) -> {config.out}", file=sys.stderr, flush=True)
     with interruptible():
@@ -53,14 +52,14 @@ def _notes(config: Any, args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int | None:
-    from ehr_features.demo import run
+    from ehr_features.demo.generate import run
 
     return run(args)
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from ehr_features.audit import run
-    from ehr_features.engine import interruptible
+    from ehr_features.audit.claims import run
+    from ehr_features.raw.engine import interruptible
 
     with interruptible():
         return run(args)

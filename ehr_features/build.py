@@ -15,33 +15,36 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ibis
 import ibis.expr.types as ir
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ibis import _
+from safetensors import safe_open
 
 from configs import UserError
-from ehr_features import (
-    channels,
-    cohort,
-    events,
-    film_attrition,
-    film_record,
-    labels,
-    linking,
-    medfuse,
-    outputs,
-    release,
-    series,
-    series_file,
-    splits,
-)
+from ehr_features import check, cohort, labels, schema, splits
 from ehr_features.config import FeaturesConfig
-from ehr_features.engine import hold, named_by_the_engine
-from ehr_features.files import code_digest, digest, file_digest, new_file, new_folder, provenance, read_json, write_json
-from ehr_features.lock import alone
-from ehr_features.remote import fingerprint
-from ehr_features.schema import FOR_NOTES
-from ehr_features.source import EVENTS, Source, mixed, open_source, roots
+from ehr_features.files import (
+    alone,
+    code_digest,
+    digest,
+    file_digest,
+    new_file,
+    new_folder,
+    provenance,
+    read_json,
+    write_json,
+)
+from ehr_features.films import linking, record
+from ehr_features.raw.engine import batches, hold, named_by_the_engine
+from ehr_features.raw.remote import fingerprint
+from ehr_features.raw.source import EVENTS, Source, mixed, open_source, roots
+from ehr_features.schema import FOR_NOTES, Column
+from ehr_features.series import bins, channels, events, medfuse
+from ehr_features.series import file as series_file
 
 NO_EFFECT = {"out", "cache", "memory", "threads", "storage"}  # keys that change no result
 
@@ -74,7 +77,7 @@ def build(config: FeaturesConfig) -> Path:
         source = open_source(config)
         prints = {name: fingerprint(path) for name, path in source.files.items()}
         used = {k: v for k, v in config.model_dump(mode="json").items() if k not in NO_EFFECT}
-        key = digest([used, prints, _extra_files(config), code_digest("*.py", "*.yaml", "*.csv")])
+        key = digest([used, prints, _extra_files(config), code_digest(sys.modules[__name__])])
     if is_current(out, key):
         print(f"{out} is up to date with its tables and config", file=sys.stderr)
         return out
@@ -95,25 +98,24 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
         found = events.selected(source, declared, config.cache_folder)
     with steps("binning the series"):
         binned, fates = series_file.cached(source, found, stays, declared, config)
-    columns = medfuse.layout(declared) if config.preset == "medfuse" else series.layout(declared)
+    columns = medfuse.layout(declared) if config.preset == "medfuse" else bins.layout(declared)
     with new_folder(config.out) as part:
         with steps("linking the films"):
             films = _films(source, attrition, config, prints)
             split = _split(source, stays, films, config)
             stays = stays.join(split, "subject_id")
             stay_films = None if films is None else linking.stay_films(films, stays)
-            tables = outputs.tables(source.con, part, stays, films, stay_films, split)
+            about = tables(source.con, part, stays, films, stay_films, split)
         with steps("writing the samples"):
             shutil.copyfile(binned, part / "series.safetensors")
             status = labels.code_status(found["chartevents"][0], stays)
-            cohort_ = labels.Cohort(
-                source, outputs.with_death(stays), outputs.first_hours(source, binned, config), config
-            )
-            tables |= outputs.samples(part, cohort_, stay_films, status, attrition)
+            cohort_ = labels.Cohort(source, with_death(stays), first_hours(source, binned, config), config)
+            about |= samples(part, cohort_, stay_films, status, attrition)
         with steps("fitting the normaliser"):
-            about = series_file.about(part / "series.safetensors", stays, columns, config, fates)
-            write_json(part / "series.json", about)
-        write_json(part / "schema.json", tables)
+            write_json(
+                part / "series.json", series_file.about(part / "series.safetensors", stays, columns, config, fates)
+            )
+        write_json(part / "schema.json", about)
         write_json(part / "attrition.json", attrition.as_json())
         write_json(part / "provenance.json", _provenance(config, source, prints, found, part, steps, key))
 
@@ -144,20 +146,19 @@ def _films(
     if config.mimic_cxr is None:
         return None
     read = {source.files[name]: stat for name, stat in prints.items() if name not in EVENTS}
-    code = code_digest("film*.py", "linking.py", "phenotypes.*", "source.py", "schema.py", "engine.py")
-    key = digest([read, config.preset, config.ed_tolerance_hours, config.engine, code])
+    key = digest([read, config.preset, config.ed_tolerance_hours, config.engine, code_digest(linking, record)])
     path = config.cache_folder / f"films-{key}.parquet"
     facts = path.with_suffix(".json")
     if not (path.is_file() and facts.is_file()):
         own = cohort.Attrition()
         films = linking.link_films(source, own, preset=config.preset, ed_tolerance_hours=config.ed_tolerance_hours)
-        films = film_record.add_record(source, films)
+        films = record.add_record(source, films)
         with new_file(path) as part:
             pq.write_table(films.to_pyarrow(), part, compression="zstd")
         write_json(facts, own.as_json())
     attrition.extend(read_json(facts))
     films = source.con.read_parquet(str(path))
-    film_attrition.note_files(films, config.mimic_cxr, attrition)
+    linking.note_files(films, config.mimic_cxr, attrition)
     return films
 
 
@@ -187,7 +188,7 @@ def _provenance(
     read = [name for name in source.files if name not in found and name not in FOR_NOTES]
     raw = {name: int(source.table(name).count().execute()) for name in read}
     raw |= {name: rows for name, (_table, rows) in found.items()}
-    releases, warnings = release.told(roots(config), raw, source.layout)
+    releases, warnings = check.releases(roots(config), raw, source.layout)
     warnings += mixed(source.columns)
     warnings += [f"{source.files[name]}: has a header and no rows" for name, rows in raw.items() if rows == 0]
     for warning in warnings:
@@ -207,3 +208,85 @@ def _provenance(
     )
     record["sources"] = {source.files[name]: {"table": name, **stat} for name, stat in prints.items()}
     return record
+
+
+# ---- The tables of features/, written with exactly their declared columns.
+
+ARROW = {
+    "int64": pa.int64(),
+    "string": pa.string(),
+    "float64": pa.float64(),
+    "timestamp": pa.timestamp("us"),
+    "date": pa.date32(),
+    "boolean": pa.bool_(),
+}
+
+
+def tables(
+    con: Any, part: Path, stays: ir.Table, films: ir.Table | None, stay_films: ir.Table | None, split: ir.Table
+) -> dict[str, Any]:
+    """Write stays, images and stay_films; returns their entries of schema.json."""
+    write_table(con, stays.order_by("stay_id"), part / "stays.parquet", schema.STAYS)
+    tables = {"stays": schema.described(schema.STAYS)}
+    if films is not None and stay_films is not None:
+        films = films.join(split, "subject_id")
+        write_table(con, films.order_by("dicom_id"), part / "images.parquet", schema.IMAGES)
+        ordered = stay_films.order_by("stay_id", "hours_from_intime", "dicom_id")
+        write_table(con, ordered, part / "stay_films.parquet", schema.STAY_FILMS)
+        tables |= {"images": schema.described(schema.IMAGES), "stay_films": schema.described(schema.STAY_FILMS)}
+    return tables
+
+
+def with_death(stays: ir.Table) -> ir.Table:
+    return stays.mutate(death_hours=(_.death_at.epoch_seconds() - _.intime.epoch_seconds()) / 3600)
+
+
+def first_hours(source: Source, binned: Path, config: FeaturesConfig) -> ir.Table:
+    """stay_id, first_hour: where the first bin with a measurement begins; stays with one only."""
+    with safe_open(binned, "numpy") as file:
+        stay, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
+        seen = np.flatnonzero(file.get_tensor("observed").any(1))
+    at = np.searchsorted(seen, offsets[:-1])
+    first = np.append(seen, offsets[-1])[at]
+    has = first < offsets[1:]
+    table = {"stay_id": stay[has], "first_hour": ((first - offsets[:-1]) * config.step_hours)[has]}
+    return hold(source.con, "first_hours", pa.table(table))
+
+
+def samples(
+    part: Path, cohort_: labels.Cohort, stay_films: ir.Table | None, status: ir.Table, attrition: cohort.Attrition
+) -> dict[str, Any]:
+    """Write samples/TASK.parquet of each task; returns their entries of schema.json."""
+    tables, con = {}, cohort_.source.con
+    for task in cohort_.config.tasks:
+        columns = {**schema.SAMPLES, **labels.label_columns(task)}
+        path = part / "samples" / f"{task}.parquet"
+        if task == "findings":
+            names = ["dicom_id", "stay_id", "subject_id", "split", *schema.FINDINGS]
+            images = pd.read_parquet(part / "images.parquet", columns=names)
+            write_table(con, labels.finding_samples(images, cohort_.config.findings, attrition), path, columns)
+        else:
+            samples = labels.TASKS[task](cohort_, attrition)
+            samples = labels.latest(samples, status, "code_status")
+            samples = _with_film(samples, stay_films)
+            write_table(con, samples.order_by("stay_id", "predict_at_hours"), path, columns)
+        attrition.note(f"samples/{task}", pq.read_metadata(path).num_rows)
+        tables[f"samples/{task}"] = schema.described(columns)
+    return tables
+
+
+def _with_film(samples: ir.Table, stay_films: ir.Table | None) -> ir.Table:
+    if stay_films is None:
+        return samples.mutate(dicom_id=ibis.null("string"))
+    return samples.left_join(linking.last_film(samples, stay_films), "sample_id").drop("sample_id_right")
+
+
+def write_table(con: Any, table: ir.Table | pd.DataFrame, path: Path, columns: Mapping[str, Column]) -> None:
+    """Write a table of features/ with exactly its declared columns and types."""
+    want = pa.schema([(name, ARROW[column.type]) for name, column in columns.items()])
+    with new_file(path) as part, pq.ParquetWriter(part, want, compression="zstd") as writer:
+        if isinstance(table, pd.DataFrame):
+            writer.write_table(pa.Table.from_pandas(table[want.names], preserve_index=False).cast(want))
+            return
+        for batch in batches(con, table.select(*want.names)):
+            writer.write_table(pa.Table.from_batches([batch]).cast(want))

@@ -5,17 +5,19 @@ Large CSV files are not read to the end: their row count is told from the first 
 
 from __future__ import annotations
 
+import re
 import zlib
+from collections.abc import Mapping
 
 import fsspec
 
 from configs import UserError
-from ehr_features import channels, release
 from ehr_features.config import FeaturesConfig
-from ehr_features.engine import named_by_the_engine, readable
-from ehr_features.remote import fingerprint
+from ehr_features.raw.engine import named_by_the_engine, readable
+from ehr_features.raw.remote import fingerprint
+from ehr_features.raw.source import Source, check_columns, mixed, open_source, roots
 from ehr_features.schema import READ
-from ehr_features.source import Source, check_columns, mixed, open_source, roots
+from ehr_features.series import channels
 
 COUNTED = 30_000_000  # bytes; a larger CSV file's rows are estimated
 SAMPLED = 4_000_000
@@ -62,8 +64,8 @@ def check(config: FeaturesConfig) -> int:
             rows[name] = counted
         told = "?" if name in faults else f"{'' if exact else 'about '}{counted:,}"
         print(f"{name:<14}{told:>16}  {len(source.columns[name]):>7}  {_size(size):>9}  {path}")
-    releases, warnings = release.told(roots(config), rows, source.layout)
-    for root, found in releases.items():
+    known, warnings = releases(roots(config), rows, source.layout)
+    for root, found in known.items():
         by = " (by the folder's name)" if found["claimed"] else " (by row counts)" if found["release"] else ""
         print(f"release of {root}: {found['release'] or 'unknown'}{by}")
     for warning in warnings + mixed(source.columns):
@@ -134,3 +136,59 @@ def _size(size: int) -> str:
             return f"{size:.0f} {unit}"
         size /= 1000  # type: ignore[assignment]
     return f"{size:.1f} GB"
+
+
+# ---- Which release the tables are of, and whether their row counts are the known ones.
+
+
+def claimed(root: str) -> str | None:
+    """The release that a folder's name claims: `demo`, `2.2`, ... (None: it names none)."""
+    names = root.rstrip("/").lower().split("/")
+    name = names[-1] if "mimic" in names[-1] else "/".join(names[-2:])
+    if not re.search(r"mimic|physionet|^(.*/)?v?\d\.\d", name):
+        return None
+    if re.search(r"mimic[^/]*demo", name):
+        return "demo"
+    found = re.search(r"(?<![\d.])(\d\.\d(?:\.\d)?)(?![\d.])", name)
+    return found.group(1) if found else None
+
+
+def recognised(rows: Mapping[str, int], root: str = "mimic_iv") -> str | None:
+    """The release, or `A or B`, whose known row counts are those of every table at hand that has one."""
+    known = {name: READ[name].rows for name in rows if READ[name].root == root}
+    shared = {r: [name for name, counts in known.items() if r in counts] for counts in known.values() for r in counts}
+    fits = sorted(r for r, names in shared.items() if all(known[name][r] == rows[name] for name in names))
+    return " or ".join(fits) or None
+
+
+def releases(
+    roots: Mapping[str, str | None], rows: Mapping[str, int], layout: str
+) -> tuple[dict[str, dict[str, str | None]], list[str]]:
+    """What is known of the release of each folder of a config.
+
+    Args:
+        roots: mimic_iv, mimic_ed, mimic_cxr -> folder or URL. rows: of the counted tables. layout: of mimic_iv.
+    Returns: root -> claimed (by the folder's name), release (claimed, else by row counts); and warnings.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    warnings = []
+    for root, folder in roots.items():
+        if folder is None:
+            continue
+        said = claimed(folder)
+        found[root] = {"claimed": said, "release": said or recognised(rows, root)}
+        warnings += differences(rows, said, root)
+        if root == "mimic_iv" and said and said != "demo" and said.startswith("1.") != (layout == "1.0"):
+            warnings.append(f"{folder}: named {said}, but its tables are laid out as in {layout}; is the name right?")
+    return found, warnings
+
+
+def differences(rows: Mapping[str, int], release: str | None, root: str = "mimic_iv") -> list[str]:
+    """A warning for each table whose count is not that of the claimed release."""
+    out = []
+    for name, count in rows.items():
+        wanted = READ[name].rows.get(release or "") if READ[name].root == root else None
+        if wanted is not None and wanted != count:
+            more = f"{abs(count - wanted):,} {'more' if count > wanted else 'fewer'}"
+            out.append(f"{name}: {count:,} rows, {more} than the {wanted:,} of release {release}; is it whole?")
+    return out

@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow as pa
 
 from configs import UserError
-from ehr_features.engine import hold
-from ehr_features.source import Source
+from ehr_features.raw.engine import hold
+from ehr_features.raw.source import Source
 
 LISTED = 1000  # ids listed for one reason
 

@@ -5,17 +5,22 @@ Everything that a command writes goes to a sibling that does not carry the final
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import datetime
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -228,10 +233,35 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def code_digest(*patterns: str) -> str:
-    """16 hex digits of this package's own files, so that a newer version does not take an older one's results."""
-    here = Path(__file__).parent
-    return digest([file_digest(path) for pattern in patterns for path in sorted(here.glob(pattern))])
+def code_digest(*modules: ModuleType) -> str:
+    """16 hex digits of modules, of every module of this package that they import, and of its data files.
+
+    A cache under such a key is not read by a version whose code could give another result.
+    """
+    home = Path(__file__).parent
+    files = sorted(path for path in home.rglob("*") if path.suffix in (".csv", ".txt", ".yaml"))
+    waiting = {module.__name__ for module in modules}
+    seen: set[str] = set()
+    while waiting:
+        seen.add(name := waiting.pop())
+        source = home.parent.joinpath(*name.split("."))
+        path = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
+        if path.is_file():  # else a name inside a module
+            files.append(path)
+            waiting |= _imports(path, home.name) - seen
+    return digest(sorted((path.relative_to(home).as_posix(), file_digest(path)) for path in files))
+
+
+def _imports(path: Path, package: str) -> set[str]:
+    """The modules of a package that a file imports, and their parents."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    parts = [name.split(".") for name in names if name.partition(".")[0] == package]
+    return {".".join(words[: depth + 1]) for words in parts for depth in range(len(words))}
 
 
 def _alive(pid: str) -> bool:
@@ -248,3 +278,63 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (Path, datetime.date, pd.Timestamp)):
         return str(value)
     raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+# ---- One command at a time in a folder. A lock ends with its process, however that ends: none is ever stale.
+
+_held: dict[Path, int] = {}  # lock file -> descriptor; kept until the process ends
+
+
+def lock(folder: Path, name: str = ".lock") -> None:
+    """Make the folder if need be and hold a lock in it until this process ends, however it ends.
+
+    Raises: UserError: another process holds it, or a file has the folder's name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file of that name exists; choose another folder with out=...")
+    make_folder(folder)
+    _hold(folder.resolve() / name, folder)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a lock beside a folder that is written aside and renamed when it is complete.
+
+    Raises: UserError: another process holds it.
+    """
+    place = led_to(folder)
+    make_folder(place.parent)
+    path = place.parent.resolve() / f".{place.name}.lock"
+    _hold(path, folder)
+    try:
+        yield
+    finally:
+        os.close(_held.pop(path))
+
+
+def _hold(path: Path, folder: Path) -> None:
+    if path in _held:
+        if path.exists() and os.fstat(_held[path]).st_ino == path.stat().st_ino:
+            return
+        os.close(_held.pop(path))  # the folder was removed and made again
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+        os.close(handle)
+        raise UserError(
+            f"{folder}: another command works in this folder ({holder}); wait for it or choose another with out=..."
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"note: {folder} cannot be locked ({error.strerror}); start no second command in it", file=sys.stderr)
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held[path] = handle
+
+
+def forget() -> None:
+    """In a forked child: leave the locks to the parent, so that they end with it."""
+    for handle in _held.values():
+        os.close(handle)
+    _held.clear()

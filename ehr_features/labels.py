@@ -21,11 +21,11 @@ from ibis import _
 
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig, Findings
-from ehr_features.engine import hold
-from ehr_features.events import CODE_STATUS
 from ehr_features.phenotypes import groups, with_phenotypes
+from ehr_features.raw.engine import hold
+from ehr_features.raw.source import Source
 from ehr_features.schema import FINDINGS, SAMPLES, Column
-from ehr_features.source import Source
+from ehr_features.series.events import CODE_STATUS
 
 FIRST_HOUR = 5  # decompensation and length of stay begin after four hours
 WITHIN_HOURS = 24  # decompensation: death within a day

@@ -15,8 +15,8 @@ import pyarrow as pa
 from ibis import _
 
 from ehr_features.cohort import Attrition
-from ehr_features.engine import hold
-from ehr_features.source import Source
+from ehr_features.raw.engine import hold
+from ehr_features.raw.source import Source
 
 PHENOTYPES = Path(__file__).with_name("phenotypes.csv")
 VERSIONS = (9, 10)

@@ -251,7 +251,7 @@ _VITAL_UNITS = {
     "ed_sbp": "mmHg",
     "ed_dbp": "mmHg",
 }
-IMAGES: dict[str, Column] = {  # written by linking.py and film_record.py
+IMAGES: dict[str, Column] = {  # written by films/
     "dicom_id": Column(TEXT),
     "study_id": Column(INT),
     "subject_id": Column(INT),

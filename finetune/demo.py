@@ -27,8 +27,7 @@ from rich.text import Text
 from configs import UserError
 from configs.launch import end_with_me
 from configs.signals import Stopped, held
-from ehr_features.files import digest, make_folder, read_json, write_json
-from ehr_features.lock import lock
+from ehr_features.files import digest, lock, make_folder, read_json, write_json
 
 CORES = 2
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"

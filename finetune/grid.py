@@ -21,8 +21,7 @@ from pathlib import Path
 from configs import Settings, UserError, load
 from configs.launch import end_with_me
 from configs.signals import held
-from ehr_features.files import digest, read_json
-from ehr_features.lock import lock
+from ehr_features.files import digest, lock, read_json
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import PretrainConfig
 

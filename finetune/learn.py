@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features import static
-from ehr_features.static_groups import READS
+from ehr_features.static import READS
 from finetune import classic, heads
 from finetune.films import Films
 from finetune.frozen import Features

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from ehr_features import series
 from ehr_features.files import file_digest, new_file, read_json, read_table, undamaged
+from ehr_features.series import bins
 from finetune.samples import complete_steps
 from pretrain.notes import check_notes
 
@@ -78,11 +79,11 @@ class MappedSeries:
         return self.__dict__ | {"_file": None}  # maps do not travel between processes
 
 
-def _layout(about: dict[str, Any]) -> series.Layout:
+def _layout(about: dict[str, Any]) -> bins.Layout:
     """What `series.fit` needs to know of the columns, from series.json."""
     num = len(about["normaliser"]["mean"])
     names = about["columns"]
-    return series.Layout(
+    return bins.Layout(
         values=tuple(names[:num]),
         units=tuple(about["units"][:num]),
         source=tuple(about["observed_of"]),

@@ -11,7 +11,7 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import UNREADABLE, digest
-from ehr_features.remote import exists, explained, is_url
+from ehr_features.raw.remote import exists, explained, is_url
 from pretrain.config import ImagesConfig
 from pretrain.films import SUFFIXES
 

@@ -22,9 +22,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs import UserError
-from ehr_features import notes_filter
-from ehr_features.files import digest, new_file, read_json, write_json
-from ehr_features.lock import alone
+from ehr_features.files import alone, digest, new_file, read_json, write_json
+from ehr_features.notes import leak_filter
 from pretrain import notes as film_notes
 from pretrain.text import embed
 
@@ -143,7 +142,7 @@ def read_passages(folder: str | Path) -> pd.DataFrame:
 
 def filtered(passages: pd.DataFrame, mode: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The passages after the leak filter; those of which nothing is left are counted and left out."""
-    clean = notes_filter.remove_all(passages["text"].tolist(), mode)
+    clean = leak_filter.remove_all(passages["text"].tolist(), mode)
     table = passages.assign(text=clean)
     changed = int((table["text"] != passages["text"]).sum())
     kept = table[table["text"].str.strip() != ""].reset_index(drop=True)

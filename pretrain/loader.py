@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from configs.signals import held
-from ehr_features import lock
+from ehr_features import files as lock
 from pretrain.batches import Steps
 from pretrain.msn import Batch
 

@@ -17,9 +17,8 @@ import pandas as pd
 import pyarrow as pa
 
 from configs import UserError
-from ehr_features.files import PARTIAL, digest, new_file, provenance, read_json, write_json
-from ehr_features.lock import lock
-from ehr_features.remote import configure
+from ehr_features.files import PARTIAL, digest, lock, new_file, provenance, read_json, write_json
+from ehr_features.raw.remote import configure
 from pretrain.config import ImagesConfig
 from pretrain.film_list import films_digest, list_films
 from pretrain.progress import Bar

@@ -28,8 +28,7 @@ import yaml
 
 from configs import Settings, UserError
 from configs.cli import typed
-from ehr_features.files import PARTIAL, file_digest, new_file, provenance, read_json, write_json
-from ehr_features.lock import lock
+from ehr_features.files import PARTIAL, file_digest, lock, new_file, provenance, read_json, write_json
 from pretrain.checkpoints import load_checkpoint, save_checkpoint
 from pretrain.log import Log
 from pretrain.processes import accelerator, check_world, distributed, is_main, on_main, stopping

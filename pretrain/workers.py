@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from configs.signals import held
-from ehr_features.remote import fetch, is_url
+from ehr_features.raw.remote import fetch, is_url
 from pretrain.films import SUFFIXES, BadFilm, decode, fit
 
 QUALITY = 95

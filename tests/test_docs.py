@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from configs import Settings, load
-from ehr_features.config import FeaturesConfig
-from ehr_features.notes_config import NotesConfig
+from ehr_features.config import FeaturesConfig, NotesConfig
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import ImagesConfig, PretrainConfig
 

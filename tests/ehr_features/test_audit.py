@@ -14,12 +14,14 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from configs import UserError
-from ehr_features import audit, channels, demo, series
+from ehr_features import audit, series
 from ehr_features.__main__ import main
-from ehr_features.audit_films import RECORD, STAYS
+from ehr_features.audit.films import RECORD, STAYS
+from ehr_features.audit.verdict import PROVED, REFUTED, UNKNOWN
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
-from ehr_features.verdict import PROVED, REFUTED, UNKNOWN
+from ehr_features.demo import generate as demo
+from ehr_features.series import bins, channels
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def _films_ten_hours_early(stay_films: pd.DataFrame) -> None:
 
 
 def _filled_backwards(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    layout = series.layout(channels.read_channels())
+    layout = bins.layout(channels.read_channels())
     for begin, end in zip(arrays["offsets"], arrays["offsets"][1:], strict=False):
         for column, channel in enumerate(layout.source):
             seen = np.flatnonzero(arrays["observed"][begin:end, channel])
@@ -121,7 +123,7 @@ def _laboratory_at_its_draw(folder: Path, arrays: dict[str, np.ndarray]) -> None
     rows = labs[labs["itemid"].isin(number)].merge(stays, on="subject_id")
     drawn, stored = ((rows[t] - rows["intime"]).dt.total_seconds() // 3600 for t in times)
     rows = rows.assign(at=drawn, channel=rows["itemid"].map(number))[(drawn >= 0) & (stored > drawn)]
-    column = series.layout(declared).values
+    column = bins.layout(declared).values
     for row in rows.itertuples():
         begin, end = arrays["offsets"][np.searchsorted(arrays["stay_id"], row.stay_id) :][:2]
         cell = begin + int(row.at)
@@ -142,7 +144,7 @@ def _outcome_said_to_be_known(tables: dict[str, Any]) -> None:
 
 def _fitted_on_all(folder: Path) -> None:
     stays = pd.read_parquet(folder / "stays.parquet")
-    layout = series.layout(channels.read_channels())
+    layout = bins.layout(channels.read_channels())
     fitted = series.fit(folder / "series.safetensors", layout, np.ones(len(stays), bool))
     change_json("series.json", lambda about: about["normaliser"].update(fitted))(folder)
 

@@ -15,12 +15,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import UserError
-from ehr_features import build, demo, events, schema, series
-from ehr_features.channels import SHIPPED
+from ehr_features import build, schema, series
 from ehr_features.check import check, num_rows
 from ehr_features.config import FeaturesConfig
+from ehr_features.demo import generate as demo
 from ehr_features.files import read_table, tidy
-from ehr_features.source import open_source
+from ehr_features.raw.source import open_source
+from ehr_features.series import events
+from ehr_features.series.channels import SHIPPED
 
 ALL = ("mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay")
 

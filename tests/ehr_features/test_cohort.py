@@ -7,7 +7,7 @@ import pytest
 
 from configs import UserError
 from ehr_features.cohort import Attrition, stays
-from ehr_features.source import Source
+from ehr_features.raw.source import Source
 
 DAY = pd.Timedelta(days=1)
 

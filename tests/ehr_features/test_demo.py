@@ -17,11 +17,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 from configs import UserError
-from ehr_features import demo
-from ehr_features.demo_cxr import FINDINGS
-from ehr_features.demo_people import people
-from ehr_features.demo_plan import Plan, add_arguments, age_and_sex
-from ehr_features.demo_truth import DEATH, NAMES, Outcomes, amounts, auroc
+from ehr_features.demo import generate as demo
+from ehr_features.demo.cxr import FINDINGS
+from ehr_features.demo.people import people
+from ehr_features.demo.plan import Plan, add_arguments, age_and_sex
+from ehr_features.demo.truth import DEATH, NAMES, Outcomes, amounts, auroc
 
 COLUMNS = {
     "mimic-iv/hosp/patients": "subject_id gender anchor_age anchor_year anchor_year_group dod",

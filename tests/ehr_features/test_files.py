@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import UserError
-from ehr_features.files import check_new_file, new_file, new_folder, read_json, undamaged
-from ehr_features.lock import alone
+from ehr_features.files import alone, check_new_file, new_file, new_folder, read_json, undamaged
 
 
 def test_a_folder_behind_a_symbolic_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ibis.util import gen_name
 
-from ehr_features import linking, schema
+from ehr_features import schema
 from ehr_features.cohort import Attrition
-from ehr_features.engine import connect, hold
-from ehr_features.film_record import add_record, earlier_studies
-from ehr_features.source import Source
+from ehr_features.films import linking
+from ehr_features.films.record import add_record, earlier_studies
+from ehr_features.raw.engine import connect, hold
+from ehr_features.raw.source import Source
 
 CON = connect("duckdb")
 FILM = {"dicom_id": "a", "subject_id": 10, "study_id": 50, "StudyDate": 21500102, "StudyTime": 120000.0}

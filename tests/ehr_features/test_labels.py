@@ -9,9 +9,9 @@ import pytest
 from ehr_features import labels, phenotypes
 from ehr_features.cohort import Attrition, stays
 from ehr_features.config import FeaturesConfig, Findings
-from ehr_features.engine import hold
+from ehr_features.raw.engine import hold
+from ehr_features.raw.source import Source
 from ehr_features.schema import FINDINGS
-from ehr_features.source import Source
 
 FIRST = 30_000_001
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ibis.util import gen_name
 
-from ehr_features import film_attrition, linking
 from ehr_features.cohort import Attrition
-from ehr_features.engine import connect, hold
-from ehr_features.source import Source
+from ehr_features.films import linking
+from ehr_features.raw.engine import connect, hold
+from ehr_features.raw.source import Source
 
 CON = connect("duckdb")
 START = pd.Timestamp("2150-01-01")
@@ -288,7 +288,7 @@ def test_films_without_their_file_are_counted(tmp_path: Path) -> None:
     def noted(folder: str) -> Attrition:
         attrition = Attrition()
         linked = linking.link_films(source([{}, {"dicom_id": "b"}]), attrition)
-        film_attrition.note_files(linked, folder, attrition)
+        linking.note_files(linked, folder, attrition)
         return attrition
 
     assert "not looked for" in noted(str(tmp_path)).counts["image files"]

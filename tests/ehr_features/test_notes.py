@@ -19,17 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
-from ehr_features import demo, notes, notes_words
 from ehr_features.build import build
-from ehr_features.config import FeaturesConfig
-from ehr_features.engine import hold
+from ehr_features.config import FeaturesConfig, NotesConfig
+from ehr_features.demo import generate as demo
 from ehr_features.files import read_json
-from ehr_features.notes import rendered, write_notes
-from ehr_features.notes_config import NotesConfig
-from ehr_features.notes_facts import FIELDS, complaints
-from ehr_features.notes_template import read_template
+from ehr_features.notes import facts as notes_words
+from ehr_features.notes import write as notes
+from ehr_features.notes.facts import FIELDS, complaints
+from ehr_features.notes.template import read_template
+from ehr_features.notes.write import rendered, write_notes
+from ehr_features.raw.engine import hold
+from ehr_features.raw.source import Source
 from ehr_features.schema import FINDINGS, NOTES
-from ehr_features.source import Source
 
 WRITTEN = ("notes.parquet", "unfiltered.parquet", "schema.json", "attrition.json")
 

@@ -11,15 +11,15 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from configs import UserError
-from ehr_features import demo, notes_audit
 from ehr_features.__main__ import main
+from ehr_features.audit import notes as notes_audit
+from ehr_features.audit.notes import audit_notes, predictions, weighted_auroc
+from ehr_features.audit.verdict import PROVED, REFUTED, UNKNOWN
 from ehr_features.build import build
-from ehr_features.config import FeaturesConfig
-from ehr_features.notes import write_notes
-from ehr_features.notes_audit import audit_notes, predictions, weighted_auroc
-from ehr_features.notes_config import NotesConfig
+from ehr_features.config import FeaturesConfig, NotesConfig
+from ehr_features.demo import generate as demo
+from ehr_features.notes.write import write_notes
 from ehr_features.schema import FINDINGS
-from ehr_features.verdict import PROVED, REFUTED, UNKNOWN
 
 
 @pytest.fixture(scope="module")

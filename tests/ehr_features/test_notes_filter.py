@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ehr_features import notes_filter
-from ehr_features.notes_filter import GAP, apply, remove, remove_all
-from ehr_features.notes_template import SHIPPED
+from ehr_features.notes import leak_filter as notes_filter
+from ehr_features.notes.leak_filter import GAP, apply, remove, remove_all
+from ehr_features.notes.template import SHIPPED
 from ehr_features.schema import FINDINGS
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")

@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 
 from ehr_features.build import build
-from ehr_features.config import FeaturesConfig
+from ehr_features.config import FeaturesConfig, NotesConfig
 from ehr_features.files import read_json
-from ehr_features.notes import write_notes
-from ehr_features.notes_config import NotesConfig
+from ehr_features.notes.write import write_notes
 
 pytestmark = pytest.mark.real
 

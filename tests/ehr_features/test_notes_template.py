@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
-from ehr_features.notes_facts import FIELDS
-from ehr_features.notes_template import fields_of, read_template
+from ehr_features.notes.facts import FIELDS
+from ehr_features.notes.template import fields_of, read_template
 
 
 def read(tmp_path: Path, text: str) -> None:

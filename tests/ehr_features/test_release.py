@@ -2,7 +2,7 @@
 
 import pytest
 
-from ehr_features.release import claimed, differences, recognised, told
+from ehr_features.check import claimed, differences, recognised, releases
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ def test_a_count_that_differs_from_the_claimed_release_says_by_how_many():
 def test_every_folder_of_the_config_is_held_to_the_release_that_it_claims():
     rows = {"icustays": 76_540, "edstays": 425_086, "cxr_metadata": 377_110, "cxr_chexpert": 227_827}
     roots = {"mimic_iv": "/data/mimic-iv-1.0", "mimic_ed": "/data/mimic-iv-ed/2.2", "mimic_cxr": "/data/films"}
-    releases, warnings = told(roots, rows, "2.2")
-    assert {root: found["release"] for root, found in releases.items()} == {
+    known, warnings = releases(roots, rows, "2.2")
+    assert {root: found["release"] for root, found in known.items()} == {
         "mimic_iv": "1.0", "mimic_ed": "2.2", "mimic_cxr": "2.0.0 or 2.1.0"
     }  # fmt: skip
     assert warnings == [
         "/data/mimic-iv-1.0: named 1.0, but its tables are laid out as in 2.2; is the name right?",
         "edstays: 425,086 rows, 1 fewer than the 425,087 of release 2.2; is it whole?",
     ]
-    assert told(roots | {"mimic_ed": None}, rows, "1.0")[1] == []
+    assert releases(roots | {"mimic_ed": None}, rows, "1.0")[1] == []

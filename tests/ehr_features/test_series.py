@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from configs import UserError
-from ehr_features import medfuse, series, series_file
-from ehr_features.channels import Channel, check_items, read_channels
-from ehr_features.engine import batches, hold
+from ehr_features import series
 from ehr_features.files import write_json
-from ehr_features.source import Source
+from ehr_features.raw.engine import batches, hold
+from ehr_features.raw.source import Source
+from ehr_features.series import bins, medfuse
+from ehr_features.series import file as series_file
+from ehr_features.series.channels import SHIPPED, Channel, check_items, read_channels
 
 IN = pd.Timestamp("2150-01-01 10:00:00")
 CHANNELS = read_channels()
@@ -217,14 +219,14 @@ def test_two_hour_steps():
 
 
 def test_length_is_the_stay_rounded_up():
-    assert series.lengths(np.array([48.0, 48.0003, 0.01, 47.9999]), 1).tolist() == [48, 49, 1, 48]
-    assert series.lengths(np.array([48.0, 49.0]), 2).tolist() == [24, 25]
+    assert bins.lengths(np.array([48.0, 48.0003, 0.01, 47.9999]), 1).tolist() == [48, 49, 1, 48]
+    assert bins.lengths(np.array([48.0, 49.0]), 2).tolist() == [24, 25]
 
 
 def test_a_user_adds_a_variable_by_an_entry(tmp_path):
     path = tmp_path / "mine.yaml"
     entry = "\n  - {name: lactate, unit: mmol/L, range: [0.1, 30], normal: 1.5, items: {50813: as_is}}\n"
-    shipped = Path(series.__file__).with_name("channels.yaml").read_text()
+    shipped = SHIPPED.read_text()
     path.write_text(shipped + entry)
     channels = read_channels(path)
     values, _fates, observed = run(None, labs((50813, 1, 4.2, 1.5)), channels=channels)
@@ -321,7 +323,7 @@ def test_series_equal_a_naive_version(chart_rows, lab_rows, step):
 
 
 def test_load_normalises_by_the_train_stays_observed_values_only(tmp_path):
-    columns = series.layout(CHANNELS)
+    columns = bins.layout(CHANNELS)
     heart = columns.values.index("heart_rate")
     rows = {"stay_id": [1, 1, 2, 2, 3], "channel": [NAMES.index("heart_rate")] * 5, "bin": [0, 2, 0, 1, 1]}
     rows |= {"v": [60.0, 80.0, 100.0, 120.0, 1000.0], "mark": [0.0] * 5}
@@ -344,6 +346,6 @@ def test_load_normalises_by_the_train_stays_observed_values_only(tmp_path):
 
 
 def test_default_columns_are_seventeen_variables_and_a_mark():
-    columns = series.layout(CHANNELS)
+    columns = bins.layout(CHANNELS)
     assert len(columns.values) == 18 and len(columns.observed) == 17
     assert len(medfuse.layout(CHANNELS).values) == 59 and len(medfuse.layout(CHANNELS).observed) == 17

@@ -12,8 +12,8 @@ import pytest
 from configs import UserError
 from ehr_features.build import build
 from ehr_features.check import check
-from ehr_features.engine import connect
-from ehr_features.source import Source, open_source
+from ehr_features.raw.engine import connect
+from ehr_features.raw.source import Source, open_source
 
 
 def test_layout_is_told_from_folders_and_columns(tmp_path, frames, write, config):

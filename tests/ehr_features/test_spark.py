@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from ehr_features import demo
 from ehr_features.build import build
-from ehr_features.config import FeaturesConfig
-from ehr_features.notes import write_notes
-from ehr_features.notes_config import NotesConfig
+from ehr_features.config import FeaturesConfig, NotesConfig
+from ehr_features.demo import generate as demo
+from ehr_features.notes.write import write_notes
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 

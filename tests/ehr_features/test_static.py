@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
-from ehr_features import film_record, linking, schema, static
+from ehr_features import schema, static
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig
-from ehr_features.source import open_source
-from ehr_features.static_groups import POSITIONS, VIEWS
+from ehr_features.films import linking
+from ehr_features.films import record as film_record
+from ehr_features.raw.source import open_source
+from ehr_features.static import POSITIONS, VIEWS
 
 
 def images(**columns: list) -> pd.DataFrame:

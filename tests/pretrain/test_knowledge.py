@@ -29,7 +29,7 @@ NOTES = {
 
 
 def test_the_example_has_ten_passages_that_pass_both_filters() -> None:
-    from ehr_features.notes_filter import remove_all
+    from ehr_features.notes.leak_filter import remove_all
 
     passages = read_passages(EXAMPLE)
     assert len(passages) == 10 and set(passages["source"].map(lambda s: Path(s).suffix)) == {".md", ".txt", ".jsonl"}

@@ -15,7 +15,7 @@ import torch
 
 from configs import Settings, UserError
 from configs.cli import guard
-from ehr_features import lock
+from ehr_features import files as lock
 from pretrain import run
 
 

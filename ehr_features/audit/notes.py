@@ -1,0 +1,218 @@
+"""The audit of notes: do they leak, and how much of each finding can be predicted from them alone?
+
+Comes in: a folder of notes and the features that they were made from. Goes out: verdicts on what can be proved, and a
+table: for each finding the AUROC of a bag of words on the test split, before the leak filter and after it, with the
+words that carry it. What a complaint or a home drug tells is no leak by itself; a word that names the finding is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from configs import UserError
+from ehr_features.audit.verdict import Verdict, cannot, decide
+from ehr_features.files import read_json, read_table
+from ehr_features.labels import findings
+from ehr_features.notes import leak_filter
+from ehr_features.schema import FINDINGS
+
+SAMPLES = 300  # resamples of the test subjects
+WORDS = 5  # shown
+TOKEN = r"(?u)\b[^\W\d_][\w'\-]*\b"  # words; numbers alone are left out
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """How well notes predict a finding on test films: AUROC with its interval, and the weightiest words."""
+
+    auroc: float
+    low: float
+    high: float
+    words: tuple[tuple[str, float], ...]
+
+
+def is_notes(folder: Path) -> bool:
+    """Whether a folder is one that `python -m ehr_features notes` wrote."""
+    return (folder / "notes.parquet").is_file()
+
+
+def features_of(folder: Path) -> Path:
+    """The features that notes were made from, as their config names them."""
+    return Path(str(read_json(folder / "provenance.json")["config"]["features"]))
+
+
+def audit_notes(folder: Path, features: Path) -> tuple[list[Verdict], list[str]]:
+    """Check a folder of notes.
+
+    Args:
+        folder: with notes.parquet. features: the folder that they were made from.
+    Returns: verdicts, and the lines of the table of what can be predicted.
+    Raises: UserError: a folder that is neither, a damaged table.
+    """
+    config = read_json(folder / "provenance.json").get("config") or {}
+    notes = read_table(folder, "notes", ["dicom_id", "subject_id", "split", "note", "available_at"])
+    images = read_table(features, "images", ["dicom_id", "subject_id", "split", "taken_at", *FINDINGS])
+    mode = str(config.get("filter", "none"))
+    verdicts = [check_times(folder, notes, images), check_names(folder, notes["note"])]
+    before: pd.DataFrame | None = notes
+    if mode != "none":
+        before = read_table(folder, "unfiltered") if (folder / "unfiltered.parquet").is_file() else None
+        verdicts.append(check_filter(folder, notes, before, mode))
+    if before is None:
+        return verdicts, []
+    after = notes if mode != "none" else _filtered(notes, "standard")
+    labelled = notes[["dicom_id"]].drop_duplicates().merge(images, on="dicom_id", validate="1:1")
+    return verdicts, table(labelled, before, after, mode, int(config.get("seed", 0)))
+
+
+def check_times(folder: Path, notes: pd.DataFrame, images: pd.DataFrame) -> Verdict:
+    """One note a film, of its own subject and split, known when the film was taken."""
+    at = notes.merge(
+        images[["dicom_id", "subject_id", "split", "taken_at"]], "left", "dicom_id", suffixes=("", "_film")
+    )
+    known = at["taken_at"].notna()
+    bad = {
+        "films with two notes": int(notes["dicom_id"].duplicated().sum()),
+        "notes of films that the features do not have, or without a time": int((~known).sum()),
+        "notes with facts from after their film": int((at["available_at"] > at["taken_at"]).sum()),
+        "notes without a time": int(at["available_at"].isna().sum()),
+        "notes of another subject than their film": int((known & (at["subject_id"] != at["subject_id_film"])).sum()),
+        "notes in another split than their film": int((known & (at["split"] != at["split_film"])).sum()),
+    }
+    return decide(f"{folder}: every note is of its film, and from before it", bad, f"{len(notes)} notes")
+
+
+def check_names(folder: Path, notes: pd.Series) -> Verdict:
+    """No note names a finding or speaks of imaging."""
+    _, counts = leak_filter.apply(pa.array(notes, pa.string()), "standard")
+    found = {group: pc.sum(n).as_py() or 0 for group, n in counts.items()}
+    bad = {f"terms of {group}": n for group, n in found.items() if n}
+    return decide(f"{folder}: no note names a finding", bad, f"{len(notes)} notes, the terms of `standard`")
+
+
+def check_filter(folder: Path, notes: pd.DataFrame, before: pd.DataFrame | None, mode: str) -> Verdict:
+    """What was taken out follows from each note alone: filtering the notes as they were gives the same bytes."""
+    claim = f"{folder}: what the leak filter took out follows from each note alone"
+    if before is None:
+        return cannot(claim, "unfiltered.parquet is not there")
+    again = _filtered(before, mode)
+    both = notes[["dicom_id", "note"]].merge(again, "outer", "dicom_id", suffixes=("", "_again"))
+    different = int((both["note"].fillna("") != both["note_again"].fillna("")).sum())
+    return decide(claim, {"notes that filtering again makes different": different}, f"{len(before)} notes, {mode}")
+
+
+def _filtered(notes: pd.DataFrame, mode: str) -> pd.DataFrame:
+    texts, _ = leak_filter.apply(pa.array(notes["note"], pa.string()), mode)
+    return pd.DataFrame({"dicom_id": notes["dicom_id"], "note": texts.to_pylist()})
+
+
+def table(films: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, mode: str, seed: int) -> list[str]:
+    """A line for each finding.
+
+    Args:
+        films: dicom_id, subject_id, split and the 14 findings. before, after: dicom_id, note.
+    """
+    labels = findings(films, uncertain="ignore", empty="zeros")
+    texts = {
+        name: films["dicom_id"].map(notes.drop_duplicates("dicom_id").set_index("dicom_id")["note"]).fillna("")
+        for name, notes in (("before", before), ("after", after))
+    }
+    train, test = (films["split"] == "train").to_numpy(), (films["split"] == "test").to_numpy()
+    told = {name: predictions(text, labels, films["subject_id"], train, test, seed) for name, text in texts.items()}
+    named = "standard, not applied to these notes" if mode == "none" else mode
+    lines = [  # a line for each finding follows
+        "what notes alone tell of the findings",
+        "  a bag of words, fitted on train films; AUROC on test films, 95% interval over subjects",
+        f"  before and after the leak filter ({named}); * names a finding or imaging",
+        f"{'finding':<28}{'films':>7}{'with':>7}  {'before':<22}{'after':<22}words",
+    ]
+    for name in FINDINGS:
+        y = labels[name].to_numpy(dtype=float, na_value=np.nan)[test]
+        row = f"{name:<28}{int(np.isfinite(y).sum()):>7}{int(np.nansum(y)):>7}  "
+        shown = [told[which][name] for which in ("before", "after")]
+        row += "".join(f"{_interval(p):<22}" for p in shown)
+        lines.append(row + " | ".join(_words(p) for p in shown if not isinstance(p, str)))
+    return lines
+
+
+def _interval(p: Predicted | str) -> str:
+    return p if isinstance(p, str) else f"{p.auroc:.3f} ({p.low:.3f} - {p.high:.3f})"
+
+
+def _words(p: Predicted) -> str:
+    named = {word for word, _ in p.words if leak_filter.remove(word) != word}
+    return ", ".join(f"{word}{'*' if word in named else ''} {weight:+.2f}" for word, weight in p.words)
+
+
+def predictions(
+    texts: pd.Series, labels: pd.DataFrame, subjects: pd.Series, train: np.ndarray, test: np.ndarray, seed: int
+) -> dict[str, Predicted | str]:
+    """Each finding from texts alone.
+
+    Args:
+        texts: (N,). labels: (N, 14), null where unknown. subjects: (N,) whom the intervals resample. train, test: (N,)
+            masks.
+    Returns: finding -> how well it is predicted, or why it cannot be said.
+    """
+    words = CountVectorizer(binary=True, min_df=3, max_features=20_000, token_pattern=TOKEN)
+    try:
+        counts = words.fit(texts[train]).transform(texts)
+    except ValueError:  # no word occurs often enough
+        return {str(name): "too few words" for name in labels}
+    weights = _resamples(subjects.to_numpy()[test], seed)
+    out: dict[str, Predicted | str] = {}
+    for name in map(str, labels):
+        y = labels[name].to_numpy(dtype=float, na_value=np.nan)
+        fit, look = train & np.isfinite(y), np.isfinite(y[test])
+        if len(np.unique(y[fit])) < 2 or len(np.unique(y[test][look])) < 2:
+            out[name] = "one class only"
+            continue
+        model = LogisticRegression(C=0.1, max_iter=500).fit(counts[fit], y[fit])
+        score = model.decision_function(counts[test])
+        aurocs = [weighted_auroc(score[look], y[test][look], w[look]) for w in weights]
+        drawn = [a for a in aurocs[1:] if a is not None]
+        low, high = np.percentile(drawn, [2.5, 97.5]) if drawn else (np.nan, np.nan)
+        top = np.argsort(-np.abs(model.coef_[0]), kind="stable")[:WORDS]
+        names = words.get_feature_names_out()
+        told = tuple((str(names[k]), float(model.coef_[0][k])) for k in top)
+        out[name] = Predicted(float(aurocs[0] or 0.0), float(low), float(high), told)
+    return out
+
+
+def _resamples(subjects: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Weights of rows: all once, then how often each row's subject was drawn, SAMPLES times."""
+    known, place = np.unique(subjects, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    drawn = (np.bincount(rng.integers(0, len(known), len(known)), minlength=len(known)) for _ in range(SAMPLES))
+    return [np.ones(len(subjects)), *(counts[place].astype(float) for counts in drawn)]
+
+
+def weighted_auroc(score: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float | None:
+    """AUROC of rows that count `weight` times; None with one class only."""
+    _, place = np.unique(score, return_inverse=True)
+    positive, negative = np.bincount(place, weight * label), np.bincount(place, weight * (1 - label))
+    total = positive.sum() * negative.sum()
+    return float((positive * (negative.cumsum() - negative / 2)).sum() / total) if total > 0 else None
+
+
+def split_folders(folders: Sequence[Path]) -> tuple[Path, list[Path], list[Path]]:
+    """FEATURES, runs and folders of notes out of the audit's arguments; the first may be notes, which name theirs."""
+    notes = [folder for folder in folders if is_notes(folder)]
+    others = [folder for folder in folders if not is_notes(folder)]
+    if others and others[0] == folders[0]:
+        return others[0], others[1:], notes
+    features = features_of(notes[0])
+    if not (features / "images.parquet").is_file():
+        raise UserError(
+            f"{notes[0]}: made from {features}, which is not here; name it first: audit FEATURES {notes[0]}"
+        )
+    return features, others, notes

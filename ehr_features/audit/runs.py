@@ -1,0 +1,129 @@
+"""The part of the audit that looks into runs: whom did their pretraining see, and what did they read?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import yaml
+
+from configs import UserError
+from ehr_features import static
+from ehr_features.audit.verdict import Verdict, cannot, decide
+from ehr_features.files import read_json
+
+UNTRAINED = ("pixels", "metadata", "random:")
+HELD_OUT = ("val", "test")
+
+
+def check_runs(runs: list[Path], subjects: pd.DataFrame) -> list[Verdict]:
+    """Verdicts on each run.
+
+    Args:
+        runs: folders of pretrain, probe or fuse. subjects: subject_id, split of the features.
+    Raises: UserError: a folder that is no run.
+    """
+    held_out = set(subjects.loc[subjects["split"].isin(HELD_OUT), "subject_id"].astype(int))
+    verdicts = []
+    for run in runs:
+        config = _config(run)
+        verdicts += [_seen(run, config, held_out), _inputs(run, config)]
+        if (run / "predictions").is_dir():
+            verdicts.append(_predictions(run, subjects))
+    return verdicts
+
+
+def _config(run: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{run}: not a run folder: it has no config.yaml; wanted runs/X") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{run}/config.yaml: damaged; copy the run again")
+    return config
+
+
+def _seen(run: Path, config: dict[str, Any], held_out: set[int]) -> Verdict:
+    """No val or test subject among those that shaped the weights of a run."""
+    claim = f"{run}: its pretraining saw no val or test subject"
+    seen: set[int] = set()
+    folder, looked, visited = run, [], {run.resolve()}
+    while True:  # from the run to the runs whose weights it starts from
+        listed = folder / "seen_subjects.parquet"
+        if listed.is_file():
+            seen |= _ids(listed)
+            looked.append(f"{folder}")
+        elif isinstance(config.get("encoder"), dict):
+            return cannot(claim, f"{folder} has no seen_subjects.parquet")
+        source = _starts_from(config)
+        if source is None:
+            break
+        parent = next((p for p in (Path(source), Path(source).parent) if (p / "config.yaml").is_file()), None)
+        if parent is None:
+            return cannot(claim, f"{folder} starts from {source}, whose films are unknown (no run folder there)")
+        if parent.resolve() in visited:
+            return cannot(claim, f"{parent} starts from itself")
+        visited.add(parent.resolve())
+        folder, config = parent, _config(parent)
+    both = seen & held_out
+    proof = f"{len(held_out)} val and test subjects, {len(seen)} seen by {', '.join(looked) or 'nothing: untrained'}"
+    return decide(claim, {f"val or test subjects seen, e.g. {sorted(both)[:3]}": len(both)}, proof)
+
+
+def _starts_from(config: dict[str, Any]) -> str | None:
+    """The folder or file whose weights a run starts from; None if from nothing."""
+    encoder = config.get("encoder")
+    if isinstance(encoder, dict):
+        return encoder.get("init")
+    if encoder is None or str(encoder).startswith(UNTRAINED) or str(config.get("model")).startswith("record_"):
+        return None  # a model of the record alone has no use for the encoder that its config may name
+    return str(encoder)
+
+
+def _ids(path: Path) -> set[int]:
+    try:
+        return set(pq.read_table(path, columns=["subject_id"])["subject_id"].to_pylist())
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); copy the run again") from None
+
+
+def _inputs(run: Path, config: dict[str, Any]) -> Verdict:
+    """The EHR groups that a run reads exist as inputs; discharge groups are listed, and are for pretraining only."""
+    claim = f"{run}: no label is among its inputs"
+    ehr = config.get("ehr") or {}
+    baseline = config.get("groups") if config.get("encoder") == "metadata" else None  # no other probe reads them
+    groups, preset = list(ehr.get("groups") or baseline or []), ehr.get("preset", "default")
+    exported = run / "encoder" / "encoder.json"
+    told = read_json(exported).get("ehr_groups") or {} if exported.is_file() and "ehr" in config else {}
+    refused, late = [], []
+    for group in dict.fromkeys([*groups, *told]):
+        try:
+            late += [g for g, when in static.available_at([group], preset).items() if when == "discharge"]
+        except UserError:
+            refused.append(group)
+    pretraining = isinstance(config.get("encoder"), dict)
+    hidden = [g for g in late if g in told and told[g] != "discharge"]
+    bad = {
+        f"inputs that are no EHR groups ({', '.join(refused)})": len(refused),
+        f"inputs known only at discharge ({', '.join(late)})": 0 if pretraining else len(late),
+        f"groups whose encoder.json hides that they are known only at discharge ({', '.join(hidden)})": len(hidden),
+    }
+    listed = ", ".join(dict.fromkeys(late)) or "none"
+    return decide(claim, bad, f"{len(groups)} EHR groups; known only at discharge (pretraining only): {listed}")
+
+
+def _predictions(run: Path, subjects: pd.DataFrame) -> Verdict:
+    """Predictions named val and test are of val and test subjects."""
+    bad: dict[str, int] = {}
+    rows = 0
+    for path in sorted((run / "predictions").glob("*.parquet")):
+        own = set(subjects.loc[subjects["split"] == path.stem, "subject_id"].astype(int))
+        ids = pq.read_table(path, columns=["subject_id"])["subject_id"].to_pylist()
+        rows += len(ids)
+        if path.stem in HELD_OUT:
+            bad[f"rows of predictions/{path.name} of other subjects"] = sum(i not in own for i in ids)
+    return decide(f"{run}: its predictions are of val and test subjects", bad, f"{rows} predictions")

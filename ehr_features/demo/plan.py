@@ -1,0 +1,86 @@
+"""What to generate, its command line, and two small functions that the generator's parts share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # `--help` waits for no pandas
+    import pandas as pd
+
+    from ehr_features.demo.truth import Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to generate.
+
+    Args:
+        subjects: number of subjects; about three quarters have an ICU stay.
+        film_size: the longer side of a film, in pixels.
+        shuffled: permute findings, ICD codes and death across subjects.
+        risk: `level`: death follows what the last film before 48 h shows; `change`: only the change between films.
+        view_shortcut: 0 to 1; above 0 frontal films carry a strip of boxes, one a finding, as if the machine had burnt
+            them in. On AP films a box is white with probability (1 + this) / 2 where its finding is there and
+            (1 - this) / 2 where it is not, else black; PA films come from another machine, which has it the other way
+            round. A probe of AP films learns the boxes, and is led astray by them on PA films.
+        ed_text: 0 to 1; probability that the chief complaint is about what the visit's film shows.
+        text_signal: 0 or more; how much frailty, which only complaints and home drugs tell, moves death, Fracture and
+            Pneumonia.
+        leak: 0 to 1; probability that the complaint names a finding that the visit's film shows.
+    """
+
+    subjects: int = 800
+    seed: int = 0
+    film_size: int = 128
+    shuffled: bool = False
+    risk: Literal["level", "change"] = "level"
+    view_shortcut: float = 0.0
+    ed_text: float = 0.0
+    text_signal: float = 0.0
+    leak: float = 0.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `python -m ehr_features demo`."""
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--subjects", type=int, default=Plan.subjects, metavar="N", help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=Plan.seed, metavar="S", help="default %(default)s")
+    parser.add_argument(
+        "--film-size", type=int, default=Plan.film_size, metavar="PX", help="longer side; default %(default)s"
+    )
+    parser.add_argument(
+        "--shuffled", action="store_true", help="permute findings, ICD codes and death: nothing can be learned"
+    )
+    parser.add_argument(
+        "--risk", choices=("level", "change"), default=Plan.risk, help="what of the films carries risk of death"
+    )
+    parser.add_argument(
+        "--view-shortcut",
+        type=float,
+        default=Plan.view_shortcut,
+        metavar="P",
+        help="0 to 1: boxes in the films tell of findings; on PA films the opposite",
+    )
+    parser.add_argument(
+        "--ed-text", type=float, default=Plan.ed_text, metavar="P", help="0 to 1: complaints tell of the film"
+    )
+    parser.add_argument(
+        "--text-signal",
+        type=float,
+        default=Plan.text_signal,
+        metavar="S",
+        help="notes tell what no film does; 1 is strong",
+    )
+    parser.add_argument("--leak", type=float, default=Plan.leak, metavar="P", help="0 to 1: complaints name findings")
+
+
+def hours_between(later: pd.Series, earlier: pd.Series) -> Array:
+    """Hours from `earlier` to `later`; NaN where either is missing."""
+    return (later - earlier).dt.total_seconds().to_numpy() / 3600
+
+
+def age_and_sex(table: pd.DataFrame) -> tuple[Array, Array]:
+    """Age as (years - 65) / 15, and 1 for male."""
+    return (table["age"].to_numpy(float) - 65) / 15, table["male"].to_numpy(float)

@@ -1,0 +1,235 @@
+"""Film -> study -> hospital admission, ICU stay, emergency stay.
+
+Comes in: the film tables and the record's tables. Goes out: a row per film of the metadata table, with the ids that it
+was linked to, how, and by what gap; and the films of each ICU stay.
+
+All joins are range joins on named keys, so that they run on any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import ibis
+from ibis import _
+
+from ehr_features.films.metadata import first, held, hours, ids_of, read_films
+
+if TYPE_CHECKING:
+    from ehr_features.cohort import Attrition
+    from ehr_features.raw.source import Source
+
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from ehr_features.cohort import Attrition
+
+KEYS = {"hadm_id": "admissions", "stay_id": "icustays", "ed_stay_id": "edstays"}
+KEYED = {"patients": "subject_id", "admissions": "hadm_id", "icustays": "stay_id", "edstays": "stay_id"}
+KEYED |= {"triage": "stay_id", "cxr_chexpert": "study_id"}
+
+
+def link_films(
+    source: Source, attrition: Attrition, *, preset: str = "default", ed_tolerance_hours: float = 6.0
+) -> ibis.Table:
+    """Link every film of the metadata table to the record.
+
+    Args:
+        source: the raw tables.
+        attrition: takes the counts.
+        preset: `medfuse` takes the view from ViewPosition alone; `default` fills an empty one from ViewCodeSequence.
+        ed_tolerance_hours: how far outside an emergency visit a film may lie.
+    Returns: dicom_id, study_id, subject_id, path, taken_at, view, view_source, position; hadm_id, stay_id, ed_stay_id,
+        each with *_link (inside | before | after | null) and *_gap_hours (0 inside). stay_id may be a stay outside the
+        cohort.
+    """
+    films = read_films(source, attrition, preset)
+    linked = films
+    spans = _intervals(source)
+    for key, intervals in spans.items():
+        _note_impossible(key, intervals, attrition)
+        found = nearest(films, intervals, key, tolerance_hours=ed_tolerance_hours if key == "ed_stay_id" else 0.0)
+        linked = linked.left_join(found, "dicom_id").drop("dicom_id_right")
+    linked = held(source, linked, instead_of=films)
+    _count(linked, attrition)
+    note_links(linked, {k: s for k, s in spans.items() if k != "ed_stay_id" or source.has("edstays")}, attrition)
+    _repeated_keys(source, attrition)
+    return linked.drop(*(f"{key}_candidates" for key in KEYS))
+
+
+def stay_films(films: ibis.Table, stays: ibis.Table) -> ibis.Table:
+    """Every film taken in [intime, outtime] of a stay.
+
+    Args:
+        films: dicom_id, subject_id, taken_at, view, ...
+        stays: the cohort: stay_id, subject_id, intime, outtime, ...
+    Returns: stay_id, dicom_id, hours_from_intime, view. A film of two overlapping stays is listed with both.
+    """
+    films = films.select("dicom_id", "subject_id", "taken_at", "view")
+    stays = stays.select("stay_id", "subject_id", "intime", "outtime")
+    pairs = films.join(
+        stays,
+        [films.subject_id == stays.subject_id, films.taken_at >= stays.intime, films.taken_at <= stays.outtime],
+    )
+    return pairs.select("stay_id", "dicom_id", hours_from_intime=hours(_.intime, _.taken_at), view=_["view"])
+
+
+def last_film(samples: ibis.Table, stay_films: ibis.Table, *, views: Sequence[str] = ("AP",)) -> ibis.Table:
+    """The last film of an eligible view at or before each prediction; never a later one.
+
+    Args:
+        samples: sample_id, stay_id, predict_at_hours, ...
+        stay_films: as `stay_films` gives.
+    Returns: sample_id, dicom_id; samples without such a film have no row. Of films of one time the largest dicom_id.
+    """
+    films = stay_films.filter(stay_films["view"].isin(views)).select("stay_id", "dicom_id", "hours_from_intime")
+    samples = samples.select("sample_id", "stay_id", "predict_at_hours")
+    pairs = samples.join(films, [samples.stay_id == films.stay_id, films.hours_from_intime <= samples.predict_at_hours])
+    order = [_.hours_from_intime.desc(), _.dicom_id.desc()]
+    return first(pairs, ["sample_id"], order).select("sample_id", "dicom_id")
+
+
+def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hours: float = 0.0) -> ibis.Table:
+    """The interval that holds each film, else the nearest within a tolerance.
+
+    Of several: the smallest gap, then one that began before the film, then the latest start, then the largest id.
+
+    Args:
+        films: dicom_id, subject_id, taken_at, ...
+        intervals: `key`, subject_id, start, end (timestamps; rows that end before they start hold nothing).
+    Returns: dicom_id, KEY, KEY_link (inside | before | after), KEY_gap_hours, KEY_candidates (how many were equally
+        inside, or equally outside but within the tolerance); linked films only.
+    """
+    films = films.select("dicom_id", "subject_id", at=_.taken_at.epoch_seconds())
+    intervals = intervals.select("subject_id", key, start=_.start.epoch_seconds(), end=_.end.epoch_seconds()).filter(
+        _.end >= _.start
+    )
+    margin = round(tolerance_hours * 3600)
+    pairs = films.join(
+        intervals,
+        [
+            films.subject_id == intervals.subject_id,
+            films.at >= intervals.start - margin,
+            films.at <= intervals.end + margin,
+        ],
+    ).mutate(
+        gap=ibis.greatest(_.start - _.at, _.at - _.end, 0),
+        link=ibis.cases((_.at < _.start, "before"), (_.at > _.end, "after"), else_="inside"),
+    )
+    pairs = pairs.mutate(candidates=_.count().over(group_by=["dicom_id", _.link == "inside"]))
+    best = first(pairs, ["dicom_id"], [_.gap, _.start > _.at, _.start.desc(), _[key].desc()])
+    columns = {f"{key}_link": _.link, f"{key}_gap_hours": _.gap / 3600.0, f"{key}_candidates": _.candidates}
+    return best.select("dicom_id", key, **columns)
+
+
+def _intervals(source: Source) -> dict[str, ibis.Table]:
+    """subject_id, id, start, end of admissions, ICU stays and emergency stays."""
+    admissions = source.table("admissions").select(
+        "subject_id",
+        "hadm_id",
+        start=ibis.least(_.admittime, _.edregtime.coalesce(_.admittime)),
+        end=_.dischtime,
+    )
+    stays = source.table("icustays").select("subject_id", "stay_id", start=_.intime, end=_.outtime)
+    if source.has("edstays"):
+        visits = source.table("edstays").select("subject_id", ed_stay_id=_.stay_id, start=_.intime, end=_.outtime)
+    else:
+        visits = stays.filter(ibis.literal(False)).rename(ed_stay_id="stay_id")
+    return {"hadm_id": admissions, "stay_id": stays, "ed_stay_id": visits}
+
+
+def _note_impossible(key: str, intervals: ibis.Table, attrition: Attrition) -> None:
+    """Rows that hold no film, because they lack an end or end before they begin."""
+    n = intervals.count().execute()
+    bad = ids_of(intervals.filter((_.end >= _.start).fill_null(False) == ibis.literal(False))[key])
+    attrition.add(
+        KEYS[key], "no begin or no end, or ends before it begins; no film is linked to it", n, n - len(bad), bad
+    )
+
+
+def _count(linked: ibis.Table, attrition: Attrition) -> None:
+    """What was linked, and what had more than one answer."""
+    sums = {f"{key}_linked": _[key].notnull().sum() for key in KEYS}
+    sums |= {f"{key}_ambiguous": (_[f"{key}_candidates"] > 1).sum() for key in KEYS}
+    sums["view_from_ViewCodeSequence"] = (_.view_source == "ViewCodeSequence").sum()
+    sums["without_view"] = _["view"].isnull().sum()
+    counts = linked.agg(films=_.count(), **sums).to_pyarrow().to_pylist()[0]
+    attrition.note("linking", {name: int(n or 0) for name, n in counts.items()})
+
+
+def _repeated_keys(source: Source, attrition: Attrition) -> None:
+    """Rows of one key in tables that should have one each: a film takes the first (films/record.py)."""
+    for name, key in KEYED.items():
+        if not source.has(name):
+            continue
+        several = source.table(name).group_by(key).agg(n=_.count()).filter(_.n > 1)
+        rows = several.agg(n=_.n.sum(), ids=_.count()).to_pyarrow().to_pylist()[0]
+        if rows["ids"]:
+            why = f"{key} in several rows; one kept for films"
+            attrition.add(name, why, rows["n"], rows["ids"], ids_of(several[key]))
+
+
+# ---- Which films found no admission, ICU stay, emergency visit or image file, and why.
+
+NAMES = {"hadm_id": "hospital admission", "stay_id": "ICU stay", "ed_stay_id": "emergency visit"}
+READERS, SIZE = 16, 1000  # threads that look for files, and files that each looks for at once
+
+
+def note_links(linked: ibis.Table, intervals: Mapping[str, ibis.Table], attrition: Attrition) -> None:
+    """Say for each kind of link which films have none, and which had several to choose from.
+
+    Args:
+        linked: dicom_id, subject_id, taken_at, and KEY, KEY_candidates of each kind.
+        intervals: KEY -> subject_id, KEY, start, end: what there was to be linked to.
+    """
+    for key, spans in intervals.items():
+        name, article = NAMES[key], "a" if key == "hadm_id" else "an"
+        table = f"films with a link to {article} {name}"
+        known = spans.filter(_.end >= _.start).select("subject_id").distinct().mutate(known=ibis.literal(True))
+        rows = linked.left_join(known, "subject_id").select(
+            "dicom_id",
+            timed=_.taken_at.notnull(),
+            known=_.known.fill_null(False),
+            linked=_[key].notnull(),
+            several=(_[f"{key}_candidates"] > 1).fill_null(False),
+        )
+        films = rows.to_pyarrow()
+        ids = films["dicom_id"]
+        timed, known_, linked_, several = (films[c].to_numpy() for c in ("timed", "known", "linked", "several"))
+        left = len(films)
+        for why, gone in (
+            ("no time of its own", ~timed),
+            (f"the subject has no {name}", timed & ~known_),
+            (f"taken outside of every {name} of the subject", timed & known_ & ~linked_),
+        ):
+            num = int(gone.sum())
+            attrition.add(table, why, left, left - num, ids.filter(pa.array(gone)).to_pylist())
+            left -= num
+        why = f"ambiguous: several {name}s fit equally; the one that began last is taken"
+        attrition.add(table, why, left, left, ids.filter(pa.array(several)).to_pylist())
+
+
+def note_files(films: ibis.Table, root: str, attrition: Attrition) -> None:
+    """Say which films have no image file below `root`; not where `root` is a URL or holds no files/."""
+    folder = Path(root.removeprefix("file://"))
+    if "://" in str(folder) or not (folder / "files").is_dir():
+        attrition.note("image files", f"not looked for: no folder files/ in {root}")
+        return
+    rows = films.select("dicom_id", "path").to_pyarrow()
+    paths = rows["path"].to_pylist()
+
+    def absent(start: int) -> list[int]:
+        return [k for k in range(start, min(start + SIZE, len(paths))) if not os.path.exists(folder / paths[k])]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        gone = [rows["dicom_id"][k].as_py() for part in pool.map(absent, range(0, len(paths), SIZE)) for k in part]
+    why = "missing file: there is no such image file below mimic_cxr"
+    attrition.add("films with an image file", why, len(paths), len(paths) - len(gone), gone)

@@ -1,0 +1,133 @@
+"""The films of the metadata table: path, time, view and position, and what cannot be true of them.
+
+Film times have a resolution of one second (the fraction of StudyTime is dropped). What cannot be true is counted and
+listed by id: a film listed twice is kept once, a study of two subjects is left out, a film with an impossible date
+keeps no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import ibis
+from ibis import _
+from ibis.util import gen_name
+
+from ehr_features.raw.engine import hold
+
+if TYPE_CHECKING:
+    from ehr_features.cohort import Attrition
+    from ehr_features.raw.source import Source
+
+YEARS = (1950, 2300)  # shifted MIMIC dates lie in 2100-2215, the films of others in their own decades
+AGES = (0, 120)
+VIEW_CODES = {"antero-posterior": "AP", "postero-anterior": "PA", "lateral": "LATERAL"}
+
+
+def read_films(source: Source, attrition: Attrition, preset: str) -> ibis.Table:
+    """A row per film: dicom_id, study_id, subject_id, path, taken_at, view, view_source, position.
+
+    Args:
+        preset: `medfuse` takes the view from ViewPosition alone; `default` fills an empty one from ViewCodeSequence.
+    """
+    return _possible(source, _films(source, preset), attrition)
+
+
+def held(source: Source, table: ibis.Table, *, instead_of: ibis.Table | None = None) -> ibis.Table:
+    """Compute a table of at most one row per film once, and keep it in memory; `instead_of` is then given up."""
+    computed = hold(source.con, gen_name("films"), table.to_pyarrow())
+    if instead_of is not None and source.con.name == "duckdb":
+        source.con.con.unregister(instead_of.get_name())
+    return computed
+
+
+def first(table: ibis.Table, by: Sequence[str], order: Sequence) -> ibis.Table:
+    """The first row of each group."""
+    return table.mutate(_at=ibis.row_number().over(group_by=list(by), order_by=order)).filter(_._at == 0).drop("_at")
+
+
+def hours(start: ibis.Value, end: ibis.Value) -> ibis.Value:
+    """Hours from one timestamp to another (to the second)."""
+    return (end.epoch_seconds() - start.epoch_seconds()) / 3600.0
+
+
+def where(condition: ibis.Value, value: ibis.Value) -> ibis.Value:
+    """The value where the condition holds, else null."""
+    return ibis.cases((condition, value))
+
+
+def timestamp(date: ibis.Value, time: ibis.Value) -> ibis.Value:
+    """StudyDate YYYYMMDD (int64) and StudyTime HHMMSS.fff (500.0 is 00:05:00) -> timestamp; null if impossible."""
+    day, clock = date, time.cast("string").re_extract(r"^\d+", 0).try_cast("int64")  # NaN, too, is then null
+
+    def two(value: ibis.Value) -> ibis.Value:
+        return value.cast("string").lpad(2, "0")
+
+    ymd = (day // 10000).cast("string") + "-" + two(day // 100 % 100) + "-" + two(day % 100)
+    hms = two(clock // 10000) + ":" + two(clock // 100 % 100) + ":" + two(clock % 100)
+    possible = (day // 10000).between(*YEARS) & (clock < 240000)
+    return where(possible, (ymd + " " + hms).try_cast("timestamp"))
+
+
+def _films(source: Source, preset: str) -> ibis.Table:
+    """The metadata table with a path, a time, a view and a position for each film."""
+    raw = source.table("cxr_metadata")
+    named = raw.ViewPosition.strip().nullif("")
+    meaning = raw.ViewCodeSequence_CodeMeaning.strip().lower()
+    code = ibis.cases(*((meaning == text, view) for text, view in VIEW_CODES.items()))
+    if preset == "medfuse":
+        code = ibis.null("string")
+    subject, study = raw.subject_id.cast("string"), raw.study_id.cast("string")
+    return raw.select(
+        "dicom_id",
+        "study_id",
+        "subject_id",
+        path="files/p" + subject.substr(0, 2) + "/p" + subject + "/s" + study + "/" + raw.dicom_id + ".jpg",
+        taken_at=timestamp(raw.StudyDate, raw.StudyTime),
+        view=named.coalesce(code),
+        view_source=ibis.cases((named.notnull(), "ViewPosition"), (code.notnull(), "ViewCodeSequence")),
+        position=raw.PatientOrientationCodeSequence_CodeMeaning.strip().nullif(""),
+    )
+
+
+def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.Table:
+    """Drop films without ids or listed twice and studies of two subjects; take impossible times away."""
+    rows = films.count().execute()
+    named = films.dicom_id.notnull() & films.study_id.notnull() & films.subject_id.notnull()
+    nameless = films.filter(~named)
+    listed = rows - nameless.count().execute()
+    why = "no dicom_id, study_id or subject_id (the ids are studies)"
+    attrition.add("films", why, rows, listed, ids_of(nameless.study_id) if listed < rows else ())
+    films = films.filter(named)
+    twice = ids_of(films.group_by("dicom_id").agg(n=_.count()).filter(_.n > 1).dicom_id)
+    once = listed
+    if twice:
+        films = first(films, ["dicom_id"], [_.subject_id, _.study_id])
+        once = films.count().execute()
+    attrition.add("films", "listed twice in the metadata; one row kept", listed, once, twice)
+    torn = ids_of(
+        films.group_by("study_id")
+        .agg(one=_.subject_id.min(), other=_.subject_id.max())
+        .filter(_.one != _.other)
+        .study_id
+    )
+    whole = once
+    if torn:
+        films = films.filter(_.study_id.notin(torn))
+        whole = films.count().execute()
+    attrition.add("films", "study of two subjects (the ids are studies)", once, whole, torn)
+    patients = source.table("patients").select("subject_id", born=_.anchor_year - _.anchor_age)
+    films = films.left_join(first(patients, ["subject_id"], [_.born]), "subject_id").drop("subject_id_right")
+    age = films.taken_at.year() - films.born
+    true = films.taken_at.notnull() & age.between(*AGES).fill_null(True)
+    films = held(source, films.mutate(taken_at=where(true, films.taken_at)).drop("born"))
+    untimed = ids_of(films.filter(_.taken_at.isnull()).dicom_id)
+    why = "impossible StudyDate or StudyTime; the film stays in images.parquet, without time or link"
+    attrition.add("films with a time", why, whole, whole - len(untimed), untimed)
+    return films
+
+
+def ids_of(column: ibis.Value) -> list:
+    """The ids of a column, without nulls, in no order."""
+    return column.to_pyarrow().drop_null().to_pylist()

@@ -1,0 +1,253 @@
+"""Find and open raw tables: MIMIC-IV 1.0, 2.x, 3.x, MIMIC-IV-ED, MIMIC-CXR(-JPG); csv, csv.gz, parquet; local or a URL.
+
+Comes in: the root folders of a FeaturesConfig. Goes out: a `Source` whose `table(name)` is an ibis expression with the
+columns of `schema.READ`, selected and cast by name. CSV is read as text under its header: an inserted column shifts
+nothing, and "None" stays a value. Text that does not cast becomes null; whoever needs the value counts what that
+drops.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import ibis
+import ibis.expr.types as ir
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs import UserError
+from ehr_features.config import FeaturesConfig
+from ehr_features.files import PARTIAL, make_folder, tidy
+from ehr_features.raw.engine import connect, hold, read, readable
+from ehr_features.raw.remote import cached, configure, exists, explained, fingerprint, is_url
+from ehr_features.schema import READ, Raw
+
+SUFFIXES = (".parquet", ".csv", ".csv.gz")
+SINCE_22 = {"admissions": "admit_provider_id", "chartevents": "caregiver_id", "labevents": "order_provider_id"}
+HEAD = 2**16  # bytes that hold a table's header
+EVENTS = ("chartevents", "labevents")  # too large to hold
+_HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
+
+
+class Source:
+    """The raw tables of one place, opened on one engine.
+
+    Attributes:
+        con: the ibis backend. files: table name -> path or URL. columns: table name -> columns found there.
+        layout: `1.0` (core/, ethnicity), `2.0` (hosp/, race), `2.2` (also caregiver_id; 2.2 to 3.1).
+    """
+
+    def __init__(self, con: Any, files: Mapping[str, str], columns: Mapping[str, list[str]], layout: str) -> None:
+        self.con, self.files, self.columns, self.layout = con, dict(files), dict(columns), layout
+        self._tables: dict[str, ir.Table] = {}
+        self._absent: dict[str, str] = {}
+        self._cache: Path | None = None  # of copies of tables at a URL
+
+    @classmethod
+    def from_frames(cls, frames: Mapping[str, pd.DataFrame], engine: str = "duckdb", layout: str = "2.2") -> Source:
+        """A source of small tables held in memory (for tests); columns left out are null."""
+        source = cls(connect(engine), {}, {}, layout)
+        for name, frame in frames.items():
+            raw = READ[name]
+            table = pa.Table.from_pandas(frame[[c for c in raw.columns if c in frame]], preserve_index=False)
+            for at, f in enumerate(table.schema):
+                if pa.types.is_null(f.type):
+                    table = table.set_column(at, f.name, table[f.name].cast(pa.string()))
+            opened = hold(source.con, f"raw_{name}", table)
+            cast = {
+                c: _cast(opened[c] if c in table.column_names else ibis.null("string"), t)
+                for c, t in raw.columns.items()
+            }
+            source._tables[name] = opened.select(**cast)
+        return source
+
+    def has(self, name: str) -> bool:
+        """Whether the table is there."""
+        return name in self._tables or name in self.files
+
+    def table(self, name: str) -> ir.Table:
+        """A raw table with the columns and types of schema.READ.
+
+        Raises: UserError: the table is absent, empty, damaged, or lacks a column.
+        """
+        if name not in self._tables:
+            if name not in self.files:
+                raise UserError(self._absent.get(name, f"table `{name}` is not there"))
+            self._tables[name] = self._open(name)
+        return self._tables[name]
+
+    def events(self, name: str, items: list[int]) -> ir.Table:
+        """Rows of an event table with some itemids; text is compared before anything is cast, which is what costs."""
+        if name in self._tables:
+            return self._tables[name].filter(self._tables[name].itemid.isin(items))
+        return self._open(name, items)
+
+    def _open(self, name: str, items: list[int] | None = None) -> ir.Table:
+        raw, path, found = READ[name], self.files[name], self.columns[name]
+        check_columns(name, path, found, self.layout)
+        if is_url(path) and name not in EVENTS and self.con.name == "duckdb" and self._cache is not None:
+            path = cached(path, fingerprint(path), self._cache)
+        with explained(path), readable(path):
+            opened = read(self.con, path, found)
+        if items is not None:
+            text = opened.itemid.type().is_string()
+            opened = opened.filter(opened.itemid.isin([str(i) for i in items] if text else items))
+        names = {c: (raw.renamed.get(c, c) if self.layout == "1.0" else c) for c in raw.columns}
+        cast = {c: _cast(opened[names[c]] if names[c] in found else ibis.null("string"), raw.columns[c]) for c in names}
+        table = opened.select(**cast)
+        if name in EVENTS or self.con.name != "duckdb":
+            return table
+        with readable(path):  # a table that several steps read is parsed once, and damage is told with its file
+            self.con.con.execute(f"CREATE TEMP TABLE opened_{name} AS {ibis.to_sql(table, dialect='duckdb')}")
+        return self.con.table(f"opened_{name}")
+
+
+def open_source(config: FeaturesConfig) -> Source:
+    """Find the tables of a config, read their headers, and connect the engine.
+
+    Raises: UserError: a wrong folder, a table that every build needs is absent, files of two layouts in one folder.
+    """
+    configure(config.storage)
+    files: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    for key, root in roots(config).items():
+        tables = {name: raw for name, raw in READ.items() if raw.root == key}
+        if root is None:
+            absent |= {name: f"table `{name}` is needed here, but the config has no `{key}`" for name in tables}
+            continue
+        found = {name: path for name, raw in tables.items() if (path := _find(root, raw))}
+        if not found:
+            raise UserError(f"{key}: {_wrong_folder(root, key)}")
+        files |= found
+        for name in tables.keys() - found.keys():
+            path = f"{root.rstrip('/')}/{tables[name].places[0]}"
+            absent[name] = f"{path}{{{','.join(SUFFIXES)}}}: no such file; `{key}` needs its table `{name}` here"
+        if "edstays" in tables and "edstays" not in found:
+            raise UserError(f"{absent['edstays']}: the other tables have no time of arrival and no admission")
+    columns = {name: header(path) for name, path in files.items()}
+    layout = _layout(config.mimic_iv, files, columns)
+    make_folder(config.cache_folder)
+    tidy(config.cache_folder)
+    spill = config.cache_folder / f".spill{PARTIAL}-{os.getpid()}"
+    con = connect(config.engine, memory=config.memory, threads=config.threads, spill=spill)
+    for protocol in {path.partition("://")[0] for path in files.values() if is_url(path)}:
+        if config.engine == "duckdb":
+            con.register_filesystem(fsspec.filesystem(protocol))
+    source = Source(con, files, columns, layout)
+    source._absent, source._cache = absent, config.cache_folder
+    return source
+
+
+def roots(config: FeaturesConfig) -> dict[str, str | None]:
+    """The folders that a config names, by key."""
+    return {"mimic_iv": config.mimic_iv, "mimic_ed": config.mimic_ed, "mimic_cxr": config.mimic_cxr}
+
+
+def _cast(column: ir.Value, to: str) -> ir.Value:
+    """What cannot be cast becomes null."""
+    if to == "string":
+        return column.cast("string").nullif("")
+    if str(column.type()) == to:
+        return column
+    # DuckDB 2.0 takes a bare try_cast for the type of a CSV column, and stops at the first value that is none
+    return (column.nullif("") if column.type().is_string() else column).try_cast(to)
+
+
+def _exists(path: str) -> bool:
+    return exists(path) if is_url(path) else Path(path).is_file()
+
+
+def _find(root: str, raw: Raw) -> str | None:
+    root = root.removeprefix("file://").rstrip("/")
+    for place in raw.places:
+        for suffix in SUFFIXES:
+            if _exists(path := f"{root}/{place}{suffix}"):
+                return path
+    return None
+
+
+def _wrong_folder(root: str, key: str) -> str:
+    wanted = f"wanted the folder that holds {_HOLDS[key]}"
+    with explained(root):
+        filesystem, inner = fsspec.url_to_fs(root)
+        if not filesystem.isdir(inner):
+            return f"{root}: no such folder; {wanted}"
+        below = sorted(Path(p).name for p in filesystem.ls(inner, detail=False))
+    tables = [raw for raw in READ.values() if raw.root == key]
+    inside = [name for name in below[:50] if any(_find(f"{root.rstrip('/')}/{name}", raw) for raw in tables)]
+    hint = f"; did you mean {root.rstrip('/')}/{inside[-1]}?" if inside else ""
+    return f"{root}: none of its tables is there; found {below[:8]}; {wanted}{hint}"
+
+
+def header(path: str) -> list[str]:
+    """The column names of a table. Raises: UserError: empty, no gzip file, damaged."""
+    with explained(path), readable(path):
+        if path.endswith(".parquet"):
+            with fsspec.open(path, "rb") as file:
+                return list(pq.read_schema(file).names)
+        with fsspec.open(path, "rb") as file:
+            head = file.read(HEAD)  # one request of a URL
+        if path.endswith(".gz"):
+            unzip = zlib.decompressobj(wbits=31)
+            whole, head = bool(head), unzip.decompress(head)
+            if whole and not unzip.eof and b"\n" not in head:
+                raise EOFError("it ends within its header")
+        line = head.partition(b"\n")[0].decode("utf-8-sig")
+    if not line.strip():
+        raise UserError(f"{path}: the file is empty; download it again")
+    return next(csv.reader([line.strip()]))
+
+
+def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
+    """Refuse a table that lacks a column which it should have."""
+    raw = READ[name]
+    for column in raw.columns:
+        wanted = raw.renamed.get(column, column) if layout == "1.0" else column
+        if wanted in found or column in raw.optional:
+            continue
+        whose = f"MIMIC-IV {layout}" if raw.root == "mimic_iv" else raw.root.upper().replace("_", "-")
+        also = (
+            f" (`{raw.renamed[column]}` in 1.0, `{column}` since 2.0)"
+            if column in raw.renamed
+            else " (every release has it)"
+        )
+        raise UserError(
+            f"{path}: column `{wanted}` is missing; found {found}. The layout is that of {whose}, whose `{name}` has "
+            f"`{wanted}`{also}; is this file `{name}`, and whole?"
+        )
+
+
+def mixed(columns: Mapping[str, list[str]]) -> list[str]:
+    """A warning where some tables have the columns that came with 2.2 and others lack them."""
+    there = {name: column in columns[name] for name, column in SINCE_22.items() if name in columns}
+    if len(set(there.values())) < 2:
+        return []
+    new, old = (", ".join(n for n, has in there.items() if has == side) for side in (True, False))
+    lacks = ", ".join(SINCE_22[n] for n, has in there.items() if not has)
+    return [f"{new} as since 2.2, {old} as before (without {lacks}): are all tables of one release?"]
+
+
+def _layout(root: str, files: Mapping[str, str], columns: Mapping[str, list[str]]) -> str:
+    """1.0, 2.0 or 2.2, by the folders and columns; contradictions are refused."""
+    signs: dict[str, str] = {}  # what was seen -> the layout that has it
+    for name in ("patients", "admissions"):
+        places = [p for p in ("core", "hosp") if any(_exists(f"{root.rstrip('/')}/{p}/{name}{s}") for s in SUFFIXES)]
+        signs |= {f"{place}/{name}": "1.0" if place == "core" else ">=2" for place in places}
+    if "admissions" in columns:
+        found = columns["admissions"]
+        signs |= {f"admissions.{c}": v for c, v in (("ethnicity", "1.0"), ("race", ">=2")) if c in found}
+    if "caregiver_id" in columns.get("chartevents", []):
+        signs["chartevents.caregiver_id"] = ">=2"
+    if len(set(signs.values())) > 1:
+        seen = "; ".join(f"{sign} is {'1.0' if v == '1.0' else '2.0 or later'}" for sign, v in signs.items())
+        raise UserError(f"{root}: files of two MIMIC-IV layouts are mixed here: {seen}. Keep one release in a folder")
+    if "1.0" in signs.values():
+        return "1.0"
+    return "2.2" if "chartevents.caregiver_id" in signs or "chartevents" not in columns else "2.0"

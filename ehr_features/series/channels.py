@@ -1,0 +1,142 @@
+"""The variables of the series as channels.yaml declares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import ibis.expr.types as ir
+import pandas as pd
+import pyarrow as pa
+from pydantic import AfterValidator, Field, model_validator
+
+from configs import Settings, UserError, load
+from ehr_features.raw.engine import hold
+from ehr_features.raw.source import Source
+
+SHIPPED = Path(__file__).parents[1] / "channels.yaml"
+
+
+class Conversion(Settings):
+    """value * factor + add, where the value is above `above`; else the value as it is."""
+
+    factor: float = 1.0
+    add: float = 0.0
+    above: float = -1e300
+
+
+CONVERSIONS = {
+    "as_is": Conversion(),
+    "inches": Conversion(factor=2.54),
+    "pounds": Conversion(factor=0.45359237),
+    "fahrenheit": Conversion(factor=5 / 9, add=-160 / 9),
+    "celsius": Conversion(factor=5 / 9, add=-160 / 9, above=50),
+    "percent_or_fraction": Conversion(factor=0.01, above=1),
+}
+
+
+def _known(conversion: str | Conversion) -> str | Conversion:
+    if isinstance(conversion, str) and conversion not in CONVERSIONS:
+        raise ValueError(f"is one of {', '.join(CONVERSIONS)}, or {{factor: ..., add: ..., above: ...}}")
+    return conversion
+
+
+class Published(Settings):
+    """A variable as the published extraction has it; without `clean` its values stay text, and compare as text."""
+
+    name: str
+    items: tuple[int, ...]
+    clean: Literal["text", "number", "hundredth", "saturation", "temperature", "weight"] = "text"
+    normal: float | str
+    categories: tuple[str, ...] = ()
+
+
+class Channel(Settings):
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    unit: str
+    range: tuple[float, float]
+    normal: float
+    items: dict[int, Annotated[str | Conversion, AfterValidator(_known)]] = {}
+    text: dict[str, float] = {}
+    mark: dict[str, str] = {}
+    sum_of: tuple[str, ...] = ()
+    medfuse: Published | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Channel:
+        if bool(self.items) == bool(self.sum_of):
+            raise ValueError(f"`{self.name}` needs either items or sum_of")
+        if self.range[0] > self.range[1]:
+            raise ValueError(f"`{self.name}`: range begins above its end")
+        if len(self.mark) > 1:
+            raise ValueError(f"`{self.name}`: mark is one column: text")
+        return self
+
+
+class Channels(Settings):
+    channels: tuple[Channel, ...]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Channels:
+        names = [c.name for c in self.channels] + [m for c in self.channels for m in c.mark]
+        items = [i for c in self.channels for i in c.items]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"two variables are called {', '.join(twice)}")
+        if double := sorted({i for i in items if items.count(i) > 1}):
+            raise ValueError(f"itemid {double} belongs to two variables")
+        if unknown := sorted({s for c in self.channels for s in c.sum_of} - set(names)):
+            raise ValueError(f"sum_of names no variable: {', '.join(unknown)}")
+        return self
+
+
+def read_channels(path: Path | None = None) -> tuple[Channel, ...]:
+    """The variables of a channels.yaml. Raises: UserError: any fault in it."""
+    return load(Channels, path or SHIPPED).channels
+
+
+def item_ids(channels: tuple[Channel, ...], preset: str) -> set[int]:
+    """The itemids that a preset reads."""
+    if preset == "medfuse":
+        return {i for c in channels if c.medfuse for i in c.medfuse.items}
+    return {i for c in channels for i in c.items}
+
+
+def check_items(source: Source, channels: tuple[Channel, ...], preset: str, path: Path | None = None) -> list[int]:
+    """Refuse itemids that nobody knows.
+
+    Returns: itemids of the shipped file that the dictionaries of this release lack; they have no events there.
+    Raises: UserError: other itemids that are in neither dictionary.
+    """
+    known: set[int] = set()
+    for table in ("d_items", "d_labitems"):
+        known |= set(source.table(table).itemid.to_pandas().dropna().astype(int))
+    absent = item_ids(channels, preset) - known
+    if unknown := sorted(absent - item_ids(read_channels(), preset)):
+        owners = sorted({c.name for c in channels if set(unknown) & item_ids((c,), preset)})
+        raise UserError(
+            f"{path}: itemid {unknown} of {', '.join(owners)} is in neither icu/d_items nor hosp/d_labitems "
+            f"({len(known)} items); look it up there by its label"
+        )
+    return sorted(absent)
+
+
+def item_table(con: object, channels: tuple[Channel, ...]) -> ir.Table:
+    """itemid, channel (its number), factor, add, above, low, high, mark (text that is marked, or null), textual."""
+    rows = []
+    for number, channel in enumerate(channels):
+        for item, named in channel.items.items():
+            c = CONVERSIONS[named] if isinstance(named, str) else named
+            mark = next(iter(channel.mark.values()), None)
+            rows.append((item, number, c.factor, c.add, c.above, *channel.range, mark, bool(channel.text or mark)))
+    names = ["itemid", "channel", "factor", "add", "above", "low", "high", "mark", "textual"]
+    frame = pd.DataFrame(rows, columns=names).astype({"mark": "string"})
+    return hold(con, "channel_items", pa.Table.from_pandas(frame, preserve_index=False))
+
+
+def text_table(con: object, channels: tuple[Channel, ...]) -> ir.Table:
+    """channel, text (lower case), number."""
+    rows = [(n, text.lower().strip(), number) for n, c in enumerate(channels) for text, number in c.text.items()]
+    columns = list(zip(*rows, strict=True)) or [(), (), ()]
+    schema = {"channel": pa.int64(), "text": pa.string(), "number": pa.float64()}
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.values(), strict=True)]
+    return hold(con, "channel_text", pa.table(arrays, names=list(schema)))

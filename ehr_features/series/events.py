@@ -1,0 +1,127 @@
+"""chartevents and labevents, filtered once into Parquet.
+
+Comes in: a source, the itemids and subjects that count. Goes out: small Parquet files in the cache folder, named by a
+key of what they depend on, and how many rows were read. A file appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from ehr_features.files import digest, new_file, new_folder, write_json
+from ehr_features.raw.engine import hold, readable
+from ehr_features.raw.remote import explained, fingerprint
+from ehr_features.raw.source import EVENTS, Source
+from ehr_features.schema import READ
+from ehr_features.series.channels import Channel, item_ids
+
+CODE_STATUS = (223758, 228687)
+
+
+def selected(source: Source, declared: tuple[Channel, ...], folder: Path) -> dict[str, tuple[ir.Table, int]]:
+    """The events of both presets' items and of all ICU subjects: whatever preset and cohort, so filtered once."""
+    items = {i for preset in ("default", "medfuse") for i in item_ids(declared, preset)}
+    subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
+    return cached(source, items | set(CODE_STATUS), set(subjects), folder)
+
+
+def cached(
+    source: Source, items: Iterable[int], subjects: Iterable[int], folder: Path
+) -> dict[str, tuple[ir.Table, int]]:
+    """The events of some items and subjects.
+
+    Args:
+        items: itemids to keep. subjects: subject_ids to keep. folder: of the cache.
+    Returns: table name -> (its rows, how many rows the raw table has).
+    """
+    items, subjects = sorted(items), sorted(subjects)
+    return {name: _one(source, name, items, subjects, folder) for name in EVENTS}
+
+
+def _one(source: Source, name: str, items: list[int], subjects: list[int], folder: Path) -> tuple[ir.Table, int]:
+    if name not in source.files:  # held in memory
+        return _kept(source, name, items, subjects), int(source.table(name).count().execute())
+    path_, read = source.files[name], READ[name].columns
+    key = digest([name, path_, fingerprint(path_), dict(read), source.layout, items, subjects, source.con.name])
+    path, facts = folder / f"{name}-{key}.parquet", folder / f"{name}-{key}.json"
+    if not (path.exists() and facts.is_file()):
+        table = _kept(source, name, items, subjects)
+        with explained(path_), readable(path_), progress(source.con, f"reading {name} (once)"):
+            rows = _write(source, table, path)
+        write_json(facts, {"rows_read": rows})
+    return source.con.read_parquet(str(path)), json.loads(facts.read_text())["rows_read"]
+
+
+def _kept(source: Source, name: str, items: list[int], subjects: list[int]) -> ir.Table:
+    who = hold(source.con, "event_subjects", pa.table({"subject_id": pa.array(subjects, pa.int64())}))
+    return source.events(name, items).semi_join(who, "subject_id")
+
+
+def _write(source: Source, table: ir.Table, path: Path) -> int:
+    """Write a table to Parquet; returns how many rows its scan read."""
+    if source.con.name != "duckdb":
+        with new_folder(path) as part:
+            part.rmdir()  # Spark makes it
+            table.to_parquet(str(part))
+        return int(source.table(path.name.partition("-")[0]).count().execute())
+    con = source.con.con
+    con.execute("PRAGMA enable_profiling = 'no_output'")
+    try:
+        with new_file(path) as part:
+            table.to_parquet(part, compression="zstd")
+        return _rows_scanned(json.loads(con.get_profiling_information("json")))
+    finally:
+        con.execute("PRAGMA disable_profiling")
+
+
+def _rows_scanned(profile: Any) -> int:
+    """The rows that came out of the file scan; lists of items and subjects, which are scanned too, are no files."""
+    found = [0]
+    if isinstance(profile, dict):
+        if profile.get("type") == "TABLE_SCAN" and "ARROW" not in str(profile.get("name", "")):
+            found.append(int(profile.get("intermediate_rows", 0)))
+        found += [_rows_scanned(child) for key in ("operator", "children") for child in profile.get(key, [])]
+    return max(found)
+
+
+@contextmanager
+def progress(con: Any, what: str) -> Iterator[None]:
+    """Show how far the engine's query is, with the time left; a line now and then where stderr is no terminal."""
+    if con.name != "duckdb":
+        print(f"  {what} ...", file=sys.stderr, flush=True)
+        yield
+        return
+    con.con.execute("SET enable_progress_bar = true")
+    con.con.execute("SET enable_progress_bar_print = false")
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(con.con.query_progress, what, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _watch(percent: Callable[[], float], what: str, done: threading.Event) -> None:
+    terminal, begun, said = sys.stderr.isatty(), time.monotonic(), 0.0
+    while not done.wait(0.5):
+        spent = time.monotonic() - begun
+        if spent < 2 or (not terminal and spent - said < 20):
+            continue
+        said, part = spent, max(percent(), 0.0)
+        left = f", about {spent * (100 - part) / part:.0f} s left" if part > 1 else ""
+        end = "\r" if terminal else "\n"
+        print(f"  {what}: {part:3.0f} %, {spent:.0f} s{left}   ", end=end, file=sys.stderr, flush=True)
+    if said and terminal:
+        print(file=sys.stderr)

@@ -1,0 +1,233 @@
+"""series.safetensors: the series of a cohort, made once and kept in the cache; it may be larger than memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ibis.expr.types as ir
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from safetensors import safe_open
+
+from configs import UserError
+from ehr_features.config import FeaturesConfig
+from ehr_features.files import code_digest, digest, new_file, read_json, undamaged, write_json
+from ehr_features.raw.engine import batches
+from ehr_features.raw.remote import fingerprint
+from ehr_features.raw.source import EVENTS, Source
+from ehr_features.series import bins, channels, events, medfuse
+from ehr_features.series.bins import Layout
+
+BINS = ("stay_id", "channel", "bin", "v", "mark")
+
+
+def cached(
+    source: Source,
+    found: Mapping[str, tuple[ir.Table, int]],
+    stays: ir.Table,
+    declared: tuple[channels.Channel, ...],
+    config: FeaturesConfig,
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The unnormalised series of a cohort, from the cache if what they depend on has not changed.
+
+    Args:
+        found: as `events.cached` gives. stays: as `cohort.stays` gives.
+    Returns: the file, and what became of the events: channel, fate, n.
+    """
+    frame = stays.select("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_hours")
+    frame = frame.order_by("stay_id").to_pandas()
+    who = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
+    prints = [fingerprint(source.files[name]) for name in EVENTS if name in source.files]
+    said = [channel.model_dump(mode="json") for channel in declared]
+    preset = medfuse if config.preset == "medfuse" else bins
+    key = digest([prints, who, said, config.preset, config.step_hours, config.engine, code_digest(preset)])
+    path = config.cache_folder / f"series-{key}.safetensors"
+    facts = path.with_suffix(".json")
+    if not (path.is_file() and facts.is_file()):
+        binned, counts = preset.extract(
+            source, found["chartevents"][0], found["labevents"][0], stays, declared, config.step_hours
+        )
+        lengths = preset.lengths(frame["los_hours"].to_numpy(), config.step_hours)
+        with events.progress(source.con, "binning the series"):
+            ordered = batches(source.con, binned.select(*BINS).order_by("stay_id"))
+            write(path, ordered, frame["stay_id"].to_numpy(), lengths, preset.layout(declared))
+        names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
+        counts["channel"] = [names[i] for i in counts["channel"]]
+        write_json(facts, counts.sort_values(["channel", "fate"]).to_dict("records"))
+    return path, read_json(facts)
+
+
+def write(
+    path: Path,
+    bins: Iterable[pa.RecordBatch],
+    stay_ids: np.ndarray,
+    num_bins: np.ndarray,
+    columns: Layout,
+    chunk: int = 2_000,
+) -> None:
+    """Write series.safetensors from last values by bin.
+
+    Args:
+        bins: stay_id, channel, bin, v, mark; ordered by stay_id.
+        stay_ids: (S,) sorted. num_bins: (S,) T of each. chunk: stays that are held at a time.
+    """
+    offsets = np.concatenate([[0], np.cumsum(num_bins)]).astype(np.int64)
+    rows, num = int(offsets[-1]), len(columns.observed)
+    shapes = {
+        "stay_id": ("I64", (len(stay_ids),)),
+        "offsets": ("I64", offsets.shape),
+        "values": ("F32", (rows, len(columns.values))),
+        "observed": ("U8", (rows, num)),
+    }
+    batches_ = iter(bins)
+    rest = next(batches_, None)
+    with new_file(path) as part, part.open("wb") as file, part.open("r+b") as observed_file:
+        starts = _header(file, shapes)
+        file.write(stay_ids.astype("<i8").tobytes() + offsets.astype("<i8").tobytes())
+        observed_file.seek(starts["observed"])
+        for first in range(0, len(stay_ids), chunk):
+            mine = slice(first, min(first + chunk, len(stay_ids)))
+            begin, end = offsets[mine.start], offsets[mine.stop]
+            last = np.full((2, end - begin, num), np.nan, np.float32)  # value and mark
+            while rest is not None:
+                cut = int(np.searchsorted(rest.column("stay_id").to_numpy(), stay_ids[mine.stop - 1], "right"))
+                stay, channel, at, v, mark = (rest.slice(0, cut).column(n).to_numpy(zero_copy_only=False) for n in BINS)
+                place = np.searchsorted(stay_ids, stay)
+                inside = (at >= 0) & (at < num_bins[place])
+                row, channel = (offsets[place] - begin + at)[inside], channel[inside]
+                last[0, row, channel], last[1, row, channel] = v[inside], mark[inside]
+                if cut < len(rest):
+                    rest = rest.slice(cut)
+                    break
+                rest = next(batches_, None)
+            values, observed = filled(last, offsets[mine] - begin, columns)
+            file.write(values.tobytes())
+            observed_file.write(observed.tobytes())
+
+
+def filled(last: np.ndarray, starts: np.ndarray, columns: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Carry the last value forward within each stay, then the normal value.
+
+    Args:
+        last: (2, N, number of variables) value and mark of the bins of several stays on end; NaN: not observed.
+        starts: the first row of each stay.
+    Returns: (N, F) float32 values, (N, number of variables) uint8 observed.
+    """
+    observed = ~np.isnan(last[0])
+    num = observed.shape[0]
+    began = np.zeros(num, np.int64)
+    starts = starts[starts < num]  # a stay of no hours at the end has no first row
+    began[starts] = starts
+    began = np.maximum.accumulate(began)[:, None]
+    at = np.maximum.accumulate(np.where(observed, np.arange(num)[:, None], -1), axis=0)
+    known, at = at >= began, np.maximum(at, 0)
+    value, mark = np.take_along_axis(last[0], at, 0), np.take_along_axis(last[1], at, 0)
+    out = np.empty((num, len(columns.values)), np.float32)
+    for f, (source, category, normal) in enumerate(zip(columns.source, columns.category, columns.normal, strict=True)):
+        now = mark[:, source] if category == -2 else value[:, source]
+        now = (now == category).astype(np.float32) if category >= 0 else now
+        out[:, f] = np.where(known[:, source], now, normal)
+    return out, observed.astype(np.uint8)
+
+
+def about(
+    path: Path, stays: ir.Table, columns: Layout, config: FeaturesConfig, fates: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """series.json: what the columns are, and the normaliser, fitted on train."""
+    train = stays.order_by("stay_id").select("stay_id", "split").to_pandas()["split"].eq("train").to_numpy()
+    return {
+        "preset": config.preset,
+        "step_hours": config.step_hours,
+        "columns": [*columns.values, *columns.observed],
+        "num_values": len(columns.values),
+        "units": [*columns.units, *["1 = observed"] * len(columns.observed)],
+        "observed_of": list(columns.source),
+        "imputation": {"rule": "previous value of the stay, then the normal value", "normal": list(columns.normal)},
+        "normaliser": fit(path, columns, train) | {"fitted_on": "train", "num_stays": int(train.sum())},
+        "events": fates,
+    }
+
+
+def _header(file: BinaryIO, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
+    """Write a safetensors header; returns where each tensor begins in the file."""
+    meta: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + int(np.prod(shape)) * {"I64": 8, "F32": 4, "U8": 1}[dtype]
+        meta[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(meta).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + end)
+    file.flush()
+    return {name: 8 + len(text) + about["data_offsets"][0] for name, about in meta.items()}
+
+
+def fit(path: Path, columns: Layout, train: np.ndarray, chunk: int = 2_000) -> dict[str, list[float | None]]:
+    """Mean and standard deviation of each number among the train stays' observed values.
+
+    Args:
+        train: (S,) bool. Returns: `mean` and `std`, (F,) each; null where a column stays as it is.
+    """
+    total, square, count = (np.zeros(len(columns.values)) for _ in range(3))
+    source = np.array(columns.source)
+    with safe_open(path, "numpy") as file:
+        offsets = file.get_tensor("offsets")
+        values, observed = file.get_slice("values"), file.get_slice("observed")
+        for first in range(0, len(train), chunk):
+            mine = train[first : first + chunk]
+            begin, end = int(offsets[first]), int(offsets[first + len(mine)])
+            rows = np.repeat(mine, np.diff(offsets[first : first + len(mine) + 1]))
+            v = values[begin:end][rows].astype(np.float64)
+            seen = observed[begin:end][rows][:, source].astype(bool)
+            total += np.where(seen, v, 0).sum(0)
+            square += np.where(seen, v * v, 0).sum(0)
+            count += seen.sum(0)
+    n = np.maximum(count, 1)
+    mean = total / n
+    std = np.sqrt(np.maximum(square / n - mean**2, 0))
+    use = np.array(columns.normalised) & (count > 0)
+    return {
+        "mean": [float(m) if u else None for m, u in zip(mean, use, strict=True)],
+        "std": [(float(s) if s > 1e-6 else 1.0) if u else None for s, u in zip(std, use, strict=True)],
+    }
+
+
+def load(
+    folder: str | Path, stay_ids: Sequence[int] | None = None, hours: int | None = None, normalise: bool = True
+) -> dict[int, np.ndarray]:
+    """Read the series of stays.
+
+    Args:
+        folder: of features. stay_ids: all if None. hours: only bins that end by then. normalise: (x - mean) / std of
+        train.
+    Returns: stay_id -> (min(T, hours / step), F + number of variables) float32: values, then 1 where observed.
+    Raises: UserError: no features folder; a stay without series.
+    """
+    about = read_json(Path(folder) / "series.json")
+    path = Path(folder) / "series.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; build the features again")
+    keep = None if hours is None else int(hours // about["step_hours"])
+    mean = np.array([0.0 if m is None else m for m in about["normaliser"]["mean"]], np.float32)
+    std = np.array([1.0 if s is None else s for s in about["normaliser"]["std"]], np.float32)
+    with undamaged(path, "build the features again"), safe_open(path, "numpy") as file:
+        known, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
+        wanted = known if stay_ids is None else np.asarray(stay_ids, np.int64)
+        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        if len(wanted) and (absent := wanted[known[place] != wanted]).size:
+            raise UserError(f"{path}: {absent.size} stays have no series there, e.g. {absent[:3].tolist()}")
+        values, observed = file.get_slice("values"), file.get_slice("observed")
+        out = {}
+        for stay, at in zip(wanted.tolist(), place.tolist(), strict=True):
+            begin, end = int(offsets[at]), int(offsets[at + 1])
+            end = end if keep is None else min(end, begin + keep)
+            v = values[begin:end]
+            v = (v - mean) / std if normalise else v
+            out[stay] = np.concatenate([v, observed[begin:end].astype(np.float32)], axis=1)
+    return out
