@@ -40,12 +40,11 @@ from finetune.results import write_results
 from finetune.score import score
 from pretrain import encoder as encoders
 from pretrain.config import ImagesConfig, PretrainConfig
-from pretrain.films import BadFilm, decode
-from pretrain.notes import read_notes
-from pretrain.pack import pack
-from pretrain.preprocess import Preprocess
-from pretrain.store import Store
-from pretrain.weights import read_state
+from pretrain.encoder.preprocess import Preprocess
+from pretrain.encoder.weights import read_state
+from pretrain.store import Store, pack
+from pretrain.store.decode import BadFilm, decode
+from pretrain.text.notes import read_notes
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60

@@ -34,10 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.published import HEADS, PROTOTYPES, WIDTH, published_step
 from pretrain import encoder as encoders
-from pretrain.batches import Cutter
-from pretrain.memory import keep_freed_memory
+from pretrain.build import keep_freed_memory
+from pretrain.data import Cutter
+from pretrain.encoder.preprocess import Preprocess
 from pretrain.msn import MSN, Batch
-from pretrain.preprocess import Preprocess
 from pretrain.views import Views, film_keys
 
 TURN = 6  # batches of views that ours cuts in a turn: it then lasts about as long as one batch of lightly's

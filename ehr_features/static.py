@@ -22,7 +22,7 @@ from configs import UserError
 from ehr_features import schema
 from ehr_features.phenotypes import groups as phenotype_groups
 
-TEXT = "text"  # the film's note as a vector: a group of pretraining, read by a text encoder (pretrain/notes.py)
+TEXT = "text"  # the film's note as a vector: a group of pretraining, read by a text encoder (pretrain/text/notes.py)
 REPORTING_ONLY = ("race", "insurance", "language", "code_status", "anchor_year_group", "care_unit")
 
 

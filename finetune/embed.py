@@ -17,10 +17,10 @@ import torch
 
 from configs import UserError
 from ehr_features.files import check_new_file, new_file
+from ehr_features.progress import Bar
 from finetune.net import open_encoder
 from pretrain import encoder as encoders
-from pretrain.films import SUFFIXES, BadFilm, decode, fit
-from pretrain.progress import Bar
+from pretrain.store.decode import SUFFIXES, BadFilm, decode, fit
 
 
 def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_size: int = 64) -> Path:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ehr_features.files import digest, new_file
+from ehr_features.progress import Bar
 from finetune.frozen import open_any
-from pretrain.progress import Bar
-from pretrain.text import Tokens, whole
+from pretrain.text.encoder import Tokens, whole
 
 if TYPE_CHECKING:
     from finetune.config import WeightsConfig

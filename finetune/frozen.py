@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from configs import UserError
 from ehr_features.files import digest, new_file
+from ehr_features.progress import Bar
 from finetune.config import WEIGHTS
 from finetune.net import file_weights, open_encoder
 from finetune.weights import fresh, open_weights
-from pretrain.progress import Bar
 
 if TYPE_CHECKING:
     from finetune.config import WeightsConfig

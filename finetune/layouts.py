@@ -20,7 +20,7 @@ from ehr_features.schema import FINDINGS
 from ehr_features.splits import by_hash
 from finetune.config import TableConfig
 from finetune.films import Films
-from pretrain.films import SUFFIXES
+from pretrain.store.decode import SUFFIXES
 
 NIH = (
     "Atelectasis",

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from configs import UserError
 from configs.signals import Stopped
+from ehr_features.progress import Bar
 from finetune.config import FuseConfig
 from finetune.fusion import Late, Output
 from finetune.heads import macro_auroc
@@ -27,7 +28,6 @@ from finetune.net import Net
 from finetune.outputs import Predictions, weights_of
 from finetune.samples import Samples, batches, stream
 from pretrain import run
-from pretrain.progress import Bar
 
 
 class Scores(NamedTuple):

@@ -21,7 +21,7 @@ from ehr_features.files import undamaged
 from finetune.fusion import Note, Output
 from finetune.samples import CONTEXT
 from pretrain import encoder as encoders
-from pretrain.preprocess import Preprocess
+from pretrain.encoder.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from pretrain.encoder import Encoder

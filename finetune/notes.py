@@ -21,7 +21,7 @@ from finetune.config import FuseConfig
 from finetune.films import evaluation_labels, read_films, training_labels
 from finetune.net import fit_scale
 from finetune.samples import Samples
-from pretrain.notes import Notes, note_tokens, note_vectors, read_notes
+from pretrain.text.notes import Notes, note_tokens, note_vectors, read_notes
 
 
 def read(config: FuseConfig, samples: Samples, cache: Path, tokens: bool) -> tuple[Samples, dict[str, Any]]:

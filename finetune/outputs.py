@@ -21,7 +21,7 @@ from finetune.net import FilmBranch, Net
 from finetune.samples import Samples
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.notes import summary
+from pretrain.text.notes import summary
 
 
 class Predictions(NamedTuple):

@@ -17,7 +17,7 @@ from ehr_features import series
 from ehr_features.files import file_digest, new_file, read_json, read_table, undamaged
 from ehr_features.series import bins
 from finetune.samples import complete_steps
-from pretrain.notes import check_notes
+from pretrain.text.notes import check_notes
 
 
 class MappedSeries:

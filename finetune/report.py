@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ehr_features.files import check_new_file, new_file
+from ehr_features.progress import Bar
 from finetune import (
     report_checklist,
     report_cohort,
@@ -27,7 +28,6 @@ from finetune import (
 from finetune.report_alerts import alerts
 from finetune.report_data import Run, part, read_object, read_runs
 from finetune.report_html import Html, number, page, section, table, tag
-from pretrain.progress import Bar
 
 
 def report(

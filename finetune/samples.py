@@ -22,11 +22,11 @@ from configs.signals import held
 from ehr_features import series
 from ehr_features.files import read_json, read_table
 from finetune.tasks import KEYS, one_hot, read_samples
-from pretrain.loader import begin_worker
+from pretrain.data import begin_worker
 
 if TYPE_CHECKING:
     from pretrain.store import Store
-    from pretrain.text import Tokens
+    from pretrain.text.encoder import Tokens
 
 SPLITS = ("train", "val", "test")
 VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for another or an unknown view

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.signals import Stopped
 from ehr_features.files import new_file
+from ehr_features.progress import Bar
 from finetune.films import Films
 from finetune.frozen import open_any
 from finetune.guard import seen_after
@@ -30,7 +31,6 @@ from finetune.learn import Fitted, Learner, Rows
 from finetune.tune_net import Tuned, augment, groups, schedule
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.progress import Bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

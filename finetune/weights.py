@@ -13,8 +13,8 @@ from timm.layers import resample_abs_pos_embed
 
 from configs import UserError
 from pretrain import encoder as encoders
-from pretrain.preprocess import Preprocess
-from pretrain.weights import CLASSIFIERS, COUNTER, read_state
+from pretrain.encoder.preprocess import Preprocess
+from pretrain.encoder.weights import CLASSIFIERS, COUNTER, read_state
 
 if TYPE_CHECKING:
     from finetune.config import WeightsConfig

@@ -15,7 +15,7 @@ from pretrain.config import ImagesConfig, PretrainConfig
 
 
 def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
-    from pretrain.pack import pack
+    from pretrain.store import pack
 
     part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if part is None:
@@ -45,7 +45,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _knowledge(args: argparse.Namespace) -> None:
     from ehr_features.files import read_json
-    from pretrain.knowledge import retrieve
+    from pretrain.text.knowledge import retrieve
 
     print(f"passages of {args.passages} nearest to each note of {args.notes}, by {args.text_encoder}")
     out = retrieve(args.notes, args.passages, args.text_encoder, top=args.top, threshold=args.threshold)

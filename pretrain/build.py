@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,14 @@ from timm.layers import convert_sync_batchnorm
 from configs import UserError
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.batches import Cutter, Films, Steps
 from pretrain.config import PretrainConfig, ViewsConfig
+from pretrain.data import Cutter, Films, Partners, Steps
+from pretrain.encoder.preprocess import Preprocess
+from pretrain.encoder.weights import start_from
 from pretrain.msn import MSN, Record
-from pretrain.notes import TextSource
-from pretrain.partners import Partners
-from pretrain.preprocess import Preprocess
 from pretrain.store import Store
+from pretrain.text.notes import TextSource
 from pretrain.views import Views
-from pretrain.weights import start_from
 
 
 def accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any:
@@ -185,3 +186,21 @@ def _as_laid_out(optimizer: Any) -> None:
         for name, value in moments.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter).copy_(value)
+
+
+# ---- Memory of a training process on Linux: what is freed stays with the process and is used again.
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc not to give large blocks back to the system between steps.
+
+    A step allocates the same hundreds of megabytes as the one before. Given back, each page of them is faulted in and
+    zeroed again, which costs more than the arithmetic on views does. Processes forked later inherit it.
+    Returns: whether the C library took it; another one than glibc is left as it is.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))

@@ -17,19 +17,17 @@ from torch import Tensor
 from configs import UserError
 from configs.cli import typed
 from configs.signals import Stopped
+from ehr_features.progress import Bar
 from pretrain import build, export, run
-from pretrain.accumulate import backward
-from pretrain.batches import Steps, select_films
+from pretrain.build import keep_freed_memory
 from pretrain.config import PretrainConfig
+from pretrain.data import Steps, batches, select_films
 from pretrain.encoder import differences
-from pretrain.introduce import introduce, write_seen
-from pretrain.loader import batches
-from pretrain.memory import keep_freed_memory
-from pretrain.msn import MSN
-from pretrain.progress import Bar
+from pretrain.monitor import Watch, introduce
+from pretrain.msn import MSN, backward
 from pretrain.schedule import Schedule
+from pretrain.seen import write_seen
 from pretrain.store import Store
-from pretrain.watch import Watch
 
 MAY_DIFFER = (
     "workers", "log_every", "save_every_minutes", "keep", "keep_every_hours", "export_every_epochs", "trackers",

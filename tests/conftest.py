@@ -122,7 +122,7 @@ class WordEncoder:
 @pytest.fixture
 def word_encoder(monkeypatch: pytest.MonkeyPatch) -> type[WordEncoder]:
     """Put WordEncoder in the place of text encoders, whatever folder is named."""
-    monkeypatch.setattr("pretrain.notes.TextEncoder", WordEncoder)
+    monkeypatch.setattr("pretrain.text.notes.TextEncoder", WordEncoder)
     monkeypatch.setattr(WordEncoder, "embedded", [])
     return WordEncoder
 

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from benchmarks import kills
-from pretrain import progress
+from ehr_features import progress
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 LIBRARIES = [
@@ -36,10 +36,10 @@ LIBRARIES = [
     "finetune.train",
     "finetune.report",
     "finetune.embed",
-    "pretrain.pack",
+    "pretrain.store.write",
 ]
-LIBRARIES += ["pretrain.train", "pretrain.knowledge", "ehr_features.build", "ehr_features.notes", "ehr_features.audit"]
-LIBRARIES += ["ehr_features.demo", "ehr_features.check", "sentence_transformers"]
+LIBRARIES += ["pretrain.train", "pretrain.text.knowledge", "ehr_features.build", "ehr_features.notes.write", "ehr_features.audit.claims"]
+LIBRARIES += ["ehr_features.demo.generate", "ehr_features.check", "sentence_transformers"]
 COMMAND = """
 import multiprocessing, os, runpy, sys, warnings
 warnings.filterwarnings("ignore", message=".*found in sys.modules")  # by runpy: loaded before, for speed

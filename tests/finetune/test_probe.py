@@ -105,7 +105,7 @@ def test_cached_features_give_the_same_result_as_uncached(make_world: World, mon
     def fail(*_: object) -> None:
         raise AssertionError("the encoder ran although its features were cached")
 
-    monkeypatch.setattr("pretrain.encoder.Encoder.features", fail)
+    monkeypatch.setattr("pretrain.encoder.model.Encoder.features", fail)
     second = probe(config(folder, encoder=str(encoder), out=str(folder / "runs/b"), epochs=5))
     pd.testing.assert_frame_equal(read_results(first)[1], read_results(second)[1])
 

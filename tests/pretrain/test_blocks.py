@@ -5,8 +5,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import blocks
 from pretrain import encoder as enc
+from pretrain.encoder import network as blocks
 
 ARCHS = [
     ("vit_tiny_patch16_224", 64, {"depth": 3, "num_heads": 6}),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from configs import UserError
 from configs.cli import guard
 from pretrain import encoder as enc
-from pretrain.preprocess import Preprocess
+from pretrain.encoder.preprocess import Preprocess
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 

@@ -11,8 +11,7 @@ from configs import UserError
 from ehr_features.files import write_json
 from pretrain import encoder as enc
 from pretrain import run
-from pretrain.card import NO_RESULTS, READABLE
-from pretrain.export import _auroc, _ridge, export
+from pretrain.export import NO_RESULTS, READABLE, _auroc, _ridge, export
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.films import BadFilm, decode, equalise, fit
+from pretrain.store.decode import BadFilm, decode, equalise, fit
 
 pydicom = pytest.importorskip("pydicom")
 

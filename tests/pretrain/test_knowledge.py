@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from configs import UserError
 from ehr_features.files import file_digest, read_json, write_json
 from pretrain.__main__ import main
-from pretrain.knowledge import nearest, read_passages, retrieve
+from pretrain.text.knowledge import nearest, read_passages, retrieve
 
 Make = Callable[..., Path]
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "knowledge"

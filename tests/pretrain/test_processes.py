@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from configs import UserError
-from pretrain import processes
-from pretrain.processes import check_world
+from pretrain.run import check_world, processes
 
 # A run in small: 2 processes add up a number, step by step, and can be stopped and gone on with.
 LOOP = """

@@ -23,12 +23,12 @@ from configs import UserError
 from configs.cli import guard
 from configs.signals import Stopped
 from ehr_features.files import read_json
-from pretrain import pack as packing
 from pretrain.__main__ import _images
 from pretrain.config import ImagesConfig
-from pretrain.films import decode, fit
 from pretrain.store import Store, pack
-from pretrain.workers import workers
+from pretrain.store import write as packing
+from pretrain.store.decode import decode, fit
+from pretrain.store.write import workers
 
 
 def draw(path: Path, seed: int, height: int = 40, width: int = 32) -> None:
@@ -227,7 +227,7 @@ def test_a_folder_that_is_not_mimic_is_explained(tmp_path: Path, films: Path) ->
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 400), changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=5))
 def test_a_damaged_table_gives_a_message(tmp_path: Path, mimic: Path, cut: int, changes: list[tuple[int, int]]) -> None:
-    from pretrain.film_list import list_films
+    from pretrain.store.listing import list_films
 
     path = mimic / "mimic-cxr-2.0.0-metadata.csv.gz"
     keep = path.read_bytes()

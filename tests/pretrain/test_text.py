@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import UserError
-from pretrain import text
-from pretrain.notes import note_tokens, note_vectors, read_notes
-from pretrain.text import TextEncoder, by_length, embed, embed_tokens
+from pretrain.text import encoder as text
+from pretrain.text.encoder import TextEncoder, by_length, embed, embed_tokens
+from pretrain.text.notes import note_tokens, note_vectors, read_notes
 
 Make = Callable[..., Path]
 NOTES = ["woman with cough", "man with chest pain and leg swelling", "fever", "the old man of the woman " * 9]

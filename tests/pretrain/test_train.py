@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 
 from configs import UserError, load
 from configs.signals import Stopped
-from pretrain import batches as bt
-from pretrain import build, loader, run, train
+from pretrain import build, run, train
+from pretrain import data as bt
+from pretrain import data as loader
 from pretrain import encoder as enc
 from pretrain.config import ImagesConfig, PretrainConfig
-from pretrain.partners import Partners
+from pretrain.data import Partners
 from pretrain.run import load_checkpoint
 from pretrain.store import Store, pack
 
@@ -283,8 +284,8 @@ def test_weights_that_are_not_finite_are_neither_exported_on_the_way_nor_saved(d
 
 
 def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.watch.RANK_FLOOR", 1e9)
-    monkeypatch.setattr("pretrain.watch.PATIENCE", 3)
+    monkeypatch.setattr("pretrain.monitor.RANK_FLOOR", 1e9)
+    monkeypatch.setattr("pretrain.monitor.PATIENCE", 3)
     train.train(config(data, tmp_path / "x"))
     said = (tmp_path / "x/log.txt").read_text()
     assert said.count("warning: step 3: effective rank") == 1 and "collapsing" in said

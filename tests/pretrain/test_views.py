@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain import views as vw
-from pretrain.batches import Cutter
-from pretrain.preprocess import Preprocess
+from pretrain.data import Cutter
+from pretrain.encoder.preprocess import Preprocess
 
 KEYS = vw.film_keys([f"film-{i}" for i in range(6)])
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from configs import UserError
 from pretrain import encoder as enc
-from pretrain.weights import start_from
+from pretrain.encoder.weights import start_from
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 

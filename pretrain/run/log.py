@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ehr_features.files import new_file
-from pretrain.processes import is_main, on_main
+from pretrain.run.processes import is_main, on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

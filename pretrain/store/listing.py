@@ -13,7 +13,7 @@ from configs import UserError
 from ehr_features.files import UNREADABLE, digest
 from ehr_features.raw.remote import exists, explained, is_url
 from pretrain.config import ImagesConfig
-from pretrain.films import SUFFIXES
+from pretrain.store.decode import SUFFIXES
 
 METADATA = "mimic-cxr-2.0.0-metadata"
 FRONTAL = ("AP", "PA")

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from configs import UserError
 from ehr_features.files import alone, digest, new_file, read_json, write_json
 from ehr_features.notes import leak_filter
-from pretrain import notes as film_notes
-from pretrain.text import embed
+from pretrain.text import notes as film_notes
+from pretrain.text.encoder import embed
 
 BLOCK = 16_384  # notes that are compared at a time
 

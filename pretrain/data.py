@@ -21,14 +21,22 @@ from configs import UserError
 from ehr_features import static
 from ehr_features.files import read_table, undamaged
 from pretrain.config import FilmsConfig
+from pretrain.encoder.preprocess import Preprocess
 from pretrain.msn import Batch
-from pretrain.notes import TextSource, text_columns
-from pretrain.partners import Partners
-from pretrain.preprocess import Preprocess
+from pretrain.text.notes import TextSource, text_columns
 from pretrain.views import Plan, Views, cut, draw, draw_keep, draw_noise, film_keys, mask_cells, turn, uniforms
 
 if TYPE_CHECKING:
     from pretrain.store import Store
+
+
+import signal
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
+
+from configs.signals import held
+from ehr_features import files as lock
 
 FRONTAL = ("AP", "PA")
 
@@ -284,3 +292,79 @@ class Steps(Dataset[Any]):
         codes, names = pd.factorize(np.array(self.films.column_groups, dtype=object))
         u = uniforms(keys, len(names), self.cutter.seed, epoch, "record dropout")
         return record * (u >= self.dropout).astype(np.float32)[:, codes]
+
+
+# ---- Batches in order, on the device: workers read films; on a GPU they are cut there, while the next ones are read.
+
+
+def batches(steps: Steps, start: int, end: int, workers: int, device: torch.device) -> Iterator[Batch]:
+    """The batches of steps `start` to `end` - 1."""
+    options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 2, "worker_init_fn": begin_worker}
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start, end),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",  # so that copies need not be waited for
+        collate_fn=_as_it_is,
+        **(options if workers else {}),
+    )
+    with held():  # while the workers start
+        items = iter(loader)
+    for item in items:
+        yield item if isinstance(item, Batch) else steps.cutter.cut(to_device(item, device))
+
+
+def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy what are tensors, without waiting for the copy."""
+    return {key: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for key, x in raw.items()}
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def begin_worker(_: int) -> None:
+    """Signals are for the process that saves, also where all of a job are sent one; so is the folder's lock."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lock.forget()
+
+
+# ---- Which film is the target of another: `films.positives: study | patient`.
+
+
+class Partners:
+    """For each film another of the same study, or of the same subject within some days; itself where there is none.
+
+    The other is of the same split, whatever the table says of its subject.
+    """
+
+    def __init__(self, table: pd.DataFrame, by: str, max_days: float | None) -> None:
+        columns = ["split", "subject_id", *(["study_id"] if by == "study" else [])]
+        codes = table.groupby(columns, sort=False, dropna=False).ngroup().to_numpy()
+        self.order = np.argsort(codes, kind="stable")
+        self.start = np.searchsorted(codes[self.order], codes, "left")
+        self.end = np.searchsorted(codes[self.order], codes, "right")
+        taken = pd.to_datetime(table["taken_at"])
+        self.days = ((taken - taken.min()) / pd.Timedelta(days=1)).to_numpy(np.float64)
+        self.max_days = max_days
+
+    def __call__(self, rows: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """rows (B,) -> partners (B,), drawn by u (B,) in [0, 1)."""
+        return np.array([self._one(int(row), x) for row, x in zip(rows, u, strict=True)])
+
+    def count(self) -> int:
+        """Films that have another."""
+        return sum(len(self._others(row)) > 0 for row in range(len(self.order)))
+
+    def _others(self, row: int) -> np.ndarray:
+        others = self.order[self.start[row] : self.end[row]]
+        others = others[others != row]
+        if self.max_days is not None:
+            others = others[np.abs(self.days[others] - self.days[row]) <= self.max_days]
+        return others
+
+    def _one(self, row: int, u: float) -> int:
+        others = self._others(row)
+        return int(others[int(u * len(others))]) if len(others) else row

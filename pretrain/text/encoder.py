@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from configs import UserError
 from ehr_features.files import digest, file_digest, new_file, read_json
-from pretrain.progress import Bar
+from ehr_features.progress import Bar
 
 PART = {"vectors": 8192, "tokens": 2048}  # texts of a file of the cache
 MADE_OF = (".safetensors", ".bin", ".json", ".txt", ".model")  # files on which an encoder's output depends

@@ -29,23 +29,8 @@ import yaml
 from configs import Settings, UserError
 from configs.cli import typed
 from ehr_features.files import PARTIAL, file_digest, lock, new_file, provenance, read_json, write_json
-from pretrain.checkpoints import load_checkpoint, save_checkpoint
-from pretrain.log import Log
-from pretrain.processes import accelerator, check_world, distributed, is_main, on_main, stopping
+from pretrain.run.processes import distributed, on_main
 
-__all__ = [
-    "Log",
-    "accelerator",
-    "check_world",
-    "complete",
-    "finish",
-    "go_on",
-    "is_main",
-    "load_checkpoint",
-    "open_run",
-    "save_checkpoint",
-    "stopping",
-]
 OURS = ("config.yaml", "provenance.json", "metrics.jsonl", "log.txt", "checkpoints", "encoder", "seen_subjects.parquet")
 
 

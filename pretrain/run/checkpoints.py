@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from configs import UserError
 from ehr_features.files import new_file
-from pretrain.log import Log
-from pretrain.processes import distributed, on_main
+from pretrain.run.log import Log
+from pretrain.run.processes import distributed, on_main
 
 
 def save_checkpoint(

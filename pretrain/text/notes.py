@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features.files import file_digest, undamaged
-from pretrain.text import TextEncoder, Tokens, embed, embed_tokens
+from pretrain.text.encoder import TextEncoder, Tokens, embed, embed_tokens
 
 COLUMNS = ("dicom_id", "available_at")
 WAY = "write them with python -m ehr_features notes CONFIG"

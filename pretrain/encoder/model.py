@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from configs import UserError
 from ehr_features.files import new_folder, read_json, write_json
-from pretrain.blocks import through
-from pretrain.network import make, sincos
-from pretrain.preprocess import Preprocess
+from pretrain.encoder.network import make, sincos, through
+from pretrain.encoder.preprocess import Preprocess
 
 
 class Encoder(nn.Module):
@@ -229,6 +228,12 @@ def load(folder: str | Path) -> Encoder:
     return encoder.eval()
 
 
+def encoder_folder(path: str | Path) -> Path:
+    """The encoder/ of a run folder, else the path itself."""
+    path = Path(path)
+    return path / "encoder" if (path / "encoder" / "encoder.json").is_file() else path
+
+
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """encoder.json, checked. Raises: UserError: absent, damaged, or without a key that is needed."""
     path = Path(folder) / "encoder.json"
@@ -273,7 +278,7 @@ def _batches(preprocess: Preprocess, films: Any, size: int) -> Iterator[Tensor]:
 
 
 def _decode(path: Path) -> np.ndarray:
-    from pretrain.films import BadFilm, decode  # here: encoders alone need no image decoders
+    from pretrain.store.decode import BadFilm, decode
 
     try:
         return decode(path)

@@ -6,6 +6,7 @@ index.parquet (dicom_id, shard, row, height, width), rejected.parquet (dicom_id,
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,8 @@ from PIL import Image
 
 from configs import UserError
 from ehr_features.files import read_json, undamaged
-from pretrain.pack import FORMAT, frame_hash, pack, shard_name
 
-__all__ = ["Store", "pack"]
+FORMAT = 1
 
 
 class Store:
@@ -133,3 +133,17 @@ def _read_about(path: Path) -> dict[str, Any]:
 def _read_index(path: Path) -> pd.DataFrame:
     with undamaged(path, "was the store copied whole?"):
         return pd.read_parquet(path)[["dicom_id", "shard", "row", "height", "width"]]
+
+
+def shard_name(number: int) -> str:
+    """shard-00000.arrow and so on."""
+    return f"shard-{number:05d}.arrow"
+
+
+def frame_hash(path: Path, start: int, stop: int) -> str:
+    """sha256 of a file without its bytes from `start` to `stop`."""
+    with path.open("rb") as file:
+        sha = hashlib.sha256(file.read(start))
+        file.seek(stop)
+        sha.update(file.read())
+    return sha.hexdigest()

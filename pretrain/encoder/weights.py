@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from configs import UserError
-from ehr_features.files import undamaged
-from pretrain.encoder import Encoder, differences, read_meta
+from pretrain.encoder.model import Encoder, differences, encoder_folder, read_meta
 
 FIRST = ("patch_embed.proj.weight", "features.conv0.weight", "conv1.weight")  # layers that see the film's channels
 CLASSIFIERS = ("head.", "heads.", "fc.", "classifier.", "head_dist.", "mask_token")  # what no encoder of ours has
@@ -64,7 +62,7 @@ def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> 
     Returns: what was done, for the log.
     Raises: UserError: no such weights, of another architecture, or of one that cannot be known to be the same.
     """
-    path, folder = Path(path), _folder(path)
+    path, folder = Path(path), encoder_folder(path)
     own = encoder.net.blocks[0].attn.num_heads if encoder.is_vit else None
     if folder.is_dir():
         _same_network(encoder, read_meta(folder), folder)
@@ -111,32 +109,6 @@ def _other_size(encoder: Encoder, state: dict[str, Tensor]) -> str:
     return (
         f"; with encoder.model_args: {{img_size: {theirs_px}}} its positions are interpolated for films of {mine_px} px"
     )
-
-
-def _folder(path: str | Path) -> Path:
-    """The encoder/ of a run folder, else the path itself."""
-    path = Path(path)
-    return path / "encoder" if (path / "encoder" / "encoder.json").is_file() else path
-
-
-def seen_before(path: str | Path) -> pd.DataFrame | None:
-    """The subjects that weights have seen (subject_id, split), as the run says that they are of; None: unknown."""
-    listed = _folder(path).parent / "seen_subjects.parquet"
-    if not (_folder(path).is_dir() and listed.is_file()):
-        return None
-    with undamaged(listed, "copy the run again"):
-        return pd.read_parquet(listed)
-
-
-def ancestry(path: str | Path) -> dict[str, Any]:
-    """What encoder.json must go on saying of weights that another run starts from."""
-    folder = _folder(path)
-    meta = read_meta(folder) if folder.is_dir() else {}
-    kept = {key: meta[key] for key in ("ehr_groups", "splits_seen", "supervised_by", "started_from") if meta.get(key)}
-    films = "unknown" if seen_before(path) is None else "known"
-    if kept.get("started_from", {}).get("films") == "unknown":
-        films = "unknown"
-    return kept | {"started_from": {"weights": str(path), "films": films}}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Texts and notes -> vectors or token states by a frozen text encoder."""
