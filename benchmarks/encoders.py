@@ -21,7 +21,7 @@ from configs import cli, load
 from finetune.compare import compare_runs
 from finetune.config import ProbeConfig
 from finetune.demo import CONFIGS, plan
-from finetune.probe import probe
+from finetune.probe.main import probe
 from pretrain.config import PretrainConfig
 from pretrain.train import train
 

@@ -27,11 +27,11 @@ from accelerate import Accelerator
 from configs import load as load_config
 from ehr_features import series
 from ehr_features.files import read_json
-from finetune import loop
 from finetune.config import FuseConfig
-from finetune.net import FilmBranch
-from finetune.samples import Samples, batches, load, padding
-from finetune.train import build
+from finetune.fusion import loop
+from finetune.fusion.net import FilmBranch
+from finetune.fusion.samples import Samples, batches, load, padding
+from finetune.fusion.train import build
 
 CATEGORIES = {"gcs_eye": 4, "gcs_motor": 6, "gcs_verbal": 5, "gcs_total": 15}
 FILM_WIDTH = 192

@@ -34,8 +34,8 @@ from sklearn.metrics import roc_auc_score
 from configs import load
 from ehr_features.files import read_json
 from finetune.config import FuseConfig
+from finetune.fusion.train import fuse
 from finetune.results import read_predictions
-from finetune.train import fuse
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 TRAININGS = 2

@@ -29,7 +29,7 @@ from ehr_features.schema import FINDINGS
 from finetune.compare import paired
 from finetune.config import ProbeConfig
 from finetune.demo import CONFIGS
-from finetune.probe import probe
+from finetune.probe.main import probe
 from finetune.results import read_predictions
 from pretrain.config import ImagesConfig, PretrainConfig
 from pretrain.store import pack

@@ -20,17 +20,17 @@ def _probe(config: ProbeConfig, args: argparse.Namespace) -> None:
         given = config.model_dump()
         config = ProbeConfig.model_validate(given | {"shift": (given["shift"] or {}) | {"field": args.shift}})
     if args.watch:
-        from finetune.watch import watch
+        from finetune.probe.watch import watch
 
         watch(config, args.watch)
         return
-    from finetune.probe import probe
+    from finetune.probe.main import probe
 
     probe(config, args)
 
 
 def _fuse(config: FuseConfig, args: argparse.Namespace) -> None:
-    from finetune.train import fuse
+    from finetune.fusion.train import fuse
 
     fuse(config, args)
 
@@ -66,13 +66,13 @@ def _nearest(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from finetune.report import report
+    from finetune.report.page import report
 
     print(f"reading {len(args.runs)} folders")
     out = report(args.runs, args.out, with_films=args.with_films, truth=args.truth)
     print(f"{out}\nopen it in a browser")
     if args.screenshot:
-        from finetune.report_screenshot import screenshot
+        from finetune.report.screenshot import screenshot
 
         print(screenshot(out, args.screenshot))
 
@@ -84,7 +84,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _runs(args: argparse.Namespace) -> None:
-    from finetune.report_runs import show
+    from finetune.report.runs import show
 
     show(args.folder)
 

@@ -22,8 +22,7 @@ from scipy.special import expit
 
 from configs import UserError
 from ehr_features.files import check_new_file, new_file
-from finetune import rarity
-from finetune.metrics import check, distribution, interval, macro, over_runs, runs_drawn
+from finetune.metrics import by_count, check, distribution, interval, macro, over_runs, runs_drawn, thirds
 from finetune.results import read_predictions, read_results
 
 ENOUGH_SEEDS = 3
@@ -134,7 +133,7 @@ def compare_runs(
     same = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
     more: dict[str, Any] = {"names": first[3], "samples": samples, "seed": seed, "same_seeds": same}
     shares = abouts[0][0].get("prevalence")  # of the film tasks
-    macros = rarity.thirds(shares) if shares else None
+    macros = thirds(shares) if shares else None
     table = paired(first[1], *stacked, groups=first[2], macros=macros, **more)
     if shares:
         table = pd.concat([table, _by_count(first[1], stacked, first[2], more)], ignore_index=True)
@@ -158,7 +157,7 @@ def _by_count(
 ) -> pd.DataFrame:
     """`macro` on the films with one, two, three and more findings."""
     rows = []
-    for name, keep in rarity.by_count(more["names"], labels.astype(np.float32)).items():
+    for name, keep in by_count(more["names"], labels.astype(np.float32)).items():
         if keep.any():
             part = paired(labels[keep], *(s[:, keep] for s in stacked), groups=groups[keep], **more)
             rows.append(part.iloc[:1].assign(label=f"macro, {name}"))

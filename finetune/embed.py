@@ -18,7 +18,7 @@ import torch
 from configs import UserError
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
-from finetune.net import open_encoder
+from finetune.encoders import open_encoder
 from pretrain import encoder as encoders
 from pretrain.store.decode import SUFFIXES, BadFilm, decode, fit
 

@@ -87,24 +87,6 @@ def check_encoder(
     return Seen(films, supervision, warnings)
 
 
-def seen_after(origin: Path | None, subjects: pd.DataFrame) -> pd.DataFrame | None:
-    """Whom an encoder has seen once it was trained further: those of before, and `subjects`.
-
-    Args:
-        origin: the encoder/ folder or weights file that training went on from; None for random weights.
-        subjects: subject_id (and split) of the films that it was trained on now.
-    Returns: a seen_subjects.parquet; None where those of before are unknown.
-    """
-    now = subjects.drop_duplicates("subject_id")
-    if origin is None:
-        return now
-    before = origin.parent / "seen_subjects.parquet"
-    if not (origin.is_dir() and before.is_file()):
-        return None
-    with undamaged(before, "copy the run again"):
-        return pd.concat([pd.read_parquet(before), now]).drop_duplicates("subject_id")
-
-
 def refuse_discharge(groups: Iterable[str], available_at: dict[str, str]) -> None:
     """Refuse inputs that are known only at discharge.
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
 from configs import UserError
 from finetune.resample import PROBABILITIES, RANKS, THRESHOLDED, Floats, Label, multiplicities
@@ -238,3 +239,52 @@ def _reason(metric: str, value: float, both: bool, n: int, positives: int, score
     if metric in THRESHOLDED:
         return "no threshold: validation has one class only"
     return "no finite fit: the scores separate the classes, or are all equal"
+
+
+# ---- Findings by how common they are, and films by how many findings they have: where a note might help.
+
+THIRDS = ("macro rarest third", "macro middle third", "macro commonest third")
+NOT_FINDINGS = ("No Finding", "Support Devices")  # not counted among a film's findings
+
+
+def prevalence(names: Sequence[str], labels: NDArray[np.float32]) -> dict[str, float]:
+    """The share of films with each label among those where it is known.
+
+    Args:
+        labels: (N, L) of the train films: 1, 0, NaN.
+    """
+    known = np.maximum((~np.isnan(labels)).sum(0), 1)
+    return {name: float(share) for name, share in zip(names, np.nansum(labels, axis=0) / known, strict=True)}
+
+
+def thirds(shares: Mapping[str, float]) -> dict[str, list[str]]:
+    """The labels in three groups by prevalence; none with fewer than three labels, nor of labels that never occur."""
+    found = sorted((name for name, share in shares.items() if share > 0), key=lambda name: (shares[name], name))
+    if len(found) < 3:
+        return {}
+    cut = np.array_split(np.array(found, object), 3)
+    return {name: part.tolist() for name, part in zip(THIRDS, cut, strict=True)}
+
+
+def by_count(names: Sequence[str], labels: NDArray[np.float32]) -> dict[str, NDArray[np.bool_]]:
+    """Rows with one, two, and three or more findings: name -> (N,)."""
+    counted = [i for i, name in enumerate(names) if name not in NOT_FINDINGS]
+    number = (labels[:, counted] == 1).sum(1)
+    return {"findings=1": number == 1, "findings=2": number == 2, "findings=3+": number >= 3}
+
+
+def macro_auroc(labels: NDArray[np.float32], scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Mean AUROC over the labels that have both classes, for each head: labels (N, L), scores (N, H, L) -> (H,)."""
+    values = []
+    for i in range(labels.shape[1]):
+        known = ~np.isnan(labels[:, i])
+        y = labels[known, i] > 0
+        if 0 < y.sum() < len(y):
+            ranks = rankdata(scores[known, :, i], axis=0)  # (n, H)
+            p = y.sum()
+            values.append((ranks[y].sum(0) - p * (p + 1) / 2) / (p * (len(y) - p)))
+    if not values:
+        raise UserError(
+            "no label has both classes among the validation films, so nothing can be chosen; use more films"
+        )
+    return np.mean(values, axis=0)

@@ -8,7 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from finetune.report_screenshot import FLAGS, browser
+from finetune.report.screenshot import FLAGS, browser
 
 REQUEST = re.compile(r'"initiator":"([^"]+)".*?"url":"([^"]+)"')
 MEASURE = """<script>

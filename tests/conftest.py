@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ehr_features.files import write_json
-from finetune.report_screenshot import browser
+from finetune.report.screenshot import browser
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
     def make(**options: object) -> Path:
         store = world(tmp_path, **options)  # type: ignore[arg-type]
-        monkeypatch.setattr("finetune.sources.Store", lambda folder: store)
+        monkeypatch.setattr("finetune.layouts.Store", lambda folder: store)
         return tmp_path
 
     return make
@@ -157,7 +157,7 @@ def make_icu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
 
     def make(**options: object) -> Path:
         store = icu_world(tmp_path, **options)  # type: ignore[arg-type]
-        monkeypatch.setattr("finetune.inputs.Store", lambda folder: store)
+        monkeypatch.setattr("finetune.fusion.inputs.Store", lambda folder: store)
         return tmp_path
 
     return make

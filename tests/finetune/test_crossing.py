@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.crossing import TOKEN_MODELS
-from finetune.fusion import Attention, MedFuse, Note, Sizes
-from finetune.rarity import by_count, prevalence, thirds
+from finetune.fusion.cross_attention import TOKEN_MODELS
+from finetune.fusion.models import Attention, MedFuse, Note, Sizes
+from finetune.metrics import by_count, prevalence, thirds
 
 SIZES = Sizes(inputs=7, film=6, labels=3, hidden=32, joint=10, text=5, places=4)
 

@@ -19,11 +19,11 @@ from finetune.compare import show
 from finetune.config import ProbeConfig
 from finetune.embed import embed, nearest
 from finetune.metrics import evaluate
-from finetune.probe import probe
-from finetune.report import report
+from finetune.probe.main import probe
+from finetune.probe.watch import watch
+from finetune.report.page import report
 from finetune.results import read_results
 from finetune.score import score
-from finetune.watch import watch
 from pretrain import encoder as encoders
 
 World = Callable[..., Path]
@@ -233,7 +233,7 @@ def test_each_exported_encoder_is_probed_once_and_watching_ends_with_the_run(
         elif len(looks) == 4:
             write_json(run / "provenance.json", {"finished_at": "now"})
 
-    monkeypatch.setattr("finetune.watch.time.sleep", next_export)
+    monkeypatch.setattr("finetune.probe.watch.time.sleep", next_export)
     images = folder / "features/images.parquet"
     table = pd.read_parquet(images)
     given = {"features": str(folder / "features"), "store": "memory", "encoder": str(run), "out": "unused", "epochs": 3}

@@ -10,9 +10,9 @@ import pytest
 from configs import UserError
 from ehr_features.schema import FINDINGS
 from finetune.config import ProbeConfig
-from finetune.evaluation import Scored, check_fields, subgroups
-from finetune.films import fraction_rows, read_films
-from finetune.probe import probe
+from finetune.labelled import fraction_rows, read_films
+from finetune.probe.evaluation import Scored, check_fields, subgroups
+from finetune.probe.main import probe
 from finetune.results import read_predictions, read_results
 
 World = Callable[..., Path]
@@ -80,7 +80,7 @@ def test_subgroups_and_the_largest_gap_of_a_planted_one() -> None:
 
 def test_a_view_shortcut_is_caught_by_the_shift(make_world: World) -> None:
     folder = make_world(subjects=300)
-    store = __import__("finetune.sources").sources.Store("memory")
+    store = __import__("finetune.layouts").layouts.Store("memory")
     images = pd.read_parquet(folder / "features/images.parquet")
     for film, view, edema in images[["dicom_id", "view", "Edema"]].itertuples(index=False):
         pixels = store.films[film]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from finetune import findings
+from finetune.fusion import findings
 
 
 def world(seed: int, num: int, width: int = 60) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:

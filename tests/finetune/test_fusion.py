@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from finetune import fusion
-from finetune.fusion import MODELS, FilmOnly, MedFuse, RecordLSTM, Sizes, last_hour, mean_hours
+from finetune.fusion import models as fusion
+from finetune.fusion.models import MODELS, FilmOnly, MedFuse, RecordLSTM, Sizes, last_hour, mean_hours
 
 SIZES = Sizes(inputs=7, film=6, labels=3, hidden=32, joint=10)
 FUSED = [name for name in MODELS if not name.startswith("record_") and name != "film_only"]

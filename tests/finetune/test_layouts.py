@@ -13,9 +13,9 @@ from configs import UserError
 from ehr_features.schema import FINDINGS
 from finetune.compare import compare_runs
 from finetune.config import ProbeConfig, TableConfig
-from finetune.films import check_splits
+from finetune.labelled import check_splits
 from finetune.layouts import read_layout
-from finetune.probe import probe
+from finetune.probe.main import probe
 from finetune.results import read_results
 from pretrain import encoder as encoders
 from pretrain.store import Store
@@ -146,7 +146,7 @@ def test_a_mimic_head_is_scored_on_chexpert_without_training(
     given = {"encoder": "pixels", "pixels": 2, "samples": 40, "method": "logistic"}
     mimic = given | {"features": str(folder / "features"), "store": "memory", "out": str(folder / "runs/mimic")}
     head = probe(ProbeConfig.model_validate(mimic))
-    monkeypatch.setattr("finetune.sources.Store", Store)
+    monkeypatch.setattr("finetune.layouts.Store", Store)
     layout = chexpert(folder, test="test.csv").model_dump() | {"size": 24}
     there = {"films": layout, "method": "transfer", "head": str(head), "out": str(folder / "runs/chexpert")}
     about, rows = read_results(probe(ProbeConfig.model_validate(given | there)))

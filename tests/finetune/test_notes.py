@@ -12,13 +12,13 @@ import pytest
 from pydantic import ValidationError
 
 from configs import UserError
-from finetune import inputs, rarity
-from finetune import notes as module
 from finetune.compare import compare_runs
 from finetune.config import FuseConfig
-from finetune.rarity import THIRDS
+from finetune.fusion import inputs
+from finetune.fusion import inputs as module
+from finetune.fusion.train import fuse
+from finetune.metrics import THIRDS, thirds
 from finetune.results import read_results
-from finetune.train import fuse
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("word_encoder")
@@ -147,7 +147,7 @@ def test_a_comparison_goes_by_prevalence_and_by_the_number_of_findings(told: tup
     assert list(table.index[:4]) == ["macro", *THIRDS] and {"macro, findings=1", "macro, findings=2"} <= set(
         table.index
     )
-    rarest = rarity.thirds(read_results(both)[0]["prevalence"])[THIRDS[0]]
+    rarest = thirds(read_results(both)[0]["prevalence"])[THIRDS[0]]
     assert table.loc[THIRDS[0], "difference"] == pytest.approx(table.loc[rarest, "difference"].mean())
     assert table.loc[["macro", *THIRDS, "macro, findings=1"], "p_holm"].isna().all()
     assert table.loc["Edema", "p_holm"] >= table.loc["Edema", "p"]

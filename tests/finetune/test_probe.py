@@ -12,12 +12,15 @@ from sklearn.metrics import roc_auc_score
 
 from configs import UserError, load
 from ehr_features.files import write_json
-from finetune import classic, heads, results, sources
+from finetune import layouts as sources
+from finetune import results
 from finetune.config import ProbeConfig
-from finetune.evaluation import scored
-from finetune.films import check_splits, evaluation_labels, read_films, training_labels
-from finetune.frozen import film_features, open_frozen
-from finetune.probe import probe
+from finetune.encoders import film_features, open_frozen
+from finetune.labelled import check_splits, evaluation_labels, read_films, training_labels
+from finetune.probe import heads
+from finetune.probe import heads as classic
+from finetune.probe.evaluation import scored
+from finetune.probe.main import probe
 from finetune.results import read_predictions, read_results
 from pretrain import encoder as encoders
 

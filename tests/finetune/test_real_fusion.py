@@ -13,9 +13,9 @@ import torch
 
 from configs import load
 from finetune.config import FuseConfig
-from finetune.fusion import MODELS
+from finetune.fusion.models import MODELS
+from finetune.fusion.train import fuse
 from finetune.results import read_results
-from finetune.train import fuse
 from pretrain import encoder as encoders
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from configs import UserError
 from ehr_features import series
-from finetune.samples import another_film, batches, complete_steps, load, padding
+from finetune.fusion.samples import another_film, batches, complete_steps, load, padding
 
 Make = Callable[..., Path]
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from configs import UserError
 from configs.signals import Stopped
-from finetune import loop
 from finetune.config import FuseConfig
-from finetune.fusion import MODELS
+from finetune.fusion import loop
+from finetune.fusion.models import MODELS
+from finetune.fusion.train import fuse
 from finetune.guard import check_encoder
 from finetune.results import read_results
-from finetune.train import fuse
 from pretrain import encoder as encoders
 from pretrain.run import stopping
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from configs.signals import Stopped
 from ehr_features.files import read_json
-from finetune import tune, tune_net
 from finetune.config import ProbeConfig, TuneConfig
-from finetune.probe import probe
+from finetune.probe import tune
+from finetune.probe import tune as tune_net
+from finetune.probe.main import probe
 from finetune.results import read_predictions, read_results
 from pretrain import encoder as encoders
 from pretrain import run

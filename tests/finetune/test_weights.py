@@ -10,10 +10,9 @@ from torchvision.models import resnet18
 
 from configs import UserError
 from finetune.config import ProbeConfig, WeightsConfig
-from finetune.frozen import open_any, open_frozen
-from finetune.probe import probe
+from finetune.encoders import open_any, open_frozen, open_weights
+from finetune.probe.main import probe
 from finetune.results import read_results
-from finetune.weights import open_weights
 from pretrain import encoder as encoders
 
 ARGS = {"depth": 1, "embed_dim": 24, "num_heads": 2}

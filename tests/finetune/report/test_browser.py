@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune.report import report
-from finetune.report_screenshot import browser, screenshot
+from finetune.report.page import report
+from finetune.report.screenshot import browser, screenshot
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(browser() is None, reason="no Chromium here")]
 

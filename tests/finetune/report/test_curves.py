@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from finetune.compare import compare_runs
-from finetune.report_curves import Scored, bins, curves_figure, net_benefit, precision_recall, roc
-from finetune.report_data import read_runs
-from finetune.report_figures import Scale, tick_text
-from finetune.report_html import Html, interval, number, tag
-from finetune.report_pairs import _compare, methods
-from finetune.report_results import possible
-from finetune.report_training import smooth
+from finetune.report.curves import Scored, bins, curves_figure, net_benefit, precision_recall, roc
+from finetune.report.data import read_runs
+from finetune.report.figures import Scale, tick_text
+from finetune.report.html import Html, interval, number, tag
+from finetune.report.pairs import _compare, methods
+from finetune.report.results import possible
+from finetune.report.training import smooth
 
 ROWS = st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=2, max_size=40).filter(
     lambda rows: 0 < sum(y for y, _ in rows) < len(rows)

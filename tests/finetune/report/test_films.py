@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from finetune import report_films
-from finetune.report_data import Run, read_runs
+from finetune.report import films as report_films
+from finetune.report.data import Run, read_runs
 from pretrain import encoder as encoders
 
 SIZE = 32

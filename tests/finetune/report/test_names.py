@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ehr_features.phenotypes import groups
-from finetune import report_html
-from finetune.report_figures import COLOURS, tick_text
-from finetune.report_names import PHENOTYPES, told
-from finetune.tasks import macros
+from finetune.fusion.samples import macros
+from finetune.report import html as report_html
+from finetune.report.figures import COLOURS, tick_text
+from finetune.report.html import PHENOTYPES, told
 
 APART = 14.0  # distance in CIELAB; about 2 can just be seen
 VISION = {  # of linear RGB. Source: Machado, Oliveira and Fernandes 2009, severity 1

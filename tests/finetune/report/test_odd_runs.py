@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from configs import UserError
-from finetune.report import report
-from finetune.report_data import read_runs
-from finetune.report_runs import show
+from finetune.report.data import read_runs
+from finetune.report.page import report
+from finetune.report.runs import show
 
 HERE = ("vanilla", "film_only", "record_lstm")
 

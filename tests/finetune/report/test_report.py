@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from configs import UserError
-from finetune.report import report
-from finetune.report_data import find_runs, read_runs
-from finetune.report_runs import show
+from finetune.report.data import find_runs, read_runs
+from finetune.report.page import report
+from finetune.report.runs import show
 
 HOSTILE = "<script>alert('x')</script>"
 

@@ -1,0 +1,111 @@
+"""Token states of films by a frozen encoder, computed once, left on disk in half precision.
+
+A ViT gives its class token and its patches, a convolutional net the cells of its last map, `pixels` 8-pixel patches of
+a small film; more than `side` x `side` places are averaged to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from ehr_features.files import digest, new_file
+from ehr_features.progress import Bar
+from finetune.encoders import open_any
+from pretrain.text.encoder import Tokens, whole
+
+if TYPE_CHECKING:
+    from finetune.config import WeightsConfig
+    from finetune.encoders import Frozen
+    from pretrain.store import Store
+
+PART = 4096  # films of a file of the cache
+PIXELS = 32  # side of the film that `pixels` cuts into patches of 8
+
+
+def film_tokens(
+    frozen: Frozen,
+    store: Store,
+    films: Sequence[str],
+    cache: Path,
+    *,
+    seed: int = 0,
+    weights: WeightsConfig | None = None,
+    side: int = 7,
+    device: str | torch.device = "cpu",
+) -> tuple[Tokens, int]:
+    """Token states of films.
+
+    Args:
+        frozen: the encoder, as opened for its features. films: M dicom_ids of the store. seed: of random weights.
+    Returns: the states of each film, rows as `films`; N, tokens of a film.
+    """
+    wanted = sorted(set(films))
+    cut = [wanted[i : i + PART] for i in range(0, len(wanted), PART)]
+    paths = [cache / f"film_tokens_{digest([frozen.key, store.hash, side, part])}.safetensors" for part in cut]
+    new = sum(len(part) for path, part in zip(paths, cut, strict=True) if not whole(path))
+    if new:
+        encode = _encode(frozen.name, seed, weights, side, device)
+        with Bar(f"tokens of {frozen.name}", new, "films") as bar:
+            for path, part in zip(paths, cut, strict=True):
+                if not whole(path):
+                    _write(encode, store, part, path, bar)
+    with safe_open(paths[0], "numpy") as file:
+        places, width = int(file.metadata()["tokens"]), file.get_slice("values").get_shape()[1]
+    place = {film: i for i, film in enumerate(wanted)}
+    rows = np.array([place[film] for film in films], np.int64)
+    full = np.full(len(rows), places, np.int64)
+    return Tokens(tuple(paths), rows // PART, rows % PART * places, full, width), places
+
+
+def _encode(
+    name: str, seed: int, weights: WeightsConfig | None, side: int, device: str | torch.device
+) -> Callable[[NDArray[np.uint8]], Tensor]:
+    """uint8 (B, S, S) -> (B, N, D)."""
+    if name.startswith("pixels"):
+
+        def patches(films: NDArray[np.uint8]) -> Tensor:
+            small = functional.adaptive_avg_pool2d(torch.from_numpy(films)[:, None].float() / 255, PIXELS)
+            return functional.unfold(small, 8, stride=8).transpose(1, 2)  # (B, 16, 64)
+
+        return patches
+    encoder = open_any(name, seed, weights)[0].to(device).eval()
+
+    @torch.inference_mode()
+    def encode(films: NDArray[np.uint8]) -> Tensor:
+        states = encoder.features(encoder.preprocess(films).to(device)).float()
+        prefix = states[:, :0]
+        if states.ndim == 3:
+            number = int(encoder.net.num_prefix_tokens)
+            prefix, states = states[:, :number], states[:, number:]
+            rows = round(states.shape[1] ** 0.5)
+            states = states.transpose(1, 2).unflatten(2, (rows, -1))  # (B, D, h, w)
+        else:
+            prefix = states.new_zeros(len(states), 0, states.shape[1])
+        if max(states.shape[2:]) > side:
+            states = functional.adaptive_avg_pool2d(states, side)
+        return torch.cat([prefix, states.flatten(2).transpose(1, 2)], dim=1).cpu()
+
+    return encode
+
+
+def _write(
+    encode: Callable[[NDArray[np.uint8]], Tensor], store: Store, films: Sequence[str], path: Path, bar: Bar
+) -> None:
+    parts = []
+    for start in range(0, len(films), 64):
+        parts.append(encode(store.read(films[start : start + 64])).numpy().astype(np.float16))
+        bar.advance(len(parts[-1]))
+    states = np.concatenate(parts)  # (m, N, D)
+    about = {"tokens": str(states.shape[1]), "truncated": "0"}
+    with new_file(path) as file:
+        save_file({"values": np.ascontiguousarray(states.reshape(-1, states.shape[2]))}, file, metadata=about)

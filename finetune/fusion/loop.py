@@ -1,0 +1,233 @@
+"""One training of a net: epochs until validation stops getting better, and predictions.
+
+Comes in: a fresh net, samples, row numbers of train and val. Goes out: the net with the weights of its best epoch. A
+run that was stopped goes on from its last checkpoint and gives the losses of an unbroken one: order and dropout of an
+epoch depend on seed and epoch only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from configs import UserError
+from configs.signals import Stopped
+from ehr_features.progress import Bar
+from finetune.config import FuseConfig
+from finetune.fusion.models import Late, Output
+from finetune.fusion.net import Net
+from finetune.fusion.outputs import Predictions, weights_of
+from finetune.fusion.samples import Samples, batches, stream
+from finetune.metrics import macro_auroc
+from pretrain import run
+
+
+class Scores(NamedTuple):
+    """What validation says of an epoch; the higher AUROC is better, then the lower loss."""
+
+    auroc: float  # NaN where no label has both classes
+    loss: float
+
+    def better(self, other: Scores | None) -> bool:
+        if other is None or np.isnan(self.auroc):
+            return other is None or self.loss < other.loss
+        return (self.auroc, -self.loss) > (other.auroc, -other.loss)
+
+
+def loss_of(output: Output, labels: Tensor, has_image: Tensor, part_weight: float, exclusive: bool = False) -> Tensor:
+    """The loss of the logits, plus part_weight times that of each branch (the film's where there is a film).
+
+    Args:
+        labels: (B, L) 0, 1, NaN (does not count).
+        has_image: (B, K).
+        exclusive: exactly one label of a row is 1: softmax, not sigmoid.
+
+    Logits that carry no gradient (`late`: its branches are trained apart) add nothing, and the parts count in full.
+    """
+    loss = entropy(output.logits, labels, exclusive=exclusive)
+    if output.parts and not output.logits.requires_grad:
+        part_weight = 1.0
+    for name, logits in output.parts.items():
+        where = has_image[:, :1] if name == "film" else torch.ones_like(has_image[:, :1])
+        loss = loss + part_weight * entropy(logits, labels, where, exclusive=exclusive)
+    return loss
+
+
+def entropy(logits: Tensor, labels: Tensor, where: Tensor | None = None, *, exclusive: bool = False) -> Tensor:
+    """Mean binary cross-entropy over the labels that are known, or cross-entropy over the rows; of the rows `where`."""
+    if exclusive:
+        losses = functional.cross_entropy(logits.float(), labels, reduction="none")[:, None]
+        known = torch.ones_like(losses, dtype=torch.bool)
+    else:
+        known = ~labels.isnan()
+        losses = functional.binary_cross_entropy_with_logits(logits.float(), labels.nan_to_num(), reduction="none")
+    known = known if where is None else known & where
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def train(
+    net: Net,
+    samples: Samples,
+    rows: dict[str, NDArray[np.int64]],
+    config: FuseConfig,
+    accelerator: Accelerator,
+    log: run.Log,
+    folder: Path,
+) -> Scores:
+    """Train on rows["train"], choose the epoch on rows["val"]; leaves the best epoch's weights in `net`.
+
+    Returns: the best epoch's scores. Raises: Stopped: SIGTERM came; a checkpoint is in `folder`.
+    """
+    optimizer = torch.optim.AdamW(_groups(net, config), betas=config.betas)
+    best: Scores | None = None
+    kept, first, waited, flat, lowest = weights_of(net), 0, 0, 0, float("inf")
+    if (state := run.load_checkpoint(folder)) is not None:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        best, kept = Scores(*state["best"]), state["kept"]
+        first, waited, flat, lowest = state["step"], state["waited"], state["flat"], state["lowest"]
+    log.cut(first)
+    wrapped, optimizer = accelerator.prepare(net, optimizer)
+    with run.stopping() as stop, Bar("training", config.epochs, "epochs", shown=accelerator.is_main_process) as bar:
+        bar.advance(first)
+        for epoch in range(first, config.epochs):
+            if waited >= config.patience:
+                break
+            loss = _epoch(wrapped, optimizer, samples, rows["train"], config, accelerator, epoch)
+            now = scores(predict(net, samples, rows["val"], config, accelerator), samples)
+            waited = 0 if now.better(best) else waited + 1
+            if waited == 0:
+                best, kept = now, weights_of(net)
+            flat, lowest = (0, now.loss) if now.loss < lowest else (flat + 1, lowest)
+            if config.plateau is not None and flat >= config.plateau:
+                flat = 0
+                for group in optimizer.param_groups:
+                    group["lr"] /= 2
+            log.log({"train/loss": loss, "val/loss": now.loss, "val/auroc/macro": now.auroc}, epoch + 1)
+            bar.advance(1, f"loss {loss:.3f} val AUROC {now.auroc:.3f}")
+            ended = stop.agreed()
+            if ended or (config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0):
+                state = {
+                    "net": weights_of(net),
+                    "optimizer": optimizer.state_dict(),
+                    "kept": kept,
+                    "best": list(best or ()),
+                }
+                run.save_checkpoint(folder, state | {"waited": waited, "flat": flat, "lowest": lowest}, epoch + 1)
+            if ended:
+                raise Stopped(run.go_on(folder, epoch + 1))
+    net.load_state_dict(kept)
+    assert best is not None, "there was an epoch"
+    return choose_share(net, samples, rows["val"], config, accelerator) or best
+
+
+def _epoch(
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Samples,
+    rows: NDArray[np.int64],
+    config: FuseConfig,
+    accelerator: Accelerator,
+    epoch: int,
+) -> float:
+    """One pass over the rows. Returns: the mean loss."""
+    rng = np.random.default_rng([config.seed, epoch])
+    if config.epoch_samples is not None and config.epoch_samples < len(rows):
+        rows = rng.choice(rows, config.epoch_samples, replace=False)
+    parts = batches(samples.length[rows], config.batch_size, rng)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    parts = [rows[part] for part in parts + parts[: -len(parts) % world]][rank::world]
+    torch.manual_seed(int(rng.integers(2**62)) + rank)  # of dropout
+    wrapped.train()
+    total = 0.0
+    for batch in stream(samples, parts, config.workers, _tuned(config, epoch)):
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        with accelerator.autocast():
+            output = wrapped(batch)
+        exclusive = samples.hours_left is not None
+        loss = loss_of(output, batch["labels"], batch["has_image"], config.part_weight, exclusive)
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower lr ({config.lr}) or encoder_lr")
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        if config.clip is not None:
+            accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+        optimizer.step()
+        total += loss.item()
+    return total / len(parts)
+
+
+def _tuned(config: FuseConfig, epoch: int) -> bool:
+    """Whether this epoch trains the encoder."""
+    return not config.freeze and epoch >= (config.unfreeze_after or 0)
+
+
+@torch.no_grad()
+def predict(
+    net: Net, samples: Samples, rows: NDArray[np.int64], config: FuseConfig, accelerator: Accelerator
+) -> Predictions:
+    """Logits of the rows, each exactly once, whatever the number of processes; log-odds of the softmax where labels
+    exclude each other."""
+    net.eval()
+    parts = [rows[part] for part in batches(samples.length[rows], 4 * config.batch_size)]
+    parts, found = parts[accelerator.process_index :: accelerator.num_processes], []
+    for batch in stream(samples, parts, config.workers, not config.freeze):
+        with accelerator.autocast():
+            output: Output = net({key: value.to(accelerator.device) for key, value in batch.items()})
+        raw = output.logits.double()
+        raw = raw if samples.hours_left is None else torch.logit(raw.softmax(1), eps=1e-9)
+        weighed = output.weights if output.weights is not None else raw[:, :0]
+        found.append((batch["rows"].numpy(), raw.cpu().numpy(), weighed.double().cpu().numpy()))
+    found = gather_object(found) if accelerator.num_processes > 1 else found
+    at, logits, weights = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(at)
+    assert np.array_equal(at[order], np.sort(rows)), "each sample is predicted once"
+    return Predictions(at[order], logits[order], weights[order] if weights.shape[1] else None)
+
+
+def scores(predictions: Predictions, samples: Samples) -> Scores:
+    """Macro AUROC and loss, without intervals."""
+    labels = samples.labels[predictions.rows]
+    loss = entropy(torch.from_numpy(predictions.logits), torch.from_numpy(labels)).item()
+    if not ((labels == 1).any(0) & (labels == 0).any(0)).any():
+        return Scores(float("nan"), loss)
+    return Scores(float(macro_auroc(labels, predictions.logits[:, None])[0]), loss)
+
+
+def choose_share(
+    net: Net, samples: Samples, rows: NDArray[np.int64], config: FuseConfig, accelerator: Accelerator
+) -> Scores | None:
+    """Set the film's weight of a `late` net to that of the best validation AUROC; None for other nets."""
+    model = net.model
+    if not isinstance(model, Late):
+        return None
+    best: tuple[Scores, float] | None = None
+    for share in np.linspace(0, 1, 11).tolist():
+        model.share.fill_(share)
+        now = scores(predict(net, samples, rows, config, accelerator), samples)
+        if now.better(best and best[0]):
+            best = now, share
+    assert best is not None
+    model.share.fill_(best[1])
+    return best[0]
+
+
+def _groups(net: Net, config: FuseConfig) -> list[dict[str, Any]]:
+    """Weights of the model with decay, its biases without, and the encoder's with its own lr."""
+    learned = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    encoder = [p for name, p in learned if name.startswith("films.encoder.")]
+    own = [p for name, p in learned if not name.startswith("films.encoder.")]
+    groups: list[dict[str, Any]] = []
+    for weights, lr in ((own, config.lr), (encoder, config.encoder_lr)):
+        matrices, others = [p for p in weights if p.ndim > 1], [p for p in weights if p.ndim < 2]
+        for kept, decay in ((matrices, config.weight_decay), (others, 0.0)):
+            groups += [{"params": kept, "lr": lr, "weight_decay": decay}] if kept else []
+    return groups

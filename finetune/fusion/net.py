@@ -1,0 +1,142 @@
+"""What stands around a fusion model: the film encoder, frozen or tuned, and the scale of its features.
+
+Comes in: batches of `Samples.batch`. Goes out: the `Output` of the model. A film that is not there never reaches the
+encoder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from configs import UserError
+from ehr_features.files import undamaged
+from finetune.encoders import pooled
+from finetune.fusion.models import Note, Output
+from finetune.fusion.samples import CONTEXT
+from pretrain import encoder as encoders
+
+if TYPE_CHECKING:
+    from pretrain.encoder import Encoder
+
+
+class FilmBranch(nn.Module):
+    """Films -> what a model is given of each: scaled features, logits of findings, view and age.
+
+    Args:
+        encoder: to be tuned; None where batches bring the features of a frozen one.
+        origin: where it was trained; None for random weights.
+        pool: of the encoder; `both` puts its two side by side.
+        mean, deviation: (D,) of the train films' features.
+        findings: a fitted head for the findings; None leaves its logits out.
+        keep: give the features themselves.
+        context: give the film's view and age.
+        fixed_norm: batch norm keeps its statistics (a batch may hold one film); False for random weights.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        mean: Tensor,
+        deviation: Tensor,
+        *,
+        encoder: Encoder | None = None,
+        origin: Path | None = None,
+        pool: str | None = None,
+        findings: nn.Linear | None = None,
+        keep: bool = True,
+        context: bool = True,
+        fixed_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.fixed_norm, self.origin = fixed_norm, origin
+        self.encoder, self.pool, self.findings, self.keep, self.context = encoder, pool, findings, keep, context
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self.width = len(mean) * keep + (0 if findings is None else findings.out_features) + CONTEXT * context
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """A batch of `Samples` -> (B, K, width), zero where there is no film."""
+        present = batch["has_image"]  # (B, K)
+        if "images" in batch:
+            assert self.encoder is not None, "a batch of films needs an encoder"
+            film = torch.zeros(*present.shape, len(self.mean), device=present.device)
+            if len(batch["images"]):
+                film[present] = pooled(self.encoder, batch["images"], self.pool).float()
+        else:
+            film = batch.get("film", torch.zeros(*present.shape, len(self.mean), device=present.device))
+        film, logits = film.split([len(self.mean), film.shape[2] - len(self.mean)], dim=2)
+        film = (film - self.mean) / self.deviation
+        given = [film] if self.keep else []
+        if self.findings is not None:  # features of a frozen encoder come with their logits
+            given += [logits if logits.shape[2] else self.findings(film)]
+        given += [batch["context"]] if self.context else []
+        return torch.where(present[..., None], torch.cat(given, dim=2), 0.0)
+
+    def train(self, mode: bool = True) -> FilmBranch:
+        """Batch norm stays in eval mode where its statistics are fixed."""
+        super().train(mode)
+        for module in self.encoder.modules() if self.encoder is not None and self.fixed_norm else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+class Net(nn.Module):
+    """A film branch (None for a model of the record alone) and a model of fusion.MODELS."""
+
+    def __init__(self, films: FilmBranch | None, model: nn.Module) -> None:
+        super().__init__()
+        self.films, self.model = films, model
+
+    def forward(self, batch: dict[str, Tensor]) -> Output:
+        present, hours = batch["has_image"], batch["hours"]
+        if getattr(self.model, "reads_tokens", False):
+            note = (batch[key] for key in ("note_tokens", "note_lengths"))
+            over_tokens: Output = self.model(batch["film_tokens"], present[:, 0], *note)
+            return over_tokens
+        more = {"note": Note(batch["text"], batch["has_text"], batch["has_record"])} if "text" in batch else {}
+        film = self.films(batch) if self.films is not None else batch["context"]
+        if not getattr(self.model, "many_films", False):
+            film, present, hours = film[:, 0], present[:, 0], hours[:, 0]
+        output: Output = self.model(batch["series"], batch["lengths"], film, present, hours, **more)
+        return output
+
+
+def load_branch(branch: nn.Module, folder: str | Path, model: str) -> None:
+    """Put the weights of a finished run of one branch alone into that branch; every name and shape must fit.
+
+    Args:
+        folder: a run of `fuse model=MODEL`.
+    Raises: UserError: no such run, or weights of another shape.
+    """
+    state = read_branch(folder, model)
+    if faults := encoders.differences(branch.state_dict(), state):
+        raise UserError(f"{folder}: these are not the weights of this model's {model} branch: {faults}")
+    branch.load_state_dict(state)
+
+
+def read_branch(folder: str | Path, model: str) -> dict[str, Tensor]:
+    """The weights of a finished run of one branch alone. Raises: UserError: no such run."""
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a finished `fuse model={model}` run")
+    with undamaged(path, "train it again"):
+        state = load_file(path)
+    return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+
+
+def fit_scale(features: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of (M, D) train films; a constant column keeps deviation 1."""
+    deviation = features.std(0)
+    return torch.from_numpy(features.mean(0)), torch.from_numpy(
+        np.where(deviation > 1e-6, deviation, 1).astype(np.float32)
+    )

@@ -1,0 +1,418 @@
+"""features/ -> batches: the hourly series, the films before the prediction, the labels.
+
+Comes in: samples/TASK.parquet, series.safetensors, stay_films.parquet, and the ids of the films that can be read.
+Goes out: `Samples`, all of a task in memory (the series once a stay, however many predictions it has), which gathers a
+batch with one index operation; and the order of batches, by length, so that little is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from configs import UserError
+from configs.signals import held
+from ehr_features import series
+from ehr_features.files import read_json, read_table
+from pretrain.data import begin_worker
+
+if TYPE_CHECKING:
+    from pretrain.store import Store
+    from pretrain.text.encoder import Tokens
+
+
+from typing import TYPE_CHECKING
+
+from finetune.metrics import COLUMNS
+
+if TYPE_CHECKING:
+    pass
+
+SPLITS = ("train", "val", "test")
+VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for another or an unknown view
+CONTEXT = len(VIEWS) + 1  # columns of `Samples.context`
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Predictions to make; rows of `table` and of every array of length N agree."""
+
+    table: pd.DataFrame  # N rows: KEYS
+    labels: NDArray[np.float32]  # (N, L), NaN where unknown
+    names: list[str]  # (L,)
+    values: NDArray[np.float32]  # (all stays' hours, F), normalised
+    start: NDArray[np.int64]  # (N,) first row of the sample's stay in `values`
+    length: NDArray[np.int64]  # (N,) hours that may be read, 0 where none is complete
+    film_ids: list[str]  # M films
+    films: NDArray[np.int64]  # (N, K) rows of `film_ids` in time order from the left, -1 behind the last
+    hours: NDArray[np.float32]  # (N, K) between film and prediction
+    views: NDArray[np.float32]  # (M, len(VIEWS)) one-hot
+    features: NDArray[np.float32] | None = None  # (M, D) of a frozen encoder
+    store: Store | None = None  # the films, for an encoder that is tuned
+    hours_left: NDArray[np.float64] | None = None  # (N,) of length_of_stay, whose labels exclude each other
+    step_hours: float = 1.0  # of the series
+    note: NDArray[np.int64] | None = None  # (N,) row of `text` or `note_tokens`, -1 where there is no note
+    text: NDArray[np.float32] | None = None  # (U, E) of a frozen text encoder, a row a note
+    note_tokens: Tokens | None = None  # U notes, and M films, on disk: for the models over tokens
+    film_tokens: Tokens | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def has_image(self) -> NDArray[np.bool_]:
+        return self.films[:, 0] >= 0
+
+    def film_subjects(self) -> NDArray[np.int64]:
+        """(M,) whose film each of `film_ids` is."""
+        subjects = np.zeros(len(self.film_ids), np.int64)
+        rows, places = np.nonzero(self.films >= 0)
+        subjects[self.films[rows, places]] = self.table["subject_id"].to_numpy(np.int64)[rows]
+        return subjects
+
+    @property
+    def num_inputs(self) -> int:
+        return self.values.shape[1]
+
+    def rows(self, split: str, pairing: str = "partial") -> NDArray[np.int64]:
+        """Row numbers of a split: all (`partial`) or those with a film (`paired`), each once."""
+        keep = self.table["split"].to_numpy() == split
+        return np.flatnonzero(keep & self.has_image if pairing == "paired" else keep)
+
+    def batch(self, rows: NDArray[np.int64], images: bool = False) -> dict[str, torch.Tensor]:
+        """Gather rows.
+
+        Returns: series (B, T, F), lengths (B,), has_image and hours (B, K), context (B, K, CONTEXT), labels (B, L),
+            rows (B,); and film (B, K, D) features, or if `images` the films that there are, row by row, uint8
+            (P, S, S).
+        """
+        lengths = np.maximum(self.length[rows], 1)  # a stay without a complete hour shows one hour of zeros
+        steps = np.arange(lengths.max())
+        inside = steps < self.length[rows][:, None]  # (B, T)
+        values = self.values[np.where(inside, self.start[rows][:, None] + steps, 0)]
+        values[~inside] = 0
+        films, hours = self.films[rows], self.hours[rows]
+        present = films >= 0
+        context = np.concatenate([self.views[films], np.log1p(np.maximum(hours, 0))[..., None] / 4], axis=2)
+        batch = {
+            "series": values,
+            "lengths": lengths,
+            "has_image": present,
+            "hours": hours,
+            "context": np.where(present[..., None], context, 0).astype(np.float32),
+            "labels": self.labels[rows],
+            "rows": rows,
+        }
+        if images:
+            assert self.store is not None, "films are read from a store"
+            batch["images"] = self.store.read([self.film_ids[i] for i in films[present]])
+        elif self.features is not None and len(self.features):
+            batch["film"] = np.where(present[..., None], self.features[films], np.float32(0))
+        batch |= self._notes(rows)
+        return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
+
+    def _notes(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """text (B, E), has_text, has_record (B,); for models over tokens film_tokens, note_tokens, note_lengths."""
+        note = np.full(len(rows), -1) if self.note is None else self.note[rows]
+        if self.text is not None:
+            has = note >= 0
+            text = np.where(has[:, None], self.text[note], np.float32(0))
+            return {"text": text, "has_text": has, "has_record": self.length[rows] > 0}
+        if self.note_tokens is None and self.film_tokens is None:
+            return {}
+        nothing = np.zeros((len(rows), 1, 1), np.float32), np.zeros(len(rows), np.int64)
+        words, lengths = nothing if self.note_tokens is None else self.note_tokens.read(note)
+        film, _ = nothing
+        if self.film_tokens is not None:
+            film, _ = self.film_tokens.read(self.films[rows, 0], least=int(self.film_tokens.length[0]))
+        return {"film_tokens": film, "note_tokens": words, "note_lengths": lengths}
+
+
+def load(
+    folder: str | Path,
+    task: str,
+    *,
+    readable: Container[str] | None = None,
+    films: int = 1,
+    max_hours: int | None = None,
+) -> Samples:
+    """Read all predictions of a task.
+
+    Args:
+        folder: a features/ folder.
+        task: a table of its samples/.
+        readable: the store, or any container of dicom_id; others count as absent; None: all are there.
+        films: K, the last films before the prediction to give; the sample's own film is the last of them.
+        max_hours: read no more than the last so many hours before the prediction; all if None.
+    Raises: UserError: no such task, a stay without a series.
+    """
+    table = read_samples(folder, task)
+    hours_left = table["los_remaining_hours"].to_numpy(float) if "los_bin" in table else None
+    table = one_hot(table) if hours_left is not None else table
+    names = [str(c) for c in table if c not in KEYS and pd.api.types.is_numeric_dtype(table[c])]
+    step = 1.0 if task == "findings" else float(read_json(Path(folder) / "series.json").get("step_hours", 1))
+    values, start, length = _record(folder, table, task, step)
+    if max_hours is not None:
+        cut = np.maximum(length - round(max_hours / step), 0)
+        start, length = start + cut, length - cut
+    linked, film_hours, film_ids, views = _place(_film_rows(folder, table, task, readable, films), len(table), films)
+    return Samples(
+        table=table[[*KEYS, *[c for c in ("code_status",) if c in table]]],
+        labels=table[names].to_numpy(np.float32, na_value=np.nan),
+        names=names,
+        values=values,
+        start=start,
+        length=length,
+        film_ids=film_ids,
+        films=linked,
+        hours=film_hours,
+        views=views,
+        hours_left=hours_left,
+        step_hours=step,
+    )
+
+
+def _record(
+    folder: str | Path, table: pd.DataFrame, task: str, step: float
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """All series on end (hours, F), and each sample's first row and number of hours in them."""
+    if task == "findings":  # films alone
+        return np.zeros((1, 1), np.float32), *np.zeros((2, len(table)), np.int64)
+    loaded = series.load(folder, stay_ids=table["stay_id"].unique().tolist())
+    ids = np.array(list(loaded))
+    size = np.array([len(loaded[i]) for i in ids])
+    at = pd.Series(np.arange(len(ids)), index=ids)[table["stay_id"]].to_numpy()
+    los = read_table(folder, "stays", ["stay_id", "los_hours"]).set_index("stay_id")["los_hours"]
+    los_hours = table["stay_id"].map(los).to_numpy(float)
+    length = complete_steps(table["predict_at_hours"].to_numpy(float), los_hours, step, size[at])
+    values = np.concatenate([loaded[i] for i in ids]).astype(np.float32, copy=False)
+    return values, (np.cumsum(size) - size)[at].astype(np.int64), length.astype(np.int64)
+
+
+def complete_steps(
+    predict_at_hours: NDArray[np.float64], los_hours: NDArray[np.float64], step: float, size: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Steps of a series that end at or before the prediction; all `size` of them when it is made at the stay's end."""
+    steps = np.floor(predict_at_hours / step + 1e-6).astype(np.int64)
+    return np.where(predict_at_hours >= los_hours - 1e-6, size, np.clip(steps, 0, size))
+
+
+def batches(
+    lengths: NDArray[np.int64], batch_size: int, rng: np.random.Generator | None = None
+) -> list[NDArray[np.int64]]:
+    """Put rows of like length together.
+
+    Args:
+        lengths: (N,).
+        rng: shuffles the rows among their like, and the batches; in order of length if None.
+    Returns: arrays of row numbers, each row once; only one batch may be short.
+    """
+    jitter = 1.0 if rng is None else rng.uniform(0.95, 1.05, len(lengths))
+    order = np.argsort(lengths * jitter, kind="stable")
+    cut = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
+
+
+def padding(lengths: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> float:
+    """The share of all steps of all batches that are padding."""
+    steps = sum(len(rows) * int(lengths[rows].max()) for rows in parts)
+    return 1 - int(lengths.sum()) / steps if steps else 0.0
+
+
+def another_film(samples: Samples, seed: int = 0) -> Samples:
+    """Give each prediction with a film the film of another subject: same view, same split; a control.
+
+    Its age and view stay those of the prediction's own film, so nothing but the picture changes.
+    """
+    rng = np.random.default_rng(seed)
+    films = samples.films.copy()
+    view = samples.views[films[:, 0]].argmax(1) + samples.views[films[:, 0]].any(1)
+    last = (films >= 0).sum(1) - 1
+    groups = samples.table.assign(view=view, row=np.arange(len(samples)))[samples.has_image].groupby(["split", "view"])
+    for _, group in groups:
+        rows, subject = group["row"].to_numpy(), group["subject_id"].to_numpy()
+        own = samples.films[rows, last[rows]]
+        for i, row in enumerate(rows):
+            others = own[subject != subject[i]]
+            films[row, : last[row] + 1] = rng.choice(others) if len(others) else -1
+    return replace(samples, films=films)
+
+
+def _film_rows(
+    folder: str | Path, table: pd.DataFrame, task: str, readable: Container[str] | None, count: int
+) -> pd.DataFrame:
+    """The last `count` readable films up to each sample's own, in order: row, dicom_id, hours (ago), view.
+
+    Raises: UserError: a film that stay_films.parquet lacks, or from after the prediction.
+    """
+    own = table.loc[table["dicom_id"].notna(), ["stay_id", "dicom_id", "predict_at_hours"]]
+    own = own if readable is None else own[[film in readable for film in own["dicom_id"]]]
+    own = own.reset_index(names="row")
+    if task == "findings":
+        views = read_table(folder, "images", ["dicom_id", "view"])
+        return own.merge(views, on="dicom_id", validate="m:1").assign(hours=0.0)[["row", "dicom_id", "hours", "view"]]
+    if own.empty:  # of tables without films there is no stay_films.parquet
+        return own.assign(hours=0.0, view="")[["row", "dicom_id", "hours", "view"]]
+    taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime", "view"])
+    taken = taken.drop_duplicates(["stay_id", "dicom_id"]).sort_values("hours_from_intime", kind="stable")
+    taken = taken if readable is None else taken[[film in readable for film in taken["dicom_id"]]]
+    pairs = own.merge(taken, on=["stay_id", "dicom_id"], how="left", validate="m:1")
+    lost, late = pairs["hours_from_intime"].isna(), pairs["hours_from_intime"] > pairs["predict_at_hours"] + 1e-6
+    for bad, why in ((lost, "are not in stay_films.parquet"), (late, "were taken after the prediction")):
+        if bad.any():
+            raise UserError(f"{folder}: {bad.sum()} films of samples/{task} {why}; build the features again")
+    if count > 1:
+        earlier = pairs.merge(taken, on="stay_id", suffixes=("_own", ""))
+        keep = (earlier["hours_from_intime"] < earlier["hours_from_intime_own"]) & (earlier["hours_from_intime"] >= 0)
+        keep &= earlier["view"].isin(["AP", "PA"]) | ~earlier["view_own"].isin(["AP", "PA"])  # frontal with frontal
+        columns = ["row", "dicom_id", "predict_at_hours", "hours_from_intime", "view"]
+        pairs = pd.concat([earlier.loc[keep, columns], pairs[columns]])
+        pairs = pairs.sort_values(["row", "hours_from_intime"], kind="stable").groupby("row").tail(count)
+    return pairs.assign(hours=pairs["predict_at_hours"] - pairs["hours_from_intime"])
+
+
+def _place(
+    pairs: pd.DataFrame, num: int, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str], NDArray[np.float32]]:
+    """Films as arrays: rows of the ids (num, count), hours (num, count), ids (M,), views (M, 4)."""
+    rows, hours = np.full((num, count), -1, np.int64), np.zeros((num, count), np.float32)
+    ids = pd.Index(pairs["dicom_id"].unique())
+    place = pairs.groupby("row").cumcount()
+    rows[pairs["row"], place] = ids.get_indexer(pairs["dicom_id"])
+    hours[pairs["row"], place] = pairs["hours"]
+    view = pairs.drop_duplicates("dicom_id").set_index("dicom_id")["view"].reindex(ids)
+    one_hot = (view.to_numpy(object)[:, None] == np.array(VIEWS, object)).astype(np.float32)
+    return rows, hours, [str(i) for i in ids], one_hot if len(ids) else np.zeros((1, len(VIEWS)), np.float32)
+
+
+class Gather(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Batches as a dataset, so that a DataLoader's workers can read films ahead."""
+
+    def __init__(self, samples: Samples, parts: Sequence[NDArray[np.int64]], images: bool) -> None:
+        self.samples, self.parts, self.images = samples, parts, images
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return self.samples.batch(self.parts[i], self.images)
+
+
+def stream(
+    samples: Samples, parts: Sequence[NDArray[np.int64]], workers: int = 0, images: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The batches one after another; `workers` processes read ahead."""
+    if not workers:
+        return (samples.batch(rows, images) for rows in parts)
+    data = Gather(samples, parts, images)
+    with held():  # while the workers start
+        return iter(
+            torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, worker_init_fn=begin_worker)
+        )
+
+
+# ---- What is particular to a task: which rows it has, groups of its labels, scores beyond AUROC.
+
+KEYS = ("sample_id", "stay_id", "subject_id", "split", "predict_at_hours", "dicom_id")
+FILM_TASKS = (
+    "findings",
+    "radiology",
+)  # findings: films alone; radiology: those of ICU stays, with the record before them
+
+RETROSPECTIVE = ("phenotypes",)  # read to the stay's end: an account of it, no forecast; `phenotypes_early` is one
+# Source of the groups: MIMIC-III benchmark (arXiv:1703.07771), table 4: 13 acute, 5 mixed, 7 chronic.
+MIXED, CHRONIC = (50, 105, 106, 108, 151), (49, 53, 98, 99, 101, 127, 158)
+
+
+def macros(names: list[str]) -> dict[str, list[str]]:
+    """Groups of labels whose means are reported too: acute, mixed and chronic phenotypes."""
+    numbers = {name: int(name.removeprefix("phenotype_")) for name in names if name.startswith("phenotype_")}
+    groups = {
+        "macro acute": [n for n, i in numbers.items() if i not in MIXED + CHRONIC],
+        "macro mixed": [n for n, i in numbers.items() if i in MIXED],
+        "macro chronic": [n for n, i in numbers.items() if i in CHRONIC],
+    }
+    return {name: members for name, members in groups.items() if members}
+
+
+def read_samples(folder: str | Path, task: str) -> pd.DataFrame:
+    """samples/TASK.parquet, sorted by sample_id; `radiology` makes its rows from samples/findings and stay_films.
+
+    Raises: UserError: no such task, no rows, a column that is missing.
+    """
+    name = "findings" if task in FILM_TASKS else task
+    table = read_table(folder, f"samples/{name}").sort_values("sample_id", ignore_index=True)
+    if missing := [c for c in KEYS if c not in table]:
+        found = ", ".join(map(str, table))
+        raise UserError(f"{folder}/samples/{name}.parquet: no column {', '.join(missing)}; found {found}")
+    if task == "radiology":
+        taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime"]).drop_duplicates()
+        table = table.merge(taken, on=["stay_id", "dicom_id"], validate="m:1")
+        table["predict_at_hours"] = table.pop("hours_from_intime")
+        table = table[table["predict_at_hours"] >= 0].reset_index(drop=True)
+    if table.empty:
+        raise UserError(
+            f"{folder}/samples/{name}.parquet: no samples of {task}; attrition.json says what fell out, why"
+        )
+    return table
+
+
+def one_hot(table: pd.DataFrame) -> pd.DataFrame:
+    """The ten bins of the length of stay as ten labels of which one is 1."""
+    bins = table.pop("los_bin").to_numpy(np.int64)
+    hot = pd.DataFrame(np.eye(10, dtype=np.float32)[bins], columns=[f"los_bin_{i}" for i in range(10)])
+    return pd.concat([table.drop(columns="los_remaining_hours").reset_index(drop=True), hot], axis=1)
+
+
+def length_of_stay(
+    samples: Samples,
+    train: NDArray[np.int64],
+    at: NDArray[np.int64],
+    chances: NDArray[np.float64],
+    subjects: NDArray[np.int64],
+    resamples: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Cohen's kappa (linear weights) of the likeliest bin, and the error in hours of the expected train median.
+
+    Args:
+        train, at: row numbers of the train samples, and of those predicted. chances: (trainings, N, 10), rows sum to 1.
+    Returns: rows like `metrics.evaluate`'s, label `los_hours`, metrics `kappa` and `mae_hours`; subjects are resampled.
+    """
+    assert samples.hours_left is not None
+    bins, hours = samples.labels.argmax(1), samples.hours_left
+    medians = np.array(
+        [np.median(hours[train][bins[train] == b]) if (bins[train] == b).any() else 0 for b in range(10)]
+    )
+    group = pd.factorize(subjects)[0]
+    num = group.max() + 1
+    tables = np.zeros((num, len(chances), 10, 10))  # counts of (true, predicted) by subject and training
+    misses, sizes = np.zeros((num, len(chances))), np.bincount(group, minlength=num)
+    for t, chance in enumerate(chances):
+        np.add.at(tables[:, t], (group, bins[at], chance.argmax(1)), 1)
+        np.add.at(misses[:, t], group, np.abs(chance @ medians - hours[at]))
+    draws = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=resamples)
+    rows = []
+    for name, of in (
+        ("kappa", lambda w: _kappa(np.tensordot(w, tables, 1))),
+        ("mae_hours", lambda w: (w @ misses) / (w @ sizes)),
+    ):
+        value = float(np.mean(of(np.ones(num))))
+        drawn = np.array([np.mean(of(w.astype(float))) for w in draws])
+        low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (np.nan, np.nan)
+        rows.append(["los_hours", name, value, low, high, len(at), 0, None])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _kappa(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Linear-weighted kappa of tables of counts (T, 10, 10) -> (T,)."""
+    cost = np.abs(np.subtract.outer(np.arange(10), np.arange(10)))
+    expected = counts.sum(2)[:, :, None] * counts.sum(1)[:, None] / counts.sum((1, 2))[:, None, None]
+    return 1 - (cost * counts).sum((1, 2)) / np.maximum((cost * expected).sum((1, 2)), 1e-12)

@@ -1,0 +1,212 @@
+"""`fuse`: features/ + films + encoder/ -> results.json, predictions, a model.
+
+Comes in: a FuseConfig. Goes out: runs/X/ with results.json, predictions/{val,test}.parquet, model.safetensors and,
+where the encoder was tuned, encoder/. Validation chooses the epoch and the lr; the test split is read once, at the end.
+With `seeds` above 1 each training leaves its own in runs/X/seed_N/, and the results.json above them holds their means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from configs import UserError
+from ehr_features.files import new_file, read_json, write_json
+from finetune.config import FuseConfig
+from finetune.fusion import gbm, outputs
+from finetune.fusion.cross_attention import KINDS
+from finetune.fusion.film_gain import adds
+from finetune.fusion.inputs import prepare
+from finetune.fusion.loop import Scores, predict, train
+from finetune.fusion.models import Sizes
+from finetune.fusion.net import FilmBranch, Net, load_branch, read_branch
+from finetune.fusion.outputs import Predictions, weights_of
+from finetune.fusion.samples import Samples
+from pretrain import run
+
+Rows = dict[str, NDArray[np.int64]]
+
+
+def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
+    """Train a model on a task and evaluate it.
+
+    Returns: the run folder.
+    Raises: UserError: unreadable inputs, an encoder that saw val or test subjects, a split without samples; Stopped:
+        SIGTERM came, and the same command goes on.
+    """
+    uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may hold no film
+    accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
+    samples, films, about = prepare(config, accelerator)
+    rows = choose_rows(config, samples)
+    folder = run.open_run(config.out, config, sources=_sources(config), may_differ=["workers", "cache", "adds"])
+    if not run.complete(folder):
+        _fuse(config, samples, films, rows, about, accelerator, folder)
+    if config.adds:
+        adds(config, folder, fuse, args, run.Log(folder, accelerator).say, accelerator.is_main_process)
+    return folder
+
+
+def _fuse(
+    config: FuseConfig,
+    samples: Samples,
+    films: FilmBranch | None,
+    rows: Rows,
+    about: dict[str, Any],
+    accelerator: Accelerator,
+    folder: Path,
+) -> None:
+    """Train, each seed; predict; write."""
+    log = run.Log(folder, accelerator)
+    outputs.announce(log, config, samples, rows, films, about)
+    found: list[dict[str, Predictions]] = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        own = config.model_copy(update={"seed": seed})
+        place = folder if config.seeds == 1 else folder / f"seed_{seed}"
+        if config.model == "record_gbm":
+            model: Callable[[Samples, NDArray[np.int64]], Predictions] = gbm.train(samples, rows["train"], seed)
+        else:
+            net, trials = search(own, samples, films, rows, accelerator, log, place)
+            model = partial(_say, net, own, accelerator)
+            about["lr"] = [*about.get("lr", []), *trials]
+            if accelerator.is_main_process:
+                outputs.save(place, net, samples, own)
+        found.append({split: model(samples, rows[split]) for split in ("val", "test")})
+        for name, changed in outputs.poorer(samples, films is not None, seed).items() if config.robustness else ():
+            found[-1][name] = model(changed, rows["test"])
+        if accelerator.is_main_process and config.seeds > 1:
+            outputs.write(place, samples, rows, [found[-1]], own, about)
+    if accelerator.is_main_process:
+        outputs.show(log, outputs.write(folder, samples, rows, found, config, about), folder)
+    run.finish(folder)
+
+
+def choose_rows(config: FuseConfig, samples: Samples) -> Rows:
+    """Row numbers of each split; a model that needs a film, or pairing=paired, takes those with one."""
+    needs = "paired" if getattr(KINDS.get(config.model), "needs_film", False) else None
+    given = {"train": None, "val": config.val_pairing, "test": config.test_pairing}
+    rows = {split: samples.rows(split, needs or own or config.pairing) for split, own in given.items()}
+    if config.unpaired_share < 1:
+        film = samples.has_image[rows["train"]]
+        without = rows["train"][~film]
+        drawn = np.random.default_rng([config.seed, 0]).permutation(without)[
+            : round(config.unpaired_share * len(without))
+        ]
+        rows["train"] = np.sort(np.concatenate([rows["train"][film], drawn]))
+    return rows
+
+
+def search(
+    config: FuseConfig,
+    samples: Samples,
+    films: FilmBranch | None,
+    rows: Rows,
+    accelerator: Accelerator,
+    log: run.Log,
+    folder: Path,
+) -> tuple[Net, list[dict[str, Any]]]:
+    """Train with each lr that is to be tried. No trial is done twice.
+
+    Returns: the net of the best validation score; of each trial its lr, seed, scores on validation, and if it was kept.
+    """
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if not config.lr_draws:
+        net = build(config, samples, films)
+        own_log = log if folder == log.folder else run.Log(folder)
+        value = train(net, samples, rows, config, accelerator, own_log, folder)
+        return net, [_told(config, value) | {"kept": True}]
+    low, high = np.log(config.lr_range)
+    lrs = np.exp(np.random.default_rng([config.seed, 1]).uniform(low, high, config.lr_draws)).tolist()
+    best: tuple[Scores, Net, int] | None = None
+    trials = []
+    for i, lr in enumerate(lrs):
+        own = config.model_copy(update={"lr": lr})
+        net, value = _trial(own, samples, films, rows, accelerator, folder / "search" / f"lr_{i}")
+        log.say(f"  lr {lr:.2e}: validation AUROC {value.auroc:.3f}, loss {value.loss:.3f}")
+        if value.better(best and best[0]):
+            best = value, net, i
+        trials.append(_told(own, value))
+    assert best is not None, "there was a draw"
+    return best[1], [trial | {"kept": i == best[2]} for i, trial in enumerate(trials)]
+
+
+def _trial(
+    config: FuseConfig, samples: Samples, films: FilmBranch | None, rows: Rows, accelerator: Accelerator, folder: Path
+) -> tuple[Net, Scores]:
+    """One training of a search, read back if it was finished before."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    net, done = build(config, samples, films), folder / "trial.json"
+    if done.is_file():
+        net.load_state_dict(load_file(folder / "net.safetensors"))
+        told = read_json(done)
+        return net, Scores(float("nan") if told["val_auroc"] is None else told["val_auroc"], told["val_loss"])
+    value = train(net, samples, rows, config, accelerator, run.Log(folder), folder)
+    if accelerator.is_main_process:
+        with new_file(folder / "net.safetensors") as part:
+            save_file({key: weight.contiguous() for key, weight in weights_of(net).items()}, part)
+        write_json(done, _told(config, value))
+    accelerator.wait_for_everyone()
+    return net, value
+
+
+def _told(config: FuseConfig, scores: Scores) -> dict[str, Any]:
+    """A training in results.json."""
+    auroc = None if np.isnan(scores.auroc) else scores.auroc
+    return {"lr": config.lr, "seed": config.seed, "val_auroc": auroc, "val_loss": scores.loss}
+
+
+def _say(
+    net: Net, config: FuseConfig, accelerator: Accelerator, samples: Samples, rows: NDArray[np.int64]
+) -> Predictions:
+    return predict(net, samples, rows, config, accelerator)
+
+
+def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net:
+    """A fresh net on a copy of the film branch, with the weights of stage one where the config names them."""
+    torch.manual_seed(config.seed)
+    given = {key: getattr(config, key) for key in ("hidden", "layers", "joint", "dropout", "missing")}
+    sizes = Sizes(
+        inputs=samples.num_inputs, film=0 if films is None else films.width, labels=len(samples.names), **given
+    )
+    sizes = replace(sizes, **_token_sizes(samples))
+    if config.film_weights is not None:
+        head = read_branch(config.film_weights, "film_only").get("head.weight", torch.zeros(0))
+        sizes = replace(sizes, film_labels=len(head))
+        if config.model in ("late", "film_only") and len(head) != sizes.labels:
+            raise UserError(
+                f"film_weights={config.film_weights}: its head has {len(head)} labels, {config.task} {sizes.labels}, "
+                f"and model={config.model} predicts by it; train it on {config.task}, or leave film_weights out"
+            )
+    net = Net(copy.deepcopy(films), KINDS[config.model](sizes))
+    if config.record_weights is not None:
+        load_branch(getattr(net.model, "record", net.model), config.record_weights, "record_lstm")
+    if config.film_weights is not None:
+        load_branch(getattr(net.model, "film", net.model), config.film_weights, "film_only")
+    if config.freeze_record:
+        net.model.record.requires_grad_(False)
+    return net
+
+
+def _token_sizes(samples: Samples) -> dict[str, Any]:
+    """Of `Sizes`: what notes add, and for the models over tokens what replaces the film's width."""
+    text = {} if samples.text is None else {"text": samples.text.shape[1]}
+    if samples.note_tokens is not None:
+        text["text"] = samples.note_tokens.width
+    film = samples.film_tokens
+    return text if film is None else {**text, "film": film.width, "places": int(film.length[0])}
+
+
+def _sources(config: FuseConfig) -> list[Path]:
+    """Files by whose content a run knows its input again."""
+    names: list[Any] = ["provenance.json", *sorted(p.name for p in Path(config.features).glob("samples/*.parquet"))]
+    return [Path(config.features) / (name if name == "provenance.json" else f"samples/{name}") for name in names]

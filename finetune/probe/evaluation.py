@@ -1,0 +1,260 @@
+"""From logits of films to rows of results.json: by study, by label, by subgroup.
+
+A study's score is the mean of its films' probabilities. A gap is the difference of macro AUROC between two groups of a
+field, over the labels that have both classes in both, with the interval of the same resamples of subjects; the largest
+of several gaps is larger than its true value, and its interval does not know that it was picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from scipy.special import expit, logit
+
+from configs import UserError
+from finetune.labelled import Films
+from finetune.metrics import distribution, evaluate, interval, macro
+from finetune.resample import Floats
+from finetune.results import write_predictions
+
+if TYPE_CHECKING:
+    from finetune.config import ProbeConfig
+
+
+# ---- What `probe` prints.
+
+
+def plan(config: ProbeConfig, films: Films, name: str) -> str:
+    """What will be done, in a line."""
+    counts = ", ".join(f"{len(films.rows(split)):,} {split}" for split in ("train", "val", "test"))
+    left = "".join(f"; {number:,} left out ({why})" for why, number in films.left_out.items())
+    return f"{config.method} probe of {name} on {len(films.names)} labels: {counts} films{left}"
+
+
+def table(rows: pd.DataFrame, title: str) -> None:
+    """The test split, all subjects, the largest fraction; then the macros of the other subsets and fractions."""
+    grid = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in ("label", "AUROC", "95% interval", "AUPRC", "prevalence", "n", "positive"):
+        grid.add_column(name, justify="left" if name == "label" else "right", no_wrap=name != "label")
+    largest = rows["fraction"].max()
+    whole: pd.DataFrame = rows[(rows["split"] == "test") & (rows["subset"] == "all") & (rows["fraction"] == largest)]
+    for label in dict.fromkeys(whole["label"]):
+        _row(grid, label, whole[whole["label"] == label])
+    others = rows[(rows["label"] == "macro") & ~rows.index.isin(whole.index) & (rows["split"] != "val")]
+    if len(others):
+        grid.add_section()
+    for (split, subset, fraction), part in others.groupby(["split", "subset", "fraction"], sort=False):
+        words = ["macro"]
+        words += [str(subset)] if subset != "all" else []
+        words += [f"{fraction!s} of train subjects"] if fraction != largest else []
+        words += [str(split)] if split != "test" else []
+        _row(grid, ", ".join(words), part)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110  # a log file
+    console.print(grid)
+
+
+def _row(grid: Table, name: str, part: pd.DataFrame) -> None:
+    by: dict[str, Any] = {str(row["metric"]): row for row in part.astype(object).to_dict("records")}
+    auroc = by["auroc"]
+    counts = (f"{auroc['n']:,}", f"{auroc['positives']:,}")
+    if np.isnan(auroc["value"]):
+        grid.add_row(Text(name), "-", str(auroc["reason"]).partition(":")[0], "", "", *counts)
+        return
+    interval = f"{auroc['low']:.3f} - {auroc['high']:.3f}" if not np.isnan(auroc["low"]) else "-"
+    numbers = [f"{by[m]['value']:.3f}" for m in ("auprc", "prevalence")]
+    grid.add_row(Text(name), f"{auroc['value']:.3f}", interval, *numbers, *counts)
+
+
+def notes(more: Mapping[str, Any]) -> list[str]:
+    """What else is worth a line: the head that was chosen, the largest gap between groups, the shift."""
+    lines = []
+    for fit in more.get("fractions", [])[-1:]:
+        known = {k: v for k, v in fit.items() if k not in ("fraction", "draw", "films", "subjects")}
+        lines.append("chosen on validation: " + ", ".join(f"{k} {_short(v)}" for k, v in known.items()))
+    for gap in more.get("gaps", [])[:1]:
+        lines.append(
+            f"largest gap: {gap['field']} {gap['higher']} over {gap['lower']}, macro AUROC {gap['difference']:+.3f} "
+            f"({gap['low']:+.3f} to {gap['high']:+.3f}; {gap['labels']} labels)"
+        )
+    if "shift" in more:
+        lines.append("shift: " + more["shift"]["says"])
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+CHEXPERT5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+SMALLEST = 20  # a group with fewer studies is not compared
+RACES = {"WHITE": "white", "PORTUGUESE": "white", "BLACK": "black", "HISPANIC": "hispanic", "ASIAN": "asian"}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """N studies (or films) with what was predicted; `table` holds subject_id and a column a subgroup field."""
+
+    table: pd.DataFrame
+    labels: NDArray[np.float32]  # (N, L) 1, 0, NaN
+    probabilities: NDArray[np.float64]  # (N, L)
+    names: list[str]
+
+    def write(self, folder: Path, split: str) -> None:
+        """Write the predictions: what was scored, a row a study (named by its first film) or a film."""
+        ids = self.table[["dicom_id", "study_id", "subject_id", "view", "num_films"]]
+        p = np.clip(self.probabilities, 1e-15, 1 - 1e-15)
+        write_predictions(folder, split, ids, pd.DataFrame(self.labels, columns=self.names), logit(p))
+
+    def only(self, rows: NDArray[np.bool_]) -> Scored:
+        return Scored(self.table[rows].reset_index(drop=True), self.labels[rows], self.probabilities[rows], self.names)
+
+
+def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *, unit: str = "study") -> Scored:
+    """Films of `rows` and their logits (len(rows), L), as studies or films; a study is positive where a film is."""
+    table = films.table.iloc[rows].reset_index(drop=True)
+    table = table.assign(**{f"by_{field}": values for field, values in fields(table).items()})
+    labels, probabilities = films.evaluated(rows), expit(logits)
+    table["num_films"] = table.groupby("study_id")["study_id"].transform("size") if unit == "study" else 1
+    if unit == "study":
+        key, first = pd.factorize(table["study_id"])[0], table.drop_duplicates("study_id").reset_index(drop=True)
+        labels = pd.DataFrame(labels).groupby(key).max().to_numpy(np.float32)
+        probabilities = pd.DataFrame(probabilities).groupby(key).mean().to_numpy()
+        table = first
+    return Scored(table, labels, probabilities, films.names)
+
+
+def fields(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """The subgroup fields that these films have; missing values are a group of no one."""
+    found: dict[str, pd.Series] = {}
+    if "sex" in table:
+        found["sex"] = table["sex"]
+    if "age_years" in table:
+        bands = pd.cut(table["age_years"].astype(float), [-np.inf, 40, 60, 80, np.inf], right=False)
+        found["age"] = bands.cat.rename_categories(["under 40", "40-59", "60-79", "80 and over"]).astype(object)
+    if "race" in table:
+        names = table["race"].astype("string").str.upper()
+        known = names.str.extract(f"({'|'.join(RACES)})")[0].map(RACES)
+        found["race"] = known.where(known.notna() | names.isna(), "other")
+    if "view" in table:
+        found["view"] = table["view"]
+    if "support_devices" in table:
+        found["support_devices"] = table["support_devices"].map({True: "yes", False: "no"})
+    if "care_unit" in table:
+        found["care_unit"] = table["care_unit"]
+    if "anchor_year_group" in table:
+        found["year_group"] = table["anchor_year_group"]
+    return {name: values.astype(object).where(values.notna(), None) for name, values in found.items()}
+
+
+def check_fields(wanted: Sequence[str], table: pd.DataFrame) -> None:
+    """Raises: UserError: a subgroup field that these films do not have."""
+    have = fields(table)
+    if unknown := [field for field in wanted if field not in have]:
+        raise UserError(f"subgroups: no field `{unknown[0]}` here; there are {', '.join(have) or 'none'}")
+
+
+def macros(names: Sequence[str]) -> dict[str, list[str]]:
+    """The means over some of the labels that papers report."""
+    found = {}
+    if "No Finding" in names and len(names) > 2:
+        found["macro without No Finding"] = [name for name in names if name != "No Finding"]
+    if set(CHEXPERT5) <= set(names):
+        found["macro CheXpert-5"] = list(CHEXPERT5)
+    return found
+
+
+def score(
+    on: Scored,
+    *,
+    samples: int,
+    seed: int,
+    thresholds: NDArray[np.float64] | None = None,
+    runs: NDArray[np.float64] | None = None,
+) -> pd.DataFrame:
+    """Rows of one split, subset `all`; of several trainings where `runs` (runs, N, L) gives their probabilities."""
+    return evaluate(
+        on.labels,
+        on.probabilities if runs is None else runs,
+        names=on.names,
+        groups=on.table["subject_id"].to_numpy(),
+        samples=samples,
+        seed=seed,
+        thresholds=thresholds,
+        macros=macros(on.names),
+    )
+
+
+def subgroups(
+    on: Scored, wanted: Sequence[str], *, samples: int, seed: int, thresholds: NDArray[np.float64] | None = None
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Rows for each group of each field (see `check_fields`), and the gaps, the largest of all fields first."""
+    tables: list[pd.DataFrame] = []
+    gaps: list[dict[str, Any]] = []
+    for field in wanted:
+        values = on.table[f"by_{field}"]
+        groups = {str(value): on.only((values == value).to_numpy(dtype=bool)) for value in sorted(set(values.dropna()))}
+        for value, part in groups.items():
+            rows = score(part, samples=samples, seed=seed, thresholds=thresholds)
+            tables.append(rows.assign(subset=f"{field}={value}"))
+        gaps += _gaps(on, field, samples, seed)
+    gaps.sort(key=lambda gap: float(str(gap["difference"])), reverse=True)
+    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), gaps
+
+
+def _gaps(on: Scored, field: str, samples: int, seed: int) -> list[dict[str, Any]]:
+    """The largest gap of a field, in a list; empty where no two groups can be compared."""
+    values = on.table[f"by_{field}"]
+    groups = {value: (values == value).to_numpy(dtype=bool) for value in sorted(set(values.dropna()), key=str)}
+    parts = {str(value): on.only(rows) for value, rows in groups.items() if rows.sum() >= SMALLEST}
+    rated = dict(zip(parts, reached(list(parts.values()), samples=samples, seed=seed), strict=True))
+    found = []
+    for a, b in combinations(rated, 2):
+        gap = difference(rated[a], rated[b])
+        if gap and gap["difference"] < 0:
+            a, b, gap = b, a, difference(rated[b], rated[a])
+        if gap:
+            found.append({"field": field, "higher": a, "lower": b, **gap})
+    return sorted(found, key=lambda gap: -gap["difference"])[:1]
+
+
+def reached(parts: Sequence[Scored], *, samples: int, seed: int) -> list[tuple[Floats, Floats]]:
+    """AUROC of each label (L,), and in each resample (samples, L), of each part; all see the same subjects drawn."""
+    subject = pd.factorize(np.concatenate([[], *(part.table["subject_id"] for part in parts)]))[0]
+    found, start = [], 0
+    for part in parts:
+        own, start = subject[start : start + len(part.table)], start + len(part.table)
+        values, draws = distribution(
+            part.labels.astype(np.float64),
+            part.probabilities,
+            own,
+            samples=samples,
+            seed=seed,
+            metrics=["auroc"],
+            num_groups=int(subject.max()) + 1,
+        )
+        found.append((values["auroc"], draws["auroc"]))
+    return found
+
+
+def difference(a: tuple[Floats, Floats], b: tuple[Floats, Floats]) -> dict[str, Any] | None:
+    """Macro AUROC of two parts over the labels that have both classes in both, and its difference; None without one."""
+    common = ~np.isnan(a[0]) & ~np.isnan(b[0])
+    if not common.any():
+        return None
+    ends = [float(macro(part[0][None], common)[0]) for part in (a, b)]
+    low, high = interval(macro(a[1], common) - macro(b[1], common))
+    gap = {"difference": ends[0] - ends[1], "low": low, "high": high, "labels": int(common.sum())}
+    return {"a": ends[0], "b": ends[1], **gap}

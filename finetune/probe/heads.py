@@ -1,0 +1,302 @@
+"""Linear heads on frozen features, a whole grid of them at once.
+
+Comes in: `Data` of train and val. Goes out: logits of any rows by the head that validation chose, and what was chosen.
+A head is one of (pool, ...); pool `cls` and `avg` are blocks of the features' columns, `both` is all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from configs import UserError
+from finetune.encoders import Features
+from finetune.metrics import macro_auroc
+
+Head = Callable[[Features], NDArray[np.float64]]  # features of any films -> logits (N, L)
+Say = Callable[[int, float], None]  # epoch, best validation AUROC so far
+
+
+@dataclass(frozen=True)
+class Data:
+    """Features and labels (N, L; NaN is not counted) of one split."""
+
+    features: Features
+    labels: NDArray[np.float32]
+
+
+def blocks(features: Features, pools: Sequence[str]) -> dict[str, list[str]]:
+    """pool -> the blocks that it uses, for the pools that this encoder has. Raises: UserError: it has none of them."""
+    have = list(features)
+    found = {pool: [pool] for pool in pools if pool in have}
+    if "both" in pools and len(have) > 1:
+        found["both"] = have
+    if not found:
+        raise UserError(f"pools: this encoder has {', '.join(have)}, none of {', '.join(pools)}")
+    return found
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """logits = features of `names`, side by side, @ weights + bias; the standardisation is folded in."""
+
+    names: list[str]
+    weights: NDArray[np.float64]  # (D, L)
+    bias: NDArray[np.float64]  # (L,)
+
+    @classmethod
+    def of(cls, scale: Scale, names: Sequence[str], weights: NDArray[Any]) -> LinearHead:
+        """Fold `scale` into (D + 1, L) weights that were fitted on scaled features, the bias last."""
+        mean, deviation = scale.columns(names)
+        folded = np.asarray(weights[:-1], np.float64) / deviation[:, None]
+        return cls(list(names), folded, np.asarray(weights[-1], np.float64) - mean @ folded)
+
+    def __call__(self, features: Features) -> NDArray[np.float64]:
+        x = np.concatenate([features[name] for name in self.names], axis=1)
+        return x.astype(np.float64) @ self.weights + self.bias
+
+
+class Scale:
+    """Columns to mean 0 and deviation 1 on the films that it was fitted on; a constant column becomes 0."""
+
+    def __init__(self, features: Features) -> None:
+        self.names = list(features)
+        self.mean = {k: v.mean(0, dtype=np.float64) for k, v in features.items()}
+        self.deviation = {k: v.std(0, dtype=np.float64) for k, v in features.items()}
+
+    def __call__(self, features: Features, names: Sequence[str] | None = None) -> NDArray[np.float32]:
+        """(N, D of the blocks named, side by side)."""
+        mean, deviation = self.columns(names or self.names)
+        x = np.concatenate([features[name] for name in names or self.names], axis=1)
+        return ((x - mean) / deviation).astype(np.float32)
+
+    def columns(self, names: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and deviation (D,) of the blocks named; the deviation of a constant column is infinite."""
+        mean, spread = (np.concatenate([of[name] for name in names]) for of in (self.mean, self.deviation))
+        return mean, np.where(spread < 1e-6 * (1 + np.abs(mean)), np.inf, spread)
+
+
+def linear(
+    train: Data,
+    val: Data,
+    *,
+    pools: Sequence[str],
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    epochs: int,
+    patience: int,
+    batch_size: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+    say: Say = lambda epoch, value: None,
+) -> tuple[LinearHead, dict[str, Any]]:
+    """Linear heads over pool x lr x weight decay, trained as one tensor by AdamW, stopped by validation AUROC.
+
+    The heads do not touch each other: the loss is their sum, and lr and decay are tensors over them.
+    """
+    scale, used = Scale(train.features), blocks(train.features, pools)
+    widths = {name: train.features[name].shape[1] for name in scale.names}
+    grid = [(pool, lr, decay) for pool in used for lr in lrs for decay in weight_decays]
+    x, known, target = _tensors(scale(train.features), train.labels, device)
+    x_val = _with_one(torch.from_numpy(scale(val.features)).to(device))
+    mask = torch.stack([_mask(used[pool], widths) for pool, _, _ in grid], dim=1)[:, :, None].to(device)  # (D+1, H, 1)
+    lr = torch.tensor([lr for _, lr, _ in grid], device=device)[None, :, None]
+    decay = torch.tensor([decay for _, _, decay in grid], device=device)[None, :, None].repeat(x.shape[1], 1, 1)
+    decay[-1] = 0  # the bias
+    weights = torch.zeros(x.shape[1], len(grid), target.shape[1], device=device)  # (D+1, H, L)
+    first, second = torch.zeros_like(weights), torch.zeros_like(weights)
+    generator = torch.Generator().manual_seed(seed)
+    best, best_at, step = (-math.inf, weights[:, 0].clone(), 0), 0, 0
+    for epoch in range(1, epochs + 1):
+        for rows in torch.randperm(len(x), generator=generator).to(device).split(batch_size):
+            step += 1
+            gradient = _gradient(x[rows], weights, target[rows], known[rows]) * mask
+            first.lerp_(gradient, 0.1)
+            second.lerp_(gradient.square(), 0.001)
+            update = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            weights -= lr * (update + decay * weights)
+        scores = (x_val @ weights.flatten(1)).unflatten(1, weights.shape[1:]).cpu().numpy()  # (N, H, L)
+        reached = macro_auroc(val.labels, scores)  # (H,)
+        h = int(np.argmax(reached))
+        if reached[h] > best[0] + 1e-5:
+            best, best_at = (float(reached[h]), weights[:, h].clone(), h), epoch
+        say(epoch, best[0])
+        if epoch - best_at >= patience:
+            break
+    pool, rate, decayed = grid[best[2]]
+    wide = LinearHead.of(scale, scale.names, best[1].cpu().numpy())
+    inside = _mask(used[pool], widths)[:-1].numpy() > 0
+    head = LinearHead(used[pool], wide.weights[inside], wide.bias)
+    chose = {
+        "pool": pool,
+        "lr": rate,
+        "weight_decay": decayed,
+        "epoch": best_at,
+        "epochs_run": epoch,
+        "heads": len(grid),
+    }
+    return head, chose | {"val_auroc": best[0]}
+
+
+def _gradient(x: Tensor, weights: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Of the mean cross-entropy over known labels, for each head: x (B, D), weights (D, H, L) -> (D, H, L)."""
+    logits = (x @ weights.flatten(1)).unflatten(1, weights.shape[1:])  # (B, H, L)
+    error = (logits.sigmoid() - target[:, None]) * (known / known.sum().clamp(min=1))[:, None]
+    return (x.T @ error.flatten(1)).unflatten(1, weights.shape[1:])
+
+
+def _tensors(x: NDArray[np.float32], labels: NDArray[np.float32], device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    known = torch.from_numpy(~np.isnan(labels)).float()
+    target = torch.from_numpy(np.nan_to_num(labels))
+    return _with_one(torch.from_numpy(x).to(device)), known.to(device), target.to(device)
+
+
+def _with_one(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+
+
+def _mask(names: Sequence[str], widths: dict[str, int]) -> Tensor:
+    """(D + 1,): 1 for the columns of the blocks named, and for the bias."""
+    return torch.cat([torch.full((width,), float(name in names)) for name, width in widths.items()] + [torch.ones(1)])
+
+
+# ---- Logistic regression, nearest neighbours and boosted trees on frozen features. Comes in, goes out: as in `heads`.
+
+
+def logistic(
+    train: Data, val: Data, *, pools: Sequence[str], strengths: Sequence[float]
+) -> tuple[LinearHead, dict[str, Any]]:
+    """L2-regularised logistic regression, a label at a time; validation chooses pool and strength for all labels.
+
+    Args:
+        strengths: inverse regularisation, scikit-learn's C.
+    """
+    scale = Scale(train.features)
+    best: tuple[float, NDArray[np.float64], str, float] = (-math.inf, np.empty(0), "", 0.0)
+    for pool, names in blocks(train.features, pools).items():
+        x, x_val = scale(train.features, names), scale(val.features, names)
+        for c in strengths:
+            weights = np.stack([_logistic(x, train.labels[:, i], c) for i in range(train.labels.shape[1])], axis=1)
+            reached = float(macro_auroc(val.labels, (x_val @ weights[:-1] + weights[-1])[:, None])[0])
+            if reached > best[0]:
+                best = (reached, weights, pool, c)
+    reached, weights, pool, c = best
+    head = LinearHead.of(scale, blocks(train.features, pools)[pool], weights)
+    return head, {"pool": pool, "c": c, "val_auroc": reached}
+
+
+def boosting(train: Data, val: Data, *, iterations: int = 200, seed: int = 0) -> tuple[Head, dict[str, Any]]:
+    """Gradient-boosted trees, a label at a time; validation chooses the number of trees for all labels.
+
+    NaN features are fine. Few leaves and a small rate: the inputs are a handful of columns of the record.
+    """
+
+    def x(features: Features) -> NDArray[np.float32]:
+        return np.concatenate(list(features.values()), axis=1)
+
+    trees: list[Any] = []
+    staged = []  # (iterations, N) a label
+    for i in range(train.labels.shape[1]):
+        y = train.labels[:, i]
+        known = ~np.isnan(y)
+        if not 0 < y[known].sum() < known.sum():
+            trees.append(_log_odds(y[known]))
+            staged.append(np.full((iterations, len(val.labels)), trees[-1]))
+            continue
+        model = HistGradientBoostingClassifier(
+            learning_rate=0.05, max_iter=iterations, max_leaf_nodes=8, early_stopping=False, random_state=seed
+        ).fit(x(train.features)[known], y[known])
+        trees.append(model)
+        staged.append(np.stack([s.ravel() for s in model.staged_decision_function(x(val.features))]))
+    scores = np.stack(staged, axis=2).transpose(1, 0, 2)  # (N, iterations, L)
+    reached = macro_auroc(val.labels, scores)
+    best = int(np.argmax(reached)) + 1
+
+    def predict(features: Features) -> NDArray[np.float64]:
+        columns = []
+        for model in trees:
+            if isinstance(model, float):
+                columns.append(np.full(len(x(features)), model))
+            else:
+                columns.append(
+                    next(itertools.islice(model.staged_decision_function(x(features)), best - 1, None)).ravel()
+                )
+        return np.stack(columns, axis=1)
+
+    return predict, {"trees": best, "val_auroc": float(reached.max())}
+
+
+def knn(
+    train: Data, val: Data, *, pools: Sequence[str], neighbours: Sequence[int], temperature: float = 0.07
+) -> tuple[Head, dict[str, Any]]:
+    """Weighted mean of the labels of the nearest train films by cosine; validation chooses pool and number.
+
+    A neighbour weighs exp(cosine / temperature); one without the label is left out; without any, the train mean.
+    """
+    scale = Scale(train.features)
+    numbers = sorted({min(k, len(train.labels)) for k in neighbours})
+    known = ~np.isnan(train.labels)
+    mean = np.nansum(train.labels, axis=0) / np.maximum(known.sum(0), 1)
+    best = (-math.inf, "", 0)
+    banks = {}
+    for pool, names in blocks(train.features, pools).items():
+        banks[pool] = _unit(scale(train.features, names))
+        similar = _unit(scale(val.features, names)) @ banks[pool].T
+        for k in numbers:
+            p = _vote(similar, train.labels, k, temperature, mean)
+            reached = float(macro_auroc(val.labels, p[:, None])[0])
+            if reached > best[0]:
+                best = (reached, pool, k)
+    reached, pool, k = best
+
+    def predict(features: Features) -> NDArray[np.float64]:
+        x = _unit(scale(features, blocks(train.features, pools)[pool]))
+        parts = [_vote(part @ banks[pool].T, train.labels, k, temperature, mean) for part in _chunks(x, 512)]
+        p = np.clip(np.concatenate(parts), 1e-6, 1 - 1e-6)
+        return np.log(p / (1 - p))
+
+    return predict, {"pool": pool, "neighbours": k, "val_auroc": reached}
+
+
+def _logistic(x: NDArray[np.float32], y: NDArray[np.float32], c: float) -> NDArray[np.float64]:
+    """(D + 1,) weights and bias; with one class only, the smoothed log odds."""
+    known = ~np.isnan(y)
+    x, y = x[known], y[known]
+    if not 0 < y.sum() < len(y):
+        return np.append(np.zeros(x.shape[1]), _log_odds(y))
+    fit = LogisticRegression(C=c, max_iter=2000).fit(x, y)
+    return np.append(fit.coef_[0], fit.intercept_[0]).astype(np.float64)
+
+
+def _log_odds(y: NDArray[np.float32]) -> float:
+    """Of a label with one class only, smoothed so that it is finite."""
+    return math.log((float(y.sum()) + 0.5) / (len(y) - float(y.sum()) + 0.5))
+
+
+def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def _chunks(x: NDArray[Any], size: int) -> list[NDArray[Any]]:
+    return [x[start : start + size] for start in range(0, len(x), size)]
+
+
+def _vote(similar: NDArray[Any], labels: NDArray[Any], k: int, temperature: float, mean: NDArray[Any]) -> NDArray[Any]:
+    """Similarities (B, N) -> probabilities (B, L)."""
+    nearest = np.argpartition(-similar, k - 1, axis=1)[:, :k]  # (B, k)
+    near = np.take_along_axis(similar, nearest, axis=1)
+    weight = np.exp((near - near.max(1, keepdims=True)) / temperature)[:, :, None]
+    votes = labels[nearest]  # (B, k, L)
+    known = ~np.isnan(votes)
+    total = (weight * known).sum(1)
+    return np.where(total > 0, (weight * np.nan_to_num(votes)).sum(1) / np.maximum(total, 1e-30), mean)

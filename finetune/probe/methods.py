@@ -1,0 +1,107 @@
+"""How each method of `probe` learns: from train rows, with val rows to choose by, to logits of any rows.
+
+Comes in: films, a config, what they are seen through (an encoder, raw pixels, the record). Goes out: a `Learner`; the
+same one serves whole and fractional training sets and shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs import UserError
+from ehr_features import static
+from ehr_features.static import READS
+from finetune.encoders import Features
+from finetune.guard import refuse_discharge
+from finetune.labelled import Films
+from finetune.probe import heads
+from finetune.probe.heads import Data, LinearHead, Say, boosting, knn, logistic
+
+if TYPE_CHECKING:
+    from finetune.config import ProbeConfig
+
+Rows = NDArray[np.intp]
+
+
+class Fitted(NamedTuple):
+    """What was learned."""
+
+    predict: Callable[[Rows], NDArray[np.float64]]  # rows -> logits (n, L)
+    chosen: dict[str, Any]  # what validation chose, and its AUROC
+    head: LinearHead | None = None  # where there is one that can be kept
+    export: Callable[[Path], None] | None = None  # writes the tuned encoder into a run folder
+
+
+Learner = Callable[[Rows, Rows, int], Fitted]  # train rows, val rows, seed
+
+
+GRIDS = {
+    "linear": ("pools", "lrs", "weight_decays", "epochs", "patience", "batch_size"),
+    "logistic": ("pools", "strengths"),
+    "knn": ("pools", "neighbours"),
+    "attentive": ("tune",),
+    "finetune": ("tune",),
+}
+
+
+def grid(config: ProbeConfig) -> dict[str, Any]:
+    """What a method chooses from, and how long: runs are compared on equal ones."""
+    return config.model_dump(mode="json", include=set(GRIDS.get(config.method, ())))
+
+
+def at(features: Features, rows: Rows) -> Features:
+    return {pool: value[rows] for pool, value in features.items()}
+
+
+def on_features(config: ProbeConfig, films: Films, features: Features, device: str, say: Say) -> Learner:
+    """Heads on fixed features, one row a film."""
+
+    def learn(train_rows: Rows, val_rows: Rows, seed: int) -> Fitted:
+        labels = films.trained(train_rows, config.uncertain, config.missing)
+        train = Data(at(features, train_rows), labels)
+        val = Data(at(features, val_rows), films.evaluated(val_rows))
+        if config.method == "logistic":
+            head, chosen = logistic(train, val, pools=config.pools, strengths=config.strengths)
+        elif config.method == "knn":
+            other, chosen = knn(train, val, pools=config.pools, neighbours=config.neighbours)
+            return Fitted(lambda rows: other(at(features, rows)), chosen)
+        elif config.method == "boosting":
+            other, chosen = boosting(train, val, seed=seed)
+            return Fitted(lambda rows: other(at(features, rows)), chosen)
+        else:
+            head, chosen = heads.linear(
+                train,
+                val,
+                pools=config.pools,
+                lrs=config.lrs,
+                weight_decays=config.weight_decays,
+                epochs=config.epochs,
+                patience=config.patience,
+                batch_size=config.batch_size,
+                seed=seed,
+                device=device,
+                say=say,
+            )
+        return Fitted(lambda rows: head(at(features, rows)), chosen, head)
+
+    return learn
+
+
+def record(config: ProbeConfig, films: Films) -> Features:
+    """What the record says of each film, without the film: columns of `groups`, fitted on train.
+
+    Raises: UserError: a group that is known only at discharge, or that these films lack.
+    """
+    refuse_discharge(config.groups, static.available_at(config.groups))
+    if lacking := [group for group in config.groups if not set(READS[group]) <= set(films.table)]:
+        rest = [group for group in config.groups if group not in lacking]
+        raise UserError(f"groups: nothing of {', '.join(lacking)} is known of these films; groups=[{','.join(rest)}]")
+    array, names, _ = static.encode(films.table, config.groups)
+    if not names:
+        raise UserError("groups: the metadata baseline needs at least one group, e.g. groups=[sex,age,view]")
+    return {"avg": array}

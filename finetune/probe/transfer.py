@@ -1,0 +1,84 @@
+"""Zero-training transfer: the head of a finished probe, scored on other films whose labels it shares.
+
+Comes in: a run with head.safetensors and the encoder that it was trained on. Goes out: rows of the test split of the
+new films; nothing is fitted to them, thresholds neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
+
+from configs import UserError
+from ehr_features.files import new_file, read_json, undamaged, write_json
+from finetune.config import ProbeConfig
+from finetune.encoders import Frozen, film_features
+from finetune.labelled import Films
+from finetune.probe.evaluation import score, scored, subgroups
+from finetune.probe.heads import LinearHead
+from finetune.probe.methods import Fitted
+
+
+def save(
+    folder: Path, config: ProbeConfig, names: list[str], fit: Fitted, thresholds: np.ndarray, encoder_hash: str | None
+) -> None:
+    """Write head.safetensors (weights (D, L), bias (L,)) and head.json."""
+    assert fit.head is not None
+    with new_file(folder / "head.safetensors") as part:
+        save_file({"weights": fit.head.weights, "bias": fit.head.bias}, part)
+    cut = [None if np.isnan(t) else float(t) for t in thresholds]
+    about = {"labels": names, "pools": fit.head.names, "encoder": config.encoder, "encoder_hash": encoder_hash}
+    write_json(folder / "head.json", about | {"thresholds": cut})
+
+
+def load(folder: str | Path) -> tuple[LinearHead, dict[str, Any]]:
+    """The head of a run. Raises: UserError: it has none."""
+    path = Path(folder)
+    if not (path / "head.json").is_file():
+        raise UserError(f"{folder}: no head.json; give a finished run of method=linear or logistic")
+    about = read_json(path / "head.json")
+    with undamaged(path / "head.safetensors", "fit it again"):
+        tensors = load_file(path / "head.safetensors")
+    return LinearHead(about["pools"], tensors["weights"], tensors["bias"]), about
+
+
+def apply(
+    config: ProbeConfig, films: Films, frozen: Frozen, store: Any, folder: Path
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Score the head on the test films, over the labels that both have.
+
+    Raises: UserError: another encoder, or no label in common.
+    """
+    assert config.head is not None
+    head, about = load(config.head)
+    common = [name for name in about["labels"] if name in films.names]
+    if not common:
+        raise UserError(f"{config.head}: its labels ({', '.join(about['labels'])}) and these have none in common")
+    if about["encoder_hash"] != frozen.key:
+        raise UserError(
+            f"{config.encoder}: not the encoder that the head of {config.head} was fitted on ({about['encoder']}): "
+            "other weights, or other preprocessing"
+        )
+    rows = films.rows("test")
+    if not len(rows):
+        raise UserError("no film of split test to score the head on")
+    cache = Path(config.cache) if config.cache else folder.parent / "cache"
+    features = film_features(frozen, store, films.table["dicom_id"].iloc[rows].tolist(), cache=cache)
+    place = [about["labels"].index(name) for name in common]
+    logits = head(features)[:, place]
+    here = replace(films, labels=films.labels[common])
+    on = scored(here, rows, logits, unit=config.unit)
+    cut = np.array([np.nan if about["thresholds"][i] is None else about["thresholds"][i] for i in place])
+    table = score(on, samples=config.samples, seed=config.seed, thresholds=cut).assign(split="test", subset="all")
+    more: dict[str, Any] = {"transfer": {"head": config.head, "trained_with": about["encoder"], "labels": common}}
+    on.write(folder, "test")
+    tables = [table]
+    if config.subgroups:
+        rows_, more["gaps"] = subgroups(on, config.subgroups, samples=config.samples, seed=config.seed, thresholds=cut)
+        tables.append(rows_.assign(split="test"))
+    return pd.concat(tables, ignore_index=True).assign(fraction=1.0), more

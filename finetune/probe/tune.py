@@ -1,0 +1,300 @@
+"""Training through an encoder: `finetune` moves all its weights, `attentive` one query over its frozen tokens.
+
+Comes in: films, an encoder (random: supervised from scratch). Goes out: a `Learner`. Lower layers move less (layer-wise
+lr decay); films are turned, zoomed, shifted and changed in contrast, never flipped. Validation AUROC stops; SIGTERM
+saves, and the same command goes on to the same weights, as order and augmentation depend on seed and step alone.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from configs import UserError
+from configs.signals import Stopped
+from ehr_features.files import new_file
+from ehr_features.progress import Bar
+from finetune.encoders import open_any
+from finetune.labelled import Films
+from finetune.metrics import macro_auroc
+from finetune.probe.methods import Fitted, Learner, Rows
+from pretrain import encoder as encoders
+from pretrain import run
+from pretrain.seen import seen_after
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from finetune.config import ProbeConfig
+    from pretrain.store import Store
+
+
+from typing import TYPE_CHECKING
+
+from timm.optim import param_groups_layer_decay
+
+if TYPE_CHECKING:
+    from finetune.config import TuneConfig
+    from pretrain.encoder import Encoder
+
+
+def through_encoder(
+    config: ProbeConfig, films: Films, store: Store, folder: Path, log: run.Log, accelerator: Accelerator
+) -> Learner:
+    """A learner that keeps each fit in FOLDER/fits/N, so that the command goes on where it stopped."""
+    count = 0
+
+    def learn(train: Rows, val: Rows, seed: int) -> Fitted:
+        nonlocal count
+        place = folder / "fits" / str(count)
+        count += 1
+        fit = _Fit(config, films, store, place, log, accelerator, seed)
+        chosen = fit.train(train, val)
+        return Fitted(fit.predict, chosen, export=None if config.method == "attentive" else fit.export)
+
+    return learn
+
+
+class _Fit:
+    """One training."""
+
+    def __init__(
+        self,
+        config: ProbeConfig,
+        films: Films,
+        store: Store,
+        folder: Path,
+        log: run.Log,
+        accelerator: Accelerator,
+        seed: int,
+    ) -> None:
+        self.config, self.films, self.store, self.folder = config, films, store, folder
+        self.log, self.accelerator, self.seed = log, accelerator, seed
+        self.ids = films.table["dicom_id"].to_numpy(object)
+        self.labels = films.trained(np.arange(len(films)), config.uncertain, config.missing)
+        encoder, self.origin = open_any(config.encoder, seed, config.weights)
+        attentive = config.method == "attentive"
+        prior = torch.zeros(len(films.names))
+        self.net = Tuned(encoder, prior, attentive=attentive, scratch=self.origin is None).to(accelerator.device)
+        self.best = folder / "best.safetensors"
+
+    def train(self, train: Rows, val: Rows) -> dict[str, Any]:
+        """Fit on `train`, keep the epoch that is best on `val`."""
+        accelerator, tune = self.accelerator, self.config.tune
+        with torch.no_grad():
+            known = ~np.isnan(self.labels[train])
+            positive = np.nansum(self.labels[train], axis=0) + 0.5
+            self.net.head.bias.copy_(torch.from_numpy(np.log(positive / (known.sum(0) - positive + 1))))
+        optimizer = torch.optim.AdamW(groups(self.net, tune), lr=tune.lr)
+        wrapped, optimizer = accelerator.prepare(self.net, optimizer)
+        local, rest = divmod(tune.batch_size, accelerator.num_processes)
+        if rest:
+            raise UserError(
+                f"tune.batch_size {tune.batch_size} is not a multiple of {accelerator.num_processes} processes"
+            )
+        per_epoch = max(1, len(train) // tune.batch_size)
+        state = run.load_checkpoint(self.folder) or {"step": 0, "reached": -1.0, "best_epoch": 0, "done": False}
+        if "net" in state:
+            self.net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+        step, reached, best_epoch = state["step"], state["reached"], state["best_epoch"]
+        bar = Bar(f"{self.config.method} {self.folder.name}", tune.epochs * per_epoch, "steps", shown=run.is_main())
+        with run.stopping() as stop, bar, ThreadPoolExecutor(1) as reader:
+            while not state["done"] and step < tune.epochs * per_epoch:
+                epoch = step // per_epoch + 1
+                order = np.random.default_rng([self.seed, epoch]).permutation(train)
+                order = np.resize(order, per_epoch * tune.batch_size) if len(order) < tune.batch_size else order
+                parts = [self._mine(order, i, local) for i in range(step % per_epoch, per_epoch)]
+                ahead = reader.submit(self._read, parts[0])
+                losses = []
+                for i, rows in enumerate(parts):
+                    films = ahead.result()
+                    if i + 1 < len(parts):
+                        ahead = reader.submit(self._read, parts[i + 1])
+                    losses.append(self._step(wrapped, optimizer, films, rows, step, per_epoch))
+                    step += 1
+                    bar.advance(1, f"loss {losses[-1]:.3f}")
+                    if stop.agreed() and step % per_epoch:
+                        self._save(optimizer, step, reached, best_epoch, done=False)
+                        raise Stopped(run.go_on(self.folder.parents[1], step))
+                auroc = float(macro_auroc(self.films.evaluated(val), self._logits(val)[:, None])[0])
+                self.log.log({"epoch": epoch, "train/loss": float(np.mean(losses)), "val/auroc/macro": auroc}, step)
+                if auroc > reached:
+                    reached, best_epoch = auroc, epoch
+                    self._keep()
+                ended = epoch - best_epoch >= tune.patience
+                self._save(optimizer, step, reached, best_epoch, done=ended)
+                if stop.agreed() and not ended and step < tune.epochs * per_epoch:
+                    raise Stopped(run.go_on(self.folder.parents[1], step))
+                if ended:
+                    break
+        self.accelerator.wait_for_everyone()
+        self.net.load_state_dict(load_file(self.best))
+        return {"epoch": best_epoch, "steps": step, "val_auroc": reached}
+
+    def export(self, out: Path) -> None:
+        """Write OUT/encoder, and the subjects it has seen now: those of its pretraining and the train split."""
+        seen = seen_after(self.origin, self.films.table[["subject_id", "split"]].iloc[self.films.rows("train")])
+        if seen is not None:
+            with new_file(out / "seen_subjects.parquet") as part:
+                seen.to_parquet(part, index=False)
+        more = {"supervised_by": "findings", "tuned_from": self.config.encoder}
+        encoders.save(out / "encoder", self.net.encoder, more)
+
+    def _mine(self, order: Rows, i: int, local: int) -> Rows:
+        """This process's films of step i."""
+        size = self.config.tune.batch_size
+        return order[i * size : (i + 1) * size][self.accelerator.process_index :: self.accelerator.num_processes][
+            :local
+        ]
+
+    def _read(self, rows: Rows) -> Tensor:
+        return torch.from_numpy(self.store.read(self.ids[rows].tolist()))
+
+    def _step(self, wrapped: nn.Module, optimizer: Any, films: Tensor, rows: Rows, step: int, per_epoch: int) -> float:
+        tune, accelerator = self.config.tune, self.accelerator
+        generator = torch.Generator().manual_seed(_mix(self.seed, step, accelerator.process_index))
+        x = self._input(augment(films.to(accelerator.device), tune, generator))
+        target = torch.from_numpy(self.labels[rows]).to(accelerator.device)
+        known = ~target.isnan()
+        rate = tune.lr * schedule(step, tune.epochs * per_epoch, round(tune.warmup_epochs * per_epoch))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        wrapped.train()
+        with accelerator.autocast():
+            logits = wrapped(x)
+        each = F.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none")
+        loss = (each * known).sum() / known.sum().clamp(min=1)
+        if not loss.isfinite():
+            raise UserError(f"loss {loss.item()} at step {step}; lower tune.lr ({tune.lr}) or tune.clip ({tune.clip})")
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_([p for p in self.net.parameters() if p.requires_grad], tune.clip)
+        optimizer.step()
+        return float(loss.item())
+
+    def _input(self, pixels: Tensor) -> Tensor:
+        """(B, 1, S, S) in [0, 1] -> what the encoder takes."""
+        preprocess = self.net.encoder.preprocess
+        if pixels.shape[-1] != preprocess.size:
+            pixels = F.interpolate(pixels, size=(preprocess.size,) * 2, mode="bilinear", antialias=True)
+        return preprocess.to_input(pixels)
+
+    def predict(self, rows: Rows) -> NDArray[np.float64]:
+        """Logits (n, L) of any films, in every process."""
+        return self._logits(rows).astype(np.float64)
+
+    @torch.no_grad()
+    def _logits(self, rows: Rows) -> NDArray[np.float32]:
+        accelerator, size = self.accelerator, self.config.tune.batch_size
+        self.net.eval()
+        each = math.ceil(len(rows) / accelerator.num_processes)
+        mine = np.resize(rows, each * accelerator.num_processes)[accelerator.process_index * each :][:each]
+        parts = []
+        for start in range(0, each, size):
+            pixels = self._read(mine[start : start + size])[:, None].to(accelerator.device).float() / 255
+            with accelerator.autocast():
+                parts.append(self.net(self._input(pixels)).float())
+        found: Tensor = accelerator.gather(torch.cat(parts))
+        return found[: len(rows)].cpu().numpy()
+
+    def _keep(self) -> None:
+        if run.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with new_file(self.best) as part:
+                save_file({k: v.contiguous().cpu().clone() for k, v in self.net.state_dict().items()}, part)
+
+    def _save(self, optimizer: Any, step: int, reached: float, best_epoch: int, *, done: bool) -> None:
+        state = {"net": self.net.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
+        run.save_checkpoint(self.folder, {**state, "reached": reached, "best_epoch": best_epoch}, step, keep=1)
+
+
+def _mix(*numbers: int) -> int:
+    """A seed that differs where any of the numbers does."""
+    return int(np.random.SeedSequence(list(numbers)).generate_state(1)[0])
+
+
+# ---- What `tune` trains: a head on an encoder, its parameter groups, how films are changed, how lr goes.
+
+
+class Tuned(nn.Module):
+    """Films -> logits.
+
+    Args:
+        attentive: freeze the encoder and weigh its tokens by one learned query.
+        prior: (L,) log odds that the head starts from.
+        scratch: random weights: batch norm learns its statistics too.
+    """
+
+    def __init__(self, encoder: Encoder, prior: Tensor, *, attentive: bool, scratch: bool) -> None:
+        super().__init__()
+        self.encoder, self.attentive, self.scratch = encoder, attentive, scratch
+        self.head = nn.Linear(encoder.width, len(prior))
+        nn.init.zeros_(self.head.weight)
+        with torch.no_grad():
+            self.head.bias.copy_(prior)
+        if attentive:
+            encoder.requires_grad_(False)
+            self.query = nn.Parameter(torch.zeros(encoder.width))
+            self.norm = nn.LayerNorm(encoder.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), normalised -> (B, L)."""
+        if not self.attentive:
+            return self.head(self.encoder(x))
+        with torch.no_grad():
+            tokens = self.encoder.features(x)
+        tokens = self.norm(tokens if tokens.ndim == 3 else tokens.flatten(2).transpose(1, 2))  # (B, N, D)
+        weight = (tokens @ self.query / math.sqrt(len(self.query))).softmax(dim=1)  # (B, N)
+        return self.head((weight[:, :, None] * tokens).sum(1))
+
+    def train(self, mode: bool = True) -> Tuned:
+        """A frozen encoder stays in eval mode; a pretrained one keeps its batch norm's statistics."""
+        super().train(mode)
+        if self.attentive:
+            self.encoder.eval()
+        elif not self.scratch:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+
+def groups(net: Tuned, config: TuneConfig) -> list[dict[str, Any]]:
+    """Parameter groups with `lr_scale`: the head's 1, lower layers less; no decay on biases and norms."""
+    own = [(n, p) for n, p in net.named_parameters() if not n.startswith("encoder.")]
+    found: list[dict[str, Any]] = []
+    if not net.attentive:
+        found = param_groups_layer_decay(net.encoder.net, config.weight_decay, layer_decay=config.layer_decay)
+    found.append({"params": [p for n, p in own if p.ndim > 1], "weight_decay": config.weight_decay, "lr_scale": 1.0})
+    found.append({"params": [p for n, p in own if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": 1.0})
+    return found
+
+
+def augment(films: Tensor, config: TuneConfig, generator: torch.Generator) -> Tensor:
+    """Turn, zoom, shift and change the contrast of uint8 (B, S, S) -> (B, 1, S, S) in [0, 1]; outside is black."""
+    pixels, n = films[:, None].float() / 255, len(films)
+    draw = (2 * torch.rand(5, n, generator=generator) - 1).to(films.device)
+    angle, scale = draw[0] * math.radians(config.rotate), 1 + draw[1] * config.zoom
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    theta = torch.stack([cos, -sin, draw[2] * 2 * config.shift, sin, cos, draw[3] * 2 * config.shift], dim=1)
+    grid = F.affine_grid(theta.view(n, 2, 3), list(pixels.shape), align_corners=False)
+    pixels = F.grid_sample(pixels, grid, align_corners=False)
+    middle = pixels.mean(dim=(1, 2, 3), keepdim=True)
+    return ((pixels - middle) * (1 + draw[4] * config.contrast).view(-1, 1, 1, 1) + middle).clamp(0, 1)
+
+
+def schedule(step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to 0; of the largest lr."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

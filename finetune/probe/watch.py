@@ -1,0 +1,103 @@
+"""`probe --watch RUN`: probe every encoder that a running pretraining exports, on train and val labels only.
+
+Comes in: a run folder of pretraining (encoder/ is rewritten there on the way, see export_every_epochs) and a probe's
+config. Goes out: a line of RUN/probe.jsonl for each step: {"step", "linear/auroc", "knn/auroc", ...}. Ends when the
+pretraining has. An encoder that is replaced while the one before it is being probed is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import UserError
+from ehr_features.files import read_json, read_table
+from finetune.config import ProbeConfig
+from finetune.encoders import Frozen, film_features, open_frozen
+from finetune.guard import check_encoder
+from finetune.labelled import Films, check_splits
+from finetune.layouts import open_films
+from finetune.probe.methods import on_features
+
+
+def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> Path:
+    """Follow a run to its end.
+
+    Args:
+        seconds: between two looks.
+    Returns: RUN/probe.jsonl.
+    Raises: UserError: not a run folder, or a pretraining that sees val or test subjects.
+    """
+    run = Path(folder)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: not a run folder (no config.yaml); start the pretraining first")
+    films, store = open_films(config)
+    check_splits(films)
+    films = films.keep((films.table["split"] != "test").to_numpy(), "test films are not looked at")
+    out = run / "probe.jsonl"
+    done = _steps(out)
+    print(f"watching {run}: each new encoder is probed on train and val; Ctrl-C ends the watching, not the run")
+    while True:
+        ended = _ended(run)  # before the look, so that the last encoder is not missed
+        frozen = _open(run) if _step(run) not in {None, *done} else None
+        if frozen is not None:
+            step = int(frozen.about["step"])
+            values = probed(config, films, frozen, store)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            done.add(step)
+            print(f"step {step}: linear {values['linear/auroc']:.4f}, kNN {values['knn/auroc']:.4f}", flush=True)
+            continue
+        if ended:
+            print(f"{run} has ended; {out} holds {len(done)} encoders\nnext: ./launch.sh report {run}")
+            return out
+        time.sleep(seconds)
+
+
+def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dict[str, Any]:
+    """Macro AUROC on val of the best linear head and of kNN. Raises: UserError: the encoder saw val or test."""
+    if config.features and frozen.folder is not None:
+        subjects = read_table(config.features, "images", ["subject_id", "split"])
+        check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
+    features = film_features(frozen, store, films.table["dicom_id"].tolist())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, Any] = {}
+    for method, chosen in (("linear", "pool"), ("knn", "neighbours")):
+        learn = on_features(config.model_copy(update={"method": method}), films, features, device, lambda *_: None)
+        fit = learn(films.rows("train"), films.rows("val"), config.seed).chosen
+        found |= {f"{method}/auroc": fit["val_auroc"], f"{method}/{chosen}": fit[chosen]}
+    return found
+
+
+def _open(run: Path) -> Frozen | None:
+    """The encoder as it is now; None where it is being replaced this moment."""
+    try:
+        return open_frozen(str(run))
+    except UserError:
+        if (run / "encoder" / "encoder.json").is_file() and (run / "encoder" / "encoder.safetensors").is_file():
+            raise
+        return None
+
+
+def _step(run: Path) -> int | None:
+    path = run / "encoder" / "encoder.json"
+    try:
+        return int(read_json(path)["step"]) if path.is_file() else None
+    except (UserError, KeyError):
+        return None  # being replaced
+
+
+def _ended(run: Path) -> bool:
+    path = run / "provenance.json"
+    return path.is_file() and bool(read_json(path).get("finished_at"))
+
+
+def _steps(path: Path) -> set[int]:
+    """Steps already probed, so that watching can go on."""
+    if not path.is_file():
+        return set()
+    return {json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")}

@@ -1,0 +1,3 @@
+"""One self-contained HTML page for any set of runs."""
+
+from finetune.report.page import report

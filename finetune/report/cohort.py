@@ -1,0 +1,172 @@
+"""The report's data part: who is in it, who fell out and why, and how much of the series was measured.
+
+Comes in: the folders of features and of notes that the runs' configs name. Goes out: one section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+
+from configs import UserError
+from ehr_features.files import read_json, read_table, undamaged
+from finetune.report.data import Run, read_object
+from finetune.report.figures import bars, flow
+from finetune.report.html import Html, figure, frame, number, section, table, tag, variable
+
+SPLITS = ("train", "val", "test")
+
+
+def folders(runs: Sequence[Run]) -> list[Path]:
+    """The features folders of the runs, each once."""
+    found = {run.features.resolve(): run.features for run in runs if run.features}
+    return list(found.values())
+
+
+def cohort_section(runs: Sequence[Run]) -> Html:
+    """Cohort flow, splits and missingness, for each features folder."""
+    found = folders(runs)
+    if not found:
+        named = sorted({str(run.config["features"]) for run in runs if run.config.get("features")})
+        where = f"The features folder {', '.join(named)} is not here" if named else "No run names a features folder"
+        return section("data", "Data", tag("p", f"{where}: no cohort, splits or missingness.", class_="muted"))
+    parts: list[Any] = []
+    for i, folder in enumerate(found):
+        key = "" if i == 0 else f"-{i + 1}"
+        parts.append(tag("p", "Features: ", tag("code", folder.name), class_="muted") if len(found) > 1 else None)
+        parts += [splits_figure(folder, key), flow_figure(folder, key), missing_figure(folder, key)]
+    told = list({run.notes.resolve(): run.notes for run in runs if run.notes}.values())
+    for i, folder in enumerate(told):
+        title = "Films without a note, and why" + (f" ({folder.name})" if len(told) > 1 else "")
+        parts.append(flow_figure(folder, "-notes" + ("" if i == 0 else f"-{i + 1}"), title))
+    return section("data", "Data", parts, lead="Who is in it, who fell out and why, and how much was measured.")
+
+
+def attrition(folder: Path) -> list[tuple[str, int, int, str]]:
+    """(what is counted, before, after, why) of each exclusion in attrition.json."""
+    path = folder / "attrition.json"
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    lists = content.values() if isinstance(content, dict) else [content]
+    records = next((v for v in lists if isinstance(v, list)), [])
+    steps = []
+    for record in (r for r in records if isinstance(r, dict)):
+        names = [record.get(k) for k in ("table", "what", "of", "step", "name") if record.get(k)]
+        why = next((str(record[k]) for k in ("why", "reason", "rule") if record.get(k)), "")
+        before, after = (_count(record, k) for k in ("before", "after"))
+        if before is not None and after is not None:
+            steps.append((str(names[0]) if names else why, before, after, why))
+    return steps
+
+
+def notes(folder: Path) -> str | None:
+    """What attrition.json notes without excluding a row."""
+    content = read_json(folder / "attrition.json")
+    listed = content.get("notes", []) if isinstance(content, dict) else []
+    listed = [n for n in listed if isinstance(n, dict)] if isinstance(listed, list) else []
+    told = [f"{number(n['count'])} {n['what']}" for n in listed if n.get("count") and n.get("what")]
+    told += [f"{number(n)} {what}" for n, what in _ambiguous(content) if n]
+    return f"Also counted, and kept: {'; '.join(told)}." if told else None
+
+
+def _ambiguous(content: Any) -> list[tuple[int, str]]:
+    """How many films could have been linked to several admissions, stays or visits."""
+    records = content.get("exclusions") if isinstance(content, dict) else None
+    said = [r for r in records if isinstance(r, dict)] if isinstance(records, list) else []
+    said = [r for r in said if str(r.get("why", "")).startswith("ambiguous") and isinstance(r.get("num_ids"), int)]
+    return [(r["num_ids"], f"{r.get('table')} ({r['why']})") for r in said]
+
+
+def _count(record: dict[str, Any], which: str) -> int | None:
+    for key in (which, f"rows_{which}", f"num_{which}", f"n_{which}"):
+        if isinstance(record.get(key), int):
+            return int(record[key])
+    return None
+
+
+def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") -> Html | None:
+    """Each exclusion as a bar that shortens."""
+    steps = attrition(folder)
+    if not steps:
+        return None
+    numbers = frame(pd.DataFrame(steps, columns=["what", "before", "after", "why"]))
+    caption = (
+        "What is left after each rule (dark), and what the rule took out (light). Counts of rows, never of values."
+    )
+    return figure(f"flow{key}", title, flow(steps), caption, numbers, note=notes(folder))
+
+
+def splits_figure(folder: Path, key: str) -> Html | None:
+    """Subjects, films and stays by split, and the outcomes' prevalence in each."""
+    rows = []
+    for name, id_ in (("images", "dicom_id"), ("stays", "stay_id")):
+        if (folder / f"{name}.parquet").is_file():
+            data = read_table(folder, name, [id_, "subject_id", "split"])
+            counts = {s: data[data["split"] == s] for s in SPLITS}
+            shown = {"images": "films", "stays": "ICU stays"}[name]
+            rows.append(
+                [
+                    f"subjects with {shown}",
+                    *[d["subject_id"].nunique() for d in counts.values()],
+                    data["subject_id"].nunique(),
+                ]
+            )
+            rows.append([shown, *[len(d) for d in counts.values()], len(data)])
+    rows += _samples(folder)
+    if not rows:
+        return None
+    caption = "One split for films and stays, by subject: no person stands in two columns."
+    return figure(f"splits{key}", "Splits", table(["", *SPLITS, "all"], rows), caption)
+
+
+def _samples(folder: Path) -> list[list[Any]]:
+    rows = []
+    for path in sorted((folder / "samples").glob("*.parquet")):
+        with undamaged(path, "build the features again"):
+            data = pd.read_parquet(path)
+        if "split" not in data:
+            continue
+        task = path.stem.replace("_", " ")
+        counts = [data[data["split"] == s] for s in SPLITS]
+        rows.append([f"samples: {task}", *[len(d) for d in counts], len(data)])
+        if "dicom_id" in data:
+            rows.append(["… with a film", *[int(d["dicom_id"].notna().sum()) for d in (*counts, data)]])
+        if path.stem in data:
+            rows.append([f"… positive ({task})", *[int((d[path.stem] == 1).sum()) for d in (*counts, data)]])
+    return rows
+
+
+def missing_figure(folder: Path, key: str) -> Html | None:
+    """The share of hours in which each variable was measured."""
+    path = folder / "series.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            observed = file.get_tensor("observed")  # (ΣT, 17)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not the series of a features folder ({error}); build the features again") from None
+    if not len(observed):
+        return None
+    names = _variables(folder, observed.shape[1])
+    share = np.asarray(observed != 0).mean(axis=0)
+    order = np.argsort(-share)
+    rows = [(names[i], float(share[i]), f"{100 * share[i]:.1f}%") for i in order]
+    caption = f"Share of the {len(observed):,} hours in which each variable was measured; the others are imputed."
+    numbers = table(
+        ["variable", "hours measured", "share"],
+        [[names[i], int((observed[:, i] != 0).sum()), number(float(share[i]))] for i in order],
+    )
+    return figure(f"missing{key}", "How much of the series was measured", bars(rows), caption, numbers)
+
+
+def _variables(folder: Path, count: int) -> list[str]:
+    columns = read_object(folder / "series.json").get("columns", [])
+    names = [variable(str(c).removeprefix("mask->")) for c in columns[-count:]]
+    return names if len(names) == count else [f"variable {i + 1}" for i in range(count)]

@@ -1,0 +1,406 @@
+"""Charts as SVG: line panels and point maps.
+
+Comes in: numbers and names. Goes out: `Html`. Colours come from the page's style (classes c0 ... c7), so that a dark
+screen and paper work too; every series also has its own marker or dash, so that colour is never alone.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from finetune.report.html import Html, both_widths, fixed, interval, join, number, tag
+
+COLOURS = 8
+DASHES = (None, "6 3", "2 3", "8 3 2 3")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points (x, y), an optional band (low, high), and the index that gives its colour and marker."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    index: int = 0
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    marks: bool = False
+    whiskers: bool = False  # low and high as bars, and no line
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Data to pixels, linear or logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log10(max(v, 1e-12)) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (self.end - self.start) * (value - low) / ((high - low) or 1.0)
+
+    def ticks(self, about: int = 5) -> list[float]:
+        rough = (self.high - self.low) / about or 1.0
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs(math.log(step / rough)))
+        first = math.ceil(self.low / step - 1e-9) * step
+        return [first + i * step for i in range(int((self.high - first) / step + 1e-6) + 1)]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a line panel looks like around its lines."""
+
+    x_label: str = ""
+    y_label: str = ""
+    x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
+    log_x: bool = False
+    diagonal: bool = False
+    marks_y: Sequence[tuple[float, str]] = field(default_factory=tuple)  # horizontal lines with a name
+    labels: bool = False  # the series' names at the ends of their lines
+    ticks_x: Sequence[float] = field(default_factory=tuple)  # where the values stand, if they are few
+
+
+def tick_text(value: float, step: float) -> str:
+    if abs(value) >= 10000 or step >= 1000:
+        return f"{value / 1000:g}k".replace("-", "−")
+    places = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 0
+    if abs(step * 10**places - round(step * 10**places)) > 1e-6:
+        places += 1
+    if places > 4 and abs(value) > step / 2:
+        power = math.floor(math.log10(abs(value)) + 1e-9)
+        return f"{value / 10**power:.{max(places + power, 0)}f}e{power}".replace("-", "−")
+    return f"{value:.{places if places <= 4 else 0}f}".replace("-", "−")
+
+
+def svg(width: float, height: float, says: str, *children: Any) -> Html:
+    """An SVG with a name for those who hear it."""
+    name = tag("title", says)
+    return tag("svg", name, children, viewBox=f"0 0 {width:g} {height:g}", role="img", width=width, height=height)
+
+
+def mark(index: int, x: float, y: float, size: float = 4.0, tip: str | None = None) -> Html:
+    """A marker in the series' colour and shape: disc, square, diamond, triangle, then open ones."""
+    css = f"mark c{index % COLOURS}" + (" open" if (index // 4) % 2 else "")
+    says = tag("title", tip) if tip else None
+    shape = index % 4
+    if shape == 0:
+        return tag("circle", says, cx=x, cy=y, r=size, class_=css)
+    if shape == 1:
+        return tag("rect", says, x=x - size * 0.9, y=y - size * 0.9, width=size * 1.8, height=size * 1.8, class_=css)
+    corners = [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)] if shape == 2 else [(0, -1.2), (1.2, 0.9), (-1.2, 0.9)]
+    return tag(
+        "polygon", says, points=" ".join(f"{x + a * size:.1f},{y + b * size:.1f}" for a, b in corners), class_=css
+    )
+
+
+def legend(names: Sequence[tuple[int, str]]) -> Html:
+    """Marker and name of each series, shared by the panels under it."""
+    items = []
+    for index, name in names:
+        icon = tag("svg", mark(index, 7, 7), viewBox="0 0 14 14", width=14, height=14, aria_hidden="true")
+        items.append(tag("li", icon, " ", name))
+    return tag("ul", items, class_="legend")
+
+
+def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 250, height: int = 190) -> Html:
+    """Lines over a common axis."""
+    lines = [s for s in series if len(s.x)]
+    if not lines:
+        return Html("")
+    x_range = frame.x_range or span([s.x for s in lines], pad=0.0)
+    y_range = frame.y_range or span([v for s in lines for v in (s.y, s.low, s.high) if v is not None], pad=0.06)
+    right = 12 + (max(len(s.name) for s in lines) * 7.2 if frame.labels else 0)
+    x = Scale(*x_range, 50 if frame.y_label else 42, width - min(right, width * 0.36), log=frame.log_x)
+    y = Scale(*y_range, height - 40, 30 if title else 12)
+    parts = [_axes(x, y, frame, width, height, title)]
+    if frame.diagonal:
+        a, b = max(x.low, y.low), min(x.high, y.high)
+        parts.append(tag("line", x1=x(a), y1=y(a), x2=x(b), y2=y(b), class_="reference"))
+    for level, name in frame.marks_y:
+        if y.low <= level <= y.high:
+            parts.append(tag("line", x1=x.start, x2=x.end, y1=y(level), y2=y(level), class_="reference"))
+            parts.append(tag("text", name, x=x.end, y=y(level) + 13, class_="tiny", text_anchor="end"))
+    parts += [_line(s, x, y) for s in lines]
+    if frame.labels:
+        parts += _end_labels(lines, x, y)
+    return svg(width, height, f"{title or frame.y_label} against {frame.x_label}", tag("g", parts, class_="panel"))
+
+
+def panels(specs: Sequence[tuple[Sequence[Series], Frame, str]], *, columns: int = 3) -> Html:
+    """Several line panels, three or two beside each other on a page, one under the other on a phone."""
+    css = "panels two-columns" if columns == 2 else "panels"
+
+    def draw(width: int) -> Html:
+        size = (320, 210) if width < 500 else (360, 240) if columns == 2 else (250, 185)
+        return tag("div", [panel(lines, frame, title, *size) for lines, frame, title in specs if lines], class_=css)
+
+    return both_widths(draw)
+
+
+def span(values: Sequence[Sequence[float]], pad: float) -> tuple[float, float]:
+    """Lowest and highest of all finite values, with room on both sides."""
+    flat = np.concatenate([np.asarray(v, dtype=float) for v in values])
+    flat = flat[np.isfinite(flat)]
+    low, high = (float(flat.min()), float(flat.max())) if len(flat) else (0.0, 1.0)
+    room = (high - low) * pad or (0.0 if high > low else max(abs(high), 1.0) * 0.05)
+    return low - room, high + room
+
+
+def _axes(x: Scale, y: Scale, frame: Frame, width: int, height: int, title: str) -> Html:
+    parts: list[Any] = [tag("text", title, x=2, y=15, class_="panel-title") if title else None]
+    rows = y.ticks(4)
+    for value in rows:
+        parts.append(tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid"))
+        step = rows[1] - rows[0] if len(rows) > 1 else 1.0
+        parts.append(
+            tag("text", tick_text(value, step), x=x.start - 6, y=y(value) + 4, text_anchor="end", class_="tick")
+        )
+    columns = list(frame.ticks_x) or x.ticks(max(2, int((x.end - x.start) // 55)))
+    columns = [t for i, t in enumerate(columns) if i == 0 or x(t) - x(columns[i - 1]) > 18]
+    for value in columns:
+        step = columns[1] - columns[0] if len(columns) > 1 else 1.0
+        text = f"{value:g}" if x.log else tick_text(value, step)
+        parts.append(tag("line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="axis"))
+        parts.append(tag("text", text, x=x(value), y=y.start + 16, text_anchor="middle", class_="tick"))
+    parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
+    parts.append(
+        tag("text", frame.x_label, x=(x.start + x.end) / 2, y=height - 6, text_anchor="middle", class_="axis-name")
+    )
+    if frame.y_label:
+        turned = f"translate(11 {(y.start + y.end) / 2:.1f}) rotate(-90)"
+        parts.append(tag("text", frame.y_label, transform=turned, text_anchor="middle", class_="axis-name"))
+    return join(parts)
+
+
+def _line(s: Series, x: Scale, y: Scale) -> Html:
+    """One series; what lies outside the axes is left out."""
+    room = 1e-6 * (y.high - y.low)
+    inside = [y.low - room <= v <= y.high + room for v in s.y]
+    kept = [i for i, shown in enumerate(inside) if shown]
+    points = [(x(s.x[i]), y(s.y[i])) for i in kept]
+    css = f"c{s.index % COLOURS}" if s.index >= 0 else "neutral"
+    parts: list[Html] = []
+    if s.low is not None and s.high is not None:
+        ends = [(x(s.x[i]), y(min(s.high[i], y.high)), y(max(s.low[i], y.low))) for i in kept]
+        if s.whiskers:
+            parts += [tag("line", x1=a, x2=a, y1=high, y2=low, class_=f"whisker {css}") for a, high, low in ends]
+        else:
+            band = [(a, high) for a, high, _ in ends] + [(a, low) for a, _, low in reversed(ends)]
+            parts.append(tag("polygon", points=_points(band), class_=f"band {css}"))
+    if not s.whiskers:
+        dash = DASHES[(s.index // COLOURS) % len(DASHES)]
+        for shown, part in groupby(range(len(s.y)), key=lambda i: inside[i]):
+            piece = _points([(x(s.x[i]), y(s.y[i])) for i in part])
+            if shown:
+                name = tag("title", s.name)
+                parts.append(tag("polyline", name, points=piece, class_=f"line {css}", stroke_dasharray=dash))
+    if s.marks or len(points) == 1:
+        parts += [mark(s.index, a, b, 3.5) for a, b in points]
+    elif s.index >= 0 and not s.whiskers:
+        parts += [mark(s.index, *points[i], 3.2) for i in _tellers(s.index, len(points))]
+    return join(parts)
+
+
+def _tellers(index: int, num: int) -> list[int]:
+    """Points of a long line that carry its marker, apart from those of the other lines."""
+    return [int((k + (1 + index % COLOURS) / (COLOURS + 1)) / 3 * (num - 1)) for k in range(3)] if num > 1 else []
+
+
+def _points(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+
+
+def _end_labels(lines: Sequence[Series], x: Scale, y: Scale) -> list[Html]:
+    """Names beside the lines' ends, moved apart where they would touch."""
+    placed: list[Html] = []
+    last = y.end - 14
+    for at, s in sorted(((y(s.y[-1]), s) for s in lines if np.isfinite(s.y[-1])), key=lambda pair: pair[0]):
+        last = max(at, last + 14)
+        place = x(s.x[-1]) + 7
+        placed.append(tag("text", s.name, x=place, y=last + 4, class_="name"))
+    return placed
+
+
+def scatter(
+    x: np.ndarray, y: np.ndarray, groups: Sequence[tuple[str, np.ndarray]], title: str, size: int = 350
+) -> Html:
+    """Points on a map, a colour and marker for each group of rows (boolean masks)."""
+    sx = Scale(*span([list(x)], pad=0.04), 8, size - 8)
+    sy = Scale(*span([list(y)], pad=0.04), size - 8, 30)
+    parts: list[Any] = [tag("text", title, x=8, y=16, class_="panel-title")]
+    for i, (_, rows) in enumerate(groups):
+        parts.append(
+            tag("g", [mark(i, sx(a), sy(b), 2.6) for a, b in zip(x[rows], y[rows], strict=True)], class_="dots")
+        )
+    return svg(size, size, f"map of films by {title}", parts)
+
+
+# ---- Rows of numbers as pictures: forest plots as SVG; bars and a cohort's flow as plain HTML that wraps on a phone.
+
+LETTER, SMALL = 7.2, 6.1  # pixels of a letter, about
+GAP, TOP = 14, 26
+PAGE = 780  # pixels: a longer plot is cut between rows, so that paper and eye can hold it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a forest plot: its name, a remark such as `31 of 402`, and a point for each series."""
+
+    name: str
+    points: Sequence[tuple[int, float, float | None, float | None]]  # series, value, low, high
+    remark: str = ""
+    best: float | None = None  # where its dotted mark stands: what is possible, or chance
+    strong: bool = False
+    says: str = ""  # under the number of a row with one point: its p
+
+
+def forest(
+    rows: Sequence[Row],
+    names: dict[int, str],
+    width: int,
+    *,
+    chance: float | None = 0.5,
+    x_label: str = "AUROC",
+) -> Html:
+    """Points with intervals: a block for each row, in it a line for each series.
+
+    Args:
+        names: series -> its name, for tips.
+        width: pixels; above 500 the numbers are written out at the right.
+        chance: where the dashed line stands.
+    """
+    wide = width > 500
+    step = 17 if max(len(row.points) for row in rows) <= 4 else 14
+    room = max(max(len(row.name) * LETTER, len(row.remark) * SMALL) for row in rows) + 18
+    left = min(room, 290 if wide else 128)
+    letters = int((left - 8) / LETTER)
+    right = (170 if chance == 0 else 148) if wide else 66 if any(row.says for row in rows) else 40
+    values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
+    values += [row.best for row in rows if row.best is not None] + ([chance] if chance is not None else [])
+    x = Scale(*span([values], pad=0.04), left, width - right)
+    pages: list[list[tuple[Row, float]]] = [[]]
+    for row in rows:
+        tall = max(len(row.points) * step, 17 * len(_wrap(row.name, letters)) + 17 * bool(row.remark or row.says))
+        if pages[-1] and sum(t + GAP for _, t in pages[-1]) + tall > PAGE:
+            pages.append([])
+        pages[-1].append((row, tall))
+
+    def draw(page: Sequence[tuple[Row, float]]) -> Html:
+        stripes: list[Any] = []
+        blocks: list[Any] = []
+        y = float(TOP)
+        for i, (row, tall) in enumerate(page):
+            if i % 2 == 0:
+                stripes.append(tag("rect", x=0, y=y - GAP / 2, width=width, height=tall + GAP, rx=4, class_="stripe"))
+            blocks.append(_name(row, y + tall / 2, letters))
+            blocks.append(_row_points(row, names, x, y, tall, step, width))
+            y += tall + GAP
+        bottom = y - GAP / 2
+        ground = _ground(x, bottom, chance, x_label, width)
+        return svg(width, bottom + 42, f"{x_label} of {', '.join(names.values())}", stripes, ground, blocks)
+
+    return join([draw(page) for page in pages])
+
+
+def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: int) -> Html:
+    """Grid, chance and the axis under the rows."""
+    ticks = x.ticks(5 if width > 500 else 3)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.1
+    lines = [tag("line", x1=x(t), x2=x(t), y1=TOP - GAP / 2, y2=bottom, class_="grid") for t in ticks]
+    if chance is not None:
+        lines.append(tag("line", x1=x(chance), x2=x(chance), y1=TOP - GAP / 2, y2=bottom, class_="reference"))
+    texts = [tag("text", tick_text(t, step), x=x(t), y=bottom + 16, text_anchor="middle", class_="tick") for t in ticks]
+    name = tag("text", x_label, x=(x.start + x.end) / 2, y=bottom + 34, text_anchor="middle", class_="axis-name")
+    head = f"{x_label} (95% interval)" if width > 500 and chance is not None else None
+    return join([lines, texts, name, tag("text", head, x=width - 4, y=12, text_anchor="end", class_="tiny")])
+
+
+def _wrap(name: str, letters: int) -> list[str]:
+    """A name in up to three lines; what is longer still loses its middle, as its end tells seeds apart."""
+    lines = textwrap.wrap(name, letters, break_long_words=False) if len(name) > letters else [name]
+    if len(lines) > 3 or any(len(line) > letters + 2 for line in lines):
+        lines = [f"{name[: (letters - 1) // 2]}…{name[-(letters // 2) :]}"]
+    return lines
+
+
+def _name(row: Row, middle: float, letters: int) -> Html:
+    lines = _wrap(row.name, letters)
+    at = middle + 4 - 8 * (len(lines) - 1) - (7 if row.remark else 0)
+    full = tag("title", row.name) if lines != [row.name] else None
+    css = "row-name strong" if row.strong else "row-name"
+    texts = [tag("text", full, line, x=6, y=at + 16 * i, class_=css) for i, line in enumerate(lines)]
+    remark = _shorten(row.remark, letters)
+    return join([texts, tag("text", remark, x=6, y=at + 16 * len(lines) - 2, class_="tiny") if remark else None])
+
+
+def _shorten(text: str, letters: int) -> str:
+    most = int(letters * LETTER / SMALL) + 1
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _row_points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, step: int, width: int) -> Html:
+    """The points and intervals of a row, and their numbers at the right."""
+    parts: list[Any] = []
+    if row.best is not None:
+        tip = tag("title", number(row.best))
+        parts.append(tag("line", tip, x1=x(row.best), x2=x(row.best), y1=y - 4, y2=y + tall + 4, class_="best"))
+    line = y + tall / 2 - step * (len(row.points) - 1) / 2
+    for index, value, low, high in row.points:
+        text = interval(value, low, high) if width > 500 else fixed(value, 2)
+        says = f"{names.get(index, '')}: {interval(value, low, high)}"
+        if low is not None and high is not None and np.isfinite(low) and np.isfinite(high):
+            parts.append(tag("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))
+        parts.append(mark(index, x(value), line, 4.4, says))
+        up = 5 if row.says else 0
+        parts.append(tag("text", text, x=width - 4, y=line + 4 - up, text_anchor="end", class_="value"))
+        line += step
+    if row.says and len(row.points) == 1:
+        parts.append(tag("text", row.says, x=width - 4, y=y + tall / 2 + 14, text_anchor="end", class_="tiny"))
+    return join(parts)
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, top: float = 1.0) -> Html:
+    """Horizontal bars (name, share of `top`, what to write beside it) that wrap by themselves."""
+    items = []
+    for name, value, says in rows:
+        bar = tag("span", tag("i", style=f"width:{100 * min(max(value / top, 0), 1):.1f}%"), class_="bar")
+        items.append(tag("li", tag("span", name, class_="bar-name"), bar, tag("span", says, class_="bar-value")))
+    return tag("ul", items, class_="bars")
+
+
+def flow(steps: Sequence[tuple[str, int, int, str]]) -> Html:
+    """A cohort's flow, table by table: (what is counted, rows before, rows after, why rows left).
+
+    Rules that took nothing out are counted in one line.
+    """
+    parts = []
+    for name in dict.fromkeys(step[0] for step in steps if step[1]):
+        own = [step for step in steps if step[0] == name]
+        first, idle = own[0][1], sum(before == after for _, before, after, _ in own)
+        items = [_step(name, first, first, first, "", css="start")]
+        items += [_step("", before, after, first, why) for _, before, after, why in own if before != after]
+        quiet = f"{idle} {'rules' if len(own) == idle else 'other rules'} took nothing out" if idle > 1 else None
+        items.append(tag("li", quiet, class_="quiet") if quiet else Html(""))
+        parts.append(tag("ol", items, class_="flow"))
+    return join(parts)
+
+
+def _step(name: str, before: int, after: int, most: int, why: str, css: str | None = None) -> Html:
+    widths = (100 * after / max(most, 1), 100 * (before - after) / max(most, 1))
+    bar = tag(
+        "span", tag("i", style=f"width:{widths[0]:.1f}%"), tag("b", style=f"width:{widths[1]:.1f}%"), class_="bar"
+    )
+    left = tag("span", name or f"−{before - after:,} {why}", class_="bar-name")
+    return tag("li", left, bar, tag("strong", f"{after:,}"), class_=css)

@@ -1,0 +1,172 @@
+"""`python -m finetune report RUN [RUN ...] --out FILE`: one self-contained HTML page for any set of runs.
+
+Comes in: run folders of pretraining, probes and fusion, and the features folder that their configs name. Goes out: a
+file that loads nothing, needs no script, prints, and fits a phone. A part without data is left out, or says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ehr_features.files import check_new_file, new_file
+from ehr_features.progress import Bar
+from finetune.report import checklist, cohort, curves, groups, pairs, results, training
+from finetune.report.alerts import alerts
+from finetune.report.data import Run, part, read_object, read_runs
+from finetune.report.html import Html, number, page, section, table, tag
+
+
+def report(
+    runs: Sequence[str | Path], out: str | Path, *, with_films: bool = False, truth: str | Path | None = None
+) -> Path:
+    """Write the page.
+
+    Args:
+        runs: run folders, or folders that hold run folders.
+        out: the .html file.
+        with_films: also show films (never for a page that leaves the institution: MIMIC must not).
+        truth: truth.json of a synthetic hospital; looked for beside the tables if None.
+    Returns: out.
+    Raises: UserError: a folder is no run, or a file in it is damaged.
+    """
+    check_new_file(out)
+    read = read_runs(runs)
+    known = _truth(read, truth)
+    tasks = results.by_task(read)
+    parts: list[tuple[str, str, Callable[[], Html]]] = [
+        ("summary", "At a glance", lambda: _summary(read, known)),
+        ("data", "Data", lambda: cohort.cohort_section(read)),
+        ("pretraining", "Pretraining", lambda: training.curves_section(read)),
+        *[(results.key_of("task", t), _short(t), partial(_task, t, own, known)) for t, own in tasks.items()],
+        ("encoder", "What it sees", lambda: _encoder(read, with_films)),
+        ("checklist", "Checklist", lambda: checklist.checklist_section(read)),
+        ("provenance", "Provenance", lambda: _provenance(read)),
+    ]
+    sections = []
+    with Bar("report", len(parts), "parts") as bar:
+        for key, name, build in parts:
+            sections.append((key, name, build()))
+            bar.advance(note=name)
+    made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
+    foot = f"Made {made} by EHR-MSN from {len(read)} runs. Nothing in this file is loaded from elsewhere."
+    text = page("EHR-MSN report", _head(read, known, with_films), sections, foot)
+    with new_file(out) as file:
+        file.write_text(text, encoding="utf-8")
+    return Path(out)
+
+
+def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
+    """The generator's own account of a synthetic hospital; {} for real data."""
+    if given is not None:
+        return read_object(Path(given))
+    for folder in cohort.folders(runs):
+        config = part(read_object(folder / "provenance.json"), "config")
+        for key in ("mimic_iv", "mimic_cxr"):
+            beside = Path(str(config.get(key) or "")).parent / "truth.json"
+            for path in (beside, *(parent / beside for parent in folder.resolve().parents)):
+                if config.get(key) and path.is_file():
+                    return read_object(path)
+    return {}
+
+
+def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool) -> Html:
+    counts = {
+        "pretrained encoder": len(training.pretrained(runs)),
+        "probe": sum(run.task == "findings" for run in runs),
+        "fusion run": sum(run.kind == "evaluation" and run.task != "findings" for run in runs),
+    }
+    what = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n) or "no finished run"
+    data = (
+        "Synthetic data: nothing here says anything about patients."
+        if truth
+        else "Results on the test split, read once."
+    )
+    return tag(
+        "header",
+        tag("p", "EHR-MSN report", class_="kicker"),
+        tag("h1", what[0].upper() + what[1:]),
+        tag("p", f"{data} Intervals are 95%, from resampling subjects.", class_="lead"),
+        alerts(runs, films=with_films and not truth),
+        _tiles(runs, truth),
+    )
+
+
+def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
+    """The best run of each task as one large number."""
+    tiles = []
+    for task, chosen in results.by_task(runs).items():
+        heads = [(run, head) for run in chosen if (head := run.headline())]
+        most = max((head["n"] for _, head in heads), default=0)  # an AUROC on fewer rows is another question
+        scored = [(head["value"], run, head) for run, head in heads if head["n"] == most]
+        for value, run, head in sorted(scored, key=lambda item: -item[0])[:1]:
+            best = results.possible(truth, task, str(head["label"]), run)
+            among = f"the highest of {len(scored)} on " if len(scored) > 1 else ""
+            what = "macro AUROC" if run.main == "macro" else "AUROC"
+            says = f"{_short(task)}: {what} of {run.name}, {among}{most:,} test rows"
+            of = f"{number(head['low'])}–{number(head['high'])}" + (f" · possible {number(best)}" if best else "")
+            tiles.append(
+                tag("div", tag("b", number(value)), tag("span", of, class_="of"), tag("span", says), class_="tile")
+            )
+    return tag("div", tiles, class_="tiles") if tiles else None
+
+
+def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+    """Every evaluated run in one row, task by task."""
+    tasks = results.by_task(runs)
+    figures = [results.overview_figure(task, chosen, truth) for task, chosen in tasks.items()]
+    return section("summary", "Results at a glance", figures, lead=results.CAUTION)
+
+
+def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+    parts = [
+        results.overview_figure(task, runs, truth, subset="paired"),
+        results.overview_figure(task, runs, truth, split="test_radiologist"),
+        pairs.pairs_figure(task, runs),
+        pairs.adds_figure(task, runs),
+        results.labels_figure(task, runs, truth),
+        curves.curves_figure(task, runs),
+        groups.fraction_figure(task, runs),
+        groups.subgroups_figure(task, runs),
+        groups.poorer_figure(task, runs),
+        groups.shift_figure(task, runs),
+        groups.measures_figure(task, runs),
+    ]
+    return section(results.key_of("task", task), results.title(task), parts)
+
+
+def _encoder(runs: Sequence[Run], with_films: bool) -> Html:
+    """What the encoder sees: needs torch, the store and the weights, so it is read only where all are there."""
+    if not any(run.kind == "pretraining" and run.encoder and run.store and run.features for run in runs):
+        return Html("")
+    from finetune.report.films import films_section
+
+    return films_section(runs, with_films=with_films)
+
+
+def _provenance(runs: Sequence[Run]) -> Html:
+    """What made each run: when, with which versions and command, and its config."""
+    blocks = []
+    for run in runs:
+        made = run.provenance
+        versions = ", ".join(f"{name} {version}" for name, version in part(made, "versions").items())
+        facts = {"folder": run.folder.as_posix(), "written": made.get("written_at"), "command": made.get("command")}
+        facts |= {"finished": made.get("finished_at"), "versions": versions}
+        rows = [[name, tag("span", str(value), class_="mono")] for name, value in facts.items() if value]
+        config = yaml.safe_dump(run.config, sort_keys=False)
+        name = tag("summary", run.name, tag("span", f"  {run.task or run.kind}", class_="muted"))
+        blocks.append(tag("details", name, table(["", ""], rows), tag("pre", tag("code", config)), class_="block"))
+    lead = "What made these runs. The same config and seed on the same versions give the same numbers."
+    return section("provenance", "Provenance", tag("div", blocks, class_="card"), lead=lead)
+
+
+def _short(task: str) -> str:
+    """A task's name for the list of contents."""
+    name = task.removesuffix(results.APART)
+    short = {"findings": "Linear evaluation"}.get(name, name.replace("_", " ").capitalize())
+    return short + (" (outcome-supervised)" if name != task else "")

@@ -1,0 +1,175 @@
+"""The report's differences: each pair of methods on the same test rows, with the interval of the difference.
+
+Comes in: evaluated runs of one task; runs whose names differ by a seed alone (`x_seed1`, `x_seed2`) are one method.
+Goes out: one figure. All pairs of up to FEW methods, else each against the best record-only model on validation, or
+the first where there is none; p is Holm-adjusted over the pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+
+from finetune.compare import holm, paired
+from finetune.report.data import Run, common_rows, is_macro
+from finetune.report.figures import Row, forest
+from finetune.report.html import Html, both_widths, figure, fixed, frame, interval, join, number, told
+from finetune.report.results import key_of
+
+FEW = 5
+ADDED = "auroc_difference"  # rows of results.json by `fuse adds=true`
+LESS = {"context": "no pixels", "another": "another patient's film"}
+LABELS = ["pair", "label", "difference", "p (Holm over labels)", "n"]
+FEWEST = 20  # test rows in common
+SEED = re.compile(r"[-_/]?s(eed)?[-_=]?\d+$")
+
+
+def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by what is left of their name without a seed, where their seeds differ; else each run by itself."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(SEED.sub("", run.name) or run.name, []).append(run)
+    alone: dict[str, list[Run]] = {}
+    for name, group in found.items():
+        seeds = {run.result.get("seed") for run in group}
+        same = len({(run.result.get("model"), run.task) for run in group}) == 1
+        alone |= {name: group} if len(group) > 1 and len(seeds) == len(group) and same else {r.name: [r] for r in group}
+    return alone
+
+
+def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | None:
+    """Differences of the main AUROC between methods."""
+    able = methods([run for run in runs if run.predictions is not None and run.headline() is not None])
+    names = list(able)
+    if len(names) < 2:
+        return None
+    base = reference(able)
+    chosen = combinations(names, 2) if len(names) <= FEW else ((base, name) for name in names if name != base)
+    found, apart, each = [], [], []
+    drawn: dict[bytes, Any] = {}
+    for first, second in chosen:
+        if (table := _compare(able[second], able[first], samples, drawn)) is None:
+            apart.append(f"{second} and {first}")
+        else:
+            found.append((second, first, table[table["main"]].iloc[0].to_dict()))
+            each += _each(f"{second} − {first}", table)
+    if not found:
+        return None
+    adjusted = holm(np.array([row["p"] for *_, row in found], dtype=float))
+    rows, cells = [], []
+    for (first, second, row), p in zip(found, adjusted, strict=True):
+        value = float(row["difference"]), float(row["low"]), float(row["high"])
+        rows.append(Row(first, [(0, *value)], f"minus {second}", says=_p(float(p))))
+        means = [number(float(row[side])) for side in ("a", "b")]
+        tests = [number(float(row["p"])), number(float(p))]
+        cells.append([f"{first} − {second}", *means, interval(*value), *tests, row["n"], row["runs_a"], row["runs_b"]])
+    drawing = both_widths(lambda w: forest(rows, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
+    label = "macro AUROC" if len(next(iter(able.values()))[0].labels) > 1 else "AUROC"
+    caption = (
+        f"The first run's {label} less the second's, on the same test rows and the same resamples of subjects. An "
+        "interval that crosses the dashed line shows no difference. p: two-sided, Holm-adjusted over these pairs."
+    )
+    columns = ["pair", "first", "second", "difference", "p", "p (Holm)", "n", "seeds of first", "of second"]
+    return figure(
+        key_of("pairs", task),
+        "Differences between runs",
+        drawing,
+        caption,
+        join(
+            [frame(pd.DataFrame(cells, columns=columns)), frame(pd.DataFrame(each, columns=LABELS)) if each else None]
+        ),
+        note=_note(found, apart),
+    )
+
+
+def adds_figure(task: str, runs: Sequence[Run]) -> Html | None:
+    """What the film adds over the record, over knowing that a film was taken, and over another patient's film."""
+    drawn, cells = [], []
+    for run in runs:
+        added = run.rows[(run.rows["metric"] == ADDED) & run.rows["value"].notna()]
+        for row in added[added["label"] == run.main].to_dict("records"):
+            less = str(row["subset"]).removeprefix("paired, less ")
+            low, high = (None if pd.isna(row[end]) else float(row[end]) for end in ("low", "high"))
+            value = float(row["value"]), low, high
+            drawn.append(Row(run.name, [(0, *value)], f"less {LESS.get(less, less)}"))
+            cells.append([run.name, LESS.get(less, less), interval(*value), row["n"], row["positives"]])
+    if not drawn:
+        return None
+    drawing = both_widths(lambda w: forest(drawn, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
+    caption = (
+        "The fused model less the same samples learned without the picture, on test stays with a film: less the best "
+        "model of the record alone; less a model that is told that there is a film, its view and its age; less one "
+        "that is given another patient's film. What lies right of the dashed line in all three is the picture's."
+    )
+    numbers = frame(pd.DataFrame(cells, columns=["run", "less", "difference", "n", "positives"]))
+    return figure(key_of("adds", task), "What the film adds", drawing, caption, numbers)
+
+
+def reference(able: dict[str, list[Run]]) -> str:
+    """What many methods are compared with: the best record-only model on validation, else the first."""
+    records = {}
+    for name, runs in able.items():
+        head = runs[0].row(runs[0].main, split="val")
+        if str(runs[0].result.get("model")).startswith("record") and head:
+            records[name] = float(head["value"])
+    return max(records, key=lambda name: records[name]) if records else next(iter(able))
+
+
+def _compare(
+    a: Sequence[Run], b: Sequence[Run], samples: int, drawn: dict[bytes, Any] | None = None
+) -> pd.DataFrame | None:
+    """Paired differences of each label on the test rows that all these runs have; None where there are too few."""
+    read = [run.by_row for run in (*a, *b) if run.by_row is not None]
+    common = common_rows([*a, *b])
+    if common is None:
+        return None
+    names = [str(c).removeprefix("label_") for c in read[0] if str(c).startswith("label_")]
+    wanted = [f"{kind}_{name}" for kind in ("label", "logit") for name in names]
+    if len(common) < FEWEST or any(name not in one for one in read for name in wanted):
+        return None
+    read = [one.loc[common] for one in read]
+    labels, *others = (one[wanted[: len(names)]].to_numpy(float) for one in read)
+    same = all(np.array_equal(y, labels, equal_nan=True) for y in others)
+    if not same or not all(np.isfinite(one[wanted[len(names) :]].to_numpy(float)).all() for one in read):
+        return None
+    seeds = [[int(run.result["seed"]) for run in side] for side in (a, b)]
+    scores = [expit(one[wanted[len(names) :]].to_numpy(float)) for one in read]
+    sides = [
+        np.stack(side)[np.argsort(s, kind="stable")]
+        for side, s in zip((scores[: len(a)], scores[len(a) :]), seeds, strict=True)
+    ]
+    together = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
+    groups = read[0]["subject_id"].to_numpy()
+    table = paired(labels, *sides, groups=groups, names=names, samples=samples, same_seeds=together, drawn=drawn)
+    main = table["label"] == a[0].main
+    return table.assign(main=main) if main.any() and np.isfinite(table.loc[main, "difference"]).all() else None
+
+
+def _each(pair: str, table: pd.DataFrame) -> list[list[Any]]:
+    """Rows of the table behind the figure: each label's difference, p adjusted over the labels."""
+    labels = table[~table["label"].map(is_macro) & table["difference"].notna()].to_dict("records")
+    cells = [
+        [pair, told(r["label"]), interval(r["difference"], r["low"], r["high"]), r["p_holm"], r["n"]] for r in labels
+    ]
+    return cells if len(cells) > 1 else []
+
+
+def _p(p: float) -> str:
+    return "" if np.isnan(p) else f"p = {fixed(p)}" if p >= 0.001 else "p < 0.001"
+
+
+def _note(found: Sequence[tuple[str, str, dict[Any, Any]]], apart: Sequence[str]) -> str:
+    says = []
+    if any(row["claim"] != "method" for *_, row in found):
+        says.append(
+            "With fewer than three training seeds each, a difference holds for these runs, not for the methods."
+        )
+    if apart:
+        says.append(f"Fewer than {FEWEST} test rows in common, or other labels, so not compared: {', '.join(apart)}.")
+    return " ".join(says)
