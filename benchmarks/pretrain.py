@@ -29,10 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.published import HEADS, PROTOTYPES, WIDTH, published_step
 from pretrain import encoder as encoders
 from pretrain.build import keep_freed_memory
 from pretrain.data import Cutter
@@ -43,6 +42,57 @@ from pretrain.views import Views, film_keys
 TURN = 6  # batches of views that ours cuts in a turn: it then lasts about as long as one batch of lightly's
 PAPER = {"temperature": 0.1, "target_temperature": 0.25}
 Job = Callable[[], Any]
+WIDTH, HEADS, DEPTH, PROTOTYPES = 192, 6, 12, 1024  # of the published model
+
+
+class Published(nn.Module):
+    """The published model, from the libraries that it was built of."""
+
+    def __init__(self) -> None:
+        from lightly.models.modules import MaskedVisionTransformerTorchvision
+        from lightly.models.modules.heads import MSNProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+        from torchvision.models import VisionTransformer
+
+        def branch() -> Any:
+            vit = VisionTransformer(224, 16, DEPTH, HEADS, WIDTH, 4 * WIDTH)
+            return MaskedVisionTransformerTorchvision(vit=vit)
+
+        super().__init__()
+        self.target, self.anchor = branch(), branch()
+        self.target_head, self.anchor_head = (MSNProjectionHead(WIDTH, 4 * WIDTH, WIDTH) for _ in range(2))
+        self.prototypes = nn.Linear(WIDTH, PROTOTYPES, bias=False).weight
+        deactivate_requires_grad(self.target)
+        deactivate_requires_grad(self.target_head)
+
+
+def published_step(batch: Batch) -> Callable[[], Tensor]:
+    """One optimizer step of the published model on the same views, in three channels."""
+    from lightly.loss import MSNLoss
+    from lightly.models.utils import random_token_mask, update_momentum
+
+    model, loss_of = Published(), MSNLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    target, random, focal = (x.expand(-1, 3, -1, -1).contiguous() for x in (batch.target, *batch.anchors))
+
+    def embed(x: Tensor) -> Tensor:
+        length = (x.shape[-1] // 16) ** 2 + 1
+        keep, _ = random_token_mask((len(x), length), mask_ratio=0.15, device=x.device)
+        return model.anchor_head(model.anchor(images=x, idx_keep=keep))
+
+    def step() -> Tensor:
+        update_momentum(model.anchor, model.target, 0.996)
+        update_momentum(model.anchor_head, model.target_head, 0.996)
+        with torch.no_grad():
+            targets = model.target_head(model.target(images=target))
+        anchors = torch.cat([embed(random), embed(focal)])
+        loss = loss_of(anchors, targets, model.prototypes)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
 
 
 def serve(side: str, batch_size: int, line: Any) -> None:

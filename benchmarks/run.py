@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.house import ROOT, fill
+from benchmarks.pages import ROOT, fill
 
 COMMANDS = {
     "features": "benchmarks.features DEMO",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import house, run
+from benchmarks import pages, run
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main" in path.read_text())
@@ -29,19 +29,15 @@ def test_rows_of_a_benchmark_get_their_command() -> None:
 
 def test_a_table_takes_its_place_in_a_page_and_nothing_else_changes() -> None:
     page = "a\n<!-- t -->\nold\n<!-- end -->\nb\n<!-- u -->\n<!-- end -->\n"
-    assert house.fill(page, "t", "new") == "a\n<!-- t -->\nnew\n<!-- end -->\nb\n<!-- u -->\n<!-- end -->\n"
+    assert pages.fill(page, "t", "new") == "a\n<!-- t -->\nnew\n<!-- end -->\nb\n<!-- u -->\n<!-- end -->\n"
     with pytest.raises(ValueError, match="no <!-- x -->"):
-        house.fill(page, "x", "new")
+        pages.fill(page, "x", "new")
 
 
 def test_every_benchmark_of_the_table_exists() -> None:
     assert {command.split()[0].partition(".")[2] for command in run.COMMANDS.values()} <= set(MODULES)
 
 
-def test_a_function_is_measured_once_with_its_method_types(tmp_path: Path) -> None:
-    path = tmp_path / "a.py"
-    typed = "class A:\n    def f(self, x: int) -> int:\n        'says'\n        return x\n"
-    path.write_text(f"{typed}def _g(x):\n    pass\n")
-    f, g = house.functions(path)
-    assert (f.name, f.lines, f.public, f.documented, f.typed) == ("f", 3, True, True, True)
-    assert (g.name, g.public, g.documented, g.typed) == ("_g", False, False, False)
+def test_the_generated_table_of_the_features_page_is_current() -> None:
+    page = (ROOT / "docs/features.md").read_text(encoding="utf-8")
+    assert pages.fill(page, "features", pages.features_table()) == page, "run python -m benchmarks.pages"

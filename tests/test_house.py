@@ -1,6 +1,7 @@
 """The rules of the house that can be checked by reading the code."""
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -18,15 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["configs", "ehr_features", "pretrain", "finetune"]  # imports go to the left only
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, whole: bool = False) -> set[str]:
+    """The packages that a file imports; `whole`: the modules, and the names taken from them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
-    return {name.partition(".")[0] for name in found}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found if whole else {name.partition(".")[0] for name in found}
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -36,6 +38,52 @@ def test_imports_go_one_way(room: str) -> None:
     assert files
     for path in files:
         assert not imports(path) & right_of_it, f"{path.relative_to(ROOT)} imports from the right"
+
+
+def _modules() -> dict[str, Path]:
+    paths = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def _unit(module: str) -> str:
+    """A sub-package, or a file at the top of a room."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_no_circle_of_imports_between_the_files_and_sub_packages_of_the_rooms() -> None:
+    known = _modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in known.items():
+        if module not in ROOMS:
+            named = {name if name in known else name.rpartition(".")[0] for name in imports(path, whole=True)}
+            graph.setdefault(_unit(module), set()).update(
+                {_unit(name) for name in named & set(known)} - {_unit(module)}
+            )
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_opens_on_a_screen_and_its_faces_are_short(room: str) -> None:
+    shown = [path for path in (ROOT / room).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    assert len(shown) <= 22
+    for face in (ROOT / room).glob("*/__init__.py"):
+        assert len(face.read_text(encoding="utf-8").splitlines()) <= 16, face
+
+
+def test_the_public_functions_stand_where_the_pages_say() -> None:
+    import ehr_features.series
+    import ehr_features.static
+    import finetune.fusion
+    import finetune.metrics
+    import finetune.probe
+    import finetune.report
+    import pretrain.encoder
+    import pretrain.loss
+    import pretrain.store
+
+    public = [ehr_features.series.load, ehr_features.static.encode, pretrain.loss.msn_loss, pretrain.encoder.load]
+    public += [pretrain.encoder.embed, pretrain.store.Store, finetune.metrics.evaluate, finetune.fusion.MODELS.get]
+    assert all(map(callable, [*public, finetune.probe.probe, finetune.report.report]))
 
 
 def test_the_features_import_no_torch() -> None:

@@ -1,6 +1,6 @@
 """Damage what each reader reads, and see that it says so.
 
-    python -m benchmarks.fuzz OUT [--inputs 200] [--seed 0] [--kinds config table ...]
+    python -m tests.hardening.fuzz OUT [--inputs 200] [--seed 0] [--kinds config table ...]
 
 Comes in: an empty folder. Goes out: a Markdown table: damaged inputs by kind, how many were still readable, were
 refused with a message, and what else happened: another exception, or more than `PATIENCE` seconds. Damage is flipped,
@@ -46,7 +46,7 @@ from pretrain.store import Store, pack
 from pretrain.store.decode import BadFilm, decode
 from pretrain.text.notes import read_notes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60
 Reader = Callable[[Path], object]  # reads the damaged file in place
 

@@ -1,6 +1,6 @@
 """Kill each command at random moments: nothing is lost, nothing looks complete that is not, the same command goes on.
 
-    python -m benchmarks.kills OUT [--signal KILL] [--kills 50] [--seed 0] [--commands features images ...]
+    python -m tests.hardening.kills OUT [--signal KILL] [--kills 50] [--seed 0] [--commands features images ...]
 
 Comes in: an empty folder. Goes out: a Markdown table (command, kills, seconds undisturbed, what was found).
 Every command works on a small synthetic hospital. It is run once undisturbed; then started, killed after a random part
@@ -34,7 +34,7 @@ from safetensors import safe_open
 from configs.signals import INTERRUPTED, STOPPED
 from ehr_features.files import PARTIAL, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "demo"
 CHAIN = 5
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}

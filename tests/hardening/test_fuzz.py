@@ -1,10 +1,10 @@
-"""Damaged files of every kind are read or refused with a message; benchmarks/fuzz.py damages more of them."""
+"""Damaged files of every kind are read or refused with a message; fuzz.py damages more of them."""
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks import fuzz
+from tests.hardening import fuzz
 
 KINDS = (
     "config",

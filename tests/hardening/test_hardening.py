@@ -1,7 +1,7 @@
 """Every command against Ctrl-C, SIGTERM, a second command, full and read-only disks, code in files, and told values.
 
 Commands get the words that a user types, and run in a process of their own; it is forked from one that has imported
-the libraries, which saves seconds each. benchmarks/kills.py does the same at random moments, from the first line on.
+the libraries, which saves seconds each. kills.py does the same at random moments, from the first line on.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import kills
 from ehr_features import progress
+from tests.hardening import kills
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "demo"
 LIBRARIES = [
     "finetune.__main__",
     "finetune.probe.main",

@@ -1,10 +1,10 @@
-"""Three kills of each command at seeded moments; benchmarks/kills.py does fifty."""
+"""Three kills of each command at seeded moments; kills.py does fifty."""
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks import kills
+from tests.hardening import kills
 
 NAMES = list(kills.commands(Path()))
 
