@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import UserError
+from ehr_features import files
 from ehr_features.files import alone, check_new_file, new_file, new_folder, read_json, undamaged
 
 
@@ -71,3 +75,26 @@ def test_damaged_notes_of_pandas_in_a_parquet_file_are_told(tmp_path: Path) -> N
         undamaged(tmp_path / "a.parquet", "copy it again"),
     ):
         pd.read_parquet(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "step", ["build", "films.linking", "films.record", "series.bins", "series.medfuse", "notes.write"]
+)
+def test_a_change_in_any_file_of_a_step_changes_the_key_of_its_cache(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path(files.__file__).parent
+    code = f"import sys, ehr_features.{step}; print(*[m.__file__ for n, m in sys.modules.items() if 'ehr_f' in n])"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=home.parent, capture_output=True, text=True, check=True)
+    of_the_step = {Path(name) for name in loaded.stdout.split()} | {home / "phenotypes.csv", home / "channels.yaml"}
+    others = set(home.rglob("*.py")) - of_the_step
+    assert len(of_the_step) > 5 and others
+    module, real = importlib.import_module(f"ehr_features.{step}"), files.file_digest
+    before = files.code_digest(module)
+
+    def key_after_a_change_of(changed: Path) -> str:
+        monkeypatch.setattr(files, "file_digest", lambda path: "0" * 16 if Path(path) == changed else real(path))
+        return files.code_digest(module)
+
+    assert [path.name for path in of_the_step if key_after_a_change_of(path) == before] == []
+    assert key_after_a_change_of(home / "demo" / "thorax.py") == before
