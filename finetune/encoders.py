@@ -5,6 +5,7 @@ Comes in: an encoder's name (a folder, `random:...`, `pixels`), a store, film id
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,37 +16,21 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
 
 from configs import UserError
 from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
 from finetune.config import WEIGHTS
-
-if TYPE_CHECKING:
-    from finetune.config import WeightsConfig
-    from pretrain.encoder import Encoder
-    from pretrain.store import Store
-
-
-from typing import TYPE_CHECKING
-
-from timm.layers import resample_abs_pos_embed
-
 from pretrain import encoder as encoders
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.encoder.weights import CLASSIFIERS, COUNTER, read_state
 
 if TYPE_CHECKING:
     from finetune.config import WeightsConfig
-
-
-import hashlib
-from typing import TYPE_CHECKING
-
-from torch import Tensor
-
-if TYPE_CHECKING:
     from pretrain.encoder import Encoder
+    from pretrain.store import Store
 
 Features = dict[str, NDArray[np.float32]]  # pool -> (N, D)
 

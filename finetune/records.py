@@ -9,37 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from configs import UserError
+from ehr_features import series, static
 from ehr_features import splits as by_subject
-from ehr_features import static
-from ehr_features.files import read_table
-from finetune.fusion.samples import KEYS, one_hot, read_samples
+from ehr_features.files import file_digest, new_file, read_json, read_table, undamaged
+from ehr_features.series import bins
+from finetune.fusion.samples import KEYS, complete_steps, one_hot, read_samples
 from finetune.guard import refuse_discharge
 from finetune.labelled import evaluation_labels, read_films, training_labels
 from pretrain.store import Store
+from pretrain.text.notes import check_notes
 
 if TYPE_CHECKING:
     from collections.abc import Container
-
-
-from typing import Self
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from safetensors import safe_open
-
-from ehr_features import series
-from ehr_features.files import file_digest, new_file, read_json, undamaged
-from ehr_features.series import bins
-from finetune.fusion.samples import complete_steps
-from pretrain.text.notes import check_notes
 
 SPLITS = ("train", "val", "test")
 CHOICES = {"views": ("frontal", "all"), "uncertain": ("ignore", "zeros", "ones"), "missing": ("zeros", "ignore")}

@@ -7,7 +7,8 @@ of the config, so that a run goes on at any step and does not depend on workers;
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from configs import UserError
+from configs.signals import held
+from ehr_features import files as lock
 from ehr_features import static
 from ehr_features.files import read_table, undamaged
 from pretrain.config import FilmsConfig
@@ -28,15 +31,6 @@ from pretrain.views import Plan, Views, cut, draw, draw_keep, draw_noise, film_k
 
 if TYPE_CHECKING:
     from pretrain.store import Store
-
-
-import signal
-from collections.abc import Iterator
-
-from torch.utils.data import DataLoader
-
-from configs.signals import held
-from ehr_features import files as lock
 
 FRONTAL = ("AP", "PA")
 

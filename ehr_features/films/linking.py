@@ -8,10 +8,14 @@ All joins are range joins on named keys, so that they run on any engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ibis
+import pyarrow as pa
 from ibis import _
 
 from ehr_features.films.metadata import first, held, hours, ids_of, read_films
@@ -19,18 +23,6 @@ from ehr_features.films.metadata import first, held, hours, ids_of, read_films
 if TYPE_CHECKING:
     from ehr_features.cohort import Attrition
     from ehr_features.raw.source import Source
-
-
-import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import pyarrow as pa
-
-if TYPE_CHECKING:
-    from ehr_features.cohort import Attrition
 
 KEYS = {"hadm_id": "admissions", "stay_id": "icustays", "ed_stay_id": "edstays"}
 KEYED = {"patients": "subject_id", "admissions": "hadm_id", "icustays": "stay_id", "edstays": "stay_id"}

@@ -21,18 +21,13 @@ from configs import UserError
 from configs.signals import held
 from ehr_features import series
 from ehr_features.files import read_json, read_table
+from finetune.metrics import COLUMNS
 from pretrain.data import begin_worker
 
 if TYPE_CHECKING:
     from pretrain.store import Store
     from pretrain.text.encoder import Tokens
 
-
-from typing import TYPE_CHECKING
-
-from finetune.metrics import COLUMNS
-
-if TYPE_CHECKING:
     pass
 
 SPLITS = ("train", "val", "test")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from configs import UserError
@@ -34,17 +35,9 @@ from pretrain.seen import seen_after
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from finetune.config import ProbeConfig
-    from pretrain.store import Store
-
-
-from typing import TYPE_CHECKING
-
-from timm.optim import param_groups_layer_decay
-
-if TYPE_CHECKING:
-    from finetune.config import TuneConfig
+    from finetune.config import ProbeConfig, TuneConfig
     from pretrain.encoder import Encoder
+    from pretrain.store import Store
 
 
 def through_encoder(
