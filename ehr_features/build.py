@@ -29,6 +29,7 @@ from ehr_features import check, cohort, labels, schema, splits
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import (
     alone,
+    check_ours,
     code_digest,
     digest,
     file_digest,
@@ -70,7 +71,7 @@ def build(config: FeaturesConfig) -> Path:
     Returns: the folder. Raises: UserError: anything about the raw tables or the config that the user can mend.
     """
     out = config.out
-    _may_write(out)
+    check_ours(out, "a features folder", ["provenance.json"])
     splits.check(config.split)
     steps = Steps()
     with steps("opening the tables"):
@@ -125,13 +126,6 @@ def is_current(out: Path, key: str) -> bool:
     with contextlib.suppress(UserError):
         return read_json(out / "provenance.json").get("key") == key
     return False
-
-
-def _may_write(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; out=... is a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "provenance.json").is_file():
-        raise UserError(f"{out}: holds files that are no features; choose another folder with out=...")
 
 
 def _extra_files(config: FeaturesConfig) -> list[str]:

@@ -129,11 +129,32 @@ def led_to(path: str | Path) -> Path:
     return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
 
 
-def tidy(folder: str | Path) -> None:
-    """Remove what processes that are gone have left half-written in a folder."""
+def check_ours(folder: str | Path, what: str, marks: Sequence[str], unfinished: Sequence[str] = ()) -> None:
+    """Refuse to write into a folder that holds the files of somebody else; hidden files do not count.
+
+    Args:
+        what: what the folder is to be, for the message: `a store`.
+        marks: names of which a folder of this kind holds one.
+        unfinished: names that it may hold before it has one.
+    Raises: UserError: the folder is a file, or holds other files and none of the marks.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file of that name exists; choose another folder with out=...")
+    held = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+    if (foreign := sorted(held - set(unfinished))) and not held & set(marks):
+        raise UserError(f"{folder}: not {what}; it holds {', '.join(foreign[:5])}. Choose another folder with out=...")
+
+
+def tidy(folder: str | Path, *, locked: bool = False) -> None:
+    """Remove what ended processes have left half-written in a folder.
+
+    Args:
+        locked: the caller holds the folder's lock, so that no other process writes there: remove all of it.
+    """
     for old in Path(folder).glob(f".*{PARTIAL}-*"):
-        if not _alive(old.name.rpartition(f"{PARTIAL}-")[2].partition(".")[0]):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if locked or not _alive(old.name.rpartition(f"{PARTIAL}-")[2].partition(".")[0]):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -110,6 +110,7 @@ class ProbeConfig(Settings):
     radiologists: str | None = None  # mimic-cxr-2.1.0-test-set-labeled.csv: a second test set
     samples: int = Field(1000, ge=0)  # resamples of the intervals
     allow_leak: bool = False  # go on with an encoder that saw a val or test subject; shown on top of the report
+    other_people: bool = False  # equal subject_ids of another data set in pretraining are different people
     cache: str | None = None  # where features of films are kept; `cache/` beside `out` if none
 
     @property

@@ -27,7 +27,7 @@ from rich.text import Text
 from configs import UserError
 from configs.launch import end_with_me
 from configs.signals import Stopped, held
-from ehr_features.files import digest, lock, make_folder, read_json, write_json
+from ehr_features.files import check_ours, digest, lock, make_folder, read_json, write_json
 
 CORES = 2
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
@@ -216,12 +216,9 @@ def auroc_rows(run: Path, subset: str) -> list[dict[str, Any]]:
 
 def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The steps done by an earlier call in this folder."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give a folder: ./launch.sh demo OUT")
-    if not out.exists() or all(path.name[0] == "." for path in out.iterdir()):
-        return {}
+    check_ours(out, "a folder of the demo", ["demo.json"])
     if not (out / "demo.json").is_file():
-        raise UserError(f"{out}: not empty and no demo; give an empty or a new folder: ./launch.sh demo OUT")
+        return {}
     before = read_json(out / "demo.json")
     if before["settings"] != settings:
         raise UserError(f"{out}: holds a demo with {before['settings']}, asked for {settings}; give another folder")

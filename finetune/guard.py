@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 
 from configs import UserError
-from ehr_features.files import file_digest, read_json, undamaged
+from ehr_features.files import file_digest, read_json
+from pretrain.seen import read_seen
 
 HELD_OUT = ("val", "test")
 
@@ -28,6 +29,7 @@ class Seen:
     films: str
     supervision: str  # `none` | `self-supervised` | `outcome-supervised` | `supervised by ...` | `unknown`
     warnings: list[str]
+    compared: dict[str, int] | None = None  # numbers of subjects: held_out, seen, both
 
 
 NOTHING = Seen("none", "none", [])  # raw pixels, random weights, metadata
@@ -39,7 +41,8 @@ def check_encoder(
     *,
     features: str | Path | None = None,
     allow_leak: bool = False,
-    same_subjects: bool = True,
+    same_source: bool = True,
+    other_people: bool = False,
 ) -> Seen:
     """Refuse an encoder whose pretraining saw a val or test subject of this split.
 
@@ -47,7 +50,9 @@ def check_encoder(
         folder: an encoder/ folder (a run's seen_subjects.parquet is looked for beside it), or a bare weights file.
         subjects: subject_id, split of what the encoder is to be tested on; repeated rows are fine.
         features: the features/ folder that the split comes from.
-        same_subjects: subject_id means the same person there and here; False for films of another data set.
+        same_source: the films come from a features/ folder; False: from a table of another data set, where equal ids
+            are refused alike, since they may be the same people.
+        other_people: the user states that equal ids are different people.
         allow_leak: go on all the same, with a warning for the top of the report.
     Raises: UserError: it saw some, or its list of subjects is damaged.
     """
@@ -65,26 +70,31 @@ def check_encoder(
             f"outcome-supervised: pretraining was conditioned on {', '.join(outcome)}, known only at discharge; "
             "not comparable with self-supervised encoders"
         )
-    if not same_subjects:
-        warnings.append(
-            f"{folder}: pretrained on films of another source; their subjects cannot be compared with these"
+    held_out = set(subjects.loc[subjects["split"].isin(HELD_OUT), "subject_id"].map(_id))
+    films, found, compared = _overlap(folder, meta, held_out, features)
+    unknown_before = (meta.get("started_from") or {}).get("films") == "unknown"
+    says = f"{folder}: its pretraining saw {found} of the val or test subjects"
+    if films == "leak" and other_people and not same_source:
+        films = "other source"
+        warnings.append(f"{says}, by their ids; other_people=true states that these are other people")
+    elif films == "leak" and not allow_leak:
+        mend = "if both sources number other people alike, set other_people=true"
+        if same_source:
+            mend = f"pretrain on this split's train subjects (pretrain with features={features})"
+        raise UserError(
+            f"{says}; results on them would be too good: {mend}, or set allow_leak=true, which the report shows"
         )
-        return Seen("other source", supervision, warnings)
-    held_out = subjects[subjects["split"].isin(HELD_OUT)]
-    films, found = _overlap(folder, meta, held_out, features)
-    if films == "train" and (meta.get("started_from") or {}).get("films") == "unknown":
-        films = "unknown"
-    if films == "leak":
-        says = f"{folder}: its pretraining saw {found} of this split's val or test subjects"
-        if not allow_leak:
-            raise UserError(
-                f"{says}; results on them would be too good. Pretrain on this split's train subjects "
-                f"(pretrain with features={features}), or set allow_leak=true, which the report shows"
-            )
+    elif films == "leak":
         warnings.append(f"LEAK (allow_leak=true): {says}")
+    elif films == "train" and unknown_before:
+        films = "unknown"
+    elif not same_source:
+        films = "other source"
+        none = "none of their subject_ids is a val or test subject here" if compared else "their subjects are unknown"
+        warnings.append(f"{folder}: pretrained on films of another source; {none}")
     if films == "unknown":
         warnings.append(f"{folder}: the films of its pretraining are unknown; it may have seen val or test subjects")
-    return Seen(films, supervision, warnings)
+    return Seen(films, supervision, warnings, compared)
 
 
 def refuse_discharge(groups: Iterable[str], available_at: dict[str, str]) -> None:
@@ -108,21 +118,26 @@ def _available(groups: object) -> list[tuple[str, str]]:
 
 
 def _overlap(
-    folder: Path, meta: dict[str, object], held_out: pd.DataFrame, features: str | Path | None
-) -> tuple[str, str]:
-    """How the films seen stand to the held-out subjects, and how many of these were seen."""
-    listed = folder.parent / "seen_subjects.parquet"
-    if listed.is_file():
-        with undamaged(listed, "copy the run again"):
-            seen = set(pq.read_table(listed, columns=["subject_id"])["subject_id"].to_pylist())
-        both = seen & set(held_out["subject_id"])
-        return ("leak", f"{len(both)} of {held_out['subject_id'].nunique()}") if both else ("train", "")
+    folder: Path, meta: dict[str, Any], held_out: set[str], features: str | Path | None
+) -> tuple[str, str, dict[str, int] | None]:
+    """How the films seen stand to the held-out subjects, how many of these were seen, and the counts that prove it."""
+    if (listed := read_seen(folder)) is not None:
+        seen = set(listed["subject_id"].map(_id))
+        both = seen & held_out
+        compared = {"held_out": len(held_out), "seen": len(seen), "both": len(both)}
+        return ("leak" if both else "train"), f"{len(both)} of {len(held_out)}", compared
     splits = meta.get("splits_seen")
     same = features is not None and meta.get("features_hash") == features_hash(features)
     if not isinstance(splits, list) or not same:
-        return "unknown", ""
+        return "unknown", "", None
     late = [split for split in splits if split in HELD_OUT]
-    return ("leak", f"all ({', '.join(late)})") if late else ("train", "")
+    return ("leak", f"all ({', '.join(late)})", None) if late else ("train", "", None)
+
+
+def _id(subject: object) -> str:
+    """One spelling of an id that one table holds as a number and another as text: 7, 7.0 and "7" are equal."""
+    text = str(subject).strip()
+    return text.removesuffix(".0").lstrip("0") or text
 
 
 def features_hash(folder: str | Path) -> str:

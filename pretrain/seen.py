@@ -1,4 +1,4 @@
-"""Subjects that an encoder has seen in pretraining: written by each run, read by the guard."""
+"""The subjects that weights were trained on: written beside each encoder/, read by the guard."""
 
 from __future__ import annotations
 
@@ -7,55 +7,50 @@ from typing import Any
 
 import pandas as pd
 
+from configs import UserError
 from ehr_features.files import new_file, undamaged
-from pretrain import run
-from pretrain.data import Films
 from pretrain.encoder.model import encoder_folder, read_meta
 
-
-def write_seen(folder: Path, films: Films, init: str | None) -> None:
-    """Whom the run trains on, and whom the weights that it starts from did: fine-tuning keeps them out of its test."""
-    if run.is_main():
-        seen = films.table[["subject_id", "split"]].drop_duplicates().sort_values("subject_id", ignore_index=True)
-        if init is not None and (before := seen_before(init)) is not None:
-            seen = pd.concat([seen, before[["subject_id", "split"]]]).drop_duplicates("subject_id", ignore_index=True)
-        with new_file(folder / "seen_subjects.parquet") as part:
-            seen.to_parquet(part, index=False)
+NAME = "seen_subjects.parquet"
 
 
-def seen_before(path: str | Path) -> pd.DataFrame | None:
-    """The subjects that weights have seen (subject_id, split), as the run says that they are of; None: unknown."""
-    listed = encoder_folder(path).parent / "seen_subjects.parquet"
-    if not (encoder_folder(path).is_dir() and listed.is_file()):
+def read_seen(weights: str | Path) -> pd.DataFrame | None:
+    """The subjects (subject_id, split) of the run that an encoder/ folder, or its run folder, belongs to.
+
+    Returns: None for bare weights and for an encoder without its run: their films are unknown.
+    Raises: UserError: the list is damaged.
+    """
+    folder = encoder_folder(weights)
+    path = folder.parent / NAME
+    if not (folder.is_dir() and path.is_file()):
         return None
-    with undamaged(listed, "copy the run again"):
-        return pd.read_parquet(listed)
+    with undamaged(path, "copy the run again"):
+        seen = pd.read_parquet(path)
+    if "subject_id" not in seen:
+        raise UserError(f"{path}: damaged (no column subject_id); copy the run again")
+    return seen.reindex(columns=["subject_id", "split"])
+
+
+def write_seen(folder: Path, subjects: pd.DataFrame, before: str | Path | None) -> None:
+    """Write a run's list: its own subjects, and those of the weights that it started from as far as they are known.
+
+    Where they are not, encoder.json says so (`ancestry`).
+
+    Args:
+        folder: the run folder. subjects: subject_id, split; repeated rows are fine.
+        before: the weights that training started from; None for random ones.
+    """
+    seen = subjects[["subject_id", "split"]]
+    if before is not None and (earlier := read_seen(before)) is not None:
+        seen = pd.concat([seen, earlier])
+    with new_file(folder / NAME) as part:
+        seen.drop_duplicates("subject_id").sort_values("subject_id", ignore_index=True).to_parquet(part, index=False)
 
 
 def ancestry(path: str | Path) -> dict[str, Any]:
-    """What encoder.json must go on saying of weights that another run starts from."""
+    """What encoder.json keeps of the weights that another run starts from."""
     folder = encoder_folder(path)
     meta = read_meta(folder) if folder.is_dir() else {}
     kept = {key: meta[key] for key in ("ehr_groups", "splits_seen", "supervised_by", "started_from") if meta.get(key)}
-    films = "unknown" if seen_before(path) is None else "known"
-    if kept.get("started_from", {}).get("films") == "unknown":
-        films = "unknown"
-    return kept | {"started_from": {"weights": str(path), "films": films}}
-
-
-def seen_after(origin: Path | None, subjects: pd.DataFrame) -> pd.DataFrame | None:
-    """Whom an encoder has seen once it was trained further: those of before, and `subjects`.
-
-    Args:
-        origin: the encoder/ folder or weights file that training went on from; None for random weights.
-        subjects: subject_id (and split) of the films that it was trained on now.
-    Returns: a seen_subjects.parquet; None where those of before are unknown.
-    """
-    now = subjects.drop_duplicates("subject_id")
-    if origin is None:
-        return now
-    before = origin.parent / "seen_subjects.parquet"
-    if not (origin.is_dir() and before.is_file()):
-        return None
-    with undamaged(before, "copy the run again"):
-        return pd.concat([pd.read_parquet(before), now]).drop_duplicates("subject_id")
+    unknown = read_seen(path) is None or kept.get("started_from", {}).get("films") == "unknown"
+    return kept | {"started_from": {"weights": str(path), "films": "unknown" if unknown else "known"}}

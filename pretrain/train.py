@@ -60,7 +60,8 @@ def train(config: PretrainConfig, args: argparse.Namespace | None = None) -> Pat
     steps = build.steps(config, films, store, msn.anchor, accelerator)
     plan = Schedule(config.optim, steps.steps_per_epoch)
     introduce(log, config, steps, msn, plan, accelerator)
-    write_seen(folder, films, config.encoder.init)
+    if run.is_main():
+        write_seen(folder, films.table, config.encoder.init)
     step = _loop(config, folder, log, msn, steps, plan, accelerator)
     if run.is_main():
         export.write(folder, config, msn.target, films, store, step, last=True)

@@ -22,7 +22,7 @@ from ehr_features.demo.plan import Plan, age_and_sex, hours_between
 from ehr_features.demo.tables import write_hosp, write_icu
 from ehr_features.demo.truth import NAMES, PHENOTYPES, Outcomes, auroc, sigmoid
 from ehr_features.demo.visits import write_ed
-from ehr_features.files import alone, new_folder, write_json
+from ehr_features.files import alone, check_ours, new_folder, write_json
 
 GENERATOR_VERSION = 3  # raise it with any change of what is written: seeds 1-3 are for tuning, 10 and up for reporting
 
@@ -94,9 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(out: Path, plan: Plan) -> None:
-    ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "truth.json").is_file()))
-    if not ours:
-        raise UserError(f"{out}: is not empty and was not written by `ehr_features demo`; give another folder")
+    check_ours(out, "a hospital of `ehr_features demo`", ["truth.json"])
     if plan.subjects < 50:
         raise UserError(f"subjects: got {plan.subjects}, wanted 50 or more, so that every kind of row occurs")
     if plan.seed < 0:

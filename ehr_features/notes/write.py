@@ -30,6 +30,7 @@ from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig, NotesConfig
 from ehr_features.files import (
     alone,
+    check_ours,
     code_digest,
     digest,
     file_digest,
@@ -78,7 +79,7 @@ def write_notes(config: NotesConfig) -> Path:
     abbreviations that the user can mend.
     """
     out, steps = config.out, Steps()
-    _may_write(out)
+    check_ours(out, "a folder of notes", ["notes.parquet"])
     template = read_template(config.template, FIELDS)
     abbreviations = read_abbreviations(config.abbreviations)
     with steps("opening the tables"):
@@ -125,13 +126,6 @@ def _key(config: NotesConfig, prints: dict[str, Any]) -> str:
     used = {k: v for k, v in config.model_dump(mode="json").items() if k not in NO_EFFECT}
     own = [file_digest(path) for path in (config.template, config.abbreviations) if path is not None]
     return digest([used, prints, own, code_digest(sys.modules[__name__])])
-
-
-def _may_write(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; out=... is a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "notes.parquet").is_file():
-        raise UserError(f"{out}: holds files that are no notes; choose another folder with out=...")
 
 
 def linked_films(config: NotesConfig) -> tuple[pa.Table, Attrition]:

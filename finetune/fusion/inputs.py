@@ -59,7 +59,7 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
         subjects = samples.table[["subject_id", "split"]].drop_duplicates()
         seen = guard.check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
         about["warnings"] += seen.warnings
-        about |= {"supervision": seen.supervision, "films_seen": seen.films}
+        about |= {"supervision": seen.supervision, "films_seen": seen.films, "guard": seen.compared}
     with accelerator.main_process_first():
         if tokens:
             options = {"seed": config.seed, "weights": config.weights, "device": accelerator.device}

@@ -22,7 +22,7 @@ from finetune.fusion.samples import FILM_TASKS, RETROSPECTIVE, Samples, length_o
 from finetune.metrics import by_count, prevalence, thirds
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.seen import seen_after
+from pretrain.seen import ancestry, write_seen
 from pretrain.text.notes import summary
 
 
@@ -135,16 +135,14 @@ def save(folder: Path, net: Net, samples: Samples, config: FuseConfig) -> None:
         save_file(state, part)
     encoder = None if net.films is None else net.films.encoder
     if net.films is not None and encoder is not None:
-        more: dict[str, Any] = {"tuned_from": config.encoder}
+        origin = net.films.origin
+        more: dict[str, Any] = ({} if origin is None else ancestry(origin)) | {"tuned_from": config.encoder}
         if config.task in FILM_TASKS:
             more["supervised_by"] = "findings"
         else:  # an outcome, known at discharge only
             more["ehr_groups"] = {**(encoder.meta.get("ehr_groups") or {}), config.task: "discharge"}
         encoders.save(folder / "encoder", encoder, more)
-        train = samples.table.loc[samples.table["split"] == "train", ["subject_id", "split"]]
-        if (seen := seen_after(net.films.origin, train)) is not None:
-            with new_file(folder / "seen_subjects.parquet") as part:
-                seen.to_parquet(part, index=False)
+        write_seen(folder, samples.table[samples.table["split"] == "train"], origin)
 
 
 def announce(

@@ -118,7 +118,8 @@ def _through(config: ProbeConfig, films: Films, device: str, tuned: bool) -> tup
             subjects,
             features=config.features,
             allow_leak=config.allow_leak,
-            same_subjects=bool(config.features),
+            same_source=bool(config.features),
+            other_people=config.other_people,
         )
     return frozen, Through(name, said, seen)
 
@@ -230,6 +231,7 @@ def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str
         "unit": config.unit,
         "pretraining_films": through.seen.films,
         "supervision": through.seen.supervision,
+        "guard": through.seen.compared,
         "compared_by": dict(through.about),
         "grid": grid(config),
         "splits": counts.to_dict("index"),

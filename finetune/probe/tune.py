@@ -30,7 +30,7 @@ from finetune.metrics import macro_auroc
 from finetune.probe.methods import Fitted, Learner, Rows
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.seen import seen_after
+from pretrain.seen import ancestry, write_seen
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,11 +136,9 @@ class _Fit:
 
     def export(self, out: Path) -> None:
         """Write OUT/encoder, and the subjects it has seen now: those of its pretraining and the train split."""
-        seen = seen_after(self.origin, self.films.table[["subject_id", "split"]].iloc[self.films.rows("train")])
-        if seen is not None:
-            with new_file(out / "seen_subjects.parquet") as part:
-                seen.to_parquet(part, index=False)
-        more = {"supervised_by": "findings", "tuned_from": self.config.encoder}
+        write_seen(out, self.films.table.iloc[self.films.rows("train")], self.origin)
+        before = {} if self.origin is None else ancestry(self.origin)
+        more = before | {"supervised_by": "findings", "tuned_from": self.config.encoder}
         encoders.save(out / "encoder", self.net.encoder, more)
 
     def _mine(self, order: Rows, i: int, local: int) -> Rows:

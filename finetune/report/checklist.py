@@ -78,15 +78,27 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
     seeds = ", ".join(dict.fromkeys(str(run.result.get("seed")) for run in done))
     found["12"] = f"Models: {models}. Chosen on validation; the test split is read once. Seeds: {seeds}."
     found["15"] = "Probabilities (the sigmoid of logits); thresholds for F1 from the validation split."
-    leak = [run.name for run in done if run.result.get("allow_leak")]
-    seen = "Encoders that saw a validation or test subject are refused"
-    found["16"] = f"One split by subject. {seen}{'; overridden for ' + ', '.join(leak) if leak else ''}."
+    found["16"] = f"One split by subject.{_guarded(done)}"
     found["23"] = "In this report: AUROC, AUPRC, calibration, curves; intervals resample subjects."
     weights = [run.name for run in runs if run.encoder or (run.folder / "model.safetensors").is_file()]
     found["22"] = f"Weights and configs stand in the run folders of {', '.join(weights)}." if weights else ""
     if any("=" in str(s) for run in done for s in run.rows["subset"]):
         found["14"] = "Performance is reported in subgroups; nothing was done to make it equal."
     return {item: text for item, text in found.items() if text}
+
+
+def _guarded(runs: Sequence[Run]) -> str:
+    """How many validation and test subjects each encoder saw in pretraining, where both lists are known."""
+    out = ""
+    for run in runs:
+        if counts := run.result.get("guard"):
+            out += (
+                f" {run.name}: {counts['both']:,} of {counts['held_out']:,} validation and test subjects are among the "
+                f"{counts['seen']:,} that its encoder saw."
+            )
+        if run.result.get("allow_leak"):
+            out += f" {run.name}: the guard was switched off (allow_leak)."
+    return out
 
 
 def _data_facts(found: Sequence[Path]) -> dict[str, str]:

@@ -104,10 +104,11 @@ def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") ->
 
 def splits_figure(folder: Path, key: str) -> Html | None:
     """Subjects, films and stays by split, and the outcomes' prevalence in each."""
-    rows = []
+    rows, placed = [], []
     for name, id_ in (("images", "dicom_id"), ("stays", "stay_id")):
         if (folder / f"{name}.parquet").is_file():
             data = read_table(folder, name, [id_, "subject_id", "split"])
+            placed.append(data[["subject_id", "split"]])
             counts = {s: data[data["split"] == s] for s in SPLITS}
             shown = {"images": "films", "stays": "ICU stays"}[name]
             rows.append(
@@ -121,7 +122,8 @@ def splits_figure(folder: Path, key: str) -> Html | None:
     rows += _samples(folder)
     if not rows:
         return None
-    caption = "One split for films and stays, by subject: no person stands in two columns."
+    splits = pd.concat(placed).drop_duplicates()["subject_id"].value_counts() if placed else pd.Series(dtype=int)
+    caption = f"Split by subject: of {len(splits):,} subjects, {(splits > 1).sum():,} stand in more than one column."
     return figure(f"splits{key}", "Splits", table(["", *SPLITS, "all"], rows), caption)
 
 

@@ -28,7 +28,7 @@ import yaml
 
 from configs import Settings, UserError
 from configs.cli import typed
-from ehr_features.files import PARTIAL, file_digest, lock, new_file, provenance, read_json, write_json
+from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, read_json, tidy, write_json
 from pretrain.run.processes import distributed, on_main
 
 OURS = ("config.yaml", "provenance.json", "metrics.jsonl", "log.txt", "checkpoints", "encoder", "seen_subjects.parquet")
@@ -50,11 +50,10 @@ def open_run(
     folder = Path(out)
 
     def open_it() -> None:
-        _no_stranger(folder)
+        check_ours(folder, "a run folder", ["config.yaml"], unfinished=OURS)
         lock(folder)
-        for stale in [*folder.glob(f".*{PARTIAL}-*"), *folder.glob(f"checkpoints/.*{PARTIAL}-*")]:
-            if stale.is_file():
-                stale.unlink()  # left by a process that was killed: the lock is ours
+        tidy(folder, locked=True)
+        tidy(folder / "checkpoints", locked=True)
         given = config.model_dump(mode="json")
         digests = {Path(s).as_posix(): file_digest(s) for s in sources if Path(s).is_file()}
         if (folder / "config.yaml").exists() and _begun(folder):
@@ -68,15 +67,6 @@ def open_run(
 
     on_main(open_it)
     return folder
-
-
-def _no_stranger(folder: Path) -> None:
-    if folder.is_dir() and not (folder / "config.yaml").exists():
-        foreign = sorted(p.name for p in folder.iterdir() if p.name not in OURS and not p.name.startswith("."))
-        if foreign:
-            raise UserError(
-                f"{folder}: not a run folder; it holds {', '.join(foreign[:5])}. Choose another with out=..."
-            )
 
 
 def _begun(folder: Path) -> bool:

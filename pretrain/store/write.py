@@ -28,7 +28,7 @@ from PIL import Image
 
 from configs import UserError
 from configs.signals import held
-from ehr_features.files import PARTIAL, digest, lock, new_file, provenance, read_json, write_json
+from ehr_features.files import check_ours, digest, lock, new_file, provenance, read_json, tidy, write_json
 from ehr_features.progress import Bar
 from ehr_features.raw.remote import configure, fetch, is_url
 from pretrain.config import ImagesConfig
@@ -108,8 +108,7 @@ def _opened(out: Path, plan: dict[str, Any], part: tuple[int, int]) -> bool:
     if not 1 <= part[0] <= part[1]:
         raise UserError(f"--shard {part[0]}/{part[1]}: wanted i/n with 1 <= i <= n")
     held = next((out / name for name in ("store.json", "packing.json") if (out / name).is_file()), None)
-    if held is None and out.is_dir() and (foreign := sorted(p.name for p in out.iterdir() if p.name[0] != ".")):
-        raise UserError(f"{out}: not a store; it holds {', '.join(foreign[:5])}. Choose another folder with out=...")
+    check_ours(out, "a store", ["store.json", "packing.json"])
     lock(out, f".lock-{part[0]}-of-{part[1]}")
     if held is None:
         write_json(out / "packing.json", plan)
@@ -186,8 +185,7 @@ def _complete(
     seconds: float,
 ) -> None:
     """All shards are there: write index, rejected and, last, store.json."""
-    for stale in out.glob(f".shard-*{PARTIAL}-*"):
-        stale.unlink(missing_ok=True)  # left by a process that was killed
+    tidy(out)
     index, rejected, hashes, frames = [], [], [], {}
     for number in range(shards):
         about = _metadata(out / shard_name(number))

@@ -287,7 +287,7 @@ def test_complaints_tell_of_the_film_only_when_asked(tmp_path: Path) -> None:
 def test_foreign_folders_and_wild_values_are_refused(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="was not written by"):
+    with pytest.raises(UserError, match="not a hospital of `ehr_features demo`; it holds"):
         demo.generate(tmp_path / "theirs", **SMALL)
     assert (tmp_path / "theirs/notes.txt").read_text() == "mine"
     for wrong in ({"subjects": 3}, {"seed": -1}, {"film_size": 8}, {"ed_text": 2.0}, {"risk": "none"}):

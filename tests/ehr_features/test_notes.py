@@ -425,7 +425,7 @@ def test_a_table_that_is_not_there_is_named_and_without_visits_nothing_is_writte
 
 def test_a_folder_of_something_else_is_not_written_over(world: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds files that are no notes"):
+    with pytest.raises(UserError, match="not a folder of notes; it holds"):
         write_notes(config(world, tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         write_notes(config(world, tmp_path / "notes", features=tmp_path / "nowhere"))

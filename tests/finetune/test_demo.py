@@ -78,7 +78,7 @@ def test_another_demo_in_the_same_folder_is_refused(done: Path) -> None:
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="no demo"):
+    with pytest.raises(UserError, match="not a folder of the demo; it holds"):
         demo(tmp_path, subjects=120, seed=4)
 
 

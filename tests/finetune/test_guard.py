@@ -12,7 +12,7 @@ from finetune.guard import check_encoder, features_hash, refuse_discharge
 SUBJECTS = pd.DataFrame({"subject_id": [1, 2, 3, 3], "split": ["train", "val", "test", "test"]})
 
 
-def encoder(folder: Path, seen: list[int] | None = None, **meta: object) -> Path:
+def encoder(folder: Path, seen: list[object] | None = None, **meta: object) -> Path:
     (folder / "encoder").mkdir(parents=True)
     write_json(folder / "encoder/encoder.json", meta)
     if seen is not None:
@@ -26,7 +26,7 @@ def test_a_val_or_test_subject_in_pretraining_is_refused(tmp_path: Path, seen: l
     if ok:
         assert check_encoder(made, SUBJECTS).films == "train"
         return
-    with pytest.raises(UserError, match="1 of 2 of this split's val or test subjects"):
+    with pytest.raises(UserError, match="1 of 2 of the val or test subjects"):
         check_encoder(made, SUBJECTS)
     passed = check_encoder(made, SUBJECTS, allow_leak=True)
     assert passed.films == "leak" and passed.warnings[0].startswith("LEAK (allow_leak=true)")
@@ -64,9 +64,23 @@ def test_a_damaged_list_of_subjects_is_no_pass(tmp_path: Path) -> None:
         check_encoder(made, SUBJECTS)
 
 
-def test_subjects_of_another_data_set_are_not_compared(tmp_path: Path) -> None:
-    made = encoder(tmp_path, [2, 3], ehr_groups={})
-    assert check_encoder(made, SUBJECTS, same_subjects=False).films == "other source"
+@pytest.mark.parametrize("seen", [[2, 3], ["2", "03"], [2.0, 9.0]])
+def test_equal_ids_in_another_source_are_refused_until_they_are_said_to_be_other_people(
+    tmp_path: Path, seen: list[object]
+) -> None:
+    made = encoder(tmp_path, seen, ehr_groups={})
+    with pytest.raises(UserError, match=r"saw [12] of 2 of the val or test subjects.*other_people=true"):
+        check_encoder(made, SUBJECTS, same_source=False)
+    told = check_encoder(made, SUBJECTS, same_source=False, other_people=True)
+    assert told.films == "other source" and "by their ids" in told.warnings[-1]
+    assert check_encoder(made, SUBJECTS, same_source=False, allow_leak=True).films == "leak"
+
+
+def test_an_encoder_of_another_source_passes_with_the_counts_that_prove_it(tmp_path: Path) -> None:
+    apart = check_encoder(encoder(tmp_path, [1, 50, 60], ehr_groups={}), SUBJECTS, same_source=False)
+    assert apart.films == "other source" and apart.compared == {"held_out": 2, "seen": 3, "both": 0}
+    unlisted = check_encoder(encoder(tmp_path / "b", None, ehr_groups={}), SUBJECTS, same_source=False)
+    assert unlisted.compared is None and "their subjects are unknown" in unlisted.warnings[-1]
 
 
 def test_outcomes_are_no_inputs() -> None:

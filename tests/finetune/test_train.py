@@ -25,6 +25,7 @@ from finetune.fusion.train import fuse
 from finetune.guard import check_encoder
 from finetune.results import read_results
 from pretrain import encoder as encoders
+from pretrain.encoder import read_meta
 from pretrain.run import stopping
 
 Make = Callable[..., Path]
@@ -134,7 +135,8 @@ def test_the_film_encoder_learns_only_when_it_is_tuned(make_icu: Make, tiny_enco
 
 def test_whom_a_tuned_encoder_has_seen_stays_unknown_if_it_was(make_icu: Make, tiny_encoder: Path) -> None:
     run = fuse(config(make_icu(stays=60), encoder=str(tiny_encoder), freeze=False, epochs=1))
-    assert (run / "encoder").is_dir() and not (run / "seen_subjects.parquet").exists()
+    assert read_meta(run / "encoder")["started_from"]["films"] == "unknown"
+    assert check_encoder(run / "encoder", pd.DataFrame({"subject_id": [7], "split": ["test"]})).films == "unknown"
 
 
 def test_an_encoder_tuned_on_findings_is_not_called_outcome_supervised(make_icu: Make, tiny_encoder: Path) -> None:
