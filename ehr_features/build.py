@@ -112,6 +112,7 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
             status = labels.code_status(found["chartevents"][0], stays)
             cohort_ = labels.Cohort(source, with_death(stays), first_hours(source, binned, config), config)
             about |= samples(part, cohort_, stay_films, status, attrition)
+            _keep_own_tables(config.out, part)
         with steps("fitting the normaliser"):
             write_json(
                 part / "series.json", series_file.about(part / "series.safetensors", stays, columns, config, fates)
@@ -119,6 +120,16 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
         write_json(part / "schema.json", about)
         write_json(part / "attrition.json", attrition.as_json())
         write_json(part / "provenance.json", _provenance(config, source, prints, found, part, steps, key))
+
+
+def _keep_own_tables(out: Path, part: Path) -> None:
+    """Copy a user's own tables of samples/ into the new folder. Raises: UserError: one has the name of a task."""
+    described = read_json(out / "schema.json") if (out / "schema.json").is_file() else {}
+    for path in sorted((out / "samples").glob("*")):
+        if f"samples/{path.stem}" not in described:
+            if (part / "samples" / path.name).exists():
+                raise UserError(f"{path}: a table of your own with the name of a task that is written now; rename it")
+            shutil.copy2(path, part / "samples" / path.name)
 
 
 def is_current(out: Path, key: str) -> bool:

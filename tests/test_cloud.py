@@ -329,7 +329,7 @@ from configs import load
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
 from pretrain.config import ImagesConfig
-from pretrain.pack import pack
+from pretrain.store import pack
 memory = fsspec.filesystem("memory")
 memory.put({str(house / "data/mimic-iv")!r}, "/tables", recursive=True)
 memory.put({str(house / "data/mimic-cxr")!r}, "/films", recursive=True)

@@ -75,6 +75,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     films = (features / "images.parquet").is_file()
     images = read_table(features, "images") if films else _no_images()
     samples = {p.stem: read_table(features, f"samples/{p.stem}") for p in sorted(features.glob("samples/*.parquet"))}
+    samples = {name: table for name, table in samples.items() if _has_ids(table)}
     subjects = pd.concat([t[["subject_id", "split"]] for t in (stays, images, *samples.values())])
     verdicts = [check_splits({"stays": stays, "images": images, **{f"samples/{n}": t for n, t in samples.items()}})]
     verdicts.append(check_films(stays, images, samples))
@@ -122,6 +123,12 @@ def _same_source(features: Path, config: FeaturesConfig) -> Source:
     return source
 
 
+def _has_ids(table: pd.DataFrame) -> bool:
+    """Whether a table of samples can be held against stays and films; a user's own may lack the columns for it."""
+    ids = table.reindex(columns=["stay_id", "subject_id", "predict_at_hours"]).convert_dtypes()
+    return {"split", "dicom_id"} <= set(table) and all(map(pd.api.types.is_numeric_dtype, ids.dtypes))
+
+
 def check_hours(stays: pd.DataFrame, samples: dict[str, pd.DataFrame], config: FeaturesConfig) -> Verdict:
     """Each sample is predicted when its task says, and while its stay lasts."""
     bad, rows = {}, 0
@@ -159,6 +166,7 @@ def check_inputs(features: Path) -> Verdict:
     described = read_json(features / "schema.json")
     ours = {"stays": schema.STAYS, "images": schema.IMAGES, "stay_films": schema.STAY_FILMS}
     early = moved = unknown = undeclared = columns = 0
+    foreign = []
     labels = set(schema.FINDINGS)
     for table, said in described.items():
         known = ours.get(table, schema.SAMPLES)
@@ -170,9 +178,14 @@ def check_inputs(features: Path) -> Verdict:
                 early += ORDER.index(about["available_at"]) < ORDER.index(known[name].available_at)
             else:  # a label of a task
                 unknown += about["group"] not in LABEL_GROUPS
-    for path in features.rglob("*.parquet"):
-        said = described.get(path.relative_to(features).with_suffix("").as_posix(), {})
-        undeclared += len(set(pq.read_schema(path).names) ^ set(said))
+    for path in sorted(features.rglob("*.parquet")):
+        table = path.relative_to(features).with_suffix("").as_posix()
+        said, held = set(described.get(table, {})), set(pq.read_schema(path).names)
+        if table.startswith("samples/"):
+            foreign += [f"{table}.{name}" for name in sorted(held - said)]
+            undeclared += len(said - held)
+        else:
+            undeclared += len(said ^ held)
     series = read_json(features / "series.json")["columns"]
     bad = {
         "labels among the columns of the series": len(labels & {c.removeprefix("mask->") for c in series}),
@@ -184,4 +197,6 @@ def check_inputs(features: Path) -> Verdict:
     late = {c for said in described.values() for c, about in said.items() if about["available_at"] == "discharge"}
     listed = ", ".join(sorted(late - labels))
     proof = f"{len(series)} series columns, {columns} table columns; known at discharge: {listed}"
+    if foreign:
+        proof += f"; not written by this toolkit and not judged: {', '.join(foreign)}"
     return decide("no finding, phenotype or outcome is among the inputs", bad, proof)

@@ -266,6 +266,17 @@ def test_clean_folder_is_proved(features: Path) -> None:
     assert set(outcomes(features).values()) == {PROVED}
 
 
+@pytest.mark.parametrize("own", [{"subject_id": ["x"]}, {"stay_id": [1], "sepsis": [0]}, None])
+def test_a_users_own_samples_are_named_and_not_refuted(features: Path, own: dict[str, Any] | None) -> None:
+    table = (
+        pd.read_parquet(features / "samples/mortality.parquet").assign(sepsis=1) if own is None else pd.DataFrame(own)
+    )
+    table.to_parquet(features / "samples/mine.parquet")
+    said = audit.audit(features, [])
+    assert {v.outcome for v in said} == {PROVED}
+    assert any(f"samples/mine.{table.columns[-1]}" in v.counts for v in said)
+
+
 def test_folder_without_films_is_proved(features: Path) -> None:
     for name in ("images", "stay_films"):
         (features / f"{name}.parquet").unlink()

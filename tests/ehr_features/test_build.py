@@ -117,6 +117,18 @@ def test_films_are_linked_again_only_when_what_they_depend_on_has_changed(tmp_pa
         build.build(FeaturesConfig(**keys, ed_tolerance_hours=24))
 
 
+def test_a_users_own_table_of_samples_is_kept_when_features_are_built_again(mimic, config):
+    out = build.build(config())
+    own = pd.DataFrame({"subject_id": ["x"], "my_label": [1]})
+    own.to_parquet(out / "samples/mine.parquet")
+    build.build(config(seed=1))
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "samples/mine.parquet"), own)
+    (out / "samples/mine.parquet").rename(out / "samples/decompensation.parquet")
+    with pytest.raises(UserError, match=r"decompensation\.parquet: a table of your own with the name of a task"):
+        build.build(config(seed=2, tasks=["mortality", "decompensation"]))
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "samples/decompensation.parquet"), own)
+
+
 def test_an_edit_within_a_second_that_keeps_the_size_is_seen(tmp_path, frames, write, config):
     first = build.build(config(mimic_iv=str(write(tmp_path / "a", frames, suffix=".csv"))))
     before = series.load(first, normalise=False)
@@ -270,7 +282,7 @@ def test_config_faults_are_told_together():
 LONG_QUERY = """
 import os, time
 from configs.cli import guard
-from ehr_features.engine import connect, interruptible
+from ehr_features.raw.engine import connect, interruptible
 
 con = connect("duckdb").con
 
