@@ -134,6 +134,12 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
             f"optim.batch_size {batch} does not divide among {world} processes x {config.optim.accumulate} parts; "
             f"choose a multiple of {parts}"
         )
+    drawn = [f"{key}={value}" for key, value in encoder.meta["model_args"].items() if "drop" in key and value]
+    if config.compile and drawn and config.optim.accumulate > 1 and config.optim.accumulate_mode == "exact":
+        raise UserError(
+            f"compile, exact accumulation and {', '.join(drawn)}: a compiled network need not repeat its draws in the "
+            "second pass; set compile=false, or optim.accumulate_mode=approximate"
+        )
     if batch // parts < 2 and not encoder.is_vit:
         raise UserError("one film at a time cannot pass a convolutional net's batch norm: raise optim.batch_size")
     if batch // parts < 2 and config.head.norm == "batch":

@@ -61,9 +61,7 @@ def write(
         meta["splits_seen"] = sorted({*before.pop("splits_seen", []), *meta["splits_seen"]})
         meta |= before
     if last and config.readability and films.columns:
-        training = encoder.training
-        meta["readability"] = readability(encoder, films, store, config.seed)
-        encoder.train(training)
+        meta["readability"] = readability(encoder, films, store, config.seed)  # leaves the encoder in eval mode
     about = {**encoder.meta, "preprocess": encoder.preprocess.to_json(), **meta}
     return encoders.save(folder / "encoder", encoder, meta, card=model_card(about, config))
 

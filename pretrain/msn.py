@@ -4,6 +4,9 @@ Comes in: normalised views and the static EHR vectors of a batch. Goes out: the 
 `MSN.forward` does all that needs a gradient, prototypes included, so that one module goes to `accelerator.prepare`;
 every trained parameter gets a gradient in every step. The target is a moving average of the anchor; EHR enters on the
 anchor's side only and is dropped after pretraining.
+The target draws nothing at random: dropout and drop path act on the anchor only. Batch norm of the target normalises
+by the batch at hand, as in the original, so that its output depends on the batch alone; its running statistics, those
+of unmasked views, are exported.
 Differs from CXR-EHR-MSN: prototypes are trained; `add` conditions by h + W e with W = 0 at the start (there, and with
 `concat`: [h; f(e)] -> g); focal views are unmasked unless asked; every patch can be masked (there the last always was).
 """
@@ -96,6 +99,14 @@ class MSN(nn.Module):
         self.condition = _condition(encoder.width, record) if record.width and record.use == "condition" else None
         self.predict = nn.Linear(encoder.width, record.width) if record.width and record.use == "predict" else None
         self.loss_options = loss or {}
+        self.train()
+
+    def train(self, mode: bool = True) -> MSN:
+        """Training mode for all modules but the target's stochastic ones (dropout, drop path, DenseNet's layers)."""
+        super().train(mode)
+        for module in [*self.target.modules(), *self.target_head.modules()]:
+            module.training = mode and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        return self
 
     def forward(self, batch: Batch, grads: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """Loss and parts (scalars), `features` (B, D) of the target, `hits` (K,): targets nearest to each prototype.
@@ -251,10 +262,17 @@ def backward(model: Any, msn: MSN, batch: Batch, accelerator: Any, number: int, 
 
 
 def _exact(model: Any, msn: MSN, parts: list[Batch], accelerator: Any) -> dict[str, Tensor]:
-    """Embed all films without a graph; the loss's gradient at the embeddings then stands for the loss, part by part."""
+    """Embed all films without a graph; the loss's gradient at the embeddings then stands for the loss, part by part.
+
+    A part draws the same dropout and drop path in both passes: the generator's state is kept and restored.
+    """
+    generator = random_generator(accelerator.device)
+    states, embedded, looked_at = [], [], []
     with torch.no_grad(), accelerator.autocast():
-        embedded = [msn.embed_anchors(part) for part in parts]
-        looked_at = [msn.embed_targets(part) for part in parts]
+        for part in parts:
+            states.append(generator.get_state())
+            embedded.append(msn.embed_anchors(part))
+            looked_at.append(msn.embed_targets(part))
     by_part = [
         anchors.float().unflatten(0, (-1, len(t))) for (anchors, _), (t, _) in zip(embedded, looked_at, strict=True)
     ]
@@ -267,10 +285,18 @@ def _exact(model: Any, msn: MSN, parts: list[Batch], accelerator: Any) -> dict[s
     assert leaf.grad is not None
     grads = leaf.grad.unflatten(0, (-1, len(targets))).chunk(len(parts), dim=1)
     scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
-    for i, part in enumerate(parts):
+    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
+        generator.set_state(state)
         with _alone(model, accelerator, i < len(parts) - 1):
             model(part, grads[i].flatten(0, 1), scale / len(parts))["loss"].backward()
     return out
+
+
+def random_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout and drop path draw from."""
+    return (
+        torch.cuda.default_generators[torch.cuda.current_device()] if device.type == "cuda" else torch.default_generator
+    )
 
 
 def _approximate(model: Any, msn: MSN, parts: list[Batch], accelerator: Any) -> dict[str, Tensor]:

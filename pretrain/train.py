@@ -24,7 +24,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data import Steps, batches, select_films
 from pretrain.encoder import differences
 from pretrain.monitor import Watch, introduce
-from pretrain.msn import MSN, backward
+from pretrain.msn import MSN, backward, random_generator
 from pretrain.schedule import Schedule
 from pretrain.seen import write_seen
 from pretrain.store import Store
@@ -94,7 +94,7 @@ def _loop(
             state["scaler"] = accelerator.scaler.state_dict()
         run.save_checkpoint(folder, state, step, keep=config.keep, every_hours=config.keep_every_hours)
 
-    chance = _generator(accelerator.device)
+    chance = random_generator(accelerator.device)
     export_every = math.ceil((config.export_every_epochs or 0) * steps.steps_per_epoch)
     ahead, saved_at = batches(steps, start, plan.total, config.workers, accelerator.device), time.monotonic()
     with run.stopping() as stop, Bar("pretraining", plan.total - start, "steps", shown=run.is_main()) as bar:
@@ -133,13 +133,6 @@ def _loop(
                 raise Stopped(run.go_on(folder, done))
     save(plan.total)
     return plan.total
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """Where the networks draw from."""
-    return (
-        torch.cuda.default_generators[torch.cuda.current_device()] if device.type == "cuda" else torch.default_generator
-    )
 
 
 def _clip(msn: MSN, accelerator: Any, most: float | None) -> Tensor:

@@ -3,17 +3,26 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from pretrain import encoder as enc
-from pretrain.msn import MSN, Batch, Record, effective_rank
+from pretrain.msn import MSN, Batch, Record, backward, effective_rank
 from pretrain.views import draw_keep
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
-def method(arch: str = "vit_tiny_patch16_224", norm: str = "batch", **record) -> MSN:
+STOCHASTIC = [
+    ("vit_tiny_patch16_224", {"drop_path_rate": 0.3}),
+    ("vit_tiny_patch16_224", {"pos_drop_rate": 0.3, "proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_rate": 0.3}),
+    ("densenet121", {"drop_rate": 0.3, "proj_drop_rate": 0.3}),
+    ("resnet34", {"drop_path_rate": 0.3, "zero_init_last": False, "channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}),
+]
+
+
+def method(arch: str = "vit_tiny_patch16_224", norm: str = "batch", args: dict | None = None, **record) -> MSN:
     torch.manual_seed(0)
-    encoder = enc.create(arch, image_size=32, model_args=TINY if arch.startswith("vit") else {})
+    encoder = enc.create(arch, image_size=32, model_args=(TINY if arch.startswith("vit") else {}) | (args or {}))
     return MSN(encoder, num_prototypes=8, hidden=16, out=8, norm=norm, record=Record(**record))
 
 
@@ -54,6 +63,50 @@ def test_target_is_the_moving_average_of_the_anchor():
     old = msn.target.net.cls_token.clone()
     msn.update_target(0.9)
     torch.testing.assert_close(msn.target.net.cls_token, old + 0.1)
+
+
+@pytest.mark.parametrize(("arch", "args"), STOCHASTIC, ids=["drop_path", "dropout", "densenet", "resnet"])
+def test_the_target_draws_nothing_and_the_anchor_does(arch, args):
+    """Two passes agree to the bit, leave the generator alone, and are those of a network without dropout."""
+    msn, plain = method(arch, args=args), method(arch, args={k: v for k, v in args.items() if "drop" not in k})
+    plain.load_state_dict(msn.state_dict())
+    views = batch(films=8)
+    views = views if msn.anchor.is_vit else Batch(views.target, views.anchors[:1], [None], None)
+    state = torch.get_rng_state()
+    first, second = msn.embed_targets(views), msn.embed_targets(views)
+    assert torch.equal(torch.get_rng_state(), state)
+    for once, twice, without in zip(first, second, plain.embed_targets(views), strict=True):
+        assert torch.equal(once, twice)
+        torch.testing.assert_close(once, without)
+    assert not torch.allclose(msn.embed_anchors(views)[0], msn.embed_anchors(views)[0])
+
+
+def test_batch_norm_of_the_target_uses_the_batch_and_keeps_statistics_of_its_own():
+    msn = method("densenet121")
+    norm = msn.target.net.features.norm0
+    views = batch()
+    msn.embed_targets(views)
+    assert norm.running_mean.abs().sum() > 0 and msn.anchor.net.features.norm0.running_mean.abs().sum() == 0
+    brighter = msn.embed_targets(Batch(views.target * 5, [], [], None))[1]  # normalised away
+    torch.testing.assert_close(brighter, msn.embed_targets(views)[1], rtol=1e-2, atol=1e-2)
+    assert not any(module.training for module in msn.eval().modules())
+
+
+@pytest.mark.parametrize(("arch", "args"), STOCHASTIC[:2], ids=["drop_path", "dropout"])
+def test_exact_accumulation_draws_alike_in_both_passes(arch, args):
+    """The gradients are those of one graph over all parts, each drawing what it drew in the first pass."""
+    views, accelerator = batch(films=4, static=3), Accelerator(cpu=True)
+    two_pass, one_graph = (method(arch, norm="layer", args=args, width=3) for _ in range(2))
+    torch.manual_seed(7)
+    out = backward(two_pass, two_pass, views, accelerator, 2, exact=True)
+    torch.manual_seed(7)
+    parts = [one_graph.embed_anchors(part)[0].unflatten(0, (-1, 2)) for part in views.parts(2)]
+    targets, features = one_graph.embed_targets(views)
+    wanted = one_graph.score(torch.cat(parts, dim=1).flatten(0, 1), targets, features, {})["loss"]
+    wanted.backward()
+    torch.testing.assert_close(out["loss"], wanted)
+    for (name, ours), theirs in zip(two_pass.named_parameters(), one_graph.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_adding_the_record_begins_as_vanilla_msn():
