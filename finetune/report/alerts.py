@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from markupsafe import Markup
+
 from finetune.report.data import Run, plain
-from finetune.report.html import Html, tag, told
+from finetune.report.html import render, told
 from finetune.report.results import by_task, title
 from finetune.report.training import collapse
 
@@ -20,7 +22,7 @@ CALM = (
 )
 
 
-def alerts(runs: Sequence[Run], *, films: bool = False) -> Html:
+def alerts(runs: Sequence[Run], *, films: bool = False) -> Markup:
     """The warnings as a list, the grave ones first; equal ones of several runs in one line.
 
     Args:
@@ -30,17 +32,12 @@ def alerts(runs: Sequence[Run], *, films: bool = False) -> Html:
     for grave, says, name in [*_of_runs(runs), *_few(runs)]:
         merged.setdefault((grave, says), []).append(name)
     if not merged:
-        return tag("p", CALM, class_="fine")
+        return render("paragraph", "fine", CALM)
     items = [
-        tag(
-            "li",
-            tag("strong", ", ".join(names)),
-            tag("span", f" {says}" if says == FILMS else f": {says}"),
-            class_="stop" if grave else "care",
-        )
+        (grave, ", ".join(names), f" {says}" if says == FILMS else f": {says}")
         for (grave, says), names in sorted(merged.items(), key=lambda item: not item[0][0])
     ]
-    return tag("ul", items, class_="alerts", aria_label="Warnings")
+    return render("alerts", items)
 
 
 def _of_runs(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:

@@ -8,24 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from markupsafe import Markup
+
 from finetune.report.cohort import attrition, folders
 from finetune.report.data import Run, part, read_object
-from finetune.report.html import Html, number, section, table, tag
+from finetune.report.html import number, render, section, table
 from finetune.report.results import by_task, labels, title
 
-BLANK = tag("span", "to be filled in by the authors", class_="blank")
+BLANK = "to be filled in by the authors"
 
 
-def checklist_section(runs: Sequence[Run]) -> Html:
+def checklist_section(runs: Sequence[Run]) -> Markup:
     """The table; left out where nothing was evaluated."""
     if not by_task(runs):
-        return Html("")
+        return Markup("")
     found = facts(runs)
-    rows = [[item, what, found.get(item) or BLANK] for item, what in ITEMS.items()]
+    rows = [[item, what, found.get(item) or render("span", "blank", BLANK)] for item, what in ITEMS.items()]
     filled = sum(item in found for item in ITEMS)
     lead = f"In the style of TRIPOD+AI: {filled} of {len(ITEMS)} items are filled from the runs, the others are blank."
     body = table(["item", "asked", "these runs"], rows, class_="checklist")
-    return section("checklist", "Checklist", tag("div", body, class_="card"), lead=lead)
+    return section("checklist", "Checklist", render("div", "card", body), lead=lead)
 
 
 ITEMS = {

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from configs import UserError
 from ehr_features.files import read_json, read_table, undamaged
 from finetune.report.data import Run, read_object
 from finetune.report.figures import bars, flow
-from finetune.report.html import Html, figure, frame, number, section, table, tag, variable
+from finetune.report.html import figure, frame, number, render, section, table, variable
 
 SPLITS = ("train", "val", "test")
 
@@ -28,17 +29,17 @@ def folders(runs: Sequence[Run]) -> list[Path]:
     return list(found.values())
 
 
-def cohort_section(runs: Sequence[Run]) -> Html:
+def cohort_section(runs: Sequence[Run]) -> Markup:
     """Cohort flow, splits and missingness, for each features folder."""
     found = folders(runs)
     if not found:
         named = sorted({str(run.config["features"]) for run in runs if run.config.get("features")})
         where = f"The features folder {', '.join(named)} is not here" if named else "No run names a features folder"
-        return section("data", "Data", tag("p", f"{where}: no cohort, splits or missingness.", class_="muted"))
+        return section("data", "Data", render("paragraph", "muted", f"{where}: no cohort, splits or missingness."))
     parts: list[Any] = []
     for i, folder in enumerate(found):
         key = "" if i == 0 else f"-{i + 1}"
-        parts.append(tag("p", "Features: ", tag("code", folder.name), class_="muted") if len(found) > 1 else None)
+        parts.append(render("paragraph", "muted", "Features: ", folder.name) if len(found) > 1 else None)
         parts += [splits_figure(folder, key), flow_figure(folder, key), missing_figure(folder, key)]
     told = list({run.notes.resolve(): run.notes for run in runs if run.notes}.values())
     for i, folder in enumerate(told):
@@ -90,7 +91,7 @@ def _count(record: dict[str, Any], which: str) -> int | None:
     return None
 
 
-def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") -> Html | None:
+def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") -> Markup | None:
     """Each exclusion as a bar that shortens."""
     steps = attrition(folder)
     if not steps:
@@ -102,7 +103,7 @@ def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") ->
     return figure(f"flow{key}", title, flow(steps), caption, numbers, note=notes(folder))
 
 
-def splits_figure(folder: Path, key: str) -> Html | None:
+def splits_figure(folder: Path, key: str) -> Markup | None:
     """Subjects, films and stays by split, and the outcomes' prevalence in each."""
     rows, placed = [], []
     for name, id_ in (("images", "dicom_id"), ("stays", "stay_id")):
@@ -144,7 +145,7 @@ def _samples(folder: Path) -> list[list[Any]]:
     return rows
 
 
-def missing_figure(folder: Path, key: str) -> Html | None:
+def missing_figure(folder: Path, key: str) -> Markup | None:
     """The share of hours in which each variable was measured."""
     path = folder / "series.safetensors"
     if not path.is_file():

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.special import expit
 
 from finetune.report.data import Run, common_rows
 from finetune.report.figures import Frame, Series, legend, panels
-from finetune.report.html import Html, figure, join, number, table, tag, told
+from finetune.report.html import figure, join, number, render, table, told
 from finetune.report.results import key_of
 
 Floats = NDArray[np.float64]
@@ -36,7 +37,7 @@ class Scored:
     p: Floats
 
 
-def curves_figure(task: str, runs: Sequence[Run]) -> Html | None:
+def curves_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     """Four curves of each label, the label with the most positives open; on the rows that all runs scored."""
     by_label: dict[str, list[Scored]] = {}
     able = [(i, run) for i, run in enumerate(runs[:RUNS]) if run.predictions is not None]
@@ -79,7 +80,7 @@ def _whose(able: Sequence[tuple[int, Run]], common: pd.Index | None) -> str | No
     return f"Drawn on the {len(common):,} rows that all of these runs scored." if more else None
 
 
-def _block(label: str, scored: Sequence[Scored], opened: bool) -> Html:
+def _block(label: str, scored: Sequence[Scored], opened: bool) -> Markup:
     first = scored[0]
     prevalence = float(first.y.mean())
     thresholds = np.linspace(0.01, min(0.9, max(0.3, 3 * prevalence)), 60)
@@ -118,9 +119,7 @@ def _block(label: str, scored: Sequence[Scored], opened: bool) -> Html:
         ),
     ]
     about = f"{told(label)}: {int(first.y.sum()):,} of {len(first.y):,} positive"
-    numbers = tag("details", tag("summary", "Numbers behind these curves"), _numbers(scored))
-    body = [tag("summary", about), panels(specs, columns=2), numbers]
-    return tag("details", body, class_="block", open="" if opened else None)
+    return render("curves", about, panels(specs, columns=2), _numbers(scored), opened)
 
 
 def roc(s: Scored) -> tuple[Floats, Floats]:
@@ -177,7 +176,7 @@ def _thin(x: Floats, y: Floats) -> tuple[list[float], list[float]]:
     return x[keep].tolist(), y[keep].tolist()
 
 
-def _numbers(scored: Sequence[Scored]) -> Html:
+def _numbers(scored: Sequence[Scored]) -> Markup:
     rows, tenths = [], []
     for s in scored:
         (false, true), (recall, precision) = roc(s), precision_recall(s)

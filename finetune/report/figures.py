@@ -1,6 +1,6 @@
 """Charts as SVG: line panels and point maps.
 
-Comes in: numbers and names. Goes out: `Html`. Colours come from the page's style (classes c0 ... c7), so that a dark
+Comes in: numbers and names. Goes out: `Markup`. Colours come from the page's style (classes c0 ... c7), so that a dark
 screen and paper work too; every series also has its own marker or dash, so that colour is never alone.
 """
 
@@ -14,8 +14,9 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from finetune.report.html import Html, both_widths, fixed, interval, join, number, tag
+from finetune.report.html import both_widths, fixed, interval, join, number, render
 
 COLOURS = 8
 DASHES = (None, "6 3", "2 3", "8 3 2 3")
@@ -84,41 +85,48 @@ def tick_text(value: float, step: float) -> str:
     return f"{value:.{places if places <= 4 else 0}f}".replace("-", "−")
 
 
-def svg(width: float, height: float, says: str, *children: Any) -> Html:
+def shape(name: str, *children: Any, **attributes: Any) -> Markup:
+    """An SVG element; `class_` is class, `_` in names becomes `-`, None is left out, coordinates have tenths."""
+    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
+    shown = Markup("").join(Markup(' {}="{}"').format(key, _tenths(value)) for key, value in given.items())
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), shown, join(children))
+
+
+def _tenths(value: Any) -> str:
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def svg(width: float, height: float, says: str, *children: Any) -> Markup:
     """An SVG with a name for those who hear it."""
-    name = tag("title", says)
-    return tag("svg", name, children, viewBox=f"0 0 {width:g} {height:g}", role="img", width=width, height=height)
+    name = shape("title", says)
+    return shape("svg", name, children, viewBox=f"0 0 {width:g} {height:g}", role="img", width=width, height=height)
 
 
-def mark(index: int, x: float, y: float, size: float = 4.0, tip: str | None = None) -> Html:
+def mark(index: int, x: float, y: float, size: float = 4.0, tip: str | None = None) -> Markup:
     """A marker in the series' colour and shape: disc, square, diamond, triangle, then open ones."""
     css = f"mark c{index % COLOURS}" + (" open" if (index // 4) % 2 else "")
-    says = tag("title", tip) if tip else None
-    shape = index % 4
-    if shape == 0:
-        return tag("circle", says, cx=x, cy=y, r=size, class_=css)
-    if shape == 1:
-        return tag("rect", says, x=x - size * 0.9, y=y - size * 0.9, width=size * 1.8, height=size * 1.8, class_=css)
-    corners = [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)] if shape == 2 else [(0, -1.2), (1.2, 0.9), (-1.2, 0.9)]
-    return tag(
+    says = shape("title", tip) if tip else None
+    kind = index % 4
+    if kind == 0:
+        return shape("circle", says, cx=x, cy=y, r=size, class_=css)
+    if kind == 1:
+        return shape("rect", says, x=x - size * 0.9, y=y - size * 0.9, width=size * 1.8, height=size * 1.8, class_=css)
+    corners = [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)] if kind == 2 else [(0, -1.2), (1.2, 0.9), (-1.2, 0.9)]
+    return shape(
         "polygon", says, points=" ".join(f"{x + a * size:.1f},{y + b * size:.1f}" for a, b in corners), class_=css
     )
 
 
-def legend(names: Sequence[tuple[int, str]]) -> Html:
+def legend(names: Sequence[tuple[int, str]]) -> Markup:
     """Marker and name of each series, shared by the panels under it."""
-    items = []
-    for index, name in names:
-        icon = tag("svg", mark(index, 7, 7), viewBox="0 0 14 14", width=14, height=14, aria_hidden="true")
-        items.append(tag("li", icon, " ", name))
-    return tag("ul", items, class_="legend")
+    return render("legend", [(mark(index, 7, 7), name) for index, name in names])
 
 
-def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 250, height: int = 190) -> Html:
+def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 250, height: int = 190) -> Markup:
     """Lines over a common axis."""
     lines = [s for s in series if len(s.x)]
     if not lines:
-        return Html("")
+        return Markup("")
     x_range = frame.x_range or span([s.x for s in lines], pad=0.0)
     y_range = frame.y_range or span([v for s in lines for v in (s.y, s.low, s.high) if v is not None], pad=0.06)
     right = 12 + (max(len(s.name) for s in lines) * 7.2 if frame.labels else 0)
@@ -127,24 +135,24 @@ def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 
     parts = [_axes(x, y, frame, width, height, title)]
     if frame.diagonal:
         a, b = max(x.low, y.low), min(x.high, y.high)
-        parts.append(tag("line", x1=x(a), y1=y(a), x2=x(b), y2=y(b), class_="reference"))
+        parts.append(shape("line", x1=x(a), y1=y(a), x2=x(b), y2=y(b), class_="reference"))
     for level, name in frame.marks_y:
         if y.low <= level <= y.high:
-            parts.append(tag("line", x1=x.start, x2=x.end, y1=y(level), y2=y(level), class_="reference"))
-            parts.append(tag("text", name, x=x.end, y=y(level) + 13, class_="tiny", text_anchor="end"))
+            parts.append(shape("line", x1=x.start, x2=x.end, y1=y(level), y2=y(level), class_="reference"))
+            parts.append(shape("text", name, x=x.end, y=y(level) + 13, class_="tiny", text_anchor="end"))
     parts += [_line(s, x, y) for s in lines]
     if frame.labels:
         parts += _end_labels(lines, x, y)
-    return svg(width, height, f"{title or frame.y_label} against {frame.x_label}", tag("g", parts, class_="panel"))
+    return svg(width, height, f"{title or frame.y_label} against {frame.x_label}", shape("g", parts, class_="panel"))
 
 
-def panels(specs: Sequence[tuple[Sequence[Series], Frame, str]], *, columns: int = 3) -> Html:
+def panels(specs: Sequence[tuple[Sequence[Series], Frame, str]], *, columns: int = 3) -> Markup:
     """Several line panels, three or two beside each other on a page, one under the other on a phone."""
     css = "panels two-columns" if columns == 2 else "panels"
 
-    def draw(width: int) -> Html:
+    def draw(width: int) -> Markup:
         size = (320, 210) if width < 500 else (360, 240) if columns == 2 else (250, 185)
-        return tag("div", [panel(lines, frame, title, *size) for lines, frame, title in specs if lines], class_=css)
+        return render("div", css, join(panel(lines, frame, title, *size) for lines, frame, title in specs if lines))
 
     return both_widths(draw)
 
@@ -158,54 +166,54 @@ def span(values: Sequence[Sequence[float]], pad: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _axes(x: Scale, y: Scale, frame: Frame, width: int, height: int, title: str) -> Html:
-    parts: list[Any] = [tag("text", title, x=2, y=15, class_="panel-title") if title else None]
+def _axes(x: Scale, y: Scale, frame: Frame, width: int, height: int, title: str) -> Markup:
+    parts: list[Any] = [shape("text", title, x=2, y=15, class_="panel-title") if title else None]
     rows = y.ticks(4)
     for value in rows:
-        parts.append(tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid"))
+        parts.append(shape("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid"))
         step = rows[1] - rows[0] if len(rows) > 1 else 1.0
         parts.append(
-            tag("text", tick_text(value, step), x=x.start - 6, y=y(value) + 4, text_anchor="end", class_="tick")
+            shape("text", tick_text(value, step), x=x.start - 6, y=y(value) + 4, text_anchor="end", class_="tick")
         )
     columns = list(frame.ticks_x) or x.ticks(max(2, int((x.end - x.start) // 55)))
     columns = [t for i, t in enumerate(columns) if i == 0 or x(t) - x(columns[i - 1]) > 18]
     for value in columns:
         step = columns[1] - columns[0] if len(columns) > 1 else 1.0
         text = f"{value:g}" if x.log else tick_text(value, step)
-        parts.append(tag("line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="axis"))
-        parts.append(tag("text", text, x=x(value), y=y.start + 16, text_anchor="middle", class_="tick"))
-    parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
+        parts.append(shape("line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="axis"))
+        parts.append(shape("text", text, x=x(value), y=y.start + 16, text_anchor="middle", class_="tick"))
+    parts.append(shape("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
     parts.append(
-        tag("text", frame.x_label, x=(x.start + x.end) / 2, y=height - 6, text_anchor="middle", class_="axis-name")
+        shape("text", frame.x_label, x=(x.start + x.end) / 2, y=height - 6, text_anchor="middle", class_="axis-name")
     )
     if frame.y_label:
         turned = f"translate(11 {(y.start + y.end) / 2:.1f}) rotate(-90)"
-        parts.append(tag("text", frame.y_label, transform=turned, text_anchor="middle", class_="axis-name"))
+        parts.append(shape("text", frame.y_label, transform=turned, text_anchor="middle", class_="axis-name"))
     return join(parts)
 
 
-def _line(s: Series, x: Scale, y: Scale) -> Html:
+def _line(s: Series, x: Scale, y: Scale) -> Markup:
     """One series; what lies outside the axes is left out."""
     room = 1e-6 * (y.high - y.low)
     inside = [y.low - room <= v <= y.high + room for v in s.y]
     kept = [i for i, shown in enumerate(inside) if shown]
     points = [(x(s.x[i]), y(s.y[i])) for i in kept]
     css = f"c{s.index % COLOURS}" if s.index >= 0 else "neutral"
-    parts: list[Html] = []
+    parts: list[Markup] = []
     if s.low is not None and s.high is not None:
         ends = [(x(s.x[i]), y(min(s.high[i], y.high)), y(max(s.low[i], y.low))) for i in kept]
         if s.whiskers:
-            parts += [tag("line", x1=a, x2=a, y1=high, y2=low, class_=f"whisker {css}") for a, high, low in ends]
+            parts += [shape("line", x1=a, x2=a, y1=high, y2=low, class_=f"whisker {css}") for a, high, low in ends]
         else:
             band = [(a, high) for a, high, _ in ends] + [(a, low) for a, _, low in reversed(ends)]
-            parts.append(tag("polygon", points=_points(band), class_=f"band {css}"))
+            parts.append(shape("polygon", points=_points(band), class_=f"band {css}"))
     if not s.whiskers:
         dash = DASHES[(s.index // COLOURS) % len(DASHES)]
         for shown, part in groupby(range(len(s.y)), key=lambda i: inside[i]):
             piece = _points([(x(s.x[i]), y(s.y[i])) for i in part])
             if shown:
-                name = tag("title", s.name)
-                parts.append(tag("polyline", name, points=piece, class_=f"line {css}", stroke_dasharray=dash))
+                name = shape("title", s.name)
+                parts.append(shape("polyline", name, points=piece, class_=f"line {css}", stroke_dasharray=dash))
     if s.marks or len(points) == 1:
         parts += [mark(s.index, a, b, 3.5) for a, b in points]
     elif s.index >= 0 and not s.whiskers:
@@ -222,27 +230,27 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
 
 
-def _end_labels(lines: Sequence[Series], x: Scale, y: Scale) -> list[Html]:
+def _end_labels(lines: Sequence[Series], x: Scale, y: Scale) -> list[Markup]:
     """Names beside the lines' ends, moved apart where they would touch."""
-    placed: list[Html] = []
+    placed: list[Markup] = []
     last = y.end - 14
     for at, s in sorted(((y(s.y[-1]), s) for s in lines if np.isfinite(s.y[-1])), key=lambda pair: pair[0]):
         last = max(at, last + 14)
         place = x(s.x[-1]) + 7
-        placed.append(tag("text", s.name, x=place, y=last + 4, class_="name"))
+        placed.append(shape("text", s.name, x=place, y=last + 4, class_="name"))
     return placed
 
 
 def scatter(
     x: np.ndarray, y: np.ndarray, groups: Sequence[tuple[str, np.ndarray]], title: str, size: int = 350
-) -> Html:
+) -> Markup:
     """Points on a map, a colour and marker for each group of rows (boolean masks)."""
     sx = Scale(*span([list(x)], pad=0.04), 8, size - 8)
     sy = Scale(*span([list(y)], pad=0.04), size - 8, 30)
-    parts: list[Any] = [tag("text", title, x=8, y=16, class_="panel-title")]
+    parts: list[Any] = [shape("text", title, x=8, y=16, class_="panel-title")]
     for i, (_, rows) in enumerate(groups):
         parts.append(
-            tag("g", [mark(i, sx(a), sy(b), 2.6) for a, b in zip(x[rows], y[rows], strict=True)], class_="dots")
+            shape("g", [mark(i, sx(a), sy(b), 2.6) for a, b in zip(x[rows], y[rows], strict=True)], class_="dots")
         )
     return svg(size, size, f"map of films by {title}", parts)
 
@@ -273,7 +281,7 @@ def forest(
     *,
     chance: float | None = 0.5,
     x_label: str = "AUROC",
-) -> Html:
+) -> Markup:
     """Points with intervals: a block for each row, in it a line for each series.
 
     Args:
@@ -297,13 +305,13 @@ def forest(
             pages.append([])
         pages[-1].append((row, tall))
 
-    def draw(page: Sequence[tuple[Row, float]]) -> Html:
+    def draw(page: Sequence[tuple[Row, float]]) -> Markup:
         stripes: list[Any] = []
         blocks: list[Any] = []
         y = float(TOP)
         for i, (row, tall) in enumerate(page):
             if i % 2 == 0:
-                stripes.append(tag("rect", x=0, y=y - GAP / 2, width=width, height=tall + GAP, rx=4, class_="stripe"))
+                stripes.append(shape("rect", x=0, y=y - GAP / 2, width=width, height=tall + GAP, rx=4, class_="stripe"))
             blocks.append(_name(row, y + tall / 2, letters))
             blocks.append(_row_points(row, names, x, y, tall, step, width))
             y += tall + GAP
@@ -314,17 +322,19 @@ def forest(
     return join([draw(page) for page in pages])
 
 
-def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: int) -> Html:
+def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: int) -> Markup:
     """Grid, chance and the axis under the rows."""
     ticks = x.ticks(5 if width > 500 else 3)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.1
-    lines = [tag("line", x1=x(t), x2=x(t), y1=TOP - GAP / 2, y2=bottom, class_="grid") for t in ticks]
+    lines = [shape("line", x1=x(t), x2=x(t), y1=TOP - GAP / 2, y2=bottom, class_="grid") for t in ticks]
     if chance is not None:
-        lines.append(tag("line", x1=x(chance), x2=x(chance), y1=TOP - GAP / 2, y2=bottom, class_="reference"))
-    texts = [tag("text", tick_text(t, step), x=x(t), y=bottom + 16, text_anchor="middle", class_="tick") for t in ticks]
-    name = tag("text", x_label, x=(x.start + x.end) / 2, y=bottom + 34, text_anchor="middle", class_="axis-name")
+        lines.append(shape("line", x1=x(chance), x2=x(chance), y1=TOP - GAP / 2, y2=bottom, class_="reference"))
+    texts = [
+        shape("text", tick_text(t, step), x=x(t), y=bottom + 16, text_anchor="middle", class_="tick") for t in ticks
+    ]
+    name = shape("text", x_label, x=(x.start + x.end) / 2, y=bottom + 34, text_anchor="middle", class_="axis-name")
     head = f"{x_label} (95% interval)" if width > 500 and chance is not None else None
-    return join([lines, texts, name, tag("text", head, x=width - 4, y=12, text_anchor="end", class_="tiny")])
+    return join([lines, texts, name, shape("text", head, x=width - 4, y=12, text_anchor="end", class_="tiny")])
 
 
 def _wrap(name: str, letters: int) -> list[str]:
@@ -335,14 +345,14 @@ def _wrap(name: str, letters: int) -> list[str]:
     return lines
 
 
-def _name(row: Row, middle: float, letters: int) -> Html:
+def _name(row: Row, middle: float, letters: int) -> Markup:
     lines = _wrap(row.name, letters)
     at = middle + 4 - 8 * (len(lines) - 1) - (7 if row.remark else 0)
-    full = tag("title", row.name) if lines != [row.name] else None
+    full = shape("title", row.name) if lines != [row.name] else None
     css = "row-name strong" if row.strong else "row-name"
-    texts = [tag("text", full, line, x=6, y=at + 16 * i, class_=css) for i, line in enumerate(lines)]
+    texts = [shape("text", full, line, x=6, y=at + 16 * i, class_=css) for i, line in enumerate(lines)]
     remark = _shorten(row.remark, letters)
-    return join([texts, tag("text", remark, x=6, y=at + 16 * len(lines) - 2, class_="tiny") if remark else None])
+    return join([texts, shape("text", remark, x=6, y=at + 16 * len(lines) - 2, class_="tiny") if remark else None])
 
 
 def _shorten(text: str, letters: int) -> str:
@@ -350,37 +360,37 @@ def _shorten(text: str, letters: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _row_points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, step: int, width: int) -> Html:
+def _row_points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, step: int, width: int) -> Markup:
     """The points and intervals of a row, and their numbers at the right."""
     parts: list[Any] = []
     if row.best is not None:
-        tip = tag("title", number(row.best))
-        parts.append(tag("line", tip, x1=x(row.best), x2=x(row.best), y1=y - 4, y2=y + tall + 4, class_="best"))
+        tip = shape("title", number(row.best))
+        parts.append(shape("line", tip, x1=x(row.best), x2=x(row.best), y1=y - 4, y2=y + tall + 4, class_="best"))
     line = y + tall / 2 - step * (len(row.points) - 1) / 2
     for index, value, low, high in row.points:
         text = interval(value, low, high) if width > 500 else fixed(value, 2)
         says = f"{names.get(index, '')}: {interval(value, low, high)}"
         if low is not None and high is not None and np.isfinite(low) and np.isfinite(high):
-            parts.append(tag("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))
+            parts.append(shape("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))
         parts.append(mark(index, x(value), line, 4.4, says))
         up = 5 if row.says else 0
-        parts.append(tag("text", text, x=width - 4, y=line + 4 - up, text_anchor="end", class_="value"))
+        parts.append(shape("text", text, x=width - 4, y=line + 4 - up, text_anchor="end", class_="value"))
         line += step
     if row.says and len(row.points) == 1:
-        parts.append(tag("text", row.says, x=width - 4, y=y + tall / 2 + 14, text_anchor="end", class_="tiny"))
+        parts.append(shape("text", row.says, x=width - 4, y=y + tall / 2 + 14, text_anchor="end", class_="tiny"))
     return join(parts)
 
 
-def bars(rows: Sequence[tuple[str, float, str]], *, top: float = 1.0) -> Html:
+def bars(rows: Sequence[tuple[str, float, str]], *, top: float = 1.0) -> Markup:
     """Horizontal bars (name, share of `top`, what to write beside it) that wrap by themselves."""
-    items = []
-    for name, value, says in rows:
-        bar = tag("span", tag("i", style=f"width:{100 * min(max(value / top, 0), 1):.1f}%"), class_="bar")
-        items.append(tag("li", tag("span", name, class_="bar-name"), bar, tag("span", says, class_="bar-value")))
-    return tag("ul", items, class_="bars")
+    return render("bars", [(name, _percent(value, top), says) for name, value, says in rows])
 
 
-def flow(steps: Sequence[tuple[str, int, int, str]]) -> Html:
+def _percent(value: float, of: float) -> str:
+    return f"{100 * min(max(value / (of or 1), 0), 1):.1f}"
+
+
+def flow(steps: Sequence[tuple[str, int, int, str]]) -> Markup:
     """A cohort's flow, table by table: (what is counted, rows before, rows after, why rows left).
 
     Rules that took nothing out are counted in one line.
@@ -389,18 +399,8 @@ def flow(steps: Sequence[tuple[str, int, int, str]]) -> Html:
     for name in dict.fromkeys(step[0] for step in steps if step[1]):
         own = [step for step in steps if step[0] == name]
         first, idle = own[0][1], sum(before == after for _, before, after, _ in own)
-        items = [_step(name, first, first, first, "", css="start")]
-        items += [_step("", before, after, first, why) for _, before, after, why in own if before != after]
+        items = [(name, first, 0)] + [(f"−{b - a:,} {why}", a, b - a) for _, b, a, why in own if a != b]
+        shown = [(says, _percent(after, first), _percent(lost, first), f"{after:,}") for says, after, lost in items]
         quiet = f"{idle} {'rules' if len(own) == idle else 'other rules'} took nothing out" if idle > 1 else None
-        items.append(tag("li", quiet, class_="quiet") if quiet else Html(""))
-        parts.append(tag("ol", items, class_="flow"))
+        parts.append(render("flow", shown, quiet))
     return join(parts)
-
-
-def _step(name: str, before: int, after: int, most: int, why: str, css: str | None = None) -> Html:
-    widths = (100 * after / max(most, 1), 100 * (before - after) / max(most, 1))
-    bar = tag(
-        "span", tag("i", style=f"width:{widths[0]:.1f}%"), tag("b", style=f"width:{widths[1]:.1f}%"), class_="bar"
-    )
-    left = tag("span", name or f"−{before - after:,} {why}", class_="bar-name")
-    return tag("li", left, bar, tag("strong", f"{after:,}"), class_=css)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -24,7 +25,7 @@ from ehr_features.files import read_table
 from ehr_features.schema import FINDINGS
 from finetune.report.data import Run
 from finetune.report.figures import legend, scatter
-from finetune.report.html import Html, figure, join, number, section, table, tag
+from finetune.report.html import figure, join, number, render, section, table
 from pretrain import encoder as encoders
 from pretrain.store import Store
 
@@ -46,15 +47,15 @@ class Sample:
     features: NDArray[np.float32]  # (N, D), unit length
 
 
-def films_section(runs: Sequence[Run], *, with_films: bool) -> Html:
+def films_section(runs: Sequence[Run], *, with_films: bool) -> Markup:
     """Map, and where asked for nearest films and attention, of the first pretrained encoders."""
     able = [run for run in runs if run.kind == "pretraining" and run.encoder and run.store and run.features][:ENCODERS]
-    parts: list[Html | None] = []
+    parts: list[Markup | None] = []
     for run in able:
         try:
             sample = draw(run)
         except UserError as error:  # weights that were moved or replaced need not cost the rest of the page
-            parts.append(tag("p", f"{run.name} cannot be shown: {error}", class_="muted"))
+            parts.append(render("paragraph", "muted", f"{run.name} cannot be shown: {error}"))
             continue
         if len(sample.table) > 3 * NEIGHBOURS:
             parts.append(map_figure(sample))
@@ -108,7 +109,7 @@ def groupings(images: pd.DataFrame) -> dict[str, dict[str, NDArray[np.bool_]]]:
     return groups
 
 
-def map_figure(sample: Sample) -> Html:
+def map_figure(sample: Sample) -> Markup:
     """t-SNE of the features, coloured four ways; how alike a film's neighbours are, in numbers."""
     n = len(sample.table)
     parts = PCA(min(50, n, sample.features.shape[1]), random_state=0).fit_transform(sample.features)
@@ -117,7 +118,7 @@ def map_figure(sample: Sample) -> Html:
     panels, rows = [], []
     for name, groups in groupings(sample.table).items():
         drawn = scatter(points[:, 0], points[:, 1], list(groups.items()), name)
-        panels.append(tag("div", drawn, legend(list(enumerate(groups)))))
+        panels.append(render("div", "", join([drawn, legend(list(enumerate(groups)))])))
         for group, mask in groups.items():
             same = float(mask[near[mask]].mean())
             rows.append([name, group, int(mask.sum()), number(same), number(float(mask.mean()))])
@@ -126,11 +127,11 @@ def map_figure(sample: Sample) -> Html:
         "nothing). A colour that gathers is something that the encoder sees; the table says how much of it there is."
     )
     columns = ["by", "group", "films", f"share of {NEIGHBOURS} nearest in the group", "share by chance"]
-    drawing = tag("div", panels, class_="panels two-columns maps")
+    drawing = render("div", "panels two-columns maps", join(panels))
     return figure(f"map-{sample.run.name}", f"Map of films: {sample.run.name}", drawing, caption, table(columns, rows))
 
 
-def nearest_figure(sample: Sample) -> Html:
+def nearest_figure(sample: Sample) -> Markup:
     """Some films, each with its nearest of other people."""
     alike = sample.features @ sample.features.T
     people = sample.table["subject_id"].to_numpy()
@@ -141,7 +142,7 @@ def nearest_figure(sample: Sample) -> Html:
         order = np.argsort(-alike[query])[:5]
         shown = [_film(sample, int(query), ASKED)]
         shown += [_film(sample, int(i), f"cosine {alike[query, i]:.2f}") for i in order]
-        rows.append(tag("div", shown, class_="films"))
+        rows.append(render("div", "films", join(shown)))
         cells += [
             [_findings(sample, int(query)), rank + 1, number(float(alike[query, i])), _findings(sample, int(i))]
             for rank, i in enumerate(order)
@@ -153,7 +154,7 @@ def nearest_figure(sample: Sample) -> Html:
     return figure(f"nearest-{sample.run.name}", f"Nearest films: {sample.run.name}", join(rows), caption, numbers)
 
 
-def attention_figure(sample: Sample) -> Html:
+def attention_figure(sample: Sample) -> Markup:
     """Where the encoder looks, over a few films."""
     chosen = np.linspace(0, len(sample.table) - 1, SHOWN).astype(int)
     x = sample.encoder.preprocess(sample.films[chosen])
@@ -171,7 +172,7 @@ def attention_figure(sample: Sample) -> Html:
     )
     caption = f"{how}; brighter is more. It shows where the encoder takes its features from, not why it is right."
     numbers = table(["film", "share held by the top tenth of the area (0.1 if even)"], cells)
-    drawing = tag("div", shown, class_="films")
+    drawing = render("div", "films", join(shown))
     return figure(f"attention-{sample.run.name}", f"Where it looks: {sample.run.name}", drawing, caption, numbers)
 
 
@@ -220,7 +221,7 @@ def _findings(sample: Sample, i: int) -> str:
     return ", ".join(found) or "no finding named"
 
 
-def _film(sample: Sample, i: int, says: str, heat: NDArray[np.float32] | None = None) -> Html:
+def _film(sample: Sample, i: int, says: str, heat: NDArray[np.float32] | None = None) -> Markup:
     """A film of the store as a small picture, with a map over it where there is one."""
     film = Image.fromarray(sample.films[i]).resize((192, 192), Image.Resampling.BICUBIC)
     if heat is not None:
@@ -232,6 +233,4 @@ def _film(sample: Sample, i: int, says: str, heat: NDArray[np.float32] | None = 
     buffer = io.BytesIO()
     film.save(buffer, "JPEG", quality=85)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return tag(
-        "div", tag("img", src=source, alt=f"chest film: {says}"), says, class_="asked" if says == ASKED else None
-    )
+    return render("film", source, says, says == ASKED)

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
+from markupsafe import Markup
 
 from finetune.report.data import Run, is_macro, plain
 from finetune.report.figures import Frame, Row, Series, forest, legend, panel
-from finetune.report.html import Html, both_widths, figure, frame, interval, join, metric, number, table, tag
+from finetune.report.html import both_widths, figure, frame, interval, join, metric, number, render, table
 from finetune.report.results import OWN, SIDE_BY_SIDE, key_of, lacking
 
 BANDS = 4  # lines up to which bands can be told apart
 
 
-def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
+def fraction_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     """AUROC against the share of labelled training subjects."""
     lines, cells = [], []
     for i, run in enumerate(runs):
@@ -49,12 +50,12 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Html | None:
         "What each encoder reaches with few labels: the higher on the left, the less it needs. Bands, where few "
         "runs are drawn, are 95% intervals over subjects."
     )
-    names = tag("div", legend([(line.index, line.name) for line in lines]), class_="narrow")
+    names = render("div", "narrow", legend([(line.index, line.name) for line in lines]))
     numbers = frame(pd.DataFrame(cells, columns=["run", "labelled subjects", "AUROC", "n"]))
     return figure(key_of("fractions", task), "With few labels", join([names, drawing]), caption, numbers)
 
 
-def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
+def subgroups_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     """AUROC in each subgroup, runs side by side, and the largest gap of each run."""
     found = [s for s in _subsets(runs) if "=" in s]
     fields = list(dict.fromkeys(s.split("=")[0] for s in found))
@@ -65,7 +66,7 @@ def subgroups_figure(task: str, runs: Sequence[Run]) -> Html | None:
     return _groups_figure(key_of("subgroups", task), "Subgroups", runs, ["all", *wanted], caption, more=more)
 
 
-def poorer_figure(task: str, runs: Sequence[Run]) -> Html | None:
+def poorer_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     """The same models and stays with less to see: without films, or with a series that ends early."""
     known = ("all", "paired")
     wanted = [s for s in _subsets(runs) if s not in known and not any(part in s for part in ("=", " -> ", ", less "))]
@@ -76,7 +77,7 @@ def poorer_figure(task: str, runs: Sequence[Run]) -> Html | None:
     return _groups_figure(key_of("poorer", task), "With and without", runs, ["all", *wanted], caption)
 
 
-def shift_figure(task: str, runs: Sequence[Run]) -> Html | None:
+def shift_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     """Trained on some groups, tested on others."""
     wanted = [s for s in _subsets(runs) if " -> " in s]
     caption = (
@@ -104,8 +105,8 @@ def _groups_figure(
     caption: str,
     *,
     note: str | None = None,
-    more: Html | None = None,
-) -> Html | None:
+    more: Markup | None = None,
+) -> Markup | None:
     """A block for each subset, in it a line for each run; None where there is none but the first."""
     if len(subsets) < 2:
         return None
@@ -134,14 +135,14 @@ def _groups_figure(
     return figure(key, heading, drawing, caption + lacking(rows), join([more, numbers]), note=note)
 
 
-def measures_figure(task: str, runs: Sequence[Run]) -> Html | None:
+def measures_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     """What AUROC does not say: precision, calibration, thresholds; kappa and hours of a length of stay."""
-    found: dict[str, dict[str, Html]] = {}
+    found: dict[str, dict[str, Markup]] = {}
     for run in runs:
         for row in plain(run.rows).to_dict("records"):
             if row["metric"] != "auroc" and row["label"] in (run.main, "los_hours") and pd.notna(row["value"]):
                 spread = None if pd.isna(row["low"]) else f"{number(row['low'])} to {number(row['high'])}"
-                cell = join([number(row["value"]), tag("small", spread) if spread else None])
+                cell = render("with_spread", number(row["value"]), spread)
                 found.setdefault(str(row["metric"]), {})[run.name] = cell
     if not found:
         return None

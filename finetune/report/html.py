@@ -1,11 +1,12 @@
-"""Markup that cannot be injected: every plain string is escaped, only what `tag` made passes as it is.
+"""The page's parts as templates (parts.html.j2), and numbers and names as a reader reads them.
 
-Comes in: names, numbers and text from data. Goes out: one HTML page without scripts that loads nothing.
+Comes in: names, numbers and text from data. Goes out: one HTML page without scripts that loads nothing. The templates
+escape every string that is not `Markup`.
 """
 
 from __future__ import annotations
 
-import html
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,44 +15,37 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-VOID = {"meta", "br", "hr", "img", "col", "link"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-class Html(str):
-    """Markup that is already safe."""
+@functools.cache
+def _parts() -> Any:
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("parts.html.j2").module
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
-    """Make an element; `class_` is class, `_` in names becomes `-`, None children and attributes are left out."""
-    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
-    shown = "".join(f' {key}="{html.escape(_plain(value))}"' for key, value in given.items())
-    if name in VOID:
-        return Html(f"<{name}{shown}>")
-    return Html(f"<{name}{shown}>{join(children)}</{name}>")
+def render(part: str, *values: Any) -> Markup:
+    """A macro of parts.html.j2 with its values."""
+    return Markup(getattr(_parts(), part)(*values).strip())
 
 
-def join(children: Iterable[Any]) -> Html:
-    """Put children beside each other; what is not Html is escaped."""
-    return Html("".join(c if isinstance(c, Html) else html.escape(_plain(c), quote=False) for c in _flat(children)))
+def join(children: Iterable[Any]) -> Markup:
+    """Put children beside each other, lists of them too; None is left out, and what is not Markup is escaped."""
+    return Markup("").join(_flat(children))
 
 
 def _flat(children: Iterable[Any]) -> Iterable[Any]:
     for child in children:
-        if child is None:
-            continue
         if isinstance(child, (list, tuple)):
             yield from _flat(child)
-        else:
+        elif child is not None:
             yield child
-
-
-def _plain(value: Any) -> str:
-    """Text of an attribute or a child; coordinates are cut to a tenth of a pixel."""
-    if isinstance(value, (float, np.floating)):
-        return f"{value:.1f}".removesuffix(".0")
-    return str(value)
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -83,67 +77,48 @@ def fixed(value: Any, digits: int = 3) -> str:
     return "–" if number(value) == "–" else f"{round(float(value), digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str = "") -> Html:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str = "") -> Markup:
     """A table; columns whose cells are all numbers are set to the right."""
     listed = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
     right = [bool(listed) and all(_numeric(row[i]) for row in listed) for i in range(len(columns))]
-    side = ["n" if r else None for r in right]
-    head = tag("tr", [tag("th", c, scope="col", class_=s) for c, s in zip(columns, side, strict=True)])
-    body = [tag("tr", [tag("td", cell, class_=s) for cell, s in zip(row, side, strict=True)]) for row in listed]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", body), class_=class_ or None), class_="scroll")
+    return render("table", columns, listed, right, class_)
 
 
 def _numeric(cell: str) -> bool:
-    return not isinstance(cell, Html) and (cell[:1].isdigit() or cell[:1] in "−–") and len(cell) < 24
+    return not isinstance(cell, Markup) and (cell[:1].isdigit() or cell[:1] in "−–") and len(cell) < 24
 
 
-def frame(data: pd.DataFrame) -> Html:
+def frame(data: pd.DataFrame) -> Markup:
     """A data frame as a table, its column names with spaces for underscores."""
     return table([str(c).replace("_", " ") for c in data.columns], data.itertuples(index=False, name=None))
 
 
 def figure(
-    key: str, title: str, drawing: Html, caption: str, numbers: Html | None = None, *, note: str | None = None
-) -> Html:
+    key: str, title: str, drawing: Markup, caption: str, numbers: Markup | None = None, *, note: str | None = None
+) -> Markup:
     """A figure: what it shows, the drawing, what to see, and its numbers in a table that opens."""
-    behind = tag("details", tag("summary", "Numbers behind this figure"), numbers) if numbers else None
-    says = tag("figcaption", tag("p", caption), tag("p", note, class_="note") if note else None)
-    return tag("figure", tag("h3", title), drawing, says, behind, id=f"figure-{key}")
+    return render("figure", key, title, drawing, caption, numbers, note)
 
 
-def both_widths(draw: Callable[[int], Html]) -> Html:
+def both_widths(draw: Callable[[int], Markup]) -> Markup:
     """The drawing twice, for a page and for a phone; the style shows one of them."""
-    return join([tag("div", draw(786), class_="wide"), tag("div", draw(350), class_="narrow")])
+    return render("widths", draw(786), draw(350))
 
 
-def section(key: str, title: str, *children: Any, lead: str | None = None) -> Html:
+def section(key: str, title: str, *children: Any, lead: str | None = None) -> Markup:
     """A section with a heading and a sentence under it; nothing where it has no children."""
-    body = [child for child in _flat(children) if child]
-    if not body:
-        return Html("")
-    return tag("section", tag("h2", title), tag("p", lead, class_="lead") if lead else None, body, id=key)
+    body = join(children)
+    return render("section", key, title, lead, body) if body else body
 
 
-def page(title: str, head: Html, sections: Sequence[tuple[str, str, Html]], foot: str) -> str:
+def page(title: str, head: Markup, sections: Sequence[tuple[str, str, Markup]], foot: str) -> str:
     """The whole file.
 
     Args:
         sections: (key, short name for the list of contents, markup); empty markup is left out.
     """
-    style = Html((Path(__file__).parent / "report.css").read_text(encoding="utf-8"))
-    shown = [(key, name, body) for key, name, body in sections if body]
-    links = tag("nav", tag("ol", [tag("li", tag("a", n, href=f"#{k}")) for k, n, _ in shown]), aria_label="Contents")
-    meta = [
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name_="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", style),
-    ]
-    main = tag("main", head, [body for _, _, body in shown], tag("footer", foot))
-    text = tag("html", tag("head", meta), tag("body", links, main), lang="en")
-    return f"<!doctype html>\n{text}\n"
+    style = Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8"))
+    return f"{render('page', title, style, POLICY, head, [part for part in sections if part[2]], foot)}\n"
 
 
 # ---- Names of labels and metrics for a reader: phenotypes, bins of the length of stay, means over labels.

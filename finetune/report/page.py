@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
 from finetune.report import checklist, cohort, curves, groups, pairs, results, training
 from finetune.report.alerts import alerts
 from finetune.report.data import Run, part, read_object, read_runs
-from finetune.report.html import Html, number, page, section, table, tag
+from finetune.report.html import join, number, page, render, section, table
 
 
 def report(
@@ -39,7 +40,7 @@ def report(
     read = read_runs(runs)
     known = _truth(read, truth)
     tasks = results.by_task(read)
-    parts: list[tuple[str, str, Callable[[], Html]]] = [
+    parts: list[tuple[str, str, Callable[[], Markup]]] = [
         ("summary", "At a glance", lambda: _summary(read, known)),
         ("data", "Data", lambda: cohort.cohort_section(read)),
         ("pretraining", "Pretraining", lambda: training.curves_section(read)),
@@ -75,7 +76,7 @@ def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
     return {}
 
 
-def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool) -> Html:
+def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool) -> Markup:
     counts = {
         "pretrained encoder": len(training.pretrained(runs)),
         "probe": sum(run.task == "findings" for run in runs),
@@ -87,17 +88,12 @@ def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool) -> Html:
         if truth
         else "Results on the test split, read once."
     )
-    return tag(
-        "header",
-        tag("p", "EHR-MSN report", class_="kicker"),
-        tag("h1", what[0].upper() + what[1:]),
-        tag("p", f"{data} Intervals are 95%, from resampling subjects.", class_="lead"),
-        alerts(runs, films=with_films and not truth),
-        _tiles(runs, truth),
-    )
+    lead = f"{data} Intervals are 95%, from resampling subjects."
+    warnings = alerts(runs, films=with_films and not truth)
+    return render("header", what[0].upper() + what[1:], lead, warnings, _tiles(runs, truth))
 
 
-def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
+def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The best run of each task as one large number."""
     tiles = []
     for task, chosen in results.by_task(runs).items():
@@ -110,20 +106,18 @@ def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
             what = "macro AUROC" if run.main == "macro" else "AUROC"
             says = f"{_short(task)}: {what} of {run.name}, {among}{most:,} test rows"
             of = f"{number(head['low'])}–{number(head['high'])}" + (f" · possible {number(best)}" if best else "")
-            tiles.append(
-                tag("div", tag("b", number(value)), tag("span", of, class_="of"), tag("span", says), class_="tile")
-            )
-    return tag("div", tiles, class_="tiles") if tiles else None
+            tiles.append((number(value), of, says))
+    return tiles
 
 
-def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Markup:
     """Every evaluated run in one row, task by task."""
     tasks = results.by_task(runs)
     figures = [results.overview_figure(task, chosen, truth) for task, chosen in tasks.items()]
     return section("summary", "Results at a glance", figures, lead=results.CAUTION)
 
 
-def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
+def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Markup:
     parts = [
         results.overview_figure(task, runs, truth, subset="paired"),
         results.overview_figure(task, runs, truth, split="test_radiologist"),
@@ -140,16 +134,16 @@ def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html:
     return section(results.key_of("task", task), results.title(task), parts)
 
 
-def _encoder(runs: Sequence[Run], with_films: bool) -> Html:
+def _encoder(runs: Sequence[Run], with_films: bool) -> Markup:
     """What the encoder sees: needs torch, the store and the weights, so it is read only where all are there."""
     if not any(run.kind == "pretraining" and run.encoder and run.store and run.features for run in runs):
-        return Html("")
+        return Markup("")
     from finetune.report.films import films_section
 
     return films_section(runs, with_films=with_films)
 
 
-def _provenance(runs: Sequence[Run]) -> Html:
+def _provenance(runs: Sequence[Run]) -> Markup:
     """What made each run: when, with which versions and command, and its config."""
     blocks = []
     for run in runs:
@@ -157,12 +151,11 @@ def _provenance(runs: Sequence[Run]) -> Html:
         versions = ", ".join(f"{name} {version}" for name, version in part(made, "versions").items())
         facts = {"folder": run.folder.as_posix(), "written": made.get("written_at"), "command": made.get("command")}
         facts |= {"finished": made.get("finished_at"), "versions": versions}
-        rows = [[name, tag("span", str(value), class_="mono")] for name, value in facts.items() if value]
+        rows = [[name, render("span", "mono", str(value))] for name, value in facts.items() if value]
         config = yaml.safe_dump(run.config, sort_keys=False)
-        name = tag("summary", run.name, tag("span", f"  {run.task or run.kind}", class_="muted"))
-        blocks.append(tag("details", name, table(["", ""], rows), tag("pre", tag("code", config)), class_="block"))
+        blocks.append(render("provenance", run.name, run.task or run.kind, table(["", ""], rows), config))
     lead = "What made these runs. The same config and seed on the same versions give the same numbers."
-    return section("provenance", "Provenance", tag("div", blocks, class_="card"), lead=lead)
+    return section("provenance", "Provenance", render("div", "card", join(blocks)), lead=lead)
 
 
 def _short(task: str) -> str:

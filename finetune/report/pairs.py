@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from scipy.special import expit
 
 from finetune.compare import holm, paired
 from finetune.report.data import Run, common_rows, is_macro
 from finetune.report.figures import Row, forest
-from finetune.report.html import Html, both_widths, figure, fixed, frame, interval, join, number, told
+from finetune.report.html import both_widths, figure, fixed, frame, interval, join, number, told
 from finetune.report.results import key_of
 
 FEW = 5
@@ -43,7 +44,7 @@ def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return alone
 
 
-def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | None:
+def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Markup | None:
     """Differences of the main AUROC between methods."""
     able = methods([run for run in runs if run.predictions is not None and run.headline() is not None])
     names = list(able)
@@ -88,7 +89,7 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Html | 
     )
 
 
-def adds_figure(task: str, runs: Sequence[Run]) -> Html | None:
+def adds_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     """What the film adds over the record, over knowing that a film was taken, and over another patient's film."""
     drawn, cells = [], []
     for run in runs:

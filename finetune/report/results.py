@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from finetune.report.data import Run, is_macro, plain
 from finetune.report.figures import Row, forest, legend
-from finetune.report.html import Html, both_widths, figure, frame, interval, join, table, told
+from finetune.report.html import both_widths, figure, frame, interval, join, table, told
 
 OWN = "counts differ"  # in place of counts, where the runs' differ
 SIDE_BY_SIDE = 8  # runs in one block of a forest
@@ -81,7 +82,7 @@ def possible(truth: dict[str, Any], task: str, label: str, run: Run | None = Non
 
 def overview_figure(
     task: str, runs: Sequence[Run], truth: dict[str, Any], subset: str = "all", split: str = "test"
-) -> Html | None:
+) -> Markup | None:
     """A row for each run: the macro AUROC, or that of the only label; on all test rows or some of them."""
     rows, cells = [], []
     for i, run in enumerate(runs):
@@ -130,7 +131,7 @@ def key_of(kind: str, task: str) -> str:
     return f"{kind}-{re.sub('[^a-z0-9]+', '-', task.lower())}"
 
 
-def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Html | None:
+def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Markup | None:
     """A block for each label, a line in it for each run."""
     names_of = labels(runs)
     if len(names_of) < 2:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 from finetune.report.data import Run, column, part
 from finetune.report.figures import Frame, Row, Series, forest, legend, panels
-from finetune.report.html import Html, both_widths, figure, frame, join, metric, number, section, table
+from finetune.report.html import both_widths, figure, frame, join, metric, number, section, table
 
 POINTS = 240  # of a curve that is drawn: more than its pixels
 PANELS = (
@@ -85,11 +86,11 @@ def _total_prototypes(run: Run) -> float | None:
     return float(given) if isinstance(given, (int, float)) else None
 
 
-def curves_section(runs: Sequence[Run]) -> Html:
+def curves_section(runs: Sequence[Run]) -> Markup:
     """Loss and collapse signals of each pretraining."""
     chosen = pretrained(runs)
     if not chosen:
-        return Html("")
+        return Markup("")
     drawn, last = [], []
     for _, names, title in PANELS:
         lines = []
@@ -118,7 +119,7 @@ def curves_section(runs: Sequence[Run]) -> Html:
     )
 
 
-def watch_figure(runs: Sequence[Run]) -> Html | None:
+def watch_figure(runs: Sequence[Run]) -> Markup | None:
     """Probes of the encoders that a run exported while it trained, beside its loss."""
     chosen = [(i, run) for i, run in enumerate(runs) if len(run.watched) and "step" in run.watched]
     if not chosen:
@@ -145,7 +146,7 @@ def watch_figure(runs: Sequence[Run]) -> Html | None:
     return figure("watch", "Probing while it trained", join([names, panels(drawn)]), caption, numbers)
 
 
-def hidden_figure(runs: Sequence[Run]) -> Html | None:
+def hidden_figure(runs: Sequence[Run]) -> Markup | None:
     """How well each conditioned column is still linearly readable from the frozen features."""
     found = {i: rows for i, run in enumerate(runs) if (rows := readability(run))}
     if not found:
@@ -165,7 +166,7 @@ def hidden_figure(runs: Sequence[Run]) -> Html | None:
         "anchor may take it from the record instead of the film, and near chance the encoder has become blind to it."
     )
 
-    def draw(width: int) -> Html:
+    def draw(width: int) -> Markup:
         return join([forest(rows, names, width, chance=None, x_label=metric(by)) for by, rows in drawn.items()])
 
     drawing = join([legend(list(names.items())) if len(runs) > 1 else None, both_widths(draw)])

@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markupsafe import Markup
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from finetune.compare import compare_runs
 from finetune.report.curves import Scored, bins, curves_figure, net_benefit, precision_recall, roc
 from finetune.report.data import read_runs
-from finetune.report.figures import Scale, tick_text
-from finetune.report.html import Html, interval, number, tag
+from finetune.report.figures import Scale, shape, tick_text
+from finetune.report.html import interval, number
 from finetune.report.pairs import _compare, methods
 from finetune.report.results import possible
 from finetune.report.training import smooth
@@ -153,14 +154,14 @@ def test_ticks_lie_inside_their_axis_and_read_as_different_numbers(low: float, s
 @settings(deadline=None)
 @given(st.text(), st.text())
 def test_whatever_text_comes_in_is_text_in_the_markup(text: str, attribute: str) -> None:
-    made = tag("p", text, title=attribute)
+    made = shape("p", text, title=attribute)
     seen: list[object] = []
     parser = HTMLParser()
     parser.handle_starttag = lambda name, attributes: seen.append((name, attributes))  # type: ignore[method-assign]
     parser.handle_data = lambda data: seen.append(data)  # type: ignore[method-assign]
     parser.feed(made)
     parser.close()
-    assert isinstance(made, Html) and seen[0] == ("p", [("title", attribute)])
+    assert isinstance(made, Markup) and seen[0] == ("p", [("title", attribute)])
     assert "".join(str(part) for part in seen[1:]) == text
 
 
