@@ -115,6 +115,15 @@ def _with_groups(table: pd.DataFrame, features: str | Path) -> pd.DataFrame:
     return table.assign(**more)
 
 
+AGE_BANDS = {"under 40": 40.0, "40-59": 60.0, "60-79": 80.0, "80 and over": np.inf}  # name -> first age above it
+
+
+def age_bands(age_years: pd.Series) -> pd.Series:
+    """The band of each age, as an ordered category; missing where the age is."""
+    edges = [-np.inf, *AGE_BANDS.values()]
+    return pd.cut(age_years.astype(float), edges, right=False, labels=list(AGE_BANDS))
+
+
 def check_splits(films: Films) -> None:
     """Each split has films and no subject is in two. Raises: UserError."""
     for split in SPLITS:

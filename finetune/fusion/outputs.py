@@ -19,6 +19,7 @@ from finetune import metrics, results
 from finetune.config import FuseConfig
 from finetune.fusion.net import FilmBranch, Net
 from finetune.fusion.samples import FILM_TASKS, RETROSPECTIVE, Samples, length_of_stay, macros
+from finetune.labelled import AGE_BANDS, age_bands
 from finetune.metrics import by_count, prevalence, thirds
 from pretrain import encoder as encoders
 from pretrain import run
@@ -93,9 +94,8 @@ def subsets(table: pd.DataFrame, has_image: NDArray[np.bool_], split: str) -> di
     """All samples, those with a film; of the test split also age bands and code status."""
     out = {"all": np.ones(len(table), bool), "paired": has_image}
     if split == "test":
-        for low, high in ((18, 40), (40, 60), (60, 80), (80, 200)):
-            name = f"age={low}-{high - 1}" if high < 200 else f"age={low}+"
-            out[name] = table["age_years"].between(low, high, inclusive="left").to_numpy(bool)
+        bands = age_bands(table["age_years"])
+        out |= {f"age={band}": (bands == band).to_numpy(bool) for band in AGE_BANDS}
         for status in table["code_status"].dropna().unique() if "code_status" in table else ():
             out[f"code_status={status}"] = (table["code_status"] == status).to_numpy(bool, na_value=False)
         if len(out) > 6:

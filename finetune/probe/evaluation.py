@@ -23,7 +23,7 @@ from rich.text import Text
 from scipy.special import expit, logit
 
 from configs import UserError
-from finetune.labelled import Films
+from finetune.labelled import Films, age_bands
 from finetune.metrics import distribution, evaluate, interval, macro
 from finetune.resample import Floats
 from finetune.results import write_predictions
@@ -142,8 +142,7 @@ def fields(table: pd.DataFrame) -> dict[str, pd.Series]:
     if "sex" in table:
         found["sex"] = table["sex"]
     if "age_years" in table:
-        bands = pd.cut(table["age_years"].astype(float), [-np.inf, 40, 60, 80, np.inf], right=False)
-        found["age"] = bands.cat.rename_categories(["under 40", "40-59", "60-79", "80 and over"]).astype(object)
+        found["age"] = age_bands(table["age_years"]).astype(object)
     if "race" in table:
         names = table["race"].astype("string").str.upper()
         known = names.str.extract(f"({'|'.join(RACES)})")[0].map(RACES)

@@ -23,6 +23,7 @@ from sklearn.manifold import TSNE
 from configs import UserError
 from ehr_features.files import read_table
 from ehr_features.schema import FINDINGS
+from finetune.labelled import age_bands
 from finetune.report.data import Run
 from finetune.report.figures import legend, scatter
 from finetune.report.html import figure, join, number, render, section, table
@@ -92,12 +93,7 @@ def groupings(images: pd.DataFrame) -> dict[str, dict[str, NDArray[np.bool_]]]:
     if "sex" in images:
         found["sex"] = images["sex"].map({"F": "women", "M": "men"})
     if "age_years" in images:
-        found["age"] = pd.cut(
-            images["age_years"].astype(float),
-            [0, 50, 70, 200],
-            right=False,
-            labels=["under 50", "50 to 69", "70 and over"],
-        )
+        found["age"] = age_bands(images["age_years"])
     if "view" in images:
         found["view"] = images["view"]
     groups = {}
