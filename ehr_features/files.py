@@ -1,6 +1,6 @@
-"""Files that are whole or absent, and the record of what made them.
+"""Atomic writes, typed reads of our files, locks, digests and provenance.
 
-Everything that a command writes goes to a sibling that does not carry the final name and is renamed when complete.
+A command writes to a temporary sibling and renames it when it is complete: a file with its final name is never partial.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from configs import UserError
 
 PARTIAL = ".partial"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the place is at fault, not the program
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of the disk or the mount, not of the program
 
 
 def make_folder(folder: str | Path) -> None:
@@ -49,11 +49,11 @@ def make_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Name the file where the disk fails: DuckDB, safetensors and torch raise errors of their own for that."""
+    """Turn the disk errors of DuckDB, safetensors and torch into an OSError that names the file."""
     try:
         yield
     except Exception as error:
-        says = f"{error} {error.__context__}"  # torch says why only there
+        says = f"{error} {error.__context__}"  # torch gives the reason only in the context
         code = next((n for n in FULL if getattr(error, "errno", None) == n or os.strerror(n) in says), None)
         if code is None:
             raise
@@ -68,7 +68,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     make_folder(folder.parent)
     for mark in (PARTIAL, f".old{PARTIAL}"):
         for stale in folder.parent.glob(f".{folder.name}{mark}-*"):
-            if not _alive(stale.name.rpartition("-")[2]):  # left by a process that was killed
+            if not _alive(stale.name.rpartition("-")[2]):  # left by a killed process
                 shutil.rmtree(stale, ignore_errors=True)
     make_folder(part)
     try:
@@ -105,7 +105,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_new_file(path: str | Path) -> None:
-    """Refuse, before the work for it begins, a name that `new_file` cannot give. Raises: UserError, OSError."""
+    """Refuse a path that `new_file` could not write, before the work begins. Raises: UserError, OSError."""
     path, part = _beside(path)
     try:
         part.touch()
@@ -125,7 +125,7 @@ def _beside(path: str | Path) -> tuple[Path, Path]:
 
 
 def led_to(path: str | Path) -> Path:
-    """Where a symbolic link leads, so that the link stays and its target is written; any other path as it is."""
+    """The target of a symbolic link, so that the target is written and the link stays; any other path unchanged."""
     return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
 
 
@@ -164,7 +164,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 class _Object(dict[str, Any]):
-    """What a JSON file holds; a key that is not there is told with the file's name."""
+    """A JSON object whose KeyError is a UserError that names the file."""
 
     path: Path
 
@@ -173,7 +173,7 @@ class _Object(dict[str, Any]):
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises: UserError: absent or damaged; later, where a key is asked of it that it has not."""
+    """Read JSON. Raises: UserError: the file is absent or damaged; later, a key is missing."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(value, dict):
@@ -186,7 +186,7 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); was it copied whole?") from None
 
 
-# What pandas, pyarrow and safetensors raise about damaged bytes; the odd ones come from pandas' own notes in a file
+# What pandas, pyarrow and safetensors raise on damaged bytes; some come from pandas' metadata in the file
 UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException, SafetensorError)
 
 
@@ -267,7 +267,7 @@ def code_digest(*modules: ModuleType) -> str:
         seen.add(name := waiting.pop())
         source = home.parent.joinpath(*name.split("."))
         path = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
-        if path.is_file():  # else a name inside a module
+        if path.is_file():  # otherwise a name inside a module
             files.append(path)
             waiting |= _imports(path, home.name) - seen
     return digest(sorted((path.relative_to(home).as_posix(), file_digest(path)) for path in files))
@@ -301,7 +301,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-# ---- One command at a time in a folder. A lock ends with its process, however that ends: none is ever stale.
+# ---- Locks: one command at a time in a folder. The kernel releases a lock when its process ends, so none is stale.
 
 _held: dict[Path, int] = {}  # lock file -> descriptor; kept until the process ends
 
@@ -355,7 +355,7 @@ def _hold(path: Path, folder: Path) -> None:
 
 
 def forget() -> None:
-    """In a forked child: leave the locks to the parent, so that they end with it."""
+    """In a forked child: close the inherited locks, so that they end with the parent."""
     for handle in _held.values():
         os.close(handle)
     _held.clear()

@@ -1,8 +1,7 @@
 """One split for films and stays: train / val / test by subject.
 
-Comes in: the subjects, the official film split where there is one. Goes out: a split for each subject, whoever else is
-in the
-cohort: the hash of a subject depends on the seed and on nothing else, so adding or removing tables moves nobody.
+Comes in: the subjects, and the official film split if there is one. Goes out: a split for each subject. The hash
+depends on seed and subject alone, so that adding or removing tables moves no subject to another split.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def _temporal(subjects: pd.DataFrame, ids: pd.Index) -> pd.Series:
         raise UserError("split=temporal: no subject has an anchor_year_group; it needs the patients table")
     known = subjects[["subject_id", "anchor_year_group"]].dropna().drop_duplicates()
     group = _one_each(known.rename(columns={"anchor_year_group": "split"}), "anchor_year_group").reindex(ids)
-    names = sorted(group.dropna().unique())  # "2008 - 2010" sorts by its year
+    names = sorted(group.dropna().unique())  # "2008 - 2010" sorts by its first year
     if len(names) < 3:
         raise UserError(
             f"split=temporal: wanted three or more anchor_year_groups, found {len(names)} ({', '.join(names)}); "

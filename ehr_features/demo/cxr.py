@@ -1,4 +1,4 @@
-"""Write the synthetic studies as MIMIC-CXR-JPG 2.0.0: metadata, split, chexpert, and the films that it draws."""
+"""Draw chest films in numpy and write them as MIMIC-CXR-JPG 2.0.0 with metadata, split and chexpert tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METADATA = columns(
     "dicom_id subject_id study_id PerformedProcedureStepDescription ViewPosition Rows Columns StudyDate StudyTime "
     "ProcedureCodeSequence_CodeMeaning ViewCodeSequence_CodeMeaning PatientOrientationCodeSequence_CodeMeaning"
 )
-# how a label is written: of what is there and of what is not, the parts written 1, -1, 0 (the rest is left empty)
+# label noise: shares of present and of absent findings that are labelled 1, -1, 0 (the rest is empty)
 PRESENT, ABSENT = (0.90, 0.05, 0.01), (0.01, 0.02, 0.22)
 
 
@@ -48,7 +48,7 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
     if plan.shuffled:
         labels = pd.DataFrame(np.roll(labels.to_numpy(), len(labels) // 2, axis=0), columns=FINDINGS)
     chexpert = pd.concat([studies[["subject_id", "study_id"]], labels], axis=1)
-    chexpert = chexpert[rng.random(len(chexpert)) >= 0.003]  # a few studies have no labels at all
+    chexpert = chexpert[rng.random(len(chexpert)) >= 0.003]  # a few studies have no labels
     films = _films(rng, people, plan)
     films[list(NAMES)] = shown[films["study"]]
     counts = {
@@ -85,9 +85,9 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
 
 
 def present(shown: Array, frail: Array) -> Array:
-    """P(finding is there | drawn amounts, frailty times its signal), (studies, 14): 0 or 1 where drawn, else a share.
+    """P(finding | drawn amounts, frailty x signal), (studies, 14): 0 or 1 for drawn findings, else a prevalence.
 
-    A consolidation of the frail is called pneumonia more often, and they have the fractures that no film shows.
+    In frail patients a consolidation is labelled pneumonia more often, and fractures occur that no film shows.
     """
     there = pd.DataFrame(shown > 0, columns=NAMES).astype(float)
     table = pd.DataFrame({name: there[drawn] for name, drawn in DRAWN.items()})
@@ -104,7 +104,7 @@ def present(shown: Array, frail: Array) -> Array:
 
 
 def written(probability: Array) -> tuple[Array, Array]:
-    """P(label is written 1) and P(label is written -1) from P(there)."""
+    """P(label = 1) and P(label = -1) from P(finding is present)."""
     return tuple(probability * PRESENT[k] + (1 - probability) * ABSENT[k] for k in (0, 1))  # type: ignore[return-value]
 
 
@@ -169,7 +169,7 @@ def _films(rng: np.random.Generator, people: People, plan: Plan) -> pd.DataFrame
     return films
 
 
-# ---- Draw chest films in numpy, batch by batch: what each film's patient, moment and machine add to `demo_thorax`.
+# ---- Films, batch by batch: anatomy (thorax.py), exposure and burnt-in marks
 
 KINDS = {"AP": "frontal", "PA": "frontal", "LATERAL": "lateral", "LL": "lateral"}
 # height and width as parts of the size; a wide film is turned, of AP more than of PA films

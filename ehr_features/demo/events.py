@@ -1,4 +1,4 @@
-"""The hourly chart rows and the laboratory rows of the synthetic ICU stays, as arrays over (stay, hour)."""
+"""Hourly chart rows and laboratory rows of the synthetic ICU stays, as arrays over (stay, hour)."""
 
 from __future__ import annotations
 
@@ -108,7 +108,10 @@ def _chart(rng: np.random.Generator, people: People, stay: Array, hour: Array, l
         np.where(celsius[stay[where]], temp[where], temp[where] * 1.8 + 32),
         1,
     )
-    fio2, fraction = np.clip(vital("fio2"), 21, 100), rng.random(count) < 0.2  # charted as 0.5 by some, as 50 by others
+    fio2, fraction = (
+        np.clip(vital("fio2"), 21, 100),
+        rng.random(count) < 0.2,
+    )  # charted as a fraction or as a percentage
     where = some(0.3 * ventilated[stay])
     rows.add(
         stay[where],
@@ -175,7 +178,7 @@ def _bodies(rng: np.random.Generator, rows: _Rows, people: People) -> None:
 
 
 def _oddities(rng: np.random.Generator, rows: _Rows, people: People, stay: Array, hour: Array) -> None:
-    """What real charts hold: impossible values, rows outside the stay, Fahrenheit in the Celsius item."""
+    """Errors of real charts: impossible values, rows outside the stay, Fahrenheit under the Celsius item."""
     count, hours = len(people.stays), people.stays["hours"].to_numpy()
 
     def pick(number: int) -> Array:
@@ -211,7 +214,7 @@ def _chart_table(rng: np.random.Generator, rows: _Rows, people: People) -> pd.Da
     order = np.lexsort((item, seconds, stay))
     stay, seconds, item, number = stay[order], seconds[order], item[order], number[order]
     keys = people.stays.iloc[stay]
-    start = keys["intime"].to_numpy().astype("datetime64[h]").astype("datetime64[s]")  # charts keep whole hours
+    start = keys["intime"].to_numpy().astype("datetime64[h]").astype("datetime64[s]")  # chart times are whole hours
     start = np.where(
         seconds < 3600,
         keys["intime"].to_numpy().astype("datetime64[s]"),
@@ -258,7 +261,7 @@ def _word(item: int, number: float) -> str:
     return f"{number:.10g}"
 
 
-# ---- The laboratory rows of the synthetic ICU stays.
+# ---- Laboratory rows
 
 
 def lab_rows(

@@ -2,7 +2,7 @@
 
 Writes OUT/mimic-iv/{hosp,icu}, OUT/mimic-iv-ed/ed, OUT/mimic-cxr, OUT/truth.json, and, for tests, truth.parquet (a row
 per ICU stay: latents and true probabilities) and truth_films.parquet (a row per film: what was drawn). No step of the
-pipeline reads the truth. What the Bayes values condition on is said in truth.py and in truth.json's notes.
+pipeline reads the truth. truth.py defines what the Bayes-optimal values condition on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ehr_features.demo.truth import NAMES, PHENOTYPES, Outcomes, auroc, sigmoid
 from ehr_features.demo.visits import write_ed
 from ehr_features.files import alone, check_ours, new_folder, write_json
 
-GENERATOR_VERSION = 3  # raise it with any change of what is written: seeds 1-3 are for tuning, 10 and up for reporting
+GENERATOR_VERSION = 3  # raised with any change of the output; recipes are tuned on seeds 1-3 and reported on 10 and up
 
 Truth = dict[str, Any]
 NOTES = [
@@ -49,7 +49,7 @@ def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = 
 
     Args:
         out: a new or empty folder, or one that this function wrote.
-        more: further fields of `demo_people.Plan`: film_size, risk, view_shortcut, ed_text, text_signal, leak.
+        more: further fields of `plan.Plan`: film_size, risk, view_shortcut, ed_text, text_signal, leak.
     Returns: what truth.json holds.
     Raises: UserError: `out` holds something else, or a value is out of range.
     """

@@ -1,8 +1,8 @@
-"""Who is in the synthetic MIMIC: subjects, admissions, ICU stays, emergency visits and studies, with their latents.
+"""Draw the synthetic subjects, admissions, ICU stays, emergency visits and film studies, with their latents.
 
-Comes in: `Plan`. Goes out: `People`, tables that `demo_tables`, `demo_events`, `demo_visits` and `demo_cxr` write out.
-Whether and when a film is taken, and how long a stay lasts up to 48 h, do not depend on the latents: that a film was
-ordered says nothing here.
+Comes in: `Plan`. Goes out: `People`, the tables that tables.py, events.py, visits.py and cxr.py write.
+Film times and the first 48 h of a stay's length are independent of the latents: that a film was ordered carries no
+information about the outcome.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def people(plan: Plan, outcomes: Outcomes) -> People:
     logits = outcomes.logits(record, film, age_z, male, admissions["frail"].to_numpy())
     drawn = rng.random((len(admissions), 1 + len(PHENOTYPES))) < sigmoid(logits)
     dies, phenotypes = drawn[:, 0] & admissions["icu"].to_numpy(), drawn[:, 1:].astype(float)
-    if plan.shuffled:  # half the table further on is always another subject's
+    if plan.shuffled:  # shifted by half the table, so that it is another subject's
         phenotypes = np.roll(phenotypes, len(phenotypes) // 2, axis=0)
         icu = np.flatnonzero(admissions["icu"])
         dies[icu] = np.roll(dies[icu], len(icu) // 2)
     admissions["died"] = dies
     later = admissions.duplicated("subject_id") & admissions.groupby("subject_id")["died"].shift(fill_value=False)
-    keep = ~later.to_numpy()  # nobody comes back after death
+    keep = ~later.to_numpy()  # no admission after death
     admissions, record, film, phenotypes = (
         admissions[keep].reset_index(drop=True),
         record[keep],
@@ -85,7 +85,7 @@ def _subjects(rng: np.random.Generator, count: int) -> pd.DataFrame:
         count,
         p=[0.62, 0.15, 0.07, 0.05, 0.06, 0.05],
     )
-    table["pinned"] = "train"  # the official split: few subjects are validate or test
+    table["pinned"] = "train"  # official split: few subjects are validate or test
     table.loc[rng.random(count) < 0.03, "pinned"] = "test"
     table.loc[rng.random(count) < 0.02, "pinned"] = "validate"
     table["has_films"] = (kind == "ed") | (kind == "film") | (rng.random(count) < 0.85)
@@ -93,7 +93,7 @@ def _subjects(rng: np.random.Generator, count: int) -> pd.DataFrame:
 
 
 def _admissions(rng: np.random.Generator, subjects: pd.DataFrame) -> pd.DataFrame:
-    """One row per admission, one more for a sixth of the ICU subjects."""
+    """A row per admission; one ICU subject in six has a second one."""
     source = subjects[subjects["kind"].isin(["icu", "ward"])]
     again = source[(source["kind"] == "icu") & (rng.random(len(source)) < 0.16)]
     first, second = source.assign(number=0), again.assign(number=1)
@@ -195,7 +195,7 @@ def channel_levels(record: Array, hours: Array) -> Array:
     return severity[:, None] + record[:, 2 : 2 + len(CHANNELS)]
 
 
-# ---- When each film is taken and what it shows: studies in ICU stays, in emergency visits, and elsewhere.
+# ---- Film studies: in ICU stays, in emergency visits, and elsewhere
 
 
 def draw_studies(
@@ -238,7 +238,7 @@ def draw_studies(
 
 
 def _icu_studies(rng: np.random.Generator, plan: Plan, stays: pd.DataFrame, film: Array) -> pd.DataFrame:
-    """Serial studies of ICU stays; the last one before 48 h shows the admission's film part itself."""
+    """Serial studies of ICU stays; the last one before 48 h shows the admission's film latents without noise."""
     early = plan.risk == "change"
     some = stays[rng.random(len(stays)) < 0.88].reset_index(drop=True)
     limit = some["hours"].to_numpy()

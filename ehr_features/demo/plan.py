@@ -1,4 +1,4 @@
-"""What to generate, its command line, and two small functions that the generator's parts share."""
+"""The generator's parameters and command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Plan:
         subjects: number of subjects; about three quarters have an ICU stay.
         film_size: the longer side of a film, in pixels.
         shuffled: permute findings, ICD codes and death across subjects.
-        risk: `level`: death follows what the last film before 48 h shows; `change`: only the change between films.
+        risk: `level`: risk of death depends on the last film before 48 h; `change`: only on the change between films.
         view_shortcut: 0 to 1; above 0 frontal films carry a strip of boxes, one a finding, as if the machine had burnt
             them in. On AP films a box is white with probability (1 + this) / 2 where its finding is there and
             (1 - this) / 2 where it is not, else black; PA films come from another machine, which has it the other way

@@ -1,4 +1,4 @@
-"""Write the synthetic people as MIMIC-IV 2.2 hosp/ and icu/ tables and their chart and laboratory rows."""
+"""Write the synthetic people as hosp/ and icu/ tables of MIMIC-IV 2.2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ehr_features.demo.truth import PHENOTYPES
 
 
 def columns(names: str) -> list[str]:
-    """Column names out of one line."""
+    """Column names from one line of text."""
     return names.split()
 
 
@@ -108,7 +108,7 @@ def write_csv(table: pd.DataFrame, path: Path, *, plain: bool = False) -> int:
 def write_hosp(people: People, plan: Plan, out: Path) -> dict[str, int]:
     """patients, admissions, diagnoses_icd, d_icd_diagnoses, d_labitems (labevents: `write_events`)."""
     rng = np.random.default_rng([plan.seed, 2])
-    known = people.subjects[people.subjects["kind"] != "film"]  # the others have films and nothing else
+    known = people.subjects[people.subjects["kind"] != "film"]  # the others have films only
     patients = pd.DataFrame(
         {
             "subject_id": known["subject_id"],

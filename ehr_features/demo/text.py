@@ -1,9 +1,9 @@
-"""What the emergency tables of the synthetic MIMIC tell in words: frailty, leaks, and the gaps of real tables.
+"""Free text of the synthetic emergency tables: complaints and drugs that carry frailty, planted leaks, missing entries.
 
 `frail` is +1 or -1 for each admission and visit. With `text_signal` it moves death, Fracture and Pneumonia
-(truth.py, cxr.py), and no film and no measurement shows it: only chief complaints and home drugs do. With
-`leak` complaints name what the visit's film shows. All of it has its own random streams, so that the other tables are
-the same with and without it.
+(truth.py, cxr.py). Only chief complaints and home drugs depend on it, no film and no measurement. With `leak`,
+complaints name findings of the visit's film. The random streams are separate, so that the other tables are the same
+with and without text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def share(signal: float) -> float:
 
 
 def complaints(words: pd.Series, visits: pd.DataFrame, studies: pd.DataFrame, plan: Plan) -> pd.Series:
-    """Chief complaints with what frailty, leaks and bad habits add.
+    """Chief complaints with frailty words, planted leaks, abbreviations and typing errors.
 
     Args:
         words: one a visit. visits: ed_stay_id, frail, ... studies: ed_stay_id, x_NAME: what the visits' films show.
@@ -63,7 +63,7 @@ def complaints(words: pd.Series, visits: pd.DataFrame, studies: pd.DataFrame, pl
 
 
 def home_drugs(recon: pd.DataFrame, visits: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """medrecon with the drugs that frailty adds, taken down early in the visit, and a second class of some drugs."""
+    """medrecon with the drugs of frail patients, charted early in the visit, and a second class for some drugs."""
     rng = np.random.default_rng([plan.seed, 9])
     if plan.text_signal > 0:
         lean = np.array([share(plan.text_signal)] * len(FRAIL_DRUGS) + [-share(plan.text_signal)] * len(ROBUST_DRUGS))
@@ -81,7 +81,7 @@ def home_drugs(recon: pd.DataFrame, visits: pd.DataFrame, plan: Plan) -> pd.Data
 
 
 def with_frailty(studies: pd.DataFrame, stays: pd.DataFrame, visits: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """Studies with `frail`, and `told`: whether an emergency visit, their own or their admission's, tells of it."""
+    """Studies with `frail`, and `told`: whether an emergency visit (own or of the admission) carries it in text."""
     own = studies["ed_stay_id"].map(visits.set_index("ed_stay_id")["frail"])
     admission = studies["stay_id"].map(stays.set_index("stay_id")["admission"])
     theirs = studies["stay_id"].map(stays.set_index("stay_id")["frail"])

@@ -1,6 +1,6 @@
-"""Anatomy and findings of a chest as sums of tissue thicknesses, which is what an X-ray sees.
+"""Anatomy and findings of a chest as sums of tissue thicknesses along the beam.
 
-Every function takes a `demo_canvas.Canvas` of B films and returns densities (B, H, W): about 0 for air, 0.7 for soft
+Every function takes a `Canvas` of B films and returns densities (B, H, W): about 0 for air, 0.7 for soft
 tissue, 1.2 for what is dense. The patient's right is on the left of a frontal film; on a lateral the spine is right.
 """
 
@@ -14,9 +14,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-# ---- The coordinates, the chance and the textures that a batch of drawn films shares.
+# ---- Coordinates, random numbers and textures of a batch of films
 
-Array = NDArray[Any]  # float32 unless said
+Array = NDArray[Any]  # float32 unless stated
 
 
 class Textures:
@@ -101,7 +101,7 @@ class Canvas:
 
 
 def step(t: Array, soft: float) -> Array:
-    """0 below -soft, 1 above +soft, a line between; t in the units of the coordinates."""
+    """0 below -soft, 1 above +soft, linear between; t in the units of the coordinates."""
     return np.clip(t * np.float32(0.5 / soft) + np.float32(0.5), 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""What is planted in the synthetic MIMIC: latents, the true conditional probabilities, and the best AUROC they allow.
+"""The planted signal: latents, true conditional probabilities, and the Bayes-optimal AUROC.
 
 An admission has two independent parts given age and sex. The *record* part (`severity` r and the offsets of nine vital
 and laboratory channels, centred so that the channels' mean is r) shows only in the tables; the *film* part (one latent
@@ -7,9 +7,9 @@ amount a finding) shows only in films. Death and 25 phenotypes are drawn from lo
 Bayes values condition on the latents themselves, exactly:
     both    P(y | record part, film part, age, sex), the probability that y was drawn from;
     record  its mean over film parts drawn anew given age and sex; film: over record parts drawn anew.
-With a text signal, frailty (+1 or -1, told only by complaints and home drugs) moves death as well: the readers above do
-not know it, `text` knows nothing else but age and sex, `both_text` everything, as far as there is a visit that tells.
-So they are upper bounds: a reader sees the record part through noisy, missing hourly values, the film part through a
+With a text signal, frailty (+1 or -1, visible only in complaints and home drugs) moves death as well: the readers above
+are averaged over it, `text` conditions on frailty, age and sex alone, `both_text` on everything, where a visit carries
+it. All are upper bounds: a model sees the record part through noisy, missing hourly values and the film part through a
 noisy 128-px film. An AUROC is the expected one, positives weighted by p and negatives by 1 - p, on the stated stays.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]  # float64 unless said
+Array = NDArray[Any]  # float64 unless stated
 
 CHANNELS = ("hr", "rr", "bp", "spo2", "temp", "gcs", "fio2", "glucose", "ph")
 # a drawn finding: (prevalence in the ICU, outside it, age, common factor of the severely ill)
@@ -94,7 +94,7 @@ def draw_film(rng: np.random.Generator, age_z: Array, male: Array, icu: Array, r
     latent = mean + common * shared + np.sqrt(1 - common**2) * rng.standard_normal((*shape, len(NAMES)))
     moves = np.isin(NAMES, ("edema", "consolidation", "effusion", "atelectasis"))
     change = CHANGE_SD[risk] * moves * rng.standard_normal((*shape, len(NAMES)))
-    if risk == "change":  # the carriers stand at a middling level, whatever they come from
+    if risk == "change":  # frailty's carriers are set to a middle level whatever their cause
         carry = np.isin(NAMES, CARRIERS)
         latent = np.where(carry, 0.75 + 0.12 * rng.standard_normal((*shape, len(NAMES))), latent)
     return np.concatenate([latent, change], -1)
@@ -147,7 +147,7 @@ class Outcomes:
         """P(outcome | ...), each (N, 26).
 
         Args:
-            frail: +1 or -1; 0: no note tells of it; None: there is none.
+            frail: +1 or -1; 0: no text carries it; None: no text signal.
         Returns: of `both` (record and film), `record`, `film`, and `last_film` (no change between films); with a text
             signal also of `text`, and of `both_text`: all three.
         """

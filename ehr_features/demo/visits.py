@@ -13,7 +13,7 @@ from ehr_features.demo.plan import Plan
 from ehr_features.demo.tables import columns, write_csv
 from ehr_features.demo.truth import Array
 
-# chief complaints: those that say nothing about the chest, and those about what the visit's film shows
+# chief complaints unrelated to the chest, and those about a finding of the visit's film
 PLAIN = (
     "ABD PAIN",
     "s/p Fall",
@@ -188,7 +188,7 @@ def _complaints(rng: np.random.Generator, people: People, plan: Plan) -> pd.Seri
     for k, (name, texts) in enumerate(TOLD.items()):
         rows = np.flatnonzero(told & (strongest == k))
         words[rows] = rng.choice(texts, len(rows))
-        if name in LEAKS:  # a few name the finding itself: what a leak filter must remove
+        if name in LEAKS:  # a few name the finding itself, which a leak filter must remove
             words[rows[rng.random(len(rows)) < 0.08]] = LEAKS[name]
     words[rng.random(count) < 0.01] = None
     return pd.Series(words)
