@@ -1,8 +1,8 @@
 """Target, random and focal views of films, cut from uint8 tensors.
 
 Comes in: films (B, S, S) uint8 and a plan of boxes. Goes out: views (V*B, 1, size, size) in [0, 1], view-major.
-Everything random is a hash of (seed, epoch, film, what for), so that a film's views do not depend on the batch, the
-workers or the processes, and need no generator's state in a checkpoint.
+Every random number is a hash of (seed, epoch, film, purpose), so that a film's views do not depend on the batch, the
+workers or the processes, and a checkpoint needs no generator state.
 Differs from lightly's MSNTransform: boxes are clipped to the film rather than drawn up to ten times; no colour of RGB;
 intensity changes and flips are drawn for each view; on a GPU the whole batch is cut there, as two matrix products.
 """
@@ -161,11 +161,11 @@ def turn(films: Tensor) -> Tensor:
 
 
 def _cut_one_by_one(turned: Tensor, plan: Plan) -> Tensor:
-    """On a CPU a small resize beats a matrix product over the whole film.
+    """Resize box by box, which is faster on a CPU than a matrix product over the whole film.
 
-    torch's kernel for bytes works on pixels of four channels, and pads one channel to four. Resizing across is the same
-    for all rows, and down for all columns, so four neighbouring rows, then columns, stand for the channels: the same
-    numbers in half the time. Views of memory are spelled out, as each call costs as much as a row of pixels.
+    torch's uint8 kernel works on pixels of four channels and pads one channel to four. Resizing is separable, so four
+    neighbouring rows, then four columns, are passed as channels: the same numbers in half the time. Strides are written
+    out, because each tensor call costs as much as a row of pixels.
     """
     size, wide, (number, side, rows) = plan.size, -(-plan.size // 4) * 4, turned.shape
     boxes = plan.boxes.flatten(0, 1).int().tolist()
@@ -174,7 +174,7 @@ def _cut_one_by_one(turned: Tensor, plan: Plan) -> Tensor:
     resize = torch.ops.aten._upsample_bilinear2d_aa  # F.interpolate(antialias=True) without its checks
     for i, (top, left, height, width) in enumerate(boxes):
         fours = -(-height // 4)
-        start = min(top, rows - 4 * fours)  # whole fours of rows around the box
+        start = min(top, rows - 4 * fours)  # the box's rows, rounded out to multiples of four
         at = (i % number * side + left) * rows + start
         box = turned.as_strided((1, 4, width, fours), (side * rows, 1, rows, 4), at)
         across = resize(box, [size, fours], False)  # in memory (size, 4 * fours)
@@ -206,7 +206,7 @@ def draw_noise(keys: np.ndarray, num_views: int, size: int, seed: int, epoch: in
 
 
 def mask_cells(views: Tensor, keep: Tensor, cell: int, filler: Tensor) -> Tensor:
-    """Mask the input of a network without tokens: in cells of `cell` pixels that are not kept stands the filler.
+    """Mask the input of a network without tokens: cells of `cell` pixels that are not kept hold the filler.
 
     Args:
         views: (V*B, C, H, W), normalised, view-major.

@@ -1,8 +1,8 @@
-"""The audit of notes: do they leak, and how much of each finding can be predicted from them alone?
+"""The audit of notes: leaks, and how well each finding is predicted from the notes alone.
 
 Comes in: a folder of notes and the features that they were made from. Goes out: verdicts on what can be proved, and a
 table: for each finding the AUROC of a bag of words on the test split, before the leak filter and after it, with the
-words that carry it. What a complaint or a home drug tells is no leak by itself; a word that names the finding is.
+words of largest weight. That complaints or home drugs predict a finding is no leak; a word that names the finding is.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ehr_features.notes import leak_filter
 from ehr_features.schema import FINDINGS
 
 SAMPLES = 300  # resamples of the test subjects
-WORDS = 5  # shown
-TOKEN = r"(?u)\b[^\W\d_][\w'\-]*\b"  # words; numbers alone are left out
+WORDS = 5  # words listed for a finding
+TOKEN = r"(?u)\b[^\W\d_][\w'\-]*\b"  # words; bare numbers are left out
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Predicted:
 
 
 def is_notes(folder: Path) -> bool:
-    """Whether a folder is one that `python -m ehr_features notes` wrote."""
+    """Whether `python -m ehr_features notes` wrote this folder."""
     return (folder / "notes.parquet").is_file()
 
 
@@ -92,7 +92,7 @@ def check_times(folder: Path, notes: pd.DataFrame, images: pd.DataFrame) -> Verd
 
 
 def check_names(folder: Path, notes: pd.Series) -> Verdict:
-    """No note names a finding or speaks of imaging."""
+    """No note contains a term of a finding or of imaging."""
     _, counts = leak_filter.apply(pa.array(notes, pa.string()), "standard")
     found = {group: pc.sum(n).as_py() or 0 for group, n in counts.items()}
     bad = {f"terms of {group}": n for group, n in found.items() if n}
@@ -100,7 +100,7 @@ def check_names(folder: Path, notes: pd.Series) -> Verdict:
 
 
 def check_filter(folder: Path, notes: pd.DataFrame, before: pd.DataFrame | None, mode: str) -> Verdict:
-    """What was taken out follows from each note alone: filtering the notes as they were gives the same bytes."""
+    """The filter used each note alone: filtering the unfiltered notes again gives the same bytes."""
     claim = f"{folder}: what the leak filter took out follows from each note alone"
     if before is None:
         return cannot(claim, "unfiltered.parquet is not there")
@@ -161,7 +161,7 @@ def predictions(
     Args:
         texts: (N,). labels: (N, 14), null where unknown. subjects: (N,) whom the intervals resample. train, test: (N,)
             masks.
-    Returns: finding -> how well it is predicted, or why it cannot be said.
+    Returns: finding -> its prediction, or the reason why there is none.
     """
     words = CountVectorizer(binary=True, min_df=3, max_features=20_000, token_pattern=TOKEN)
     try:
@@ -189,7 +189,7 @@ def predictions(
 
 
 def _resamples(subjects: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Weights of rows: all once, then how often each row's subject was drawn, SAMPLES times."""
+    """Row weights: ones, then the bootstrap count of each row's subject, SAMPLES times."""
     known, place = np.unique(subjects, return_inverse=True)
     rng = np.random.default_rng(seed)
     drawn = (np.bincount(rng.integers(0, len(known), len(known)), minlength=len(known)) for _ in range(SAMPLES))

@@ -1,4 +1,4 @@
-"""The part of the audit that looks into runs: whom did their pretraining see, and what did they read?"""
+"""The audit of runs: the subjects that their pretraining used, and the columns that they read."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _seen(run: Path, config: dict[str, Any], held_out: set[int]) -> Verdict:
-    """No val or test subject among those that shaped the weights of a run."""
+    """No val or test subject was used to train the weights of a run, or the weights that it started from."""
     claim = f"{run}: its pretraining saw no val or test subject"
     seen: set[int] = set()
     folder, looked, visited = run, [], {run.resolve()}
-    while True:  # from the run to the runs whose weights it starts from
+    while True:  # follow the chain of runs that the weights come from
         listed = folder / "seen_subjects.parquet"
         if listed.is_file():
             seen |= _ids(listed)
@@ -75,12 +75,12 @@ def _seen(run: Path, config: dict[str, Any], held_out: set[int]) -> Verdict:
 
 
 def _starts_from(config: dict[str, Any]) -> str | None:
-    """The folder or file whose weights a run starts from; None if from nothing."""
+    """The folder or file whose weights a run starts from; None for random weights."""
     encoder = config.get("encoder")
     if isinstance(encoder, dict):
         return encoder.get("init")
     if encoder is None or str(encoder).startswith(UNTRAINED) or str(config.get("model")).startswith("record_"):
-        return None  # a model of the record alone has no use for the encoder that its config may name
+        return None  # a record-only model ignores the encoder of its config
     return str(encoder)
 
 
@@ -92,10 +92,10 @@ def _ids(path: Path) -> set[int]:
 
 
 def _inputs(run: Path, config: dict[str, Any]) -> Verdict:
-    """The EHR groups that a run reads exist as inputs; discharge groups are listed, and are for pretraining only."""
+    """The EHR groups that a run reads are declared; discharge groups are listed, and allowed in pretraining only."""
     claim = f"{run}: no label is among its inputs"
     ehr = config.get("ehr") or {}
-    baseline = config.get("groups") if config.get("encoder") == "metadata" else None  # no other probe reads them
+    baseline = config.get("groups") if config.get("encoder") == "metadata" else None  # other probes ignore them
     groups, preset = list(ehr.get("groups") or baseline or []), ehr.get("preset", "default")
     exported = run / "encoder" / "encoder.json"
     told = read_json(exported).get("ehr_groups") or {} if exported.is_file() and "ehr" in config else {}
@@ -117,7 +117,7 @@ def _inputs(run: Path, config: dict[str, Any]) -> Verdict:
 
 
 def _predictions(run: Path, subjects: pd.DataFrame) -> Verdict:
-    """Predictions named val and test are of val and test subjects."""
+    """The files val and test of predictions/ hold val and test subjects only."""
     bad: dict[str, int] = {}
     rows = 0
     for path in sorted((run / "predictions").glob("*.parquet")):

@@ -1,4 +1,4 @@
-"""What the audit says of a claim."""
+"""A verdict of the audit: proved, refuted, or unknown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PROVED, REFUTED, UNKNOWN = "proved", "refuted", "cannot be proved"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, what became of it, and the counts that say so."""
+    """A claim, its outcome, and the counts behind it."""
 
     claim: str
     outcome: str
@@ -17,15 +17,15 @@ class Verdict:
 
 
 def decide(claim: str, bad: dict[str, int], proof: str) -> Verdict:
-    """Refuted if anything bad was counted, else proved.
+    """Refuted if any count of violations is above 0, else proved.
 
     Args:
-        bad: what would refute the claim -> how often it was found. proof: what was looked at, with counts.
+        bad: kind of violation -> its count. proof: what was compared, with counts.
     """
     found = [f"{n} {what}" for what, n in bad.items() if n]
     return Verdict(claim, REFUTED if found else PROVED, f"{'; '.join(found)} (of {proof})" if found else proof)
 
 
 def cannot(claim: str, why: str) -> Verdict:
-    """Not enough is there to tell."""
+    """Unknown: a file that the claim needs is missing."""
     return Verdict(claim, UNKNOWN, why)

@@ -1,16 +1,15 @@
 """The leak filter: takes terms of the 14 findings and of radiology out of a text.
 
-Comes in: texts. Goes out: the texts without the terms of leak_terms.csv, and how many there were. What goes depends on
-the text alone: no label, no other text, no fitted list. `standard` takes out what names a finding or speaks of imaging;
-`aggressive` also organs, diseases and procedures that come close.
+Comes in: texts. Goes out: the texts without the terms of leak_terms.csv, and their counts. The result depends on the
+text alone: no label, no other text, no fitted list. `standard` removes terms of the findings and of imaging;
+`aggressive` also related organs, diseases and procedures.
 
-A term goes with the words that only make sense beside it (`acute`, `bilateral`, `organism unspecified`); of a sentence
-whose label says that it lists diagnoses, the whole item between semicolons goes. What is left is made to read: no empty
-item, label or sentence. Text without a term is left as it is, to the byte, and numbers are never touched: nothing is
-split into sentences. Filtering twice is filtering once.
+A term is removed with its modifiers (`acute`, `bilateral`, `organism unspecified`); in a list of diagnoses the whole
+item between semicolons is removed. Empty items, labels and sentences are cleaned up. Text without a term is unchanged,
+byte for byte, numbers are never changed, and text is not split into sentences. The filter is idempotent.
 
-Differs from the published filter: that one dropped sentences (split at every full stop, so at decimals too) that named
-one of the film's own findings, so that a gap in the note told the label.
+Differs from the published filter, which dropped the sentences (split at every full stop, decimals included) that named
+a positive finding of the film: the gap in the note then encodes the label.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 SHIPPED = Path(__file__).with_name("leak_terms.csv")
-GAP = "\ue000"  # stands where a term stood while the rest is mended; a private-use character
+GAP = "\ue000"  # placeholder of a removed term; a private-use character
 LINE = "\ue003"  # stands for an underscore, to RE2 a word character: `___PNA`
-WIDE = "[\uff01-\uff5e\ufb00-\ufb06]"  # full-width letters and ligatures, which stand for others
+WIDE = "[\uff01-\uff5e\ufb00-\ufb06]"  # full-width letters and ligatures
 LETTER = "_\ue001", "\ue002_"  # around letters beyond ASCII, to RE2 no word characters: `\\b` is then none beside them
 BETWEEN = "[ \\t\u00a0\u2010-\u2015\u2212\\-]*"  # the words of a term
 JOINTS = (
@@ -37,7 +36,7 @@ JOINTS = (
     "show|shows|showed|showing|found to have|diagnosed with|complains of|complaining of|treated for"
 )
 
-# applied to a line in this order, over and over, until nothing changes; only beside gaps
+# applied to a line in this order until it is stable; only beside gaps
 MEND = (
     (rf"(?i){GAP}(?:[ \t,:;/&+\-]*|[ \t]+(?:{JOINTS})[ \t]+){GAP}", GAP),
     (rf"(^|[ \t,:;(])(?:[+\-]+|\([+\-]+\))[ \t]*{GAP}", rf"\1{GAP}"),  # `+CXR`
@@ -64,7 +63,7 @@ CLOSE = (
     (rf"[ \t]*{GAP}[ \t]*", " "),
     (r"^[ \t]*[,;.]*[ \t]*$|[ \t]+$", ""),
 )
-DIAGNOSES = (  # a sentence whose label says that it lists diagnoses; `E. coli` does not end it
+DIAGNOSES = (  # a labelled list of diagnoses; `E. coli` does not end it
     r"(?i)^(?P<head>(?:.*?\.[ \t]+)?[^:;.]*diagnos[^:;.]*:)"
     r"(?P<items>(?:.*;)?(?:[^.;]|\.[^\s;]|\.\s+(?-i:[a-z]))*)(?P<tail>(?:\.(?:\s.*)?)?)$"
 )
@@ -150,7 +149,7 @@ def _lines(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]
     whole = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     counts, touched = dict.fromkeys(leaks.groups, zero), pa.array([False] * len(texts))
     texts = _guarded(whole)
-    while True:  # what a removal brings together may be a term as well
+    while True:  # a removal may join words into another term
         found = pc.fill_null(pc.match_substring_regex(texts, leaks.any_term), False)
         if not pc.any(found).as_py():
             return pc.if_else(touched, _unguarded(texts), whole), counts
@@ -167,9 +166,9 @@ def _lines(texts: pa.Array, leaks: Leaks) -> tuple[pa.Array, dict[str, pa.Array]
 
 
 def _guarded(texts: pa.Array) -> pa.Array:
-    """Mark letters beyond ASCII, of scripts that set spaces between words, as parts of words; underscores as none.
+    """Mark non-ASCII letters as parts of words, and underscores as separators.
 
-    What hides a term from the eye's reading of it (soft hyphens, full-width letters) is taken away.
+    Soft hyphens and full-width letters, which hide a term, are normalised.
     """
     if not pc.any(pc.match_substring_regex(texts, r"[^\x00-\x7f]|_")).as_py():
         return texts
@@ -186,7 +185,7 @@ def _unguarded(texts: pa.Array) -> pa.Array:
 
 
 def _mended(texts: pa.Array) -> pa.Array:
-    """Take out the gaps, and what makes no sense beside them."""
+    """Remove the gaps and the punctuation and labels that they leave behind."""
     texts = _settle(_whole_items(texts), MEND)
     for pattern, by in CLOSE:
         texts = pc.replace_substring_regex(texts, pattern, by)
@@ -194,7 +193,7 @@ def _mended(texts: pa.Array) -> pa.Array:
 
 
 def _whole_items(texts: pa.Array) -> pa.Array:
-    """Of diagnoses, make the whole item between semicolons a gap: half of a title would tell the rest."""
+    """In a list of diagnoses, remove the whole item between semicolons: half of a title identifies the rest."""
     parts = pc.extract_regex(texts, DIAGNOSES)
     head, items, tail = (pc.struct_field(parts, name) for name in ("head", "items", "tail"))
     items = pc.replace_substring_regex(items, rf"(^|;)[^;]*{GAP}[^;]*", rf"\1 {GAP}")
@@ -202,7 +201,7 @@ def _whole_items(texts: pa.Array) -> pa.Array:
 
 
 def _settle(texts: pa.Array, rules: Sequence[tuple[str, str]]) -> pa.Array:
-    """Apply rules until they change nothing."""
+    """Apply rules until the text is stable."""
     while True:
         after = texts
         for pattern, by in rules:

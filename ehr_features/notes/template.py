@@ -1,4 +1,4 @@
-"""A note's template: plain text in, an expression that an engine can run out.
+"""Parse a note's template and render it as an ibis expression.
 
 The format is in template.txt. A template is data: fields are looked up by name in a fixed list, nothing is
 evaluated.
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Line:
-    """What stands in a row: parts that must be there, and lists of parts of which one must be."""
+    """A row: required parts, and lists of alternatives of which one is required."""
 
     items: tuple[Part | tuple[Part, ...], ...]
 
@@ -86,7 +86,7 @@ def read_template(path: Path | None, known: Collection[str]) -> Template:
 
 
 def _line(row: str, known: Collection[str]) -> tuple[Line, list[str]]:
-    """A row as a line, and what is wrong with it."""
+    """A row as a line, and its faults."""
     items: list[Part | tuple[Part, ...]] = []
     faults: list[str] = []
     for k, piece in enumerate(re.split(r"\[([^\[\]]*)\]", row)):  # text, inside of brackets, text, ...
@@ -132,8 +132,8 @@ def render(template: Template, facts: ir.Table) -> ir.Table:
 
     Args:
         facts: a column for each field that the template uses: the fact as text, null where it is missing.
-    Returns: the same rows with a column `section_NAME` for each section (null if none of its lines is left), and
-        `shown_FIELD` for each field: whether it stands in the note.
+    Returns: the same rows with a column `section_NAME` for each section (null if all its lines are empty), and
+        `shown_FIELD` for each field: whether the note contains it.
     """
     lines = [(section, line) for section, several in template.items() for line in several]
     facts = facts.mutate(**{f"line_{i}": _render_line(line, facts) for i, (_, line) in enumerate(lines)})

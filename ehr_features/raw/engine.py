@@ -1,4 +1,4 @@
-"""The engines that run the expressions: DuckDB in process, or Spark; and what they raise, as messages for a user."""
+"""Engines that run ibis expressions (DuckDB in process, or Spark), and their errors as messages for a user."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OPEN: weakref.WeakSet[Any] = weakref.WeakSet()  # DuckDB connections, for `inte
 
 
 def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path | None = None) -> Any:
-    """An ibis backend; `memory` bounds it, and DuckDB spills what does not fit below `spill`."""
+    """An ibis backend with a memory limit; DuckDB spills to `spill`."""
     number, unit = re.fullmatch(r"([\d.]+)\s*([MGT]B)", memory).groups()  # type: ignore[union-attr]
     size = float(number) * {"MB": 1, "GB": 1000, "TB": 1_000_000}[unit]
     if engine == "pyspark":
@@ -35,7 +35,7 @@ def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path |
     con = ibis.duckdb.connect()
     _OPEN.add(con.con)
     settings = {
-        "memory_limit": f"{int(max(size * 0.6, size - 1500))}MB",  # the rest: Python, CSV buffers, the series' pages
+        "memory_limit": f"{int(max(size * 0.6, size - 1500))}MB",  # the rest: Python, CSV buffers, mapped files
         "threads": threads,
         "preserve_insertion_order": False,
         "enable_progress_bar": False,
@@ -55,7 +55,7 @@ def _spark(megabytes: int, threads: int) -> Any:
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         raise UserError("engine=pyspark: Java is not installed; Spark 4 needs Java 17 or 21. Or take engine=duckdb")
     builder = SparkSession.builder
-    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # not under spark-submit, which names the cluster
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets the master itself
         builder = builder.master(f"local[{threads}]")
     session = (
         builder.appName("ehr_features")
@@ -82,7 +82,7 @@ def read(con: Any, path: str, columns: list[str]) -> ir.Table:
 
 
 def hold(con: Any, name: str, table: pa.Table) -> ir.Table:
-    """Give the engine a small table of ours."""
+    """Register a small in-memory table with the engine."""
     if con.name == "duckdb":  # ibis 12's create_table writes SQL that DuckDB 2.0 refuses
         con.con.register(name, table)
         return con.table(name)
@@ -91,8 +91,8 @@ def hold(con: Any, name: str, table: pa.Table) -> ir.Table:
 
 
 def batches(con: Any, table: ir.Table, rows: int = 500_000) -> Iterator[pa.RecordBatch]:
-    """The rows of an expression, some at a time."""
-    if con.name == "duckdb":  # ibis 12's to_pyarrow_batches calls what DuckDB 2.0 renamed
+    """The rows of an expression in record batches."""
+    if con.name == "duckdb":  # ibis 12's to_pyarrow_batches calls a method that DuckDB 2.0 renamed
         found = con.con.sql(ibis.to_sql(table, dialect="duckdb"))
         yield from found.to_arrow_reader(rows) if hasattr(found, "to_arrow_reader") else found.fetch_record_batch(rows)
     else:
@@ -101,21 +101,21 @@ def batches(con: Any, table: ir.Table, rows: int = 500_000) -> Iterator[pa.Recor
 
 @contextlib.contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Turn what a damaged file makes the readers raise into a message for the user."""
+    """Turn the readers' errors about a damaged file into a UserError that names it."""
     try:
         with named_by_the_engine(f"{path}: "):
             yield
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: damaged or cut short ({_line(str(error))}); download it again") from None
     except OSError as error:
-        if error.errno is not None or "://" in path:  # pyarrow's complaints about bytes have no number
+        if error.errno is not None or "://" in path:  # pyarrow's errors about damaged bytes have no errno
             raise
         raise UserError(f"{path}: damaged or cut short ({_line(str(error))}); download it again") from None
 
 
 @contextlib.contextmanager
 def named_by_the_engine(where: str = "") -> Iterator[None]:
-    """The same where it is not known which file is read: the engine reads Parquet when a query asks, and names it."""
+    """As `readable`, for queries: DuckDB opens Parquet lazily, so the damaged file is named from its own error."""
     try:
         yield
     except Exception as error:
@@ -126,10 +126,10 @@ def named_by_the_engine(where: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the block, whatever it is doing when they come.
+    """End the block on Ctrl-C and SIGTERM, also during a query.
 
-    Their handler raises, but DuckDB turns what is raised during a query into an error of its own, and drops what is
-    raised just before one (while it imports its helpers). So the queries are interrupted until the block is left.
+    The signal handler raises, but DuckDB replaces an exception raised during a query by its own error, and drops one
+    raised just before a query (while it imports its helpers). So queries are interrupted until the block is left.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -156,7 +156,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, note)
     try:
         yield
-    except Exception:  # Stopped and KeyboardInterrupt are none
+    except Exception:  # Stopped and KeyboardInterrupt are not Exceptions
         if not came:
             raise
     finally:
@@ -167,12 +167,12 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt if came[0] == signal.SIGINT else Stopped()
 
 
-# What DuckDB raises about bytes that it can make nothing of, often without a word on files: thrift's own errors too
+# DuckDB's and thrift's errors about damaged bytes, often without the file's name
 _ABOUT_BYTES = ["Error", "InvalidInputException", "SerializationException", "OutOfRangeException", "InternalException"]
 
 
 def _damage(error: BaseException, one_file: bool) -> str | None:
-    """The first line of an engine's complaint about a file; None if it is something else."""
+    """The first line of an engine's error about a damaged file; None for other errors."""
     text = str(error).strip()
     if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "pyspark", "py4j"):
         return None
@@ -182,5 +182,5 @@ def _damage(error: BaseException, one_file: bool) -> str | None:
 
 
 def _line(text: str) -> str:
-    """The first line of a complaint, without the bytes that it quotes."""
+    """The first line of an error, without the bytes that it quotes."""
     return "".join(sign for sign in (text.splitlines() or [""])[0][:300] if sign.isprintable()).strip(" :")

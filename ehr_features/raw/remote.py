@@ -1,11 +1,11 @@
-"""Folders at a URL (gs://, s3://, http://, memory://, ...): configured, read in parallel, explained when they fail.
+"""Files at a URL (gs://, s3://, http://, memory://, ...): options, parallel reads, errors with a next step.
 
 Everything is opened by fsspec. `storage` of a config gives the options of a protocol's file system, for example
 
     storage: {gs: {requester_pays: my-project, token: key.json}}
 
-for tables in one's own bucket and films in PhysioNet's: the project pays for both. Retries (429, 5xx, a cut connection)
-are those of the file system; what still fails is told as what it is, and never as a bad film.
+for requester-pays buckets, whose costs go to the named project. The file system retries 429, 5xx and cut connections;
+a remaining network error is reported as such, never as a damaged film.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from configs import UserError
 from ehr_features.files import digest, new_file
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
-AT_ONCE = 32  # objects asked for at the same time
+AT_ONCE = 32  # concurrent requests
 
 
 def is_url(path: str) -> bool:
@@ -31,16 +31,16 @@ def is_url(path: str) -> bool:
 
 
 def configure(storage: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give file systems that this process opens from now on their options.
+    """Set the options of file systems that this process opens from now on.
 
-    Raises: UserError: a key file that is not there.
+    Raises: UserError: a key file does not exist.
     """
-    # gcsfs otherwise opens a second, gRPC connection to ask what kind of bucket it is, and waits for it for minutes
+    # gcsfs otherwise opens a second, gRPC connection to find the bucket's type, and waits minutes for it
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     for name in ("gcsfs", "fsspec.prefetcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails for good is told by `explained`
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # permanent failures are reported by `explained`
     for protocol, options in storage.items():
-        token = options.get("token")  # gcsfs takes a file that is not there for a token, and sends its name away
+        token = options.get("token")  # gcsfs takes the path of a missing file for a token and sends it to the server
         if isinstance(token, str) and (token.endswith(".json") or os.sep in token) and not os.path.isfile(token):
             raise UserError(f"storage.{protocol}.token={token}: no such file; wanted a key file, anon, or none")
         names = ("gs", "gcs") if protocol in ("gs", "gcs") else (protocol,)
@@ -50,7 +50,7 @@ def configure(storage: Mapping[str, Mapping[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turn what a file system raises into a message that says what to do."""
+    """Turn a file system's error into a UserError with the next step."""
     if not is_url(url):
         yield
         return
@@ -63,7 +63,7 @@ def explained(url: str) -> Iterator[None]:
 
 
 def exists(url: str) -> bool:
-    """Whether there is such a file. Raises: UserError: nobody can say (no credentials, no network, ...)."""
+    """Whether a file exists. Raises: UserError: it cannot be determined (no credentials, no network, ...)."""
     with explained(url):
         filesystem, inner = fsspec.url_to_fs(url)
         try:
@@ -73,7 +73,7 @@ def exists(url: str) -> bool:
 
 
 def fingerprint(path: str) -> dict[str, Any]:
-    """Size and time of change of a file or URL; what changes when its content does."""
+    """Size and modification time (or ETag) of a file or URL: changes when its content does."""
     with explained(path):
         filesystem, inner = fsspec.url_to_fs(path)
         info = filesystem.info(inner)
@@ -84,9 +84,9 @@ def fingerprint(path: str) -> dict[str, Any]:
 
 
 def fetch(urls: Sequence[str]) -> list[bytes | None]:
-    """The content of objects of one file system, read at the same time; None where there is none.
+    """The contents of several objects of one file system, read concurrently; None for an object that does not exist.
 
-    Raises: UserError: one could not be read for another reason than its absence, after the file system's retries.
+    Raises: UserError: an object could not be read although it may exist, after the file system's retries.
     """
     if not urls:
         return []
@@ -97,7 +97,9 @@ def fetch(urls: Sequence[str]) -> list[bytes | None]:
         found = filesystem.cat(inner, on_error="return", **options)
     out: list[bytes | None] = []
     for url, name in zip(urls, inner, strict=True):
-        content = found.get(name) if isinstance(found, dict) else found  # one path that is no pattern gives bytes
+        content = (
+            found.get(name) if isinstance(found, dict) else found
+        )  # for a single path without wildcards, fsspec returns bytes
         if isinstance(content, BaseException) and not isinstance(content, FileNotFoundError):
             with explained(url):
                 raise content
@@ -106,7 +108,7 @@ def fetch(urls: Sequence[str]) -> list[bytes | None]:
 
 
 def cached(url: str, fingerprint: Mapping[str, Any], folder: Any) -> str:
-    """A local copy of a file, made once for each content that it had; a kill leaves none that is cut short."""
+    """A local copy of a remote file, one for each version of its content, written atomically."""
     place = folder / "remote" / f"{digest([url, dict(fingerprint)])}-{url.rpartition('/')[2]}"
     if not place.is_file():
         with explained(url), new_file(place) as part:

@@ -1,9 +1,9 @@
 """Find and open raw tables: MIMIC-IV 1.0, 2.x, 3.x, MIMIC-IV-ED, MIMIC-CXR(-JPG); csv, csv.gz, parquet; local or a URL.
 
 Comes in: the root folders of a FeaturesConfig. Goes out: a `Source` whose `table(name)` is an ibis expression with the
-columns of `schema.READ`, selected and cast by name. CSV is read as text under its header: an inserted column shifts
-nothing, and "None" stays a value. Text that does not cast becomes null; whoever needs the value counts what that
-drops.
+columns of `schema.READ`, selected and cast by name. CSV columns are read as text by their header, so that an inserted
+column shifts nothing and the text "None" stays a value. Text that cannot be cast becomes null; each step counts the
+rows that it drops for it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ehr_features.schema import READ, Raw
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 SINCE_22 = {"admissions": "admit_provider_id", "chartevents": "caregiver_id", "labevents": "order_provider_id"}
-HEAD = 2**16  # bytes that hold a table's header
-EVENTS = ("chartevents", "labevents")  # too large to hold
+HEAD = 2**16  # bytes read to find a table's header
+EVENTS = ("chartevents", "labevents")  # too large for memory
 _HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
 
 
@@ -48,7 +48,7 @@ class Source:
         self.con, self.files, self.columns, self.layout = con, dict(files), dict(columns), layout
         self._tables: dict[str, ir.Table] = {}
         self._absent: dict[str, str] = {}
-        self._cache: Path | None = None  # of copies of tables at a URL
+        self._cache: Path | None = None  # folder for copies of remote tables
 
     @classmethod
     def from_frames(cls, frames: Mapping[str, pd.DataFrame], engine: str = "duckdb", layout: str = "2.2") -> Source:
@@ -84,7 +84,7 @@ class Source:
         return self._tables[name]
 
     def events(self, name: str, items: list[int]) -> ir.Table:
-        """Rows of an event table with some itemids; text is compared before anything is cast, which is what costs."""
+        """Rows of an event table with given itemids, compared as text, since casting all rows first is slow."""
         if name in self._tables:
             return self._tables[name].filter(self._tables[name].itemid.isin(items))
         return self._open(name, items)
@@ -104,7 +104,7 @@ class Source:
         table = opened.select(**cast)
         if name in EVENTS or self.con.name != "duckdb":
             return table
-        with readable(path):  # a table that several steps read is parsed once, and damage is told with its file
+        with readable(path):  # a table read by several steps is parsed once, and damage is reported with its file
             self.con.con.execute(f"CREATE TEMP TABLE opened_{name} AS {ibis.to_sql(table, dialect='duckdb')}")
         return self.con.table(f"opened_{name}")
 
@@ -151,12 +151,12 @@ def roots(config: FeaturesConfig) -> dict[str, str | None]:
 
 
 def _cast(column: ir.Value, to: str) -> ir.Value:
-    """What cannot be cast becomes null."""
+    """Cast; a value that cannot be cast becomes null."""
     if to == "string":
         return column.cast("string").nullif("")
     if str(column.type()) == to:
         return column
-    # DuckDB 2.0 takes a bare try_cast for the type of a CSV column, and stops at the first value that is none
+    # DuckDB 2.0 pushes a bare try_cast into the CSV reader as the column's type, and stops at the first bad value
     return (column.nullif("") if column.type().is_string() else column).try_cast(to)
 
 
@@ -206,7 +206,7 @@ def header(path: str) -> list[str]:
 
 
 def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
-    """Refuse a table that lacks a column which it should have."""
+    """Refuse a table that lacks a required column."""
     raw = READ[name]
     for column in raw.columns:
         wanted = raw.renamed.get(column, column) if layout == "1.0" else column
@@ -225,7 +225,7 @@ def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
 
 
 def mixed(columns: Mapping[str, list[str]]) -> list[str]:
-    """A warning where some tables have the columns that came with 2.2 and others lack them."""
+    """A warning if some tables have the columns that 2.2 added and others lack them."""
     there = {name: column in columns[name] for name, column in SINCE_22.items() if name in columns}
     if len(set(there.values())) < 2:
         return []
@@ -236,7 +236,7 @@ def mixed(columns: Mapping[str, list[str]]) -> list[str]:
 
 def _layout(root: str, files: Mapping[str, str], columns: Mapping[str, list[str]]) -> str:
     """1.0, 2.0 or 2.2, by the folders and columns; contradictions are refused."""
-    signs: dict[str, str] = {}  # what was seen -> the layout that has it
+    signs: dict[str, str] = {}  # evidence -> the layout that has it
     for name in ("patients", "admissions"):
         places = [p for p in ("core", "hosp") if any(_exists(f"{root.rstrip('/')}/{p}/{name}{s}") for s in SUFFIXES)]
         signs |= {f"{place}/{name}": "1.0" if place == "core" else ">=2" for place in places}

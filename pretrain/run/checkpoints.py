@@ -1,4 +1,4 @@
-"""checkpoints/step_N.pt of a run folder: whole or absent, without code in them, kept by count and age."""
+"""checkpoints/step_N.pt of a run folder: written atomically, read with weights_only, pruned by count and age."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def save_checkpoint(
 
 
 def _plain(value: Any, where: str) -> None:
-    """Refuse now what weights_only=True would refuse when the run goes on."""
+    """Refuse values that weights_only=True could not load."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             _plain(item, f"{where}[{key!r}]")
@@ -57,7 +57,7 @@ def _plain(value: Any, where: str) -> None:
 
 
 def _prune(newest: Path, keep: int, every_hours: float | None) -> None:
-    """By step, never by clock; what lies after the newest step is of a future that was given up."""
+    """Prune by step, not by clock; later steps belong to a run that was restarted from an earlier one."""
     paths = sorted(newest.parent.glob("step_*.pt"), reverse=True)
     for path in [p for p in paths if p.name > newest.name]:
         path.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         try:
             state = _read(path)
             break
-        except Exception as error:  # damaged bytes make torch raise almost anything
+        except Exception as error:  # torch raises many types on damaged bytes
             says = (str(error).splitlines() or [type(error).__name__])[0]
             Log(folder).say(f"{path}: damaged ({says[:120]}); the one before it is tried")
     if distributed():
@@ -98,7 +98,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
+    with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not verify them
         if damaged := archive.testzip():
             raise ValueError(f"the check sum of {damaged} is wrong")
     return dict(torch.load(path, map_location="cpu", weights_only=True))

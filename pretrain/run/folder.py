@@ -37,15 +37,15 @@ OURS = ("config.yaml", "provenance.json", "metrics.jsonl", "log.txt", "checkpoin
 def open_run(
     out: str | Path, config: Settings, *, sources: Sequence[str | Path] = (), may_differ: Sequence[str] = ()
 ) -> Path:
-    """Make runs/X, or go on with it if it is of the same config and the same sources.
+    """Make runs/X, or resume it if config and sources are the same.
 
     Args:
         out: the folder.
-        config: what the run is of; saved as config.yaml.
-        sources: files that it reads; by their content a run knows its input again.
+        config: saved as config.yaml.
+        sources: files that it reads; their digests must be the same when the run is resumed.
         may_differ: keys (with dots) that may change between calls, e.g. `workers`; `out` always may.
     Returns: the folder; the lock on it is held until the process ends.
-    Raises: UserError: another command works in it, it holds another config, or it is no run folder.
+    Raises: UserError: another command holds its lock, its config differs, or it is not a run folder.
     """
     folder = Path(out)
 
@@ -62,7 +62,7 @@ def open_run(
         else:
             (folder / "checkpoints").mkdir(exist_ok=True)
             write_json(folder / "provenance.json", provenance(given, sources, digests=digests, command=typed()))
-            with new_file(folder / "config.yaml") as part:  # last: a folder with a config is whole
+            with new_file(folder / "config.yaml") as part:  # last: a folder with a config is complete
                 part.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
 
     on_main(open_it)
@@ -70,7 +70,7 @@ def open_run(
 
 
 def _begun(folder: Path) -> bool:
-    """Whether there is anything to go on with: not if all that a run did was to say what is wrong."""
+    """Whether there is work to resume: a checkpoint or a result, not only a run's first files."""
     before = {"config.yaml", "provenance.json", "log.txt", "checkpoints", "seen_subjects.parquet"}
     held = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
     return bool(held - before) or any(folder.glob("checkpoints/*.pt"))
@@ -141,5 +141,5 @@ def finish(folder: Path, **more: Any) -> None:
 
 
 def go_on(folder: Path, step: int) -> str:
-    """What to say when a run stops early: `raise Stopped(go_on(folder, step))`."""
+    """The message of an early stop: `raise Stopped(go_on(folder, step))`."""
     return f"{folder}: stopped at step {step} and saved; go on with\n  {typed()}"

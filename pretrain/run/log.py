@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, log.txt, the terminal, and accelerate's trackers. Only process 0 does."""
+"""Metrics and messages of a run: metrics.jsonl, log.txt, the terminal, accelerate's trackers. Process 0 writes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """metrics.jsonl, log.txt, the terminal, and accelerate's trackers if there are any. Silent but in process 0."""
+    """metrics.jsonl, log.txt, the terminal, and accelerate's trackers, if any; other processes than 0 write nothing."""
 
     def __init__(self, folder: Path, accelerator: Accelerator | None = None) -> None:
         self.folder, self.accelerator = Path(folder), accelerator
-        self._began = time.monotonic()  # a clock that is put back does not matter
+        self._began = time.monotonic()  # monotonic: unaffected by clock changes
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append one line of metrics, {"step", "seconds", **values}; what is not finite is written as null."""
@@ -42,7 +42,7 @@ class Log:
                 file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def cut(self, step: int) -> None:
-        """Drop the metrics after `step`: a run that goes on from there writes them again."""
+        """Drop the metrics after `step`, which a resumed run writes again."""
 
         def cut_it() -> None:
             path = self.folder / "metrics.jsonl"
@@ -63,4 +63,4 @@ def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # half a line: the process was killed while it wrote
+        return math.inf  # a partial line of a killed process

@@ -1,4 +1,4 @@
-"""The processes of a run: as many as were asked for, one that writes, and a stop signal that all of them agree on."""
+"""The processes of a run: check of the world size, work in process 0, and a stop signal agreed by all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_main() -> bool:
 
 
 def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accelerator:
-    """Make the Accelerator of a run, once the number of processes is known to be what was asked for.
+    """Make the Accelerator of a run after checking the number of processes.
 
     Args:
         args: the command line's, with `processes` (on each machine) and `machines`; None: nothing was asked for.
@@ -96,7 +96,7 @@ def _in_config(path: str) -> int:
 
 
 def _reach(host: str, port: str, patience: float) -> None:
-    """Wait until process 0 answers: torch itself would wait for half an hour, and then fail without a word of why."""
+    """Wait until process 0 accepts connections: torch would wait half an hour and then fail without the reason."""
     where, began, told = f"{host}:{port}", time.monotonic(), False
     while True:
         try:
@@ -116,7 +116,7 @@ def _reach(host: str, port: str, patience: float) -> None:
 
 
 def _leave() -> None:
-    """Without this, gloo's threads now and then abort a process that has done its work."""
+    """Destroy the process group at exit: gloo's threads otherwise abort a finished process now and then."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -126,7 +126,7 @@ def distributed() -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Do `action` in process 0 while the others wait; if it raises there, they leave without a word.
+    """Run `action` in process 0 while the others wait; if it raises there, the others exit silently.
 
     Returns: its value in process 0; elsewhere None.
     """
@@ -151,7 +151,7 @@ class stopping:
     """A flag that SIGTERM sets (preemption), in place of an exception in the middle of a step.
 
     `with stopping() as stop:` in every process, `stop.agreed()` at the same steps in all of them. What they agree on
-    goes over the CPU (gloo), so that it may be asked in every step without waiting for a GPU.
+    uses the CPU (gloo), so that asking at every step does not wait for a GPU.
     """
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class stopping:
         self.requested = True
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; the same answer in all of them."""
+        """Whether any process received a stop signal; the same answer in all processes."""
         return self.any(self.requested)
 
     def any(self, flag: bool) -> bool:

@@ -1,10 +1,10 @@
-"""Texts -> vectors, or tokens, by a frozen text encoder that lies in a local folder (extra `text`).
+"""Texts -> vectors or token states by a frozen text encoder in a local folder (extra `text`).
 
 Comes in: a Hugging Face or sentence-transformers folder, and texts. Goes out: (N, D) float32, one vector a text; or a
 sequence of token states a text. Each distinct text is embedded once: parts of the sorted distinct texts are kept as
 safetensors under a hash of the encoder's files and of the texts, so that a stopped run goes on with its next part.
 
-Nothing is fetched, and no code of the folder is run: modules outside sentence-transformers and `auto_map` are refused,
+Nothing is downloaded, no code of the folder is run: modules outside sentence-transformers and `auto_map` are refused,
 and weights in a pickle are read with `weights_only`.
 """
 
@@ -37,7 +37,7 @@ class TextEncoder:
     """A frozen text encoder; its weights are read when the first text is embedded.
 
     Attributes:
-        folder: where it lies. key: 16 hex digits of its files; another encoder has another.
+        folder: its folder. key: 16 hex digits of its files.
     Raises: UserError: no such folder, not an encoder, or one that wants its own code to run.
     """
 
@@ -71,11 +71,11 @@ class TextEncoder:
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of a text that are read; what lies behind them is cut off, and counted."""
+        """The encoder's context length; longer texts are truncated and counted."""
         return self.model.max_seq_length
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, special ones too, before anything is cut off."""
+        """Number of tokens of each text, special tokens included, before truncation."""
         found = self.model.tokenizer(list(texts), truncation=False, padding=False, verbose=False)
         return [len(ids) for ids in found["input_ids"]]
 
@@ -93,7 +93,7 @@ class TextEncoder:
 
 
 def _check(folder: Path) -> None:
-    """Refuse what is no encoder, and what would run code of its own."""
+    """Refuse a folder that is not an encoder or that needs its own code."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a text encoder is read from a local folder, nothing is downloaded")
     modules = folder / "modules.json"
@@ -178,7 +178,7 @@ def embed_tokens(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> tup
 def _parts(
     encoder: TextEncoder, distinct: Sequence[str], cache: Path, kind: str
 ) -> Iterator[tuple[Path, Sequence[str]]]:
-    """The files of the cache that hold these texts, embedded where they were not yet; `kind`: vectors | tokens."""
+    """The cache files of these texts; missing ones are embedded now; `kind`: vectors | tokens."""
     assert distinct, "there are texts"
     size = PART[kind]
     cut = [distinct[i : i + size] for i in range(0, len(distinct), size)]
@@ -192,7 +192,7 @@ def _parts(
 
 
 def whole(path: Path) -> bool:
-    """Whether a file of the cache is there; a damaged one counts as absent and is written anew."""
+    """Whether a cache file exists; a damaged one counts as absent and is written again."""
     try:
         with safe_open(path, "numpy") as file:
             return "truncated" in (file.metadata() or {})
@@ -201,7 +201,7 @@ def whole(path: Path) -> bool:
 
 
 def _write(encoder: TextEncoder, texts: Sequence[str], path: Path, kind: str, bar: Bar) -> None:
-    """Embed some texts in batches of like length, and keep them in the order given."""
+    """Embed texts in batches of similar length and store them in the given order."""
     lengths = np.array(encoder.lengths(texts))
     limit = math.inf if encoder.max_tokens is None else encoder.max_tokens
     found: list[NDArray[Any]] = [np.empty(0)] * len(texts)

@@ -1,4 +1,4 @@
-"""Passages of a user's own -> those that are near each film's note, in a table of their own.
+"""Retrieve, for each film's note, the nearest of a user's own passages.
 
 Comes in: a folder of notes, a folder of passages (.txt: one each; .md: one a heading; .jsonl: lines of id and text), a
 text encoder. Goes out, beside notes.parquet: knowledge.parquet (dicom_id, passage_ids, scores), passages.parquet (id,
@@ -27,7 +27,7 @@ from ehr_features.notes import leak_filter
 from pretrain.text import notes as film_notes
 from pretrain.text.encoder import embed
 
-BLOCK = 16_384  # notes that are compared at a time
+BLOCK = 16_384  # notes compared at a time
 
 
 def retrieve(
@@ -43,7 +43,7 @@ def retrieve(
 
     Args:
         notes: a folder of notes. passages: a folder. encoder: the text encoder's folder.
-        top: at most so many a note. threshold: of the cosine; what is below is not near.
+        top: most passages of a note. threshold: least cosine.
         cache: folder for what was embedded; `cache/` beside the notes if None.
     Returns: knowledge.parquet, a row for each note.
     Raises: UserError: no notes, no passage, two passages of one id, a line that is no passage.
@@ -141,7 +141,7 @@ def read_passages(folder: str | Path) -> pd.DataFrame:
 
 
 def filtered(passages: pd.DataFrame, mode: str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The passages after the leak filter; those of which nothing is left are counted and left out."""
+    """The passages after the leak filter; empty ones are dropped and counted."""
     clean = leak_filter.remove_all(passages["text"].tolist(), mode)
     table = passages.assign(text=clean)
     changed = int((table["text"] != passages["text"]).sum())
@@ -164,7 +164,7 @@ def _text(path: Path, stem: str, content: str) -> Iterator[tuple[str, str]]:
 
 
 def _markdown(path: Path, stem: str, content: str) -> Iterator[tuple[str, str]]:
-    """A passage a heading that has text under it; what stands before the first heading is one too."""
+    """A passage for each heading with text under it, and one for the text before the first heading."""
     parts = re.split(r"(?m)^#+[ \t]+(.+)$", content)
     yield stem, parts[0]
     for heading, body in zip(parts[1::2], parts[2::2], strict=True):

@@ -1,7 +1,7 @@
 """Notes of films (`python -m ehr_features notes`) -> a vector, or token states, for each film.
 
 Comes in: a folder with notes.parquet and a text encoder's folder. Goes out: rows as the films asked for; a film without
-a note has a row of zeros and False in the mask. A note from after its film is refused, not read.
+a note has a row of zeros and False in the mask. A note written after its film stops the run.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _rows(notes: Notes, films: Sequence[str | None] | pd.Series) -> NDArray[np.i
 
 
 def _about(notes: Notes, encoder: TextEncoder, rows: NDArray[np.int64], cut: int) -> dict[str, Any]:
-    """What was read: of which notes, by which encoder, how many were cut short."""
+    """What was read: the notes, the encoder, the number of truncated notes."""
     return {
         "encoder": encoder.folder.as_posix(),
         "encoder_hash": encoder.key,
@@ -132,7 +132,7 @@ def _about(notes: Notes, encoder: TextEncoder, rows: NDArray[np.int64], cut: int
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where the EHR group `text` comes from: folders of the notes, of the text encoder, and of what was embedded."""
+    """Folders of the EHR group `text`: the notes, the text encoder, the cache of embeddings."""
 
     notes: str
     encoder: str
@@ -156,7 +156,7 @@ def text_columns(
     if not (train & has).any():
         raise UserError(f"{source.notes}: no train film has a note, so the group `text` cannot be fitted")
     mean, std = vectors[train & has].mean(0), vectors[train & has].std(0)
-    tells = std > 1e-6  # of MiniLM's columns two are 0 but for 1e-33, whose squares are 0
+    tells = std > 1e-6  # two of MiniLM's columns hold 0 and values about 1e-33, whose squares underflow
     scaled = np.where(has[:, None] & tells, (vectors - mean) / np.where(tells, std, 1), 0)
     array = np.concatenate([scaled, ~has[:, None]], axis=1).astype(np.float32)
     names = [*(f"text_{i}" for i in range(vectors.shape[1])), "text_missing"]
