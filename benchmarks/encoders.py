@@ -3,7 +3,7 @@
     python -m benchmarks.encoders OUT [--what resnet densenet record] [--seeds 0 1 2]
 
 draws a synthetic hospital, pretrains, probes the frozen encoders, and prints tables of the macro AUROC on its test
-split beside the paired difference to the first row (95% interval over seeds x subjects). `resnet`, `densenet`: a
+split beside the paired difference to the first row (95% interval over seeds and subjects). `resnet`, `densenet`: a
 resnet34 and a small DenseNet, with and without masked anchors. `record`: a small ViT without the record, told of it
 (added as in preset `default`, concatenated as in `paper`), told of another film's. What is done is not done again: the
 same command goes on. The recipes were chosen on hospital 21; report on others.

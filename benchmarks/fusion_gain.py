@@ -33,6 +33,7 @@ from sklearn.metrics import roc_auc_score
 
 from configs import load
 from ehr_features.files import read_json
+from finetune.compare import each_training
 from finetune.config import FuseConfig
 from finetune.fusion.train import fuse
 from finetune.results import read_predictions
@@ -87,7 +88,7 @@ def trained(folder: Path, model: str, seed: int, encoder: str) -> Path:
 def auroc(run: Path) -> tuple[float, float]:
     """AUROC on the test stays with a film, mean over trainings; and its standard error if the scores said nothing."""
     values = []
-    for training in sorted(run.glob("seed_*")):
+    for training in each_training([run]):
         ids, labels, logits = read_predictions(training, "test")
         keep = ids["has_image"].to_numpy(bool)
         died = labels.to_numpy()[keep, 0]

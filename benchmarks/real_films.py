@@ -5,7 +5,7 @@
 `--mimic-cxr`: films in MIMIC-CXR-JPG's layout that are NIH's under other names, as their subjects' sex and persons are
 known from NIH's table only (`--nih`: Data_Entry*.csv and the same image files). Persons are held out: each film is
 scored by an encoder and a head of a fold that saw neither its person nor its subject. Prints AUROC over all films and
-the paired difference to random weights of the same architecture (95% interval over seeds x persons).
+the paired difference to random weights of the same architecture (95% interval over seeds and persons).
 """
 
 from __future__ import annotations

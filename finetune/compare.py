@@ -2,16 +2,17 @@
 
 Comes in: predictions of two methods on the same test rows, one or more runs (training seeds) each. Goes out: a row a
 label and one for `macro`, the primary one: difference, interval, p, and p after Holm over the labels.
-Each resample draws subjects, the same ones for both methods, and, where a method has several runs, its runs too, with
-replacement (runs of equal seeds are drawn together), so that the interval holds for the method and not for one training
-of it. Fewer than three trainings a method: `claim` says `one run`, and no more than the runs at hand is meant. Probes
-of one pretraining are one training of it, whatever their seeds.
+Interval and p are Student's, of `resample.spread`: subjects vary together for both methods, and where both have
+several runs, runs vary too (as pairs where their seeds are equal): they hold for the methods, not for these trainings.
+Fewer than three trainings of a method: `claim` is `one run`, and no more than the runs at hand is meant. Probes of one
+pretraining are one training of it, whatever their seeds.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from scipy.special import expit
 
 from configs import UserError
 from ehr_features.files import check_new_file, new_file
-from finetune.metrics import by_count, check, distribution, interval, macro, over_runs, runs_drawn, thirds
+from finetune.metrics import by_count, check, distribution, macro, thirds
+from finetune.resample import spread
 from finetune.results import read_predictions, read_results
 
 ENOUGH_SEEDS = 3
@@ -47,43 +49,50 @@ def paired(
 
     Args:
         labels: (N, L) 1, 0, NaN.
-        a, b: (runs, N, L) probabilities of each training run of each method.
+        a, b: (runs, N, L) probabilities of each training run of each method. A label that a run did not learn (a column
+            of NaN) is left out.
         groups: (N,) subjects.
-        same_seeds: run i of `a` and run i of `b` share their seed, and are drawn together.
+        same_seeds: run i of `a` and run i of `b` share their seed: their differences are what varies.
         macros: means over some labels beside `macro`.
         drawn: resamples of runs by their digest, read and filled: where one run stands in many pairs.
     Returns: label, metric, a, b (means over runs), difference (a - b), low, high, p (two-sided), p_holm, n, runs_a,
         runs_b, claim (`method` | `one run`); the first row is `macro`.
     """
-    y, _, named, group = check(labels, a[0], names, groups)
+    if same_seeds and len(a) != len(b):
+        raise UserError(f"same seeds: {len(a)} runs against {len(b)}; wanted one of each for every seed")
+    absent = np.isnan(np.concatenate([a, b])).all(1).any(0)  # (L,)
+    y, _, named, group = check(labels, np.where(absent, 0.0, a[0]), names, groups)
+    y = np.where(absent, np.nan, y)
     num = int(group.max()) + 1
     more = {"samples": samples, "seed": seed, "metrics": [metric], "num_groups": num}
     drawn = {} if drawn is None else drawn
 
     def resampled(scores: NDArray[Any]) -> Any:
-        s = np.ascontiguousarray(scores, np.float64)
+        s = np.ascontiguousarray(np.where(absent, 0.0, scores), np.float64)
         key = hashlib.blake2b(b"".join([y.tobytes(), group.tobytes(), s.tobytes(), repr(more).encode()])).digest()
         if key not in drawn:
             drawn[key] = distribution(y, s, group, **more)  # type: ignore[arg-type]
         return drawn[key]
 
     found = [[resampled(s) for s in runs] for runs in (a, b)]
-    if same_seeds and len(a) != len(b):
-        raise UserError(f"same seeds: {len(a)} runs against {len(b)}; wanted one of each for every seed")
-    picks = [runs_drawn(len(runs), samples, seed + i * (not same_seeds)) for i, runs in enumerate((a, b))]
-    means = [over_runs(runs, pick) for runs, pick in zip(found, picks, strict=True)]
-    both = ~np.isnan(means[0][0][metric])
-    rows = []
+    both = ~np.isnan(found[0][0][0][metric])
     groups_of = {name: both & np.isin(named, list(members)) for name, members in (macros or {}).items()}
     chosen = {"macro": both} | {name: member for name, member in groups_of.items() if member.any()}
     first = len(chosen)
     chosen |= {name: both & (np.arange(len(named)) == i) for i, name in enumerate(named)}
+    rows = []
     for name, member in chosen.items():
-        ends = [float(macro(values[metric][None], member)[0]) for values, _ in means]
-        difference = macro(means[0][1][metric], member) - macro(means[1][1][metric], member)
-        gap = ends[0] - ends[1]
+        # of each side: values (runs,) and resamples (runs, samples)
+        values = [np.array([macro(value[metric][None], member)[0] for value, _ in runs]) for runs in found]
+        draws = [np.stack([macro(drawn[metric], member) for _, drawn in runs]) for runs in found]
+        means = [float(of.mean()) for of in values]
+        sides = [(values[0], draws[0]), (-values[1], -draws[1])]
+        if same_seeds:
+            sides = [(values[0] - values[1], draws[0] - draws[1])]
+        gap = means[0] - means[1]
+        varies = spread(sides)
         n = int((~np.isnan(y[:, member])).any(1).sum())
-        rows.append([name, metric, *ends, gap, *interval(difference, gap), _p(difference), np.nan, n, len(a), len(b)])
+        rows.append([name, metric, *means, gap, *varies.around(gap), varies.p(gap), np.nan, n, len(a), len(b)])
     columns = ["label", "metric", "a", "b", "difference", "low", "high", "p", "p_holm", "n", "runs_a", "runs_b"]
     table = pd.DataFrame(rows, columns=columns)
     table.loc[first:, "p_holm"] = holm(table["p"].to_numpy()[first:])
@@ -128,10 +137,8 @@ def compare_runs(
             abouts[side].append(about)
     assert first is not None, "no runs given"
     seeds = [[int(about["seed"]) for about in of] for of in abouts]
-    order = [np.argsort(s, kind="stable") for s in seeds]
-    stacked = [np.stack(s)[o] for s, o in zip(scores, order, strict=True)]
-    same = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
-    more: dict[str, Any] = {"names": first[3], "samples": samples, "seed": seed, "same_seeds": same}
+    stacked = [np.stack(of)[np.argsort(own, kind="stable")] for of, own in zip(scores, seeds, strict=True)]
+    more: dict[str, Any] = {"names": first[3], "samples": samples, "seed": seed, "same_seeds": pairs(*seeds)}
     shares = abouts[0][0].get("prevalence")  # of the film tasks
     macros = thirds(shares) if shares else None
     table = paired(first[1], *stacked, groups=first[2], macros=macros, **more)
@@ -142,6 +149,11 @@ def compare_runs(
         by = of[0].get("compared_by") or {}
         table = table.assign(**{f"{key}_{name}": by.get(key) for key in CARRIED})
     return table
+
+
+def pairs(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether each seed is there once on both sides, so that runs in the order of their seeds are pairs."""
+    return sorted(a) == sorted(b) and len(set(a)) == len(a)
 
 
 def each_training(runs: Sequence[str | Path]) -> list[str | Path]:
@@ -196,7 +208,8 @@ def show(
     if out is not None:  # before the screen, whose reader may leave (`| head`)
         with new_file(out) as part:
             table.to_csv(part, index=False)
-    abouts = [read_results(each_training(runs)[0])[0] for runs in (a, b)]
+    every = [[read_results(folder)[0] for folder in each_training(runs)] for runs in (a, b)]
+    abouts = [of[0] for of in every]
     print(f"AUROC on {split}")
     for side, runs, about in zip("ab", (a, b), abouts, strict=True):
         by = about.get("compared_by") or {}
@@ -207,11 +220,25 @@ def show(
     carried = [f"{key}_{side}" for key in CARRIED for side in "ab"]
     shown = table.drop(columns=["metric", "runs_a", "runs_b", "claim", *carried])
     print(shown.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
-    if table["claim"].iloc[0] == "one run":
-        print(f"this compares the runs at hand; a claim between methods takes {ENOUGH_SEEDS} trainings of each")
+    print(_bounds(table.iloc[0], pairs(*([about["seed"] for about in of] for of in every))))
     if out is not None:
         print(f"wrote {out}")
     return table
+
+
+def _bounds(row: pd.Series, paired_seeds: bool) -> str:
+    """What the primary comparison cannot say."""
+    n, m = int(row["runs_a"]), int(row["runs_b"])
+    if row["claim"] == "one run":
+        return f"this compares the runs at hand; a claim between methods takes {ENOUGH_SEEDS} trainings of each"
+    said = f"a true difference below {(row['high'] - row['low']) / 2:.3f} would be missed more often than found"
+    floor = 2 / 2**n if paired_seeds else 2 / comb(n + m, n)  # of the exact test by sign-flips or permutations
+    if floor > 0.05:
+        said += (
+            f"\nwith {n} and {m} trainings p and interval assume that trainings vary normally, which so few cannot "
+            f"show; a test without this assumption cannot give p below {floor:.2g}"
+        )
+    return said
 
 
 def _units(folder: str | Path, split: str) -> tuple[list[Any], Any, Any, Any, list[str]]:
@@ -227,11 +254,3 @@ def _say(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return "unknown" if value is None else str(value)
-
-
-def _p(difference: NDArray[Any]) -> float:
-    """Two-sided, from the share of resamples on the other side of 0; never 0; null where the interval is."""
-    d = difference[~np.isnan(difference)]
-    if not len(d) or len(d) < 0.95 * len(difference):
-        return float("nan")
-    return float(min(1.0, 2 * (1 + min((d <= 0).sum(), (d >= 0).sum())) / (1 + len(d))))

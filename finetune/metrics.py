@@ -1,18 +1,19 @@
-"""How good predictions are, with intervals from resampled subjects.
+"""How good predictions are, with intervals over subjects, and over trainings where there are several.
 
 Comes in: labels and scores, one column a label. Goes out: a table, a row per label and metric, and label `macro`.
-Rules: a missing (NaN) label leaves its row out for that label. A label with one class in the sample has no value, and
-says why. A resample in which a label has one class is left out of that label's interval, and the label out of that
-resample's macro; where more than 5% of the resamples fall out (fewer than about three positive subjects), the interval
-is null. The macro is the mean over the labels with both classes; its interval is that of the macro of each resample.
-Intervals are the middle 95% of resamples.
-The calibration intercept and slope are those of the resample's first Newton step from the whole sample's fit.
+Rules: a missing (NaN) label leaves its row out for that label. A label with one class in the sample, or without scores,
+has no value, and its row gives the reason. The macro is the mean over the labels with a value. A resample in which a
+label has one class is left out of that label's variance, and the label out of that resample's macro; where more than 5%
+of the resamples fall out (fewer than about three positive subjects), the interval is null.
+Intervals are those of `resample.spread`, on the logit scale where a metric lies between 0 and 1. The calibration
+intercept and slope of a resample are one Newton step from the whole sample's fit. The binned calibration error has no
+interval: it is biased upwards, in a resample more than in the sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,38 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from configs import UserError
-from finetune.resample import PROBABILITIES, RANKS, THRESHOLDED, Floats, Label, multiplicities
+from finetune.resample import (
+    PROBABILITIES,
+    RANKS,
+    THRESHOLDED,
+    Floats,
+    Label,
+    calibrated_error,
+    degrees,
+    multiplicities,
+    smaller_class,
+    spread,
+)
 
+UNBOUNDED = ("calibration_slope", "calibration_intercept")
+FEW = "no interval: more than 5% of the resamples have one class only"
+AT_LIMIT = "no interval: the value is at its limit, and every resample gives the same"
+NOT_LEARNED = "not learned: no scores for this label"
 NO_PROBABILITIES = "scores outside [0, 1] are not probabilities"
 COLUMNS = ["label", "metric", "value", "low", "high", "n", "positives", "reason"]
+
+
+class _Sample(NamedTuple):
+    """What the rows of the table share."""
+
+    names: list[str]
+    known: NDArray[np.bool_]  # (N, L)
+    positives: NDArray[np.intp]  # (L,)
+    both: NDArray[np.bool_]  # (L,): both classes, and scores
+    probabilities: NDArray[np.bool_]  # (L,): scores in [0, 1]
+    smaller: Floats  # (L,): subjects of the smaller class
+    calibrated: Floats  # (L,): the binned error of perfectly calibrated scores
+    reasons: dict[int, str]  # label -> why it has no scores
 
 
 def evaluate(
@@ -36,55 +65,93 @@ def evaluate(
     seed: int = 0,
     thresholds: ArrayLike | None = None,
     macros: Mapping[str, Sequence[str]] | None = None,
+    reasons: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Score predictions, each label and their mean.
 
     Args:
         labels: (N, L) or (N,), of 0, 1 and NaN (unknown).
-        probabilities: like labels, finite where the label is known; for rank metrics any scores will do. (runs, N, L)
-            for several trainings of one method: values are means over runs, and each resample draws runs too, with
-            replacement.
+        probabilities: like labels, finite where the label is known; for rank metrics any scores will do. A column of
+            nothing but NaN is a label that was not learned. (runs, N, L) for several trainings of one method: values
+            are means over runs, and intervals hold for other trainings too.
         names: (L,) names of the labels; 0, 1, ... if None.
         groups: (N,) the subject of each row, resampled as a whole; each row on its own if None.
         samples: resamples for the intervals; 0 leaves them null.
         thresholds: (L,) or (runs, L), for F1, sensitivity, specificity, chosen on other data by `f1_thresholds`.
         macros: means over some labels beside `macro`, e.g. {"macro CheXpert-5": [...]}.
+        reasons: why a label was not learned.
     Returns: label, metric, value, low, high, n (rows with a label), positives, reason (why value or interval is null).
     Raises: UserError: shapes that differ, other labels than 0 and 1, a score that is not finite.
     """
     given = _floats(probabilities)
-    trained = given if given.ndim == 3 else given[None]
-    y, s, names, group = check(labels, trained[0], names, groups)
-    cuts = _cuts(thresholds, len(trained), y.shape[1])
+    runs = given if given.ndim == 3 else given[None] if given.ndim == 2 else given[None, :, None]
+    absent = np.any(np.all(np.isnan(runs), axis=1), axis=0)  # (L,)
+    runs = np.where(absent, 0.0, runs)
+    y, _, named, group = check(labels, runs[0], names, groups)
+    learned = np.where(absent, np.nan, y)
     found = [
-        distribution(y, check(y, p, names, None)[1], group, samples=samples, seed=seed, thresholds=cut)
-        for p, cut in zip(trained, cuts, strict=True)
+        distribution(learned, check(learned, p, named, None)[1], group, samples=samples, seed=seed, thresholds=cut)
+        for p, cut in zip(runs, _cuts(thresholds, len(runs), y.shape[1]), strict=True)
     ]
-    values, draws = over_runs(found, runs_drawn(len(trained), samples, seed))
-    rows = []
-    known = ~np.isnan(y)
-    n, positives = known.sum(0), (y == 1).sum(0)
-    both = (positives > 0) & (positives < n)
-    for i, name in enumerate(names):
-        for metric in values:
-            value, drawn = values[metric][i], draws[metric][:, i]
-            reason = _reason(metric, value, both[i], int(n[i]), int(positives[i]), s[known[:, i], i])
-            rows.append([name, metric, value, *interval(drawn, value), n[i], positives[i], reason])
-    unfit = np.array([_no_probabilities(s[known[:, i], i]) for i in range(y.shape[1])])
-    for name, members in {"macro": names, **(macros or {})}.items():
-        member = np.isin(names, list(members))
-        total, chosen = known[:, member].any(1).sum(), both & member
-        for metric in values:
-            value, drawn = macro(values[metric][None], chosen)[0], macro(draws[metric], chosen)
-            reason = "no label has a value" if np.isnan(value) else None
-            if metric in PROBABILITIES and unfit[chosen].any():
-                value, reason = np.nan, NO_PROBABILITIES
-            rows.append([name, metric, value, *interval(drawn, value), total, positives[chosen].sum(), reason])
+    sample = _sample(y, runs, absent, named, group, reasons or {})
+    members = {name: np.arange(len(named)) == i for i, name in enumerate(named)}
+    members |= {name: np.isin(named, list(of)) for name, of in {"macro": named, **(macros or {})}.items()}
+    rows = [_row(name, member, metric, sample, found) for name, member in members.items() for metric in found[0][0]]
     table = pd.DataFrame(rows, columns=COLUMNS)
-    lost = table["low"].isna() & table["value"].notna() & (samples > 0)
-    table.loc[lost, "reason"] = "no interval: more than 5% of the resamples have one class only"
     table["reason"] = table["reason"].astype(object).where(table["reason"].notna(), None)
     return table
+
+
+def _sample(
+    y: Floats,
+    runs: Floats,
+    absent: NDArray[np.bool_],
+    names: list[str],
+    group: NDArray[np.intp],
+    reasons: Mapping[str, str],
+) -> _Sample:
+    known, positives = ~np.isnan(y), (y == 1).sum(0)
+    scores = [runs[:, k, i] for i, k in enumerate(known.T)]  # of each label (runs, n)
+    return _Sample(
+        names=names,
+        known=known,
+        positives=positives,
+        both=(positives > 0) & (positives < known.sum(0)) & ~absent,
+        probabilities=np.array([bool(((of >= 0) & (of <= 1)).all()) for of in scores]),
+        smaller=smaller_class(y, group),
+        calibrated=np.array([np.mean([calibrated_error(p) for p in of]) for of in scores]),
+        reasons={i: reasons.get(name, NOT_LEARNED) for i, name in enumerate(names) if absent[i]},
+    )
+
+
+def _row(
+    name: str,
+    member: NDArray[np.bool_],
+    metric: str,
+    sample: _Sample,
+    found: Sequence[tuple[dict[str, Floats], dict[str, Floats]]],
+) -> list[Any]:
+    """One metric of one label, or of the mean over the labels of `member`."""
+    label = sample.names.index(name) if name in sample.names else None
+    chosen = member & sample.both
+    values = np.array([macro(of[metric][None], chosen)[0] for of, _ in found])
+    draws = np.stack([macro(of[metric], chosen) for _, of in found])  # (runs, samples)
+    n = int(sample.known[:, member].any(1).sum())
+    positives = int(sample.positives[member if label is not None else chosen].sum())
+    fit = metric not in PROBABILITIES or sample.probabilities[chosen].all()
+    value, low, high = float(values.mean()) if fit else np.nan, np.nan, np.nan
+    reason: str | None = None
+    if np.isnan(value):
+        reason = NO_PROBABILITIES if not fit else _no_value(metric, label, n, sample)
+    elif metric == "calibration_error":
+        error = sample.calibrated[chosen].mean()
+        reason = f"no interval: binned errors are biased upwards; scores without any error would reach {error:.3f}"
+    else:
+        varies = spread([(values, draws)], degrees(sample.smaller[chosen].mean()))
+        low, high = varies.around(value, metric not in UNBOUNDED)
+        if np.isnan(low):
+            reason = AT_LIMIT if value in (0, 1) else FEW
+    return [name, metric, value, low, high, n, positives, reason if draws.shape[1] or np.isnan(value) else None]
 
 
 def check(
@@ -144,7 +211,7 @@ def distribution(
         known = ~np.isnan(y[:, i])
         if len(np.unique(y[known, i])) == 2:
             cut = None if thresholds is None or np.isnan(thresholds[i]) else float(thresholds[i])
-            plan = Label.of(y[known, i], s[known, i], group[known], num_groups, cut)
+            plan = Label.of(y[known, i], s[known, i], group[known], num_groups, cut, not set(kept) & set(PROBABILITIES))
             plans.append((i, plan))
             for metric, value in plan.statistics(np.ones((num_groups, 1))).items():
                 if metric in values:
@@ -159,38 +226,11 @@ def distribution(
     return values, draws
 
 
-def runs_drawn(runs: int, samples: int, seed: int) -> NDArray[np.intp]:
-    """(samples, runs): which runs each resample draws."""
-    return np.random.default_rng([seed, 1]).integers(runs, size=(samples, runs))
-
-
-def over_runs(
-    found: Sequence[tuple[dict[str, Floats], dict[str, Floats]]], picks: NDArray[np.intp]
-) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Means over runs of what `distribution` gave for each; a resample takes the runs that it drew."""
-    values = {m: np.mean([value[m] for value, _ in found], axis=0) for m in found[0][0]}
-    samples = np.arange(len(picks))
-    draws = {}
-    for m in values:
-        stacked = np.stack([drawn[m] for _, drawn in found])  # (runs, samples, L)
-        draws[m] = np.mean([stacked[picks[:, j], samples] for j in range(picks.shape[1])], axis=0)
-    return values, draws
-
-
 def macro(values: Floats, both: NDArray[np.bool_]) -> Floats:
     """Mean over the labels with both classes, (R, L) -> (R,); one undefined in a resample is left out of its mean."""
     chosen = values[:, both]
     count = (~np.isnan(chosen)).sum(1)
     return np.where(count > 0, np.nansum(chosen, axis=1) / np.maximum(count, 1), np.nan)
-
-
-def interval(draws: Floats, value: float = 0.0) -> tuple[float, float]:
-    """The middle 95% of resamples; NaN where the value is, or more than 5% of the resamples are undefined."""
-    defined = draws[~np.isnan(draws)]
-    if np.isnan(value) or not len(defined) or len(defined) < 0.95 * len(draws):
-        return (np.nan, np.nan)
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return (float(low), float(high))
 
 
 def f1_thresholds(labels: ArrayLike, scores: ArrayLike) -> Floats:
@@ -223,19 +263,15 @@ def _cuts(thresholds: ArrayLike | None, runs: int, labels: int) -> list[Floats |
     return list(np.broadcast_to(cut, (runs, labels)))
 
 
-def _no_probabilities(scores: Floats) -> bool:
-    return bool(((scores < 0) | (scores > 1)).any())
-
-
-def _reason(metric: str, value: float, both: bool, n: int, positives: int, scores: Floats) -> Any:
-    if not np.isnan(value):
-        return None
+def _no_value(metric: str, label: int | None, n: int, sample: _Sample) -> str:
+    if label is None:
+        return "no label has a value"
     if n == 0:
         return "no row has this label"
-    if not both:
-        return f"one class only: {positives} positives of {n}"
-    if metric in PROBABILITIES and _no_probabilities(scores):
-        return NO_PROBABILITIES
+    if label in sample.reasons:
+        return sample.reasons[label]
+    if not sample.both[label]:
+        return f"one class only: {sample.positives[label]} positives of {n}"
     if metric in THRESHOLDED:
         return "no threshold: validation has one class only"
     return "no finite fit: the scores separate the classes, or are all equal"

@@ -1,24 +1,30 @@
-"""Statistics of many weighted samples at once: the arithmetic under `metrics.evaluate`.
+"""Statistics of many weighted samples at once, and intervals from them: the arithmetic under `metrics` and `compare`.
 
 Comes in: one label's outcomes and scores, the subject of each row, and how often each resample drew each subject.
 Goes out: each statistic for each resample. A resample is a column of multiplicities (G, R), so that every statistic is
 a few sums over the rows sorted once; nothing is sorted or copied for a resample.
+
+An interval is Student's: the variance over subjects comes from the resamples, that over trainings from the values of
+the trainings themselves: resampling three units understates their variance. `benchmarks.intervals` measures both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
+from scipy import sparse, stats
 from scipy.special import expit, logit
 
 Floats = NDArray[np.float64]
 CHUNK = 4_000_000  # rows x resamples held at a time: 32 MB in each temporary array
 SPECIFICITY = 0.9
 BINS = 15
+ROUNDING = 1e-24  # a variance that is rounding alone
+LEAST = 0.3  # of the trainings' variance: how far below 0 that of subjects alone is taken
 RANKS = ("auroc", "auprc", "sensitivity_at_specificity_90")
 PROBABILITIES = ("brier", "calibration_error", "calibration_slope", "calibration_intercept")
 THRESHOLDED = ("f1", "sensitivity", "specificity")
@@ -61,7 +67,15 @@ class Label:
     threshold: float | None
 
     @classmethod
-    def of(cls, y: Floats, scores: Floats, group: NDArray[np.intp], num_groups: int, threshold: float | None) -> Label:
+    def of(
+        cls,
+        y: Floats,
+        scores: Floats,
+        group: NDArray[np.intp],
+        num_groups: int,
+        threshold: float | None = None,
+        ranks_only: bool = False,
+    ) -> Label:
         """Sort one label.
 
         Args:
@@ -69,13 +83,14 @@ class Label:
             scores: (n,), finite; larger means more likely 1.
             group: (n,), 0 .. num_groups - 1.
             threshold: `score >= threshold` predicts 1, for F1; None leaves it out.
+            ranks_only: leave out what needs probabilities.
         """
         positive = y > 0
         thresholds, place = np.unique(-scores[positive], return_inverse=True)
         at = np.searchsorted(thresholds, -scores[~positive], side="left")  # the first threshold <= the score
         ties = np.append(thresholds, np.nan)[at] == -scores[~positive]
         tied_at, tie_row = np.unique(at[ties], return_inverse=True)
-        probabilities = bool(scores.min() >= 0 and scores.max() <= 1)
+        probabilities = not ranks_only and bool(scores.min() >= 0 and scores.max() <= 1)
         fit = calibrate(y, scores) if probabilities else (np.nan, np.nan)
 
         def count(row: NDArray[np.intp], of: NDArray[np.intp], num_rows: int) -> sparse.csr_array:
@@ -85,8 +100,7 @@ class Label:
         sums = [np.bincount(group, weights=term, minlength=num_groups) for term in terms]
         gaps = None
         if probabilities:
-            bins = np.minimum((scores * BINS).astype(int), BINS - 1)
-            gaps = sparse.coo_array((y - scores, (bins, group)), shape=(BINS, num_groups)).tocsr()
+            gaps = sparse.coo_array((y - scores, (_bins(scores), group)), shape=(BINS, num_groups)).tocsr()
         k = len(thresholds)
         return cls(
             positives=count(place, group[positive], k),
@@ -149,6 +163,83 @@ class Label:
         return out
 
 
+class Spread(NamedTuple):
+    """Variance of an estimate, and the degrees of freedom of that variance; NaN where it cannot be given."""
+
+    variance: float
+    df: float
+
+    def around(self, value: float, between_0_and_1: bool = False) -> tuple[float, float]:
+        """The 95% interval; on the logit scale where the value lies between 0 and 1, and none if it is 0 or 1."""
+        half = stats.t.ppf(0.975, self.df) * np.sqrt(self.variance)
+        if not between_0_and_1:
+            return float(value - half), float(value + half)
+        if not 0 < value < 1:
+            return np.nan, np.nan
+        low, high = expit(logit(value) + np.array([-1, 1]) * half / (value * (1 - value)))
+        return float(low), float(high)
+
+    def p(self, value: float) -> float:
+        """Two-sided, of the hypothesis that the value is 0."""
+        if self.variance < ROUNDING:
+            return 1.0 if value == 0 else np.nan
+        return float(2 * stats.t.sf(abs(value) / np.sqrt(self.variance), self.df))
+
+
+def spread(sides: Sequence[tuple[Floats, Floats]], df: float = np.inf) -> Spread:
+    """How far a sum of means over trainings is from that of other trainings and subjects.
+
+    The variance over trainings holds what trainings and subjects do together; the variance of the resampled mean holds
+    it a second time, which is taken off. What is left for subjects alone may be estimated below 0: cutting it at 0
+    would reject too seldom, keeping it whole too often. With one training on a side only subjects vary, and the result
+    is for these trainings. The trainings' degrees of freedom are Welch's; those of the sum weigh the two parts by their
+    share of the variance to the power of 1.25: with three trainings Satterthwaite's 2 rejects up to 8% of true
+    hypotheses, 1 as few as 3%.
+
+    Args:
+        sides: the terms of the sum, each the values of its trainings (n,) and their resamples (n, R), which draw the
+            same subjects in all sides.
+        df: degrees of freedom of the variance over subjects.
+    Returns: NaN where more than 5% of the resamples are undefined.
+    """
+    total = np.sum([draws.mean(0) for _, draws in sides], axis=0)
+    kept = ~np.isnan(total)
+    if kept.sum() < max(2, 0.95 * len(total)):
+        return Spread(np.nan, np.nan)
+    subjects = float(total[kept].var(ddof=1))
+    if min(len(values) for values, _ in sides) < 2:
+        return Spread(subjects, df)
+    free = np.array([len(values) - 1 for values, _ in sides])
+    parts = np.array([values.var(ddof=1) / len(values) for values, _ in sides])
+    for (_, draws), n in zip(sides, free, strict=True):
+        apart = (draws - draws.mean(0))[:, kept]
+        subjects -= float(apart.var(axis=1, ddof=1).sum()) / n / (n + 1)
+    trainings = float(parts.sum())
+    variance = trainings + max(subjects, -LEAST * trainings)
+    if trainings < ROUNDING:
+        return Spread(max(variance, 0.0), df)
+    welch = np.clip(trainings**2 / (parts**2 / (free + 2)).sum() - 2, free.min(), free.sum())
+    share = min(trainings / variance, 1.0)
+    return Spread(variance, float(1 / (share**1.25 / welch + (1 - share) ** 1.25 / df)))
+
+
+def smaller_class(y: Floats, group: NDArray[np.intp]) -> Floats:
+    """Of each label, how many subjects its smaller class has: (N, L) -> (L,)."""
+    return np.array([min(len(np.unique(group[column == k])) for k in (0, 1)) for column in y.T], np.float64)
+
+
+def degrees(smaller: float) -> float:
+    """Degrees of freedom of a variance over subjects, by those of the smaller class."""
+    return max(2 * smaller - 2, 1.0)
+
+
+def calibrated_error(probabilities: Floats) -> float:
+    """What the binned error of perfectly calibrated probabilities (n,) is on average, by the normal approximation."""
+    p = np.clip(probabilities, 0, 1)
+    variance = np.bincount(_bins(p), weights=p * (1 - p))
+    return float(np.sqrt(2 / np.pi * variance).sum() / max(len(p), 1))
+
+
 def calibrate(y: Floats, probabilities: Floats) -> tuple[float, float]:
     """Intercept and slope of the logistic regression of outcomes on logit(probability); ideal (0, 1).
 
@@ -177,6 +268,10 @@ def calibrate(y: Floats, probabilities: Floats) -> tuple[float, float]:
         if np.abs(size * step).max() < 1e-10:
             break
     return (float(beta[0]), float(beta[1] / spread))
+
+
+def _bins(probabilities: Floats) -> NDArray[np.intp]:
+    return np.minimum((probabilities * BINS).astype(np.intp), BINS - 1)
 
 
 def _terms(y: Floats, s: Floats, fit: tuple[float, float], probabilities: bool, threshold: float | None) -> Floats:

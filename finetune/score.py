@@ -27,11 +27,12 @@ def score(
 
     Args:
         labels: rows x labels of 0, 1 and empty. Columns that name the row (`KEYS`) are no labels.
-        scores: the same rows; put in the order of `labels` where both files name them by the same unique key. Columns
-            are matched by name where both files name them and share some, else by position.
-        groups: a file of one column, or with a column subject_id: a subject for each row. None: `labels`' own
-            subject_id, if it has one; else rows are resampled one by one.
-    Raises: UserError: a file that is no table of numbers, rows or columns that do not fit.
+        scores: the same rows; joined on all keys that both files have, else in the same order. Columns are matched by
+            name where both files name them and share some, else by position.
+        groups: a file of one column, or with a column subject_id: a subject for each row, joined in the same way. None:
+            `labels`' own subject_id, if it has one; else rows are resampled one by one.
+    Raises: UserError: a file that is no table of numbers, rows or columns that do not fit, keys that differ and are not
+        unique.
     """
     if out is not None:
         check_new_file(out)
@@ -40,8 +41,10 @@ def score(
     y, s = _values(labels, left, "label_"), _values(scores, right, "logit_")
     if len(y) != len(s):
         raise UserError(f"{labels} has {len(y)} rows and {scores} {len(s)}; wanted the same rows")
-    s = _same_columns(y, s.iloc[_order(left, right, scores)], scores)
-    group = _groups(groups, len(y)) if groups else left["subject_id"].to_numpy() if "subject_id" in left else None
+    s = _same_columns(y, s.iloc[_order(labels, left, scores, right)], scores)
+    group = left["subject_id"].to_numpy() if "subject_id" in left else None
+    if groups:
+        group = _groups(groups, labels, left)
     names = [str(c) for c in (s if isinstance(y.columns, pd.RangeIndex) else y).columns]
     table = evaluate(y.to_numpy(), s.to_numpy(), names=names, groups=group, samples=samples, seed=seed)
     if out is not None:  # before the screen, whose reader may leave (`| head`)
@@ -121,15 +124,26 @@ def _no_number(frame: pd.DataFrame) -> str:
     return f"{len(rows)} cells are none, the first in row {rows[0] + 1} of column `{frame.columns[columns[0]]}`"
 
 
-def _order(left: pd.DataFrame, right: pd.DataFrame, scores: str) -> np.ndarray:
-    """Row numbers of `right` in the order of `left`, by the first key that both have. Raises: UserError: other rows."""
-    for key in KEYS:
-        if key in left and key in right and left[key].is_unique and right[key].is_unique:
-            place = pd.Index(right[key]).get_indexer(pd.Index(left[key]))
-            if (place < 0).any():
-                raise UserError(f"{scores}: {(place < 0).sum()} of the labels' rows are not here, by `{key}`")
-            return place
-    return np.arange(len(right))
+def _order(labels: str, left: pd.DataFrame, other: str, right: pd.DataFrame) -> np.ndarray:
+    """Row numbers of `right` in the order of `left`, by all keys that both have.
+
+    Raises: UserError: other rows, or rows in another order that the keys cannot tell apart.
+    """
+    keys = [key for key in KEYS if key in left and key in right]
+    a, b = (frame[keys].convert_dtypes().astype("string").fillna("") for frame in (left, right))
+    if not keys or a.reset_index(drop=True).equals(b.reset_index(drop=True)):
+        return np.arange(len(right))
+    by = ", ".join(f"`{key}`" for key in keys)
+    for path, frame in ((labels, a), (other, b)):
+        if (twice := frame.duplicated(keep=False)).any():
+            raise UserError(
+                f"{path}: {twice.sum()} rows share their {by} with another row, and {labels} and {other} differ in "
+                "their order; add a key that is unique to both (dicom_id, sample_id, ...), or sort both alike"
+            )
+    place = pd.MultiIndex.from_frame(b).get_indexer(pd.MultiIndex.from_frame(a))
+    if (place < 0).any():
+        raise UserError(f"{other}: {(place < 0).sum()} of the rows of {labels} are not here, by {by}")
+    return place
 
 
 def _same_columns(y: pd.DataFrame, s: pd.DataFrame, scores: str) -> pd.DataFrame:
@@ -143,11 +157,13 @@ def _same_columns(y: pd.DataFrame, s: pd.DataFrame, scores: str) -> pd.DataFrame
     return s
 
 
-def _groups(path: str, rows: int) -> np.ndarray:
-    """A subject for each row."""
-    frame = _read(path)
+def _groups(path: str, labels: str, left: pd.DataFrame) -> np.ndarray:
+    """A subject for each row of `left`."""
+    frame, rows = _read(path), len(left)
     if len(frame) == rows - 1 and path.endswith(CSV):
         frame = _read(path, header=False)
     if frame.shape[1] != 1 and "subject_id" not in frame:
         raise UserError(f"{path}: {frame.shape[1]} columns; wanted one, the subject of each row, or one `subject_id`")
+    if len(frame) == rows:  # `evaluate` refuses another number
+        frame = frame.iloc[_order(labels, left, path, frame)]
     return (frame["subject_id"] if "subject_id" in frame else frame.iloc[:, 0]).to_numpy()

@@ -22,6 +22,7 @@ from configs.signals import held
 from ehr_features import series
 from ehr_features.files import read_json, read_table
 from finetune.metrics import COLUMNS
+from finetune.resample import spread
 from pretrain.data import begin_worker
 
 if TYPE_CHECKING:
@@ -393,16 +394,16 @@ def length_of_stay(
     for t, chance in enumerate(chances):
         np.add.at(tables[:, t], (group, bins[at], chance.argmax(1)), 1)
         np.add.at(misses[:, t], group, np.abs(chance @ medians - hours[at]))
-    draws = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=resamples)
+    draws = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=resamples).astype(float)
     rows = []
     for name, of in (
         ("kappa", lambda w: _kappa(np.tensordot(w, tables, 1))),
         ("mae_hours", lambda w: (w @ misses) / (w @ sizes)),
     ):
-        value = float(np.mean(of(np.ones(num))))
-        drawn = np.array([np.mean(of(w.astype(float))) for w in draws])
-        low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (np.nan, np.nan)
-        rows.append(["los_hours", name, value, low, high, len(at), 0, None])
+        values = of(np.ones(num))  # (trainings,)
+        drawn = np.array([of(w) for w in draws]).reshape(len(draws), len(values)).T
+        low, high = spread([(values, drawn)], num - 1.0).around(float(values.mean()))
+        rows.append(["los_hours", name, float(values.mean()), low, high, len(at), 0, None])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

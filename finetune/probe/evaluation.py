@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,8 +24,8 @@ from scipy.special import expit, logit
 
 from configs import UserError
 from finetune.labelled import Films, age_bands
-from finetune.metrics import distribution, evaluate, interval, macro
-from finetune.resample import Floats
+from finetune.metrics import distribution, evaluate, macro
+from finetune.resample import Floats, degrees, smaller_class, spread
 from finetune.results import write_predictions
 
 if TYPE_CHECKING:
@@ -229,14 +229,23 @@ def _gaps(on: Scored, field: str, samples: int, seed: int) -> list[dict[str, Any
     return sorted(found, key=lambda gap: -gap["difference"])[:1]
 
 
-def reached(parts: Sequence[Scored], *, samples: int, seed: int) -> list[tuple[Floats, Floats]]:
-    """AUROC of each label (L,), and in each resample (samples, L), of each part; all see the same subjects drawn."""
+class Reached(NamedTuple):
+    """AUROC of some rows."""
+
+    values: Floats  # (L,)
+    draws: Floats  # (samples, L)
+    smaller: Floats  # (L,): subjects of the smaller class
+
+
+def reached(parts: Sequence[Scored], *, samples: int, seed: int) -> list[Reached]:
+    """Of each part; all see the same subjects drawn."""
     subject = pd.factorize(np.concatenate([[], *(part.table["subject_id"] for part in parts)]))[0]
     found, start = [], 0
     for part in parts:
         own, start = subject[start : start + len(part.table)], start + len(part.table)
+        labels = part.labels.astype(np.float64)
         values, draws = distribution(
-            part.labels.astype(np.float64),
+            labels,
             part.probabilities,
             own,
             samples=samples,
@@ -244,16 +253,18 @@ def reached(parts: Sequence[Scored], *, samples: int, seed: int) -> list[tuple[F
             metrics=["auroc"],
             num_groups=int(subject.max()) + 1,
         )
-        found.append((values["auroc"], draws["auroc"]))
+        found.append(Reached(values["auroc"], draws["auroc"], smaller_class(labels, own)))
     return found
 
 
-def difference(a: tuple[Floats, Floats], b: tuple[Floats, Floats]) -> dict[str, Any] | None:
+def difference(a: Reached, b: Reached) -> dict[str, Any] | None:
     """Macro AUROC of two parts over the labels that have both classes in both, and its difference; None without one."""
-    common = ~np.isnan(a[0]) & ~np.isnan(b[0])
+    common = ~np.isnan(a.values) & ~np.isnan(b.values)
     if not common.any():
         return None
-    ends = [float(macro(part[0][None], common)[0]) for part in (a, b)]
-    low, high = interval(macro(a[1], common) - macro(b[1], common))
-    gap = {"difference": ends[0] - ends[1], "low": low, "high": high, "labels": int(common.sum())}
-    return {"a": ends[0], "b": ends[1], **gap}
+    ends = [float(macro(part.values[None], common)[0]) for part in (a, b)]
+    gap = ends[0] - ends[1]
+    draws = macro(a.draws, common) - macro(b.draws, common)
+    df = degrees(np.minimum(a.smaller, b.smaller)[common].mean())
+    low, high = spread([(np.array([gap]), draws[None])], df).around(gap)
+    return {"a": ends[0], "b": ends[1], "difference": gap, "low": low, "high": high, "labels": int(common.sum())}

@@ -17,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 from scipy.special import expit
 
-from finetune.compare import holm, paired
+from finetune.compare import holm, paired, pairs
 from finetune.report.data import Run, common_rows, is_macro
 from finetune.report.figures import Row, forest
 from finetune.report.html import both_widths, figure, fixed, frame, interval, join, number, told
@@ -73,8 +73,9 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Markup 
     drawing = both_widths(lambda w: forest(rows, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
     label = "macro AUROC" if len(next(iter(able.values()))[0].labels) > 1 else "AUROC"
     caption = (
-        f"The first run's {label} less the second's, on the same test rows and the same resamples of subjects. An "
-        "interval that crosses the dashed line shows no difference. p: two-sided, Holm-adjusted over these pairs."
+        f"The first run's {label} less the second's, on the same test rows. Intervals and p (two-sided, Holm-adjusted "
+        "over these pairs) are Student's, over subjects and, where both have several, over training seeds. An interval "
+        "that crosses the dashed line shows no difference."
     )
     columns = ["pair", "first", "second", "difference", "p", "p (Holm)", "n", "seeds of first", "of second"]
     return figure(
@@ -137,15 +138,17 @@ def _compare(
     read = [one.loc[common] for one in read]
     labels, *others = (one[wanted[: len(names)]].to_numpy(float) for one in read)
     same = all(np.array_equal(y, labels, equal_nan=True) for y in others)
-    if not same or not all(np.isfinite(one[wanted[len(names) :]].to_numpy(float)).all() for one in read):
+    logits = [one[wanted[len(names) :]].to_numpy(float) for one in read]
+    whole = all((np.isfinite(of).all(0) | np.isnan(of).all(0)).all() for of in logits)  # NaN: a label not learned
+    if not same or not whole:
         return None
     seeds = [[int(run.result["seed"]) for run in side] for side in (a, b)]
-    scores = [expit(one[wanted[len(names) :]].to_numpy(float)) for one in read]
+    scores = [expit(of) for of in logits]
     sides = [
         np.stack(side)[np.argsort(s, kind="stable")]
         for side, s in zip((scores[: len(a)], scores[len(a) :]), seeds, strict=True)
     ]
-    together = sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0])
+    together = pairs(*seeds)
     groups = read[0]["subject_id"].to_numpy()
     table = paired(labels, *sides, groups=groups, names=names, samples=samples, same_seeds=together, drawn=drawn)
     main = table["label"] == a[0].main

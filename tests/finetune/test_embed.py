@@ -201,8 +201,53 @@ def test_columns_of_other_names_are_matched_by_position_and_rows_by_their_key(
     said = capsys.readouterr().out
     assert "sick by p" in said and "20 resamples of 3 subjects" in said
     pd.DataFrame({"dicom_id": list("dbcx"), "p": s}).to_csv(tmp_path / "s.csv", index=False)
-    with pytest.raises(UserError, match=r"1 of the labels' rows are not here, by `dicom_id`"):
+    with pytest.raises(UserError, match=r"1 of the rows of .*y.csv are not here, by `dicom_id`"):
         score(str(tmp_path / "y.csv"), str(tmp_path / "s.csv"))
+
+
+KEYED = pd.DataFrame({"subject_id": [1, 1, 2, 3], "view": ["AP", "PA", "AP", "PA"], "x": [0, 1, 0, 1.0]})
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores"),
+    [
+        pytest.param({}, {}, id="two keys, unique together"),
+        pytest.param({"dicom_id": list("abcd")}, {"dicom_id": list("abcd")}, id="three keys"),
+        pytest.param({}, {"subject_id": ["1", "1", "2", "3"]}, id="numbers and text"),
+        pytest.param({"view": ["AP", "PA", None, "PA"]}, {"view": ["AP", "PA", None, "PA"]}, id="a missing one"),
+        pytest.param({"sample_id": range(4)}, {"stay_id": range(4)}, id="keys of their own"),
+    ],
+)
+def test_rows_are_joined_on_all_keys_that_both_files_have(tmp_path: Path, labels: dict, scores: dict) -> None:
+    p, order, y, s = np.array([0.2, 0.9, 0.4, 0.3]), [3, 1, 0, 2], tmp_path / "y.csv", tmp_path / "s.parquet"
+    KEYED.assign(**labels).to_csv(y, index=False)
+    KEYED.assign(**scores, x=p).iloc[order].to_parquet(s, index=False)
+    got = score(str(y), str(s), samples=9)
+    pd.testing.assert_frame_equal(got, evaluate(KEYED["x"], p, names=["x"], groups=[1, 1, 2, 3], samples=9))
+    groups = tmp_path / "g.csv"
+    KEYED.drop(columns="subject_id").assign(dicom_id=list("abcd")).to_csv(y, index=False)
+    KEYED.assign(dicom_id=list("abcd"))[["dicom_id", "subject_id"]].iloc[order].to_csv(groups, index=False)
+    pd.DataFrame({"dicom_id": list("abcd"), "x": p}).iloc[order].to_parquet(s, index=False)
+    got = score(str(y), str(s), groups=str(groups), samples=50)
+    pd.testing.assert_frame_equal(got, evaluate(KEYED["x"], p, names=["x"], groups=[1, 1, 2, 3], samples=50))
+
+
+def test_rows_that_their_keys_cannot_tell_apart_are_refused_unless_in_the_same_order(tmp_path: Path) -> None:
+    y, s = tmp_path / "y.csv", tmp_path / "s.csv"
+    KEYED.drop(columns="view").to_csv(y, index=False)
+    KEYED.drop(columns="view").assign(x=[0.2, 0.9, 0.4, 0.3]).to_csv(s, index=False)
+    assert score(str(y), str(s), samples=0)["value"][0] == 0.75
+    for order in ([3, 1, 2, 0], [2, 0, 1, 3]):
+        KEYED.drop(columns="view").assign(x=0.5).iloc[order].to_csv(s, index=False)
+        with pytest.raises(UserError, match="2 rows share their `subject_id` with another row"):
+            score(str(y), str(s), samples=0)
+
+
+@pytest.mark.real
+def test_the_arrays_of_the_cases_are_joined_by_subject_and_view(shared: Path) -> None:
+    folder = shared / "cases" / "arrays"
+    got = score(str(folder / "labels.csv"), str(folder / "scores.csv"), samples=0)
+    assert got["value"][0] == pytest.approx(0.9313, abs=5e-5)
 
 
 def test_the_predictions_of_a_run_are_scored_as_they_are(make_world: World) -> None:

@@ -1,0 +1,112 @@
+"""Intervals and p: against scipy where it has the same test, and on simulated trainings whose truth is known."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.intervals import SDS, coverage, missed
+from finetune.compare import paired
+from finetune.metrics import evaluate
+from finetune.resample import spread
+
+CASES = [(subjects, sd, own) for subjects in (100, 300) for sd in SDS for own in (0, 0.5, 1)]
+
+
+def still(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Trainings whose values no resample of subjects moves."""
+    return values, np.repeat(values[:, None], 9, axis=1)
+
+
+def test_without_subjects_it_is_students_test_of_pairs_and_between_welch_and_pooled_of_two_samples() -> None:
+    rng = np.random.default_rng(0)
+    for n in (3, 5, 10):
+        a, b = rng.normal(0.8, 0.01, n), rng.normal(0.8, 0.02, n)
+        gap = float(a.mean() - b.mean())
+        assert spread([still(a - b)]).p(gap) == pytest.approx(stats.ttest_rel(a, b).pvalue)
+        low, high = spread([still(a)]).around(float(a.mean()))
+        assert (low, high) == pytest.approx(stats.t.interval(0.95, n - 1, a.mean(), stats.sem(a)))
+        ends = [stats.ttest_ind(a, b, equal_var=equal).pvalue for equal in (True, False)]
+        assert min(ends) - 1e-9 <= spread([still(a), still(-b)]).p(gap) <= max(ends) + 1e-9
+
+
+def test_one_training_a_side_varies_over_subjects_alone() -> None:
+    draws = np.random.default_rng(0).normal(0.8, 0.02, (2, 4000))
+    got = spread([(np.array([0.8]), draws[:1]), (np.array([-0.7]), -draws[1:])])
+    assert got.variance == pytest.approx(2 * 0.02**2, rel=0.1)
+    assert got.p(0.1) == pytest.approx(2 * stats.norm.sf(0.1 / got.variance**0.5))
+
+
+def test_three_pairs_of_one_sign_are_no_proof() -> None:
+    rng = np.random.default_rng(0)
+    y = (rng.random((400, 1)) < 0.4).astype(float)
+    shared = rng.normal(size=y.shape)
+    a, b = (np.stack([shared + (1 + k + better) * y for k in (0, 0.2, 0.4)]) for better in (0.02, 0))
+    a[2] += 0.3 * y  # one of the three is much better, all are a little
+    row = paired(y, a, b, groups=np.arange(400), same_seeds=True, samples=200).iloc[0]
+    assert row["low"] < 0 < row["high"] and row["p"] > 0.25 and row["claim"] == "method"
+
+
+def test_two_methods_without_variance_differ_by_nothing_or_have_no_p() -> None:
+    assert spread([still(np.zeros(3))]).p(0.0) == 1
+    assert np.isnan(spread([still(np.full(3, 0.1))]).p(0.1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("same_seeds", [False, True])
+@pytest.mark.parametrize("runs", [3, 5, 10])
+def test_equal_methods_have_p_below_5_percent_in_3_to_7_percent(runs: int, same_seeds: bool) -> None:
+    more = {"gap": 0, "same_seeds": same_seeds, "replicates": 200 if runs < 10 else 100, "seed": 0}
+    found = [missed(runs, subjects, sd, own=own, **more) for subjects, sd, own in CASES]
+    assert 0.03 <= np.mean(found) <= 0.07 and max(found) <= 0.11, dict(zip(CASES, found, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [3, 5, 10])
+def test_the_true_difference_is_held_by_93_to_97_percent(runs: int) -> None:
+    more = {"gap": 0.02, "same_seeds": runs == 5, "replicates": 200 if runs < 10 else 100, "seed": 0}
+    found = [missed(runs, subjects, sd, own=own, **more) for subjects, sd, own in CASES[::2]]
+    assert 0.03 <= np.mean(found) <= 0.07, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [3, 5])
+def test_many_subjects_are_no_exception(runs: int) -> None:
+    found = [missed(runs, 3000, sd, gap=0, own=0.5, same_seeds=False, replicates=300, seed=0) for sd in SDS]
+    assert 0.03 <= np.mean(found) <= 0.07, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("subjects", "prevalence", "films"), [(60, 0.1, 1), (100, 0.1, 3), (300, 0.1, 1)])
+def test_one_trainings_interval_holds_the_truth_with_few_positives(
+    subjects: int, prevalence: float, films: int
+) -> None:
+    held = coverage(subjects, prevalence, films=films, replicates=500, seed=0)
+    assert held["auroc"] > 0.93 and held["auprc"] > 0.91 and held.min() > 0.9, held
+    assert "calibration_error" not in held
+
+
+def test_every_interval_holds_its_value_and_stays_between_0_and_1() -> None:
+    rng = np.random.default_rng(0)
+    y = (rng.random((60, 30)) < 0.12).astype(float)
+    p = rng.random((3, *y.shape)) * 0.5 + 0.4 * y
+    for runs in (p, p[0]):
+        table = evaluate(y, runs, samples=60, thresholds=np.full(30, 0.5))
+        known = table[table["low"].notna()]
+        assert ((known["low"] <= known["value"]) & (known["value"] <= known["high"])).all() and len(known) > 150
+        bounded = known[~known["metric"].str.startswith("calibration")]
+        assert bounded["low"].min() >= 0 and bounded["high"].max() <= 1
+
+
+def test_the_binned_calibration_error_has_no_interval_but_what_no_error_would_give() -> None:
+    rng = np.random.default_rng(0)
+    p = rng.random((400, 100))
+    table = evaluate(rng.random(p.shape) < p, p, samples=2).query("metric == 'calibration_error' and label != 'macro'")
+    assert table[["low", "high"]].isna().all(axis=None) and table["reason"].str.startswith("no interval: binned").all()
+    said = table["reason"].str.extract(r"(0\.\d+)$")[0].astype(float)
+    assert said.mean() == pytest.approx(table["value"].mean(), rel=0.03)  # these scores are perfectly calibrated
+
+
+def test_a_value_at_its_limit_has_no_interval_and_the_reason() -> None:
+    table = evaluate(np.arange(40) > 25, np.arange(40) / 40, samples=50).set_index(["label", "metric"])
+    assert table.loc[("0", "auroc"), "value"] == 1 and np.isnan(table.loc[("0", "auroc"), "low"])
+    assert "at its limit" in table.loc[("macro", "auroc"), "reason"]
