@@ -25,7 +25,7 @@ from scipy.special import expit
 from configs import cli, load
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
-from ehr_features.schema import FINDINGS
+from ehr_features.schema import FINDINGS, FRONTAL
 from finetune.compare import paired
 from finetune.config import ProbeConfig
 from finetune.demo import CONFIGS
@@ -49,7 +49,7 @@ def read_films(mimic_cxr: Path, nih: Path) -> pd.DataFrame:
     films = _contents(mimic_cxr).merge(twins.drop(columns=["stem", "path"]), on="content", validate="m:1")
     films = films.rename(columns={"stem": "dicom_id"}).merge(metadata, on="dicom_id", validate="1:1")
     films = films.merge(findings, on=["subject_id", "study_id"], how="left", validate="m:1")
-    films = films[films["ViewPosition"].isin(["AP", "PA"])].sort_values("dicom_id", ignore_index=True)
+    films = films[films["ViewPosition"].isin(FRONTAL)].sort_values("dicom_id", ignore_index=True)
     films["male"] = (films["Patient Gender"] == "M").astype(int)
     films["ap"] = (films["ViewPosition"] == "AP").astype(int)
     people, subjects = (pd.factorize(films[c])[0] for c in ("Patient ID", "subject_id"))

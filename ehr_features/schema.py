@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 INT, TEXT, REAL, TIME, DATE = "int64", "string", "float64", "timestamp", "date"
 
@@ -25,6 +25,10 @@ class Raw:
     rows: Mapping[str, int] = field(default_factory=dict)  # known row counts by release
 
 
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+HELD_OUT = ("val", "test")  # what no encoder may have been trained on
+FRONTAL = ("AP", "PA")  # the views that `views: frontal` keeps
 FINDINGS = (
     "Atelectasis",
     "Cardiomegaly",

@@ -15,8 +15,8 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import UNREADABLE
+from ehr_features.schema import SPLITS
 
-SPLITS = ("train", "val", "test")
 METHODS = ("hash", "official", "temporal")  # or the path of a file of subject_id, split
 FRACTIONS = (0.7, 0.1, 0.2)
 OFFICIAL = {"train": "train", "validate": "val", "test": "test"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import cli
+from ehr_features.schema import HELD_OUT
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 
 
@@ -159,7 +160,7 @@ def _scores(commands: Any) -> None:
     )
     compare.add_argument("a", metavar="RUN", nargs="+", help="runs of one method, a training seed each")
     compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", required=True, help="runs of the other method")
-    compare.add_argument("--split", default="test", choices=("val", "test"))
+    compare.add_argument("--split", default="test", choices=HELD_OUT)
     compare.add_argument("--samples", type=_count, default=1000, help="resamples (default 1000)")
     compare.add_argument("--seed", type=_count, default=0, help="of the resamples (default 0)")
     compare.add_argument("--out", metavar="FILE.csv", help="also write the table there")

@@ -17,9 +17,8 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import file_digest, read_json
+from ehr_features.schema import HELD_OUT
 from pretrain.seen import read_seen
-
-HELD_OUT = ("val", "test")
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features.files import read_table
-from ehr_features.schema import FINDINGS
+from ehr_features.schema import FINDINGS, FRONTAL, SPLITS
 
-SPLITS = ("train", "val", "test")
-FRONTAL = ("AP", "PA")
 KEYS = ["dicom_id", "study_id", "subject_id", "split", "view"]
 
 

@@ -17,10 +17,10 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import UNREADABLE, digest, new_file
-from ehr_features.schema import FINDINGS
+from ehr_features.schema import FINDINGS, FRONTAL, SPLITS
 from ehr_features.splits import by_hash
 from finetune.config import TableConfig
-from finetune.labelled import FRONTAL, Films, read_films
+from finetune.labelled import Films, read_films
 from pretrain.config import ImagesConfig
 from pretrain.store import Store, pack
 from pretrain.store.decode import SUFFIXES
@@ -211,7 +211,7 @@ def _csv(config: TableConfig, seed: int) -> Read:
     if config.split:
         names = {"valid": "val", "validate": "val", "validation": "val", "dev": "val", "training": "train"}
         table["split"] = raw[config.split].astype(str).str.strip().str.lower().replace(names)
-        if unknown := sorted(set(table["split"].astype(str)) - {"train", "val", "test"}):
+        if unknown := sorted(set(table["split"].astype(str)) - set(SPLITS)):
             raise UserError(f"{config.table}: `{config.split}` holds {unknown[:3]}; wanted train, val, test")
         if "val" not in set(table["split"]):
             table = _carve(table, seed)

@@ -23,6 +23,7 @@ from configs import UserError
 from ehr_features import series, static
 from ehr_features import splits as by_subject
 from ehr_features.files import file_digest, new_file, read_json, read_table, undamaged
+from ehr_features.schema import SPLITS
 from ehr_features.series import bins
 from finetune.fusion.samples import KEYS, complete_steps, one_hot, read_samples
 from finetune.guard import refuse_discharge
@@ -33,7 +34,6 @@ from pretrain.text.notes import check_notes
 if TYPE_CHECKING:
     from collections.abc import Container
 
-SPLITS = ("train", "val", "test")
 CHOICES = {"views": ("frontal", "all"), "uncertain": ("ignore", "zeros", "ones"), "missing": ("zeros", "ignore")}
 FRACTIONS = (0.7, 0.15, 0.15)
 Item = dict[str, Any]

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from configs import Settings
 from ehr_features.config import Storage
+from ehr_features.schema import Split
 
 
 class ImagesConfig(Settings):
@@ -169,7 +170,7 @@ class OptimConfig(Settings):
 class FilmsConfig(Settings):
     """Which films, and which of them make a pair."""
 
-    splits: list[Literal["train", "val", "test"]] = Field(default=["train"], min_length=1)  # fine-tuning checks them
+    splits: list[Split] = Field(default=["train"], min_length=1)  # fine-tuning checks them
     views: Literal["frontal", "all"] = "frontal"
     per_subject_cap: int | None = Field(default=None, ge=1)  # at most so many films a subject, drawn by seed
     positives: Literal["film", "study", "patient"] = "film"  # the target's film: the same, or another of the ...

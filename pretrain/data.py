@@ -23,6 +23,7 @@ from configs.signals import held
 from ehr_features import files as lock
 from ehr_features import static
 from ehr_features.files import read_table, undamaged
+from ehr_features.schema import FRONTAL
 from pretrain.config import FilmsConfig
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.msn import Batch
@@ -31,8 +32,6 @@ from pretrain.views import Plan, Views, cut, draw, draw_keep, draw_noise, film_k
 
 if TYPE_CHECKING:
     from pretrain.store import Store
-
-FRONTAL = ("AP", "PA")
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs import load
+from ehr_features import schema
 from ehr_features.config import FeaturesConfig, NotesConfig
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import ImagesConfig, PretrainConfig
@@ -68,6 +69,19 @@ def test_a_room_opens_on_a_screen_and_its_faces_are_short(room: str) -> None:
     assert len(shown) <= 22
     for face in (ROOT / room).glob("*/__init__.py"):
         assert len(face.read_text(encoding="utf-8").splitlines()) <= 16, face
+
+
+@pytest.mark.parametrize("fact", [schema.SPLITS, schema.HELD_OUT, schema.FRONTAL, schema.FINDINGS], ids=lambda f: f[0])
+def test_a_fact_of_the_schema_is_written_once(fact: tuple[str, ...]) -> None:
+    written = [
+        path.relative_to(ROOT).as_posix()
+        for path in _modules().values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Tuple | ast.List | ast.Set)
+        and {getattr(element, "value", None) for element in node.elts} == set(fact)
+        and all(isinstance(element, ast.Constant) for element in node.elts)
+    ]
+    assert written == ["ehr_features/schema.py"]
 
 
 def test_the_public_functions_stand_where_the_pages_say() -> None:

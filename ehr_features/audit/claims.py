@@ -37,8 +37,8 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.files import read_json, read_table
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import Source, open_source
+from ehr_features.schema import SPLITS
 from ehr_features.series import channels
-from ehr_features.splits import SPLITS
 
 LABEL_GROUPS = ("finding", "phenotype", "outcome")
 ORDER = ("study", "admission", "discharge")

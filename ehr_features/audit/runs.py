@@ -13,9 +13,9 @@ from configs import UserError
 from ehr_features import static
 from ehr_features.audit.verdict import Verdict, cannot, decide
 from ehr_features.files import read_json
+from ehr_features.schema import HELD_OUT
 
 UNTRAINED = ("pixels", "metadata", "random:")
-HELD_OUT = ("val", "test")
 
 
 def check_runs(runs: list[Path], subjects: pd.DataFrame) -> list[Verdict]:

@@ -17,11 +17,8 @@ from ehr_features.demo.plan import Plan
 from ehr_features.demo.tables import columns, write_csv
 from ehr_features.demo.thorax import Canvas, Textures, frontal, lateral
 from ehr_features.demo.truth import NAMES, Array, amounts, auroc
+from ehr_features.schema import FINDINGS, FRONTAL
 
-FINDINGS = (
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion",
-    "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
-)  # fmt: skip
 DRAWN = {
     "Atelectasis": "atelectasis", "Cardiomegaly": "heart", "Consolidation": "consolidation", "Edema": "edema",
     "Enlarged Cardiomediastinum": "mediastinum", "Lung Lesion": "lesion", "Pleural Effusion": "effusion",
@@ -114,7 +111,7 @@ def best_auroc(films: pd.DataFrame, true: Array, reader: Array) -> dict[str, flo
     Args:
         true, reader: (studies, 14): P(finding), and the reader's score of it.
     """
-    frontal = films.loc[films["view"].isin(["AP", "PA"]), "study"]
+    frontal = films.loc[films["view"].isin(FRONTAL), "study"]
     best = {}
     for k, name in enumerate(FINDINGS):
         one, unsure = written(true[frontal, k])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from ehr_features.files import new_file, read_table
+from ehr_features.schema import HELD_OUT
 from finetune import metrics, results
 from finetune.config import FuseConfig
 from finetune.fusion.net import FilmBranch, Net
@@ -50,7 +51,7 @@ def write(
     for split in trainings[0]:
         found = [training[split] for training in trainings]
         at = found[0].rows
-        if split not in ("val", "test"):  # the test split made poorer: its name is the subset
+        if split not in HELD_OUT:  # the test split made poorer: its name is the subset
             chances = torch.from_numpy(np.stack([f.logits for f in found])).sigmoid().numpy()
             tables.append(_rate(samples, rows["train"], at, chances, config).assign(split="test", subset=split))
             continue

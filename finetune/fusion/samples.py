@@ -21,6 +21,7 @@ from configs import UserError
 from configs.signals import held
 from ehr_features import series
 from ehr_features.files import read_json, read_table
+from ehr_features.schema import FRONTAL
 from finetune.metrics import COLUMNS
 from finetune.resample import spread
 from pretrain.data import begin_worker
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     pass
 
-SPLITS = ("train", "val", "test")
 VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for another or an unknown view
 CONTEXT = len(VIEWS) + 1  # columns of `Samples.context`
 
@@ -267,7 +267,7 @@ def _film_rows(
     if count > 1:
         earlier = pairs.merge(taken, on="stay_id", suffixes=("_own", ""))
         keep = (earlier["hours_from_intime"] < earlier["hours_from_intime_own"]) & (earlier["hours_from_intime"] >= 0)
-        keep &= earlier["view"].isin(["AP", "PA"]) | ~earlier["view_own"].isin(["AP", "PA"])  # frontal with frontal
+        keep &= earlier["view"].isin(FRONTAL) | ~earlier["view_own"].isin(FRONTAL)  # frontal with frontal
         columns = ["row", "dicom_id", "predict_at_hours", "hours_from_intime", "view"]
         pairs = pd.concat([earlier.loc[keep, columns], pairs[columns]])
         pairs = pairs.sort_values(["row", "hours_from_intime"], kind="stable").groupby("row").tail(count)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from configs import UserError
 from ehr_features.files import new_file, read_json, write_json
+from ehr_features.schema import HELD_OUT
 from finetune.config import FuseConfig
 from finetune.fusion import gbm, outputs
 from finetune.fusion.cross_attention import KINDS
@@ -81,7 +82,7 @@ def _fuse(
             about["lr"] = [*about.get("lr", []), *trials]
             if accelerator.is_main_process:
                 outputs.save(place, net, samples, own)
-        found.append({split: model(samples, rows[split]) for split in ("val", "test")})
+        found.append({split: model(samples, rows[split]) for split in HELD_OUT})
         for name, changed in outputs.poorer(samples, films is not None, seed).items() if config.robustness else ():
             found[-1][name] = model(changed, rows["test"])
         if accelerator.is_main_process and config.seeds > 1:

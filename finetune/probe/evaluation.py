@@ -23,6 +23,7 @@ from rich.text import Text
 from scipy.special import expit, logit
 
 from configs import UserError
+from ehr_features.schema import SPLITS
 from finetune.labelled import Films, age_bands
 from finetune.metrics import distribution, evaluate, macro
 from finetune.resample import Floats, degrees, smaller_class, spread
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 def plan(config: ProbeConfig, films: Films, name: str) -> str:
     """What will be done, in a line."""
-    counts = ", ".join(f"{len(films.rows(split)):,} {split}" for split in ("train", "val", "test"))
+    counts = ", ".join(f"{len(films.rows(split)):,} {split}" for split in SPLITS)
     left = "".join(f"; {number:,} left out ({why})" for why, number in films.left_out.items())
     return f"{config.method} probe of {name} on {len(films.names)} labels: {counts} films{left}"
 

@@ -20,6 +20,7 @@ import torch
 
 from configs import UserError
 from ehr_features.files import read_table
+from ehr_features.schema import HELD_OUT
 from finetune.config import ProbeConfig
 from finetune.encoders import Frozen, describe, film_features, open_any, open_frozen
 from finetune.guard import NOTHING, Seen, check_encoder
@@ -165,7 +166,7 @@ def evaluate(
     largest = config.fractions[-1]
     best = fits[largest][0]
     cut = _thresholds(config, films, best)
-    for split in ("val", "test"):
+    for split in HELD_OUT:
         on = scored(films, films.rows(split), best.predict(films.rows(split)), unit=config.unit)
         if run.is_main():
             on.write(folder, split)
@@ -191,7 +192,7 @@ def _scored(config: ProbeConfig, films: Films, fits: list[Fitted], fraction: flo
     """Rows of val and test: means over the draws, whose interval draws draws and subjects."""
     cuts = np.stack([_thresholds(config, films, fit) for fit in fits])
     tables = []
-    for split in ("val", "test"):
+    for split in HELD_OUT:
         rows = films.rows(split)
         each = [scored(films, rows, fit.predict(rows), unit=config.unit) for fit in fits]
         runs = np.stack([one.probabilities for one in each])

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from configs import UserError
+from ehr_features.schema import SPLITS
 from finetune.compare import paired
 from finetune.labelled import Films
 from finetune.probe.evaluation import difference, fields, reached, score, scored
@@ -34,7 +35,7 @@ def shift(config: ProbeConfig, films: Films, learn: Learner) -> tuple[pd.DataFra
     rows = {
         (side, split): films.rows(split)[np.isin(values[films.rows(split)], groups)]
         for side, groups in (("source", source), ("target", target))
-        for split in ("train", "val", "test")
+        for split in SPLITS
     }
     for (side, split), found in rows.items():
         if not len(found):

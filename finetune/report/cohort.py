@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from configs import UserError
 from ehr_features.files import read_json, read_table, undamaged
+from ehr_features.schema import SPLITS
 from finetune.report.data import Run, read_object
 from finetune.report.figures import bars, flow
 from finetune.report.html import figure, frame, number, render, section, table, variable
-
-SPLITS = ("train", "val", "test")
 
 
 def folders(runs: Sequence[Run]) -> list[Path]:

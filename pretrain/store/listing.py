@@ -12,11 +12,11 @@ import pandas as pd
 from configs import UserError
 from ehr_features.files import UNREADABLE, digest
 from ehr_features.raw.remote import exists, explained, is_url
+from ehr_features.schema import FRONTAL
 from pretrain.config import ImagesConfig
 from pretrain.store.decode import SUFFIXES
 
 METADATA = "mimic-cxr-2.0.0-metadata"
-FRONTAL = ("AP", "PA")
 CODES = {"antero-posterior": "AP", "postero-anterior": "PA", "lateral": "LATERAL"}
 
 

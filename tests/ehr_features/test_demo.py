@@ -18,10 +18,10 @@ from sklearn.model_selection import cross_val_predict
 
 from configs import UserError
 from ehr_features.demo import generate as demo
-from ehr_features.demo.cxr import FINDINGS
 from ehr_features.demo.people import people
 from ehr_features.demo.plan import Plan, add_arguments, age_and_sex
 from ehr_features.demo.truth import DEATH, NAMES, Outcomes, amounts, auroc
+from ehr_features.schema import FINDINGS
 
 COLUMNS = {
     "mimic-iv/hosp/patients": "subject_id gender anchor_age anchor_year anchor_year_group dod",

@@ -13,10 +13,11 @@ from sklearn.metrics import roc_auc_score
 from configs import UserError
 from ehr_features.demo import generate as demo
 from ehr_features.demo import text as demo_text
-from ehr_features.demo.cxr import FINDINGS, best_auroc, present
+from ehr_features.demo.cxr import best_auroc, present
 from ehr_features.demo.people import people
 from ehr_features.demo.plan import Plan
 from ehr_features.demo.truth import DEATH, Outcomes, auroc
+from ehr_features.schema import FINDINGS
 
 SMALL = {"subjects": 200, "film_size": 32, "seed": 5}
 
