@@ -13,25 +13,50 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: its message says what, where, and what to do. Commands exit with 2."""
 
 
+class BooleanWord(str):
+    """A plain `yes`, `no`, `on`, `off`, `true` or `false` of a YAML file, before the field's type says what it is."""
+
+
+class Yaml(get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's YAML (1e-3 is a number, a key stands once), in which boolean words stay words."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        for key, _ in node.value:
+            key.tag = key.tag.replace(":bool", ":str")
+        return super().construct_mapping(node, deep=deep)
+
+
+Yaml.add_constructor("tag:yaml.org,2002:bool", lambda _, node: BooleanWord(node.value))
+
+
 class Settings(BaseModel):
-    """The base of every config schema: unknown keys are refused and instances are frozen."""
+    """The base of every config schema: unknown keys are refused, instances are frozen, each key has a description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    renamed: ClassVar[dict[str, str]] = {}  # a key of an earlier release -> its name now
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _boolean_words(cls, value: Any, info: ValidationInfo) -> Any:
+        """A text field gets the word as it was typed, a bool field reads it, and a field of any type gets the bool."""
+        types = _leaves(cls.model_fields[info.field_name or ""].annotation)
+        return _resolved(value, as_bool=bool in types if str in types else Any in types)
 
 
-S = TypeVar("S", bound=BaseModel)
+S = TypeVar("S", bound=Settings)
 WANTED = {  # in the words of YAML, where pydantic's are those of Python
     "missing": "is not given, and has no default",
     "path_type": "is a path; a name that reads as a number is written ./2024",
@@ -49,7 +74,7 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     Returns: an instance of `schema`.
     Raises: UserError: the file cannot be read, or any key or value is wrong; the message lists all faults.
     """
-    merged = OmegaConf.create(_read(Path(path)))
+    merged = _read(Path(path))
     faults: list[str] = []
     given: set[str] = set()
     for override in overrides:
@@ -58,7 +83,7 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
             faults.append(f"command line: `{override}` is not of the form key=value")
             continue
         try:
-            value = OmegaConf.create(f"value: {text}" if text else "value: null").value
+            value = yaml.load(f"value: {text}" if text else "value: null", Yaml)["value"]
             OmegaConf.update(merged, key, value, merge=False, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
             faults.append(f"command line: `{override}` cannot be read: {_first_line(error)}")
@@ -74,9 +99,12 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     def where(key: str) -> str:
         return "command line" if any(key == g or key.startswith(g + ".") for g in given) else str(path)
 
-    keys = list(_keys(schema))
+    keys, renamed = list(_keys(schema)), dict(_renamed(schema))
     for key in _unknown(schema, data):
-        faults.append(f"{where(key)}: unknown key `{key}`{_nearest(key, keys)}")
+        says = (
+            f"`{key}` is now called `{renamed[key]}`" if key in renamed else f"unknown key `{key}`{_nearest(key, keys)}"
+        )
+        faults.append(f"{where(key)}: {says}")
     try:
         config = schema.model_validate(data)
     except ValidationError as error:
@@ -98,8 +126,9 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
 
 def _read(path: Path) -> DictConfig:
     try:
-        with path.open("rb") as file:
-            config = OmegaConf.create(file.read().decode("utf-8"))
+        given = yaml.load(path.read_bytes().decode("utf-8"), Yaml)
+        given = {} if given is None else given
+        config = OmegaConf.create(given, flags={"allow_objects": True}) if isinstance(given, dict) else None
     except FileNotFoundError:
         siblings = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.as_posix(), siblings, n=1, cutoff=0.5)
@@ -114,9 +143,30 @@ def _read(path: Path) -> DictConfig:
         at = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or _first_line(error)
         raise UserError(f"{path}:{at} not valid YAML: {problem}") from None
-    if not isinstance(config, DictConfig) or not all(isinstance(key, str) for key in config):
+    if config is None or not all(isinstance(key, str) for key in config):
         raise UserError(f"{path}: wanted `key: value` lines at the top, found something else")
     return config
+
+
+def _resolved(value: Any, *, as_bool: bool) -> Any:
+    """The boolean words in a value, as booleans or as plain text."""
+    if isinstance(value, dict):
+        return {key: _resolved(inner, as_bool=as_bool) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolved(inner, as_bool=as_bool) for inner in value]
+    if not isinstance(value, BooleanWord):
+        return value
+    return yaml.SafeLoader.bool_values[value.lower()] if as_bool else str(value)
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """The scalar types that a field takes, also inside its lists and as the values of its mappings."""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return {type(value) for value in inner}
+    if typing.get_origin(annotation) in (dict, typing.Annotated):
+        inner = inner[-1:] if typing.get_origin(annotation) is dict else inner[:1]
+    return {leaf for part in inner for leaf in _leaves(part)} if inner else {annotation}
 
 
 def _at_home(value: Any) -> Any:
@@ -128,16 +178,16 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def _models(annotation: Any) -> list[type[Settings]]:
     """The models in an annotation: `M`, `M | None`, `Annotated[M, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
         return [model for part in typing.get_args(annotation) for model in _models(part)]
     return []
 
 
-def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _keys(schema: type[Settings], prefix: str = "") -> Iterator[str]:
     """Every valid key, with dots between sections."""
     for name, field in schema.model_fields.items():
         yield prefix + (field.alias or name)
@@ -145,7 +195,15 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _keys(model, f"{prefix}{name}.")
 
 
-def _unknown(schema: type[BaseModel], data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _renamed(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of earlier releases and their names now, with dots between sections."""
+    yield from ((prefix + old, prefix + new) for old, new in schema.renamed.items())
+    for name, field in schema.model_fields.items():
+        for model in _models(field.annotation):
+            yield from _renamed(model, f"{prefix}{name}.")
+
+
+def _unknown(schema: type[Settings], data: dict[str, Any], prefix: str = "") -> Iterator[str]:
     fields = {field.alias or name: field for name, field in schema.model_fields.items()}
     for key, value in data.items():
         if key not in fields:
