@@ -1,8 +1,8 @@
 """`./launch.sh grid CONFIG`: every combination of some choices, each taken through the same commands.
 
 Comes in: a YAML file with `axes` (the choices) and `steps` (the commands). Goes out: OUT/NAME/STEP, a run folder for
-each combination and step, made by the commands that a user would type; what is complete is not done again, so the same
-command goes on after a stop, and several machines share a grid by `--shard i/n`.
+each combination and step, made by the commands that a user would type. Complete runs are skipped, so the same command
+resumes after a stop; several machines share a grid by `--shard i/n`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Command:
         return path.is_file() and bool(read_json(path).get("finished_at"))
 
     def typed(self, processes: int) -> str:
-        """As a user would type it."""
+        """The command as a user would type it."""
         return shlex.join(["./launch.sh", *self.words, *(["--processes", str(processes)] if processes > 1 else [])])
 
 
@@ -73,7 +73,7 @@ def _command(
 
 
 def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bool = False, processes: int = 1) -> int:
-    """Run what is not complete.
+    """Run the steps that are not complete.
 
     Args:
         shard: `i/n`: every n-th combination, beginning with the i-th (from 1).
@@ -96,11 +96,11 @@ def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bo
     if dry_run:
         print("\n".join(command.typed(processes) for command in waiting))
         return 0
-    lock(Path(config.out), f".lock-{digest([shard, only])}")  # others may work on other parts
+    lock(Path(config.out), f".lock-{digest([shard, only])}")  # other machines may run other shards
     failed: dict[str, int] = {}
     for i, command in enumerate(waiting):
         if command.name in failed:
-            continue  # its later steps rest on the one that failed
+            continue  # later steps need the failed one
         print(f"\n[{i + 1}/{len(waiting)}] {command.typed(processes)}", flush=True)
         code = _run(command, processes)
         if code in (75, 130):
@@ -123,7 +123,7 @@ def _run(command: Command, processes: int) -> int:
     try:
         return child.wait()
     finally:
-        if child.poll() is None:  # this process was told to stop
+        if child.poll() is None:  # this process received the signal
             child.send_signal(signal.SIGTERM)
             child.wait()
 

@@ -1,4 +1,4 @@
-"""Films with their records, for a model of one's own: `Records` is a torch Dataset over features/, store/ and notes.
+"""`Records`: a torch Dataset of films with their records, over features/, store/ and notes, for your own models.
 
 Comes in: a features/ folder, and, where wanted, a store/ and a folder of notes. Goes out: an item for each film (or for
 each prediction of a task): pixels, note, static vector, hourly series up to the film, labels. Films, series and notes
@@ -53,17 +53,16 @@ class Records(torch.utils.data.Dataset[Item]):
         series, has_series     (T, F) float32, normalised, T = 0 where there is none; bool
         labels                 (L,) float32: 1, 0, NaN (unknown)
 
-    A series holds the complete hours before the film (of a task's samples: before the prediction), and a note what was
-    known when the film was taken: nothing is from the future.
+    A series holds the complete hours before the film (for a task's samples: before the prediction), a note what was
+    recorded before the film was taken.
 
     Args:
         features: a features/ folder.
         store: a store/ folder; films that it lacks are left out (of a task's samples: have no film). None: no pixels.
         notes: a folder that `python -m ehr_features notes` wrote. None: no notes.
         split: train, val, test; None: all.
-        splits: `features`: the folder's own; `70/15/15`: by sha256(seed, subject_id), for those who want these shares
-            (then the official test subjects are not kept apart, and an encoder pretrained on the folder's train split
-            has seen some of the test subjects).
+        splits: `features`: the folder's own; `70/15/15`: by sha256(seed, subject_id) (official test subjects are then
+            not kept apart, and an encoder pretrained on the folder's train split has seen some of the test subjects).
         labels: `findings`, a row for each labelled film; or a task of samples/ (mortality, phenotypes, radiology, ...),
             a row for each prediction.
         groups: EHR groups of the static vector (ehr_features.static); fitted on the train rows.
@@ -72,7 +71,7 @@ class Records(torch.utils.data.Dataset[Item]):
             rows always have `ignore` and `zeros`, as everywhere in finetune/.
         tokenizer: text -> token ids: a Hugging Face tokenizer, or any callable that gives a list.
         max_tokens: longer notes are cut.
-        max_hours: the last so many hours of the series only.
+        max_hours: keep only the last hours of the series.
         cache: a folder for the mapped copy of the notes; `cache/` beside the notes' folder if None.
     Attributes:
         table: a row an item: dicom_id, subject_id, split, stay_id, and sample_id of a task.
@@ -228,7 +227,7 @@ def _images(folder: Path, groups: Sequence[str], subjects: Callable[[int], str] 
 def _static(
     folder: Path, images: pd.DataFrame, table: pd.DataFrame, groups: Sequence[str]
 ) -> tuple[NDArray[np.float32], list[str]]:
-    """(N, E) of the rows' films; a prediction without a film has what its stay says of sex and age."""
+    """(N, E) of the rows' films; a prediction without a film has the sex and age of its stay."""
     array, names, fitted = static.encode(images, groups)
     rows = pd.Index(images["dicom_id"]).get_indexer(pd.Index(table["dicom_id"]))
     out = array[rows]
@@ -252,7 +251,7 @@ def _labels(
     return np.where(train, training_labels(values, uncertain=uncertain, missing=missing), evaluation_labels(values))
 
 
-# ---- The files of `Records`: series and notes, mapped in each process that reads them.
+# ---- Memory-mapped series and notes, opened in each process
 
 
 class MappedSeries:
@@ -311,7 +310,7 @@ class MappedSeries:
         return np.concatenate([(values - self.mean) / self.std, observed.astype(np.float32)], axis=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}  # maps do not travel between processes
+        return self.__dict__ | {"_file": None}  # memory maps cannot be pickled
 
 
 def _layout(about: dict[str, Any]) -> bins.Layout:

@@ -1,4 +1,4 @@
-"""Models over tokens: the film's and its note's, each possibly missing. For findings of films (findings, radiology).
+"""Models over the tokens of a film and of its note, either of which may be missing (tasks findings, radiology).
 
 Every model is called as `model(film, has_image, note, lengths)`:
 
@@ -7,9 +7,9 @@ Every model is called as `model(film, has_image, note, lengths)`:
     note       (B, W, E)  token states of a frozen text encoder, zero after a note's end
     lengths    (B,)       tokens of the note that count, 0 where there is none
 
-What stands in the place of what is missing, and padding, never matter: each side begins with a learned token that is
-always there, and the others are masked. `cross_attention` against `film_tokens` and `note_tokens`, alike in depth and
-width, asks whether the note helps, and for which findings.
+Missing inputs and padding are masked; each side begins with a learned token, so that attention always has a key.
+`film_tokens` and `note_tokens` have the depth and width of `cross_attention`: comparing the three shows for which
+findings the note helps.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from finetune.fusion.models import MODELS, Output, Sizes, within
 
 
 class Side(nn.Module):
-    """Tokens -> (B, 1 + N, hidden) with a learned token before them, and where there is none (B, 1 + N)."""
+    """Tokens -> (B, 1 + N, hidden) with a learned first token, and the padding mask (B, 1 + N)."""
 
     def __init__(self, width: int, hidden: int, places: int = 0) -> None:
         super().__init__()
         self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
         self.first = nn.Parameter(0.02 * torch.randn(hidden))
-        self.place = nn.Parameter(0.02 * torch.randn(places, hidden)) if places else None  # where in the film
+        self.place = nn.Parameter(0.02 * torch.randn(places, hidden)) if places else None  # position in the film
 
     def forward(self, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.project(torch.where(present[..., None], tokens, 0.0))
@@ -113,5 +113,5 @@ def _layer(sizes: Sizes, cross: bool) -> nn.Module:
 
 
 def _mean(states: Tensor, present: Tensor) -> Tensor:
-    """The mean over the tokens that are there: (B, N, H), (B, N) -> (B, H)."""
+    """The mean over unmasked tokens: (B, N, H), (B, N) -> (B, H)."""
     return (states * present[..., None]).sum(1) / present.sum(1, keepdim=True)

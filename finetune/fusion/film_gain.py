@@ -1,12 +1,12 @@
-"""`fuse adds=true`: what the film adds, on the test samples that have one.
+"""`fuse adds=true`: the gain in AUROC from the film, on the test samples with a film.
 
-Comes in: a finished run of a fused model. Goes out: beside it, in RUN/controls/, the same samples learned without the
-picture, and in its results.json the paired differences of AUROC (metric `auroc_difference`), each with its interval:
+Comes in: a finished run of a fused model. Goes out: in RUN/controls/, trainings on the same samples without the pixels,
+and in its results.json the paired differences of AUROC (metric `auroc_difference`), each with its interval:
 
-    the best record-only model (on validation): what the film adds in all;
-    control=context: the record, that there is a film, its view and its age, no pixels: that a film was ordered says
-        something by itself, which is not the picture's merit;
-    control=another: the same with the film of another subject, of the same view: a network with as much to read.
+    the best record-only model (on validation): the total gain;
+    control=context: the record, and presence, view and age of the film without its pixels: that a film was ordered is
+        itself informative;
+    control=another: another subject's film of the same view: a network of equal size and input.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ALONE = {"freeze": True, "unfreeze_after": None, "record_weights": None, "film_w
 
 
 def controls(config: FuseConfig, folder: Path) -> dict[str, FuseConfig]:
-    """The trainings without the picture, by the name of their folder in `folder`."""
+    """The configs of the controls, by the name of their folder in `folder`."""
     plain = {"adds": False, "robustness": False}
     changes: dict[str, dict[str, Any]] = {model: {"model": model, **ALONE} for model in RECORD}
     changes |= {name: {"control": name} for name in ("context", "another")}
@@ -46,7 +46,7 @@ def adds(
     say: Callable[[str], None],
     main: bool,
 ) -> None:
-    """Train the controls that are not done, and add the differences to FOLDER/results.json."""
+    """Train the controls that are not complete, and add the differences to FOLDER/results.json."""
     runs = {name: fuse(own, args) for name, own in controls(config, folder).items()}
     if not main:
         return
@@ -84,7 +84,7 @@ def _films(run: Path, config: FuseConfig) -> tuple[pd.DataFrame, pd.DataFrame, N
 
 
 def _less(ours: tuple[Any, ...], theirs: tuple[Any, ...], config: FuseConfig) -> pd.DataFrame:
-    """Rows of results.json: ours less theirs, of each label and `macro`."""
+    """Rows of results.json: our AUROC minus theirs, for each label and `macro`."""
     (ids, labels, a), (other, _, b) = ours, theirs
     assert ids["sample_id"].tolist() == other["sample_id"].tolist(), "both were predicted on the same samples"
     found = paired(

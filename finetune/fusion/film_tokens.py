@@ -1,7 +1,7 @@
-"""Token states of films by a frozen encoder, computed once, left on disk in half precision.
+"""Token states of films by a frozen encoder, computed once and kept on disk in half precision.
 
 A ViT gives its class token and its patches, a convolutional net the cells of its last map, `pixels` 8-pixel patches of
-a small film; more than `side` x `side` places are averaged to that.
+a small film; larger grids are averaged to `side` x `side`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from finetune.encoders import Frozen
     from pretrain.store import Store
 
-PART = 4096  # films of a file of the cache
+PART = 4096  # films in a cache file
 PIXELS = 32  # side of the film that `pixels` cuts into patches of 8
 
 

@@ -1,11 +1,11 @@
-"""Stage one of the film branch: a linear head for the findings, on the frozen features of all labelled train films.
+"""First stage of the film branch: logistic heads for the findings on frozen features of all labelled train films.
 
-Films with findings are many, stays with an outcome few: what the head has learned from the former is a short
-description of a film (one logit a finding) from which an outcome is learned with few stays. Published as training on
-the 14 findings (MedFuse, arXiv:2207.07027); here the head alone is trained, and an encoder that is tuned moves later.
+Many films have finding labels, few stays have an outcome. The heads reduce a film to one logit a finding, from which an
+outcome can be learned with few stays. MedFuse (arXiv:2207.07027) trains the whole encoder on the 14 findings first;
+here only the heads are trained, and an encoder is tuned in the second stage, if at all.
 
-The logits of train films come from heads that have not seen their subject (cross-fitting): a head is surer of the films
-it was fitted on than of new ones, and a model trained on such logits would trust films more than it should.
+The logits of train films are cross-fitted over subjects: a head is overconfident on the films it was fitted on, and a
+model trained on such logits would rely on films too much.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune.metrics import macro_auroc
 if TYPE_CHECKING:
     from pretrain.store import Store
 
-PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the sum of squared weights, beside the mean loss
+PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # penalties on the sum of squared weights, added to the mean loss
 FOLDS = 5
 
 
@@ -65,8 +65,8 @@ def fit(
         subjects: (M,) of the train films.
         films: (P, D) standardised features of the films to describe.
         of: (P,) their subjects.
-    Returns: a linear layer; the logits (P, L) of `films`, those of train subjects by heads that have not seen them,
-        with mean 0 and deviation 1 over such train films; penalty and AUROC.
+    Returns: a linear layer; the logits (P, L) of `films`, cross-fitted for train subjects and standardised over the
+        cross-fitted train films; penalty and AUROC.
     """
     x, y = train[0].float(), torch.from_numpy(train[1])
     both = ((y == 1).sum(0) > 0) & ((y == 0).sum(0) > 0)

@@ -1,6 +1,6 @@
-"""record_gbm: gradient boosting on statistics of windows of the series; a rival without a network.
+"""record_gbm: gradient boosting on window statistics of the series, a baseline without a network.
 
-Comes in: samples. Goes out: a function that predicts. Each label has boosted trees of its own, 200 of 8 leaves.
+Comes in: samples. Goes out: a prediction function. Each label has its own 200 trees of 8 leaves.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from finetune.fusion.outputs import Predictions
 from finetune.fusion.samples import Samples
 
-WINDOWS = (1.0, 0.5, 0.1)  # the last parts of the hours that may be read
+WINDOWS = (1.0, 0.5, 0.1)  # windows: the last shares of the visible hours
 
 
 def statistics(samples: Samples, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Mean, least, most, last and last minus first of each column in each window, and the hours: (N, 15 F + 1)."""
+    """Mean, minimum, maximum, last, last minus first of each column by window, and the hours: (N, 15 F + 1)."""
     out = np.zeros((len(rows), 5 * len(WINDOWS) * samples.num_inputs + 1), np.float32)
     for i, row in enumerate(rows):
         begin, length = samples.start[row], samples.length[row]
@@ -37,7 +37,7 @@ def statistics(samples: Samples, rows: NDArray[np.int64]) -> NDArray[np.float32]
 def train(samples: Samples, rows: NDArray[np.int64], seed: int) -> Callable[[Samples, NDArray[np.int64]], Predictions]:
     """Fit on the rows.
 
-    Returns: samples, rows -> log-odds. A label with one class among the rows has its share of them, kept from 0 and 1.
+    Returns: samples, rows -> log-odds. A label with one class gets the clipped log-odds of its prevalence.
     """
     table, fitted = statistics(samples, rows), []
     for label in range(len(samples.names)):
@@ -60,7 +60,7 @@ def train(samples: Samples, rows: NDArray[np.int64], seed: int) -> Callable[[Sam
         table = statistics(samples, rows)
         columns = [np.full(len(rows), f) if isinstance(f, float) else f.decision_function(table) for f in fitted]
         logits = np.stack(columns, axis=1).astype(np.float64)
-        if samples.hours_left is not None:  # one bin of the ten is true
+        if samples.hours_left is not None:  # exactly one of the ten bins is true
             chances = expit(logits)
             logits = logit(np.clip(chances / chances.sum(1, keepdims=True), 1e-9, 1 - 1e-9))
         return Predictions(rows, logits, None)

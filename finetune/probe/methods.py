@@ -1,7 +1,7 @@
-"""How each method of `probe` learns: from train rows, with val rows to choose by, to logits of any rows.
+"""The methods of `probe`: fit on train rows, choose on val rows, return logits of any rows.
 
-Comes in: films, a config, what they are seen through (an encoder, raw pixels, the record). Goes out: a `Learner`; the
-same one serves whole and fractional training sets and shifts.
+Comes in: films, a config, and the features (of an encoder, raw pixels, or the record). Goes out: a `Learner`, which
+serves whole and fractional training sets and shifts.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Rows = NDArray[np.intp]
 
 
 class Fitted(NamedTuple):
-    """What was learned."""
+    """A fitted method."""
 
     predict: Callable[[Rows], NDArray[np.float64]]  # rows -> logits (n, L)
-    chosen: dict[str, Any]  # what validation chose, and its AUROC
-    head: LinearHead | None = None  # where there is one that can be kept
+    chosen: dict[str, Any]  # chosen on validation, with its AUROC
+    head: LinearHead | None = None  # a linear head, if the method has one
     export: Callable[[Path], None] | None = None  # writes the tuned encoder into a run folder
 
 
@@ -50,7 +50,7 @@ GRIDS = {
 
 
 def grid(config: ProbeConfig) -> dict[str, Any]:
-    """What a method chooses from, and how long: runs are compared on equal ones."""
+    """A method's search space and training length, by which runs are compared."""
     return config.model_dump(mode="json", include=set(GRIDS.get(config.method, ())))
 
 
@@ -93,7 +93,7 @@ def on_features(config: ProbeConfig, films: Films, features: Features, device: s
 
 
 def record(config: ProbeConfig, films: Films) -> Features:
-    """What the record says of each film, without the film: columns of `groups`, fitted on train.
+    """Record features of each film, without its pixels: columns of `groups`, fitted on train.
 
     Raises: UserError: a group that is known only at discharge, or that these films lack.
     """

@@ -1,7 +1,7 @@
 """Zero-training transfer: the head of a finished probe, scored on other films whose labels it shares.
 
 Comes in: a run with head.safetensors and the encoder that it was trained on. Goes out: rows of the test split of the
-new films; nothing is fitted to them, thresholds neither.
+new films; nothing is fitted to them, not even thresholds.
 """
 
 from __future__ import annotations

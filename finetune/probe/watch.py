@@ -1,8 +1,8 @@
 """`probe --watch RUN`: probe every encoder that a running pretraining exports, on train and val labels only.
 
-Comes in: a run folder of pretraining (encoder/ is rewritten there on the way, see export_every_epochs) and a probe's
-config. Goes out: a line of RUN/probe.jsonl for each step: {"step", "linear/auroc", "knn/auroc", ...}. Ends when the
-pretraining has. An encoder that is replaced while the one before it is being probed is missed.
+Comes in: a pretraining run (it rewrites encoder/ every export_every_epochs) and a probe's config. Goes out: a line of
+RUN/probe.jsonl for each step: {"step", "linear/auroc", "knn/auroc", ...}. Ends with the pretraining. An encoder that is
+replaced before the previous one has been probed is skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
     """Follow a run to its end.
 
     Args:
-        seconds: between two looks.
+        seconds: polling interval.
     Returns: RUN/probe.jsonl.
     Raises: UserError: not a run folder, or a pretraining that sees val or test subjects.
     """
@@ -42,7 +42,7 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
     done = _steps(out)
     print(f"watching {run}: each new encoder is probed on train and val; Ctrl-C ends the watching, not the run")
     while True:
-        ended = _ended(run)  # before the look, so that the last encoder is not missed
+        ended = _ended(run)  # asked before polling, so that the last encoder is not missed
         frozen = _open(run) if _step(run) not in {None, *done} else None
         if frozen is not None:
             step = int(frozen.about["step"])
@@ -74,7 +74,7 @@ def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dic
 
 
 def _open(run: Path) -> Frozen | None:
-    """The encoder as it is now; None where it is being replaced this moment."""
+    """The current encoder; None while it is being replaced."""
     try:
         return open_frozen(str(run))
     except UserError:
@@ -97,7 +97,7 @@ def _ended(run: Path) -> bool:
 
 
 def _steps(path: Path) -> set[int]:
-    """Steps already probed, so that watching can go on."""
+    """Steps already probed, so that watching can resume."""
     if not path.is_file():
         return set()
     return {json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")}

@@ -1,4 +1,4 @@
-"""What a reader must know before the numbers: leaks, outcome-supervised or unknown encoders, collapse, few positives.
+"""Warnings above the numbers: leaks, outcome-supervised or unknown encoders, collapse, few positives.
 
 Comes in: runs. Goes out: a list for the top of the page.
 """
@@ -41,7 +41,7 @@ def alerts(runs: Sequence[Run], *, films: bool = False) -> Markup:
 
 
 def _of_runs(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:
-    """(grave, what, run) of each warning that a run carries or shows."""
+    """(grave, text, run) of each warning in results.json or derived from the curves."""
     for run in runs:
         if run.result.get("allow_leak"):
             yield True, "the guard against leaks was switched off (allow_leak); its numbers may be too good.", run.name
@@ -56,7 +56,7 @@ def _of_runs(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:
 
 
 def _below_random(run: Run, runs: Sequence[Run]) -> str | None:
-    """Where a pretrained encoder's interval lies wholly below that of random weights on the same task."""
+    """A warning if a pretrained encoder's interval lies wholly below that of random weights on the same task."""
     own = run.headline() if run.result.get("supervision") in ("self-supervised", "outcome-supervised") else None
     for other in runs:
         if own and other.task == run.task == "findings" and str(other.result.get("encoder")).startswith("random:"):

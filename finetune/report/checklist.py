@@ -1,4 +1,4 @@
-"""A checklist in the style of TRIPOD+AI, filled from the runs; what only the authors know stays blank.
+"""A checklist in the style of TRIPOD+AI, filled from the runs; the other items stay blank for the authors.
 
 Source: Collins et al., BMJ 2024;385:e078378 (the items' numbers; the wording here is ours).
 """
@@ -61,7 +61,7 @@ ITEMS = {
 
 
 def facts(runs: Sequence[Run]) -> dict[str, str]:
-    """What the runs' files say to each item; an item that they cannot answer is absent."""
+    """Item -> text from the runs' files; items that they do not answer are absent."""
     found = _data_facts(folders(runs))
     tasks = by_task(runs)
     done = [run for chosen in tasks.values() for run in chosen]

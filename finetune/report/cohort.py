@@ -1,4 +1,4 @@
-"""The report's data part: who is in it, who fell out and why, and how much of the series was measured.
+"""The report's data section: cohort flow, splits, and how much of the series was measured.
 
 Comes in: the folders of features and of notes that the runs' configs name. Goes out: one section.
 """
@@ -66,7 +66,7 @@ def attrition(folder: Path) -> list[tuple[str, int, int, str]]:
 
 
 def notes(folder: Path) -> str | None:
-    """What attrition.json notes without excluding a row."""
+    """Counts of attrition.json that excluded no row."""
     content = read_json(folder / "attrition.json")
     listed = content.get("notes", []) if isinstance(content, dict) else []
     listed = [n for n in listed if isinstance(n, dict)] if isinstance(listed, list) else []
@@ -91,7 +91,7 @@ def _count(record: dict[str, Any], which: str) -> int | None:
 
 
 def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") -> Markup | None:
-    """Each exclusion as a bar that shortens."""
+    """The cohort flow: a bar for each exclusion."""
     steps = attrition(folder)
     if not steps:
         return None

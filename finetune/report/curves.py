@@ -1,7 +1,7 @@
 """ROC, precision and recall, calibration and net benefit, from predictions/test.parquet.
 
-Comes in: evaluated runs of one task. Goes out: one figure; a block for each label, a line for each run. Curves have no
-interval of their own: those of results.json stand in the forest plots.
+Comes in: evaluated runs of one task. Goes out: one figure, with a block for each label and a line for each run. Curves
+have no bands; the forest plots show the intervals of results.json.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def curves_figure(task: str, runs: Sequence[Run]) -> Markup | None:
 
 
 def _whose(able: Sequence[tuple[int, Run]], common: pd.Index | None) -> str | None:
-    """A note where some runs scored more rows than are drawn, or others than the rest."""
+    """A note if the runs scored different rows than the common ones that are drawn."""
     if len(able) < 2:
         return None
     if common is None or len(common) < FEWEST:

@@ -51,7 +51,7 @@ class Run:
 
     @cached_property
     def features(self) -> Path | None:
-        """The features folder that the config names, wherever the report is made from."""
+        """The features folder of the config, resolved from the working directory or the run's parents."""
         return self._find(self.config.get("features"), "provenance.json")
 
     @cached_property
@@ -87,7 +87,7 @@ class Run:
 
     @cached_property
     def by_row(self) -> pd.DataFrame | None:
-        """`predictions` by sample_id, study_id or dicom_id, whichever tells the rows apart; None where none does."""
+        """`predictions` indexed by sample_id, study_id or dicom_id, the first that is unique; None if none is."""
         table = self.predictions
         keys = [c for c in ("sample_id", "study_id", "dicom_id") if table is not None and c in table]
         unique = [key for key in keys if table is not None and table[key].is_unique]
@@ -120,7 +120,7 @@ class Run:
 
 
 def common_rows(runs: Sequence[Run]) -> pd.Index | None:
-    """The test rows that all these runs scored, None where that cannot be told."""
+    """The test rows that all these runs scored; None if a run has no unique row id."""
     common: pd.Index | None = None
     for run in runs:
         if run.by_row is None:
@@ -171,7 +171,7 @@ def is_run(folder: Path) -> bool:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as tell them apart."""
+    """The folders' names, with as many parents as make them unique."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max((len(p) for p in parts), default=1) + 1):
         names = ["/".join(p[-depth:]) for p in parts]

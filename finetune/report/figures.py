@@ -60,7 +60,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a line panel looks like around its lines."""
+    """Axes, labels and reference lines of a line panel."""
 
     x_label: str = ""
     y_label: str = ""
@@ -70,7 +70,7 @@ class Frame:
     diagonal: bool = False
     marks_y: Sequence[tuple[float, str]] = field(default_factory=tuple)  # horizontal lines with a name
     labels: bool = False  # the series' names at the ends of their lines
-    ticks_x: Sequence[float] = field(default_factory=tuple)  # where the values stand, if they are few
+    ticks_x: Sequence[float] = field(default_factory=tuple)  # ticks at the values, if they are few
 
 
 def tick_text(value: float, step: float) -> str:
@@ -97,7 +97,7 @@ def _tenths(value: Any) -> str:
 
 
 def svg(width: float, height: float, says: str, *children: Any) -> Markup:
-    """An SVG with a name for those who hear it."""
+    """An SVG with a title for screen readers."""
     name = shape("title", says)
     return shape("svg", name, children, viewBox=f"0 0 {width:g} {height:g}", role="img", width=width, height=height)
 
@@ -222,7 +222,7 @@ def _line(s: Series, x: Scale, y: Scale) -> Markup:
 
 
 def _tellers(index: int, num: int) -> list[int]:
-    """Points of a long line that carry its marker, apart from those of the other lines."""
+    """Indices of a long line's points that carry its marker, staggered between lines."""
     return [int((k + (1 + index % COLOURS) / (COLOURS + 1)) / 3 * (num - 1)) for k in range(3)] if num > 1 else []
 
 
@@ -255,11 +255,11 @@ def scatter(
     return svg(size, size, f"map of films by {title}", parts)
 
 
-# ---- Rows of numbers as pictures: forest plots as SVG; bars and a cohort's flow as plain HTML that wraps on a phone.
+# ---- Forest plots as SVG; bars and cohort flow as HTML, which wraps on a phone
 
-LETTER, SMALL = 7.2, 6.1  # pixels of a letter, about
+LETTER, SMALL = 7.2, 6.1  # approximate pixels of a letter
 GAP, TOP = 14, 26
-PAGE = 780  # pixels: a longer plot is cut between rows, so that paper and eye can hold it
+PAGE = 780  # pixels: a longer plot is split between rows, to fit a printed page
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class Row:
     name: str
     points: Sequence[tuple[int, float, float | None, float | None]]  # series, value, low, high
     remark: str = ""
-    best: float | None = None  # where its dotted mark stands: what is possible, or chance
+    best: float | None = None  # position of the dotted mark: the possible value, or chance
     strong: bool = False
     says: str = ""  # under the number of a row with one point: its p
 
@@ -338,7 +338,7 @@ def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: 
 
 
 def _wrap(name: str, letters: int) -> list[str]:
-    """A name in up to three lines; what is longer still loses its middle, as its end tells seeds apart."""
+    """A name in up to three lines; a longer one loses its middle, since seeds differ at the end."""
     lines = textwrap.wrap(name, letters, break_long_words=False) if len(name) > letters else [name]
     if len(lines) > 3 or any(len(line) > letters + 2 for line in lines):
         lines = [f"{name[: (letters - 1) // 2]}…{name[-(letters // 2) :]}"]

@@ -1,4 +1,4 @@
-"""The report's look into an encoder: a map of films by their features, nearest films, where it looks.
+"""The report's encoder section: a map of films by their features, nearest films, attention maps.
 
 Comes in: runs with encoder/, a store and a features folder. Goes out: figures. The map shows points alone; films appear
 only where they were asked for, since MIMIC must not leave.
@@ -39,7 +39,7 @@ ASKED = "asked for"
 
 @dataclass(frozen=True)
 class Sample:
-    """Films of a store with what is known of them and what the encoder makes of them."""
+    """Films of a store with their table rows and features."""
 
     run: Run
     encoder: encoders.Encoder
@@ -55,7 +55,7 @@ def films_section(runs: Sequence[Run], *, with_films: bool) -> Markup:
     for run in able:
         try:
             sample = draw(run)
-        except UserError as error:  # weights that were moved or replaced need not cost the rest of the page
+        except UserError as error:  # moved or replaced weights must not stop the rest of the page
             parts.append(render("paragraph", "muted", f"{run.name} cannot be shown: {error}"))
             continue
         if len(sample.table) > 3 * NEIGHBOURS:

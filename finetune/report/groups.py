@@ -1,4 +1,4 @@
-"""The report's finer results: with few labels, in subgroups, with less to see, across groups, by other measures.
+"""The report's further results: label fractions, subgroups, reduced inputs, shifts, other metrics.
 
 Comes in: evaluated runs of one task. Goes out: figures; None where the runs do not have it.
 """
@@ -16,7 +16,7 @@ from finetune.report.figures import Frame, Row, Series, forest, legend, panel
 from finetune.report.html import both_widths, figure, frame, interval, join, metric, number, render, table
 from finetune.report.results import OWN, SIDE_BY_SIDE, key_of, lacking
 
-BANDS = 4  # lines up to which bands can be told apart
+BANDS = 4  # most lines that are drawn with bands
 
 
 def fraction_figure(task: str, runs: Sequence[Run]) -> Markup | None:
@@ -67,7 +67,7 @@ def subgroups_figure(task: str, runs: Sequence[Run]) -> Markup | None:
 
 
 def poorer_figure(task: str, runs: Sequence[Run]) -> Markup | None:
-    """The same models and stays with less to see: without films, or with a series that ends early."""
+    """The same models and stays with reduced inputs: without films, or with a shortened series."""
     known = ("all", "paired")
     wanted = [s for s in _subsets(runs) if s not in known and not any(part in s for part in ("=", " -> ", ", less "))]
     caption = (

@@ -73,12 +73,12 @@ def interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
 
 
 def fixed(value: Any, digits: int = 3) -> str:
-    """A score or a difference of scores, always with the same places."""
+    """A score or a difference of scores with a fixed number of decimals."""
     return "–" if number(value) == "–" else f"{round(float(value), digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str = "") -> Markup:
-    """A table; columns whose cells are all numbers are set to the right."""
+    """A table; columns of numbers are right-aligned."""
     listed = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
     right = [bool(listed) and all(_numeric(row[i]) for row in listed) for i in range(len(columns))]
     return render("table", columns, listed, right, class_)
@@ -96,7 +96,7 @@ def frame(data: pd.DataFrame) -> Markup:
 def figure(
     key: str, title: str, drawing: Markup, caption: str, numbers: Markup | None = None, *, note: str | None = None
 ) -> Markup:
-    """A figure: what it shows, the drawing, what to see, and its numbers in a table that opens."""
+    """A figure: title, drawing, caption, and its numbers in a table that unfolds."""
     return render("figure", key, title, drawing, caption, numbers, note)
 
 
@@ -121,7 +121,7 @@ def page(title: str, head: Markup, sections: Sequence[tuple[str, str, Markup]], 
     return f"{render('page', title, style, POLICY, head, [part for part in sections if part[2]], foot)}\n"
 
 
-# ---- Names of labels and metrics for a reader: phenotypes, bins of the length of stay, means over labels.
+# ---- Names of labels and metrics: phenotypes, bins of the length of stay, means over labels
 
 # Source: AHRQ's single-level CCS, shortened.
 PHENOTYPES = MappingProxyType(
@@ -169,7 +169,7 @@ METRICS = MappingProxyType(
 
 
 def told(label: str) -> str:
-    """A label for a reader; one that is unknown keeps its words."""
+    """A label for a reader; an unknown one keeps its words."""
     kind, _, number = label.rpartition("_")
     if label == "macro" or label.startswith("macro "):
         of = label.removeprefix("macro").strip()

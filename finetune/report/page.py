@@ -63,7 +63,7 @@ def report(
 
 
 def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
-    """The generator's own account of a synthetic hospital; {} for real data."""
+    """truth.json of a synthetic hospital; {} for real data."""
     if given is not None:
         return read_object(Path(given))
     for folder in cohort.folders(runs):
@@ -98,7 +98,7 @@ def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> list[tuple[str, str, s
     tiles = []
     for task, chosen in results.by_task(runs).items():
         heads = [(run, head) for run in chosen if (head := run.headline())]
-        most = max((head["n"] for _, head in heads), default=0)  # an AUROC on fewer rows is another question
+        most = max((head["n"] for _, head in heads), default=0)  # AUROCs on other rows are not comparable
         scored = [(head["value"], run, head) for run, head in heads if head["n"] == most]
         for value, run, head in sorted(scored, key=lambda item: -item[0])[:1]:
             best = results.possible(truth, task, str(head["label"]), run)
@@ -135,7 +135,7 @@ def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Markup:
 
 
 def _encoder(runs: Sequence[Run], with_films: bool) -> Markup:
-    """What the encoder sees: needs torch, the store and the weights, so it is read only where all are there."""
+    """The encoder section, if torch, the store and the weights are available."""
     if not any(run.kind == "pretraining" and run.encoder and run.store and run.features for run in runs):
         return Markup("")
     from finetune.report.films import films_section

@@ -1,4 +1,4 @@
-"""The report's results: runs side by side on each task, with intervals; what is possible; differences; subgroups.
+"""The report's main results: the runs of each task side by side, with intervals and the possible values.
 
 Comes in: evaluated runs. Goes out: a section for each task. Values and intervals are those of results.json.
 """
@@ -73,7 +73,7 @@ def possible(truth: dict[str, Any], task: str, label: str, run: Run | None = Non
         return float(best) if isinstance(best, (int, float)) else None
     groups = bayes.get("groups", {})
     found = groups.get(label.removeprefix("phenotype_"), bayes.get("macro" if label == "macro" else label, bayes))
-    if subset == "all" and isinstance(found.get("all"), dict):  # of stays without a film too
+    if subset == "all" and isinstance(found.get("all"), dict):  # over stays without a film too
         found = found | found["all"]
     model = str(run.result.get("model") if run else "")
     value = found.get("record" if model.startswith("record") else "film" if model.startswith("film") else "both")
@@ -186,7 +186,7 @@ def encoder_of(run: Run) -> str:
 
 
 def model_of(run: Run) -> str:
-    """The model, and what else tells its runs apart: a control, several seeds."""
+    """The model, and its control or number of seeds."""
     control = {"context": "no pixels", "another": "another's film"}.get(str(run.result.get("control")))
     seeds = f"{run.result['seeds']} seeds" if run.result.get("seeds", 1) > 1 else None
     return ", ".join(str(part) for part in (run.result.get("model"), control, seeds) if part)

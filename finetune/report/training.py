@@ -1,6 +1,6 @@
-"""The report's pretraining part: loss and collapse signals, probes taken while it trained, what conditioning hid.
+"""The report's pretraining section: loss, collapse signals, probes during training, readability of the record.
 
-Comes in: runs whose metrics.jsonl has a loss. Goes out: sections, and the warnings that the curves give in words.
+Comes in: runs whose metrics.jsonl has a loss. Goes out: sections, and warnings derived from the curves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune.report.data import Run, column, part
 from finetune.report.figures import Frame, Row, Series, forest, legend, panels
 from finetune.report.html import both_widths, figure, frame, join, metric, number, section, table
 
-POINTS = 240  # of a curve that is drawn: more than its pixels
+POINTS = 240  # points of a drawn curve: more than its pixels
 PANELS = (
     ("loss", ("loss",), "Loss"),
     ("rank", ("effective_rank",), "Effective rank of the features"),
@@ -46,7 +46,7 @@ def curve(run: Run, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
-    """Means over neighbours, so that a long curve has as many points as its drawing."""
+    """Downsample a long curve by means over neighbours."""
     if len(x) <= POINTS:
         return x.tolist(), y.tolist()
     parts = np.array_split(np.arange(len(x)), POINTS)
@@ -60,7 +60,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def collapse(run: Run) -> list[str]:
-    """What the last tenth of the curves says against the run, in words."""
+    """Signs of collapse in the last tenth of the curves, in words."""
     says = []
     _, loss = curve(run, ("loss",))
     if len(loss) and not np.isfinite(loss).all():
