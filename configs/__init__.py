@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 
     from configs.loader import Settings, UserError, load
 
+__version__ = "0.2.0"
 __all__ = ["Settings", "UserError", "load"]
 
 

@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from configs import launch
+from configs.commands import COMMANDS, DISTRIBUTED, NAMES, command_line
 from configs.loader import Settings, UserError, load
 from configs.signals import INTERRUPTED, STOPPED, Stopped, ignore, listen
 
@@ -33,10 +35,6 @@ ADVICE = {
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.EROFS: "the file system is read-only: choose another folder with out=...",
 }
-LAUNCHED = {("ehr_features", "build"): "features", ("pretrain", "train"): "pretrain"}  # the names of ./launch.sh
-LAUNCHED |= {("ehr_features", name): name for name in ("check", "audit", "notes")}
-LAUNCHED |= {("pretrain", name): name for name in ("images", "export")}
-LAUNCHED |= {("finetune", name): name for name in ("demo", "probe", "fuse", "grid", "report", "runs", "embed")}
 
 
 def parser(prog: str, says: str) -> tuple[argparse.ArgumentParser, Any]:
@@ -46,13 +44,15 @@ def parser(prog: str, says: str) -> tuple[argparse.ArgumentParser, Any]:
     return top, top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
 
-def command(commands: Any, name: str, *, says: str, example: str) -> argparse.ArgumentParser:
-    """Add a command with its worked example; it takes no config unless `config_command` adds one."""
+def command(commands: Any, name: str) -> argparse.ArgumentParser:
+    """Add a command of `configs.commands`; it takes no config unless `config_command` adds one."""
+    row, start = COMMANDS[name], command_line(name)
     made: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=says,
-        description=says,
-        epilog=f"example:\n  {example}",
+        row.subcommand,
+        prog=start,
+        help=row.does,
+        description=row.does,
+        epilog=f"example:\n  {start} {row.example}",
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
@@ -65,27 +65,14 @@ def config_command(
     name: str,
     schema: type[Settings],
     run: Callable[[Any, argparse.Namespace], int | None],
-    *,
-    says: str,
-    example: str,
-    distributed: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add `NAME CONFIG [key=value ...] [--print-config]`; `run(config, args)` does the work.
-
-    Args:
-        distributed: also take --processes, --machines, --machine-rank, --main-address (the launcher passes them on, and
-            the run compares them with the world size that it finds).
-    """
-    made = command(commands, name, says=says, example=example)
-    made.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. of configs/")
+    """Add `NAME CONFIG [key=value ...] [--print-config]`; `run(config, args)` does the work."""
+    made = command(commands, name)
+    made.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the YAML, e.g. seed=1")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    if distributed:
-        made.add_argument("--processes", type=int, default=None, metavar="N", help="processes on each machine")
-        made.add_argument("--machines", type=int, default=None, metavar="M", help="number of machines")
-        made.add_argument("--machine-rank", type=int, default=None, metavar="I", help="this machine, from 0")
-        made.add_argument("--main-address", default=None, metavar="A", help="host[:port] of machine 0")
-        made.add_argument("--accelerate-config", default=None, metavar="FILE", help="an accelerate config file")
+    if name in DISTRIBUTED:
+        launch.add_flags(made)
 
     def go(args: argparse.Namespace) -> int | None:
         config = load(schema, args.config, args.overrides)
@@ -153,9 +140,8 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
 def typed() -> str:
     """The command that started this process, as a user would type it."""
     start, words = Path(sys.argv[0]), sys.argv[1:]
-    key = (start.parent.name, words[0] if words else "")
-    if start.name == "__main__.py" and key in LAUNCHED:
-        return shlex.join(["./launch.sh", LAUNCHED[key], *words[1:]])
+    if start.name == "__main__.py" and words and (name := NAMES.get((start.parent.name, words[0]))):
+        return command_line(name, *words[1:])
     module = ["python", "-m", start.parent.name] if start.name == "__main__.py" else [start.as_posix()]
     return shlex.join([*module, *words])
 

@@ -1,8 +1,9 @@
-"""Start the processes of one run on this machine: `python -m configs.launch --processes N ... -- MODULE ARGS`.
+"""Start the processes of one run on this machine, for `--processes N`, under SLURM, or by an accelerate config.
 
 Each process gets the variables that torch.distributed and accelerate read: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
 MASTER_PORT.
 SIGTERM and Ctrl-C are passed on once, so that a run can save and leave with its own exit code.
+`python -m configs.launch --processes N ... -- MODULE ARGS` starts any module so.
 
 Differs from torchrun and accelerate launch: both print a traceback and exit with 1 whatever the run's own code, so that
 a preempted run (75) or a mistake in a config (2) could not be told from a crash.
@@ -11,9 +12,9 @@ a preempted run (75) or a mistake in a config (2) could not be told from a crash
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take a while
-    from configs import signals
+    from configs.begin import begin
 
-    signals.leave()
+    begin()
 
 import argparse
 import ctypes
@@ -23,26 +24,100 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from configs import UserError
+from configs.commands import COMMANDS, command_line
 
 KINDS = ("NO", "MULTI_GPU", "MULTI_CPU")  # what accelerate calls one process, several GPUs, several CPU processes
 PATIENCE_SECONDS = 60.0  # for the others, once one process has left
+ALONE = {"-h", "--help", "--print-config", "--keys"}  # flags of a command that only prints
+
+
+@dataclass(frozen=True)
+class Job:
+    """The processes of a run."""
+
+    processes: int = 1  # on each machine
+    machines: int = 1
+    machine_rank: int = 0
+    main_address: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)  # more variables for each process
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that several processes can run."""
+    parser.add_argument("--processes", type=int, metavar="N", help="processes on each machine, one a GPU")
+    parser.add_argument("--machines", type=int, metavar="M", help="number of machines")
+    parser.add_argument("--machine-rank", type=int, metavar="I", help="this machine, from 0")
+    parser.add_argument("--main-address", metavar="A", help="host[:port] of machine 0, the same on every machine")
+    parser.add_argument("--accelerate-config", metavar="FILE", help="an accelerate config; flags override it")
+
+
+def start(name: str, words: Sequence[str]) -> int | None:
+    """Start the processes of a command, if there are several.
+
+    Args:
+        name: of `configs.commands`. words: the command's arguments, process flags among them.
+    Returns: the run's exit code; None: one process is wanted, and the caller runs the command itself.
+    Raises: UserError: flags, SLURM's variables or the accelerate config do not fit.
+    """
+    parser = argparse.ArgumentParser(prog=command_line(name), add_help=False, allow_abbrev=False)
+    add_flags(parser)
+    flags, rest = parser.parse_known_args(words)
+    if ALONE & set(rest):
+        return None
+    job = plan(flags, os.environ)
+    if job.processes == job.machines == 1 and flags.accelerate_config is None:
+        return None
+    return run(job, [*COMMANDS[name][:2], *words])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the launcher's flags, start the processes, return the run's exit code."""
-    args, environment = _parse(argv)
-    host, _, port = (args.main_address or "127.0.0.1").partition(":")
+    """`python -m configs.launch`: start the processes of any module. Returns: the run's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m configs.launch", description=(__doc__ or "").splitlines()[0])
+    add_flags(parser)
+    parser.add_argument("module", nargs=argparse.REMAINDER, help="-- MODULE ARGS")
+    flags = parser.parse_args(argv)
+    words = flags.module[flags.module[:1] == ["--"] :]
+    if not words:
+        parser.error("nothing to run: give -- MODULE ARGS")
+    try:
+        return run(plan(flags, {}), words)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def plan(flags: argparse.Namespace, environ: Mapping[str, str]) -> Job:
+    """What flags leave open is read from SLURM's variables, then from the accelerate config, else one process.
+
+    Raises: UserError: see `start`.
+    """
+    file = {} if flags.accelerate_config is None else _from_accelerate(Path(flags.accelerate_config))
+    slurm = _from_slurm(environ, flags.main_address)
+    if file:
+        slurm = {key: slurm[key] for key in ("machine_rank", "main_address") if key in slurm}
+    names = ("processes", "machines", "machine_rank", "main_address")
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    job = Job(**(file | slurm | given))
+    if job.processes < 1 or job.machines < 1 or not 0 <= job.machine_rank < job.machines:
+        raise UserError("--processes and --machines must be at least 1, --machine-rank from 0 to machines - 1")
+    if job.machines > 1 and not job.main_address:
+        raise UserError("--main-address HOST[:PORT] of machine 0 is needed with --machines > 1")
+    return job
+
+
+def run(job: Job, words: Sequence[str]) -> int:
+    """Run `python -m WORDS` in each process. Returns: the exit code of the first that failed, else 0."""
+    host, _, port = (job.main_address or "127.0.0.1").partition(":")
     if not port:
-        port = "29500" if args.machines > 1 else str(_free_port())
-    world = args.processes * args.machines
-    threads = str(max(1, (os.cpu_count() or 1) // args.processes))
+        port = "29500" if job.machines > 1 else str(_free_port())
+    threads = str(max(1, (os.cpu_count() or 1) // job.processes))
     children: list[subprocess.Popen[bytes]] = []
     told: list[int] = []  # signals that came, to be passed on
 
@@ -52,55 +127,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, tell)
-    for local in range(args.processes):
+    for local in range(job.processes):
         own = {
-            "RANK": str(args.machine_rank * args.processes + local),
+            "RANK": str(job.machine_rank * job.processes + local),
             "LOCAL_RANK": str(local),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(args.processes),
+            "WORLD_SIZE": str(job.processes * job.machines),
+            "LOCAL_WORLD_SIZE": str(job.processes),
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         }
-        words = [sys.executable, "-m", *args.module]
         children.append(
-            subprocess.Popen(words, env=os.environ | environment | own, preexec_fn=end_with_me(os.getpid()))
+            subprocess.Popen(
+                [sys.executable, "-m", *words],
+                env=os.environ | job.environment | own,
+                preexec_fn=end_with_me(os.getpid()),
+            )
         )
     for came in told:
         _send(children, came)  # it came while they were started
     return _wait(children, told)
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The launcher's flags, checked, and what else the processes' environment gets."""
-    parser = argparse.ArgumentParser(prog="python -m configs.launch", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, default=1, help="processes on this machine, one a GPU")
-    parser.add_argument("--machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0)
-    parser.add_argument("--main-address", default=None, help="host[:port] of machine 0; the same on every machine")
-    parser.add_argument("--accelerate-config", metavar="FILE", help="says all of these, where no flag does")
-    parser.add_argument("module", nargs=argparse.REMAINDER, help="-- MODULE ARGS")
-    environment: dict[str, str] = {}
-    args = parser.parse_args(argv)
-    if args.accelerate_config is not None:
+def _from_slurm(environ: Mapping[str, str], main_address: str | None) -> dict[str, Any]:
+    """The job inside `srun`, one task a machine; {} elsewhere. Raises: UserError: several tasks on a machine."""
+    if not (environ.get("SLURM_JOB_ID") and environ.get("SLURM_STEP_ID")):
+        return {}
+    machines = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
+    tasks = int(environ.get("SLURM_NTASKS") or 1)
+    if tasks != machines:
+        raise UserError(
+            f"SLURM started {tasks} tasks on {machines} machines; use --ntasks-per-node=1: a task starts a process a "
+            f"GPU itself"
+        )
+    found: dict[str, Any] = {
+        "processes": int(environ.get("SLURM_GPUS_ON_NODE") or 1),
+        "machines": machines,
+        "machine_rank": int(environ.get("SLURM_NODEID") or 0),
+    }
+    if machines > 1 and main_address is None:
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
         try:
-            flags, environment = _from_accelerate(Path(args.accelerate_config))
-        except UserError as error:
-            parser.exit(2, f"error: {error}\n")
-        parser.set_defaults(**flags)
-        args = parser.parse_args(argv)
-    args.module = args.module[args.module[:1] == ["--"] :]
-    if args.processes < 1 or args.machines < 1 or not 0 <= args.machine_rank < args.machines:
-        parser.error("--processes and --machines must be at least 1, --machine-rank from 0 to machines - 1")
-    if args.machines > 1 and not args.main_address:
-        parser.error("--main-address HOST[:PORT] of machine 0 is needed with --machines > 1")
-    if not args.module:
-        parser.error("nothing to run: give -- MODULE ARGS")
-    return args, environment
+            hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(
+                f"scontrol cannot name the first machine of {nodes} ({error}); add --main-address"
+            ) from None
+        port = 20000 + int(environ["SLURM_JOB_ID"]) % 20000
+        found["main_address"] = f"{hosts.stdout.splitlines()[0]}:{port}"
+    return found
 
 
-def _from_accelerate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Flags and environment from what `accelerate config` writes. The precision is the run's own config's."""
+def _from_accelerate(path: Path) -> dict[str, Any]:
+    """The job that `accelerate config` wrote. The precision is the run's own config's."""
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
         machines = int(said.get("num_machines") or 1)
@@ -118,8 +197,13 @@ def _from_accelerate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     environment = {"ACCELERATE_USE_CPU": "true"} if said.get("use_cpu") or kind == "MULTI_CPU" else {}
     if str(said.get("gpu_ids") or "all") != "all":
         environment["CUDA_VISIBLE_DEVICES"] = str(said["gpu_ids"])
-    flags = {"processes": processes, "machines": machines, "machine_rank": rank, "main_address": address}
-    return flags, environment
+    return {
+        "processes": processes,
+        "machines": machines,
+        "machine_rank": rank,
+        "main_address": address,
+        "environment": environment,
+    }
 
 
 def end_with_me(parent: int) -> Callable[[], None]:

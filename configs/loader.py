@@ -21,6 +21,8 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
+from configs import shipped
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: its message says what, where, and what to do. Commands exit with 2."""
@@ -69,12 +71,12 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
 
     Args:
         schema: a pydantic model; nested models are nested sections of the YAML.
-        path: a YAML file.
+        path: a YAML file, or the name of a shipped one (`demo/features`).
         overrides: `key=value` each, dots between sections, the value written as in YAML; the last of two wins.
     Returns: an instance of `schema`.
     Raises: UserError: the file cannot be read, or any key or value is wrong; the message lists all faults.
     """
-    merged = _read(Path(path))
+    merged = _read(shipped.find(path))
     faults: list[str] = []
     given: set[str] = set()
     for override in overrides:
@@ -130,10 +132,7 @@ def _read(path: Path) -> DictConfig:
         given = {} if given is None else given
         config = OmegaConf.create(given, flags={"allow_objects": True}) if isinstance(given, dict) else None
     except FileNotFoundError:
-        siblings = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.as_posix(), siblings, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; the shipped ones are in configs/"
-        raise UserError(f"{path}: no such config file{hint}") from None
+        raise UserError(f"{path}: no such config file{shipped.hint(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

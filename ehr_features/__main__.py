@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take a while
-    from configs import signals
+    from configs.begin import begin
 
-    signals.leave()
+    begin()
 
 import argparse
 import sys
@@ -67,47 +67,16 @@ def _audit(args: argparse.Namespace) -> int:
 
 def main() -> None:
     top, commands = cli.parser("ehr_features", "Raw MIMIC tables -> features/")
-    cli.config_command(
-        commands,
-        "build",
-        FeaturesConfig,
-        _build,
-        says="write the features/ folder",
-        example="python -m ehr_features build configs/features.yaml mimic_iv=/data/mimic-iv/3.1 out=features/mimic",
-    )
-    cli.config_command(
-        commands,
-        "check",
-        FeaturesConfig,
-        _check,
-        says="open every table and say what can be done with them, without extracting",
-        example="python -m ehr_features check configs/features.yaml mimic_iv=/data/mimic-iv/3.1",
-    )
-    cli.config_command(
-        commands,
-        "notes",
-        NotesConfig,
-        _notes,
-        says="write a note for each film that has an emergency visit or an admission",
-        example="python -m ehr_features notes configs/notes.yaml features=features mimic_ed=/data/mimic-iv-ed/2.2",
-    )
-    audit = cli.command(
-        commands,
-        "audit",
-        says="prove or refute, with counts, that nothing leaks; exit 0 if all is proved, 2 if not",
-        example="python -m ehr_features audit features runs/msn notes",
-    )
+    cli.config_command(commands, "features", FeaturesConfig, _build)
+    cli.config_command(commands, "check", FeaturesConfig, _check)
+    cli.config_command(commands, "notes", NotesConfig, _notes)
+    audit = cli.command(commands, "audit")
     audit.add_argument("features", metavar="FEATURES", type=Path, help="a features/ folder, or one of notes")
     audit.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="runs, or notes, made from it")
     audit.set_defaults(run=_audit)
-    demo = cli.command(
-        commands,
-        "demo",
-        says="write a synthetic MIMIC with a planted signal",
-        example="python -m ehr_features demo demo/data --subjects 1600 --seed 1",
-    )
-    demo_arguments(demo)
-    demo.set_defaults(run=_demo)
+    hospital = cli.command(commands, "hospital")
+    demo_arguments(hospital)
+    hospital.set_defaults(run=_demo)
     cli.main(top)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take a while
-    from configs import signals
+    from configs.begin import begin
 
-    signals.leave()
+    begin()
 
 import argparse
 from pathlib import Path
@@ -103,34 +103,11 @@ def _count(text: str) -> int:
 
 def _trains(commands: Any) -> None:
     """What takes a config and makes a run: probe, fuse, grid."""
-    probe = cli.config_command(
-        commands,
-        "probe",
-        ProbeConfig,
-        _probe,
-        says="score an encoder on the findings of its films: linear, attentive, logistic, kNN, finetune, transfer",
-        example="python -m finetune probe configs/probe_linear.yaml encoder=runs/vit/encoder out=runs/probe",
-        distributed=True,
-    )
+    probe = cli.config_command(commands, "probe", ProbeConfig, _probe)
     probe.add_argument("--shift", metavar="FIELD", help="also train on some groups, test on others: view, year_group")
     probe.add_argument("--watch", metavar="RUN", help="follow a pretraining: probe each encoder that it exports")
-    cli.config_command(
-        commands,
-        "fuse",
-        FuseConfig,
-        _fuse,
-        says="train a model of the record and the film on an ICU task, and evaluate it",
-        example="python -m finetune fuse configs/fuse_mortality.yaml encoder=runs/vit/encoder out=runs/medfuse",
-        distributed=True,
-    )
-    grid = cli.config_command(
-        commands,
-        "grid",
-        GridConfig,
-        _grid,
-        says="every combination of some choices, each taken through pretrain, probe or fuse",
-        example="python -m finetune grid configs/grid_cxr_ehr_msn.yaml --only 'tiny-*' --dry-run",
-    )
+    cli.config_command(commands, "fuse", FuseConfig, _fuse)
+    grid = cli.config_command(commands, "grid", GridConfig, _grid)
     grid.add_argument("--shard", default="1/1", metavar="I/N", help="this machine's part of the combinations")
     grid.add_argument("--only", default="*", metavar="PATTERN", help="of the combinations' names")
     grid.add_argument("--dry-run", action="store_true", help="print the commands that are not done yet, and stop")
@@ -139,12 +116,7 @@ def _trains(commands: Any) -> None:
 
 def _scores(commands: Any) -> None:
     """Numbers of any predictions, and of two methods: score, compare."""
-    score = cli.command(
-        commands,
-        "score",
-        says="metrics with intervals for any two arrays, ours or not",
-        example="python -m finetune score labels.csv scores.csv --groups subjects.csv --out metrics.csv",
-    )
+    score = cli.command(commands, "score")
     score.add_argument("labels", metavar="LABELS", help=".npy, .csv or .parquet: rows x labels of 0, 1 and empty")
     score.add_argument("scores", metavar="SCORES", help="the same rows and labels; probabilities, or any scores")
     score.add_argument("--groups", metavar="FILE", help="one subject for each row; intervals resample subjects")
@@ -152,12 +124,7 @@ def _scores(commands: Any) -> None:
     score.add_argument("--seed", type=_count, default=0, help="of the resamples (default 0)")
     score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     score.set_defaults(run=_score)
-    compare = cli.command(
-        commands,
-        "compare",
-        says="paired difference between two methods on the same test subjects",
-        example="python -m finetune compare runs/a_seed* --with runs/b_seed*",
-    )
+    compare = cli.command(commands, "compare")
     compare.add_argument("a", metavar="RUN", nargs="+", help="runs of one method, a training seed each")
     compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", required=True, help="runs of the other method")
     compare.add_argument("--split", default="test", choices=HELD_OUT)
@@ -169,23 +136,13 @@ def _scores(commands: Any) -> None:
 
 def _films(commands: Any) -> None:
     """Any films, by an encoder alone: embed, nearest."""
-    embed = cli.command(
-        commands,
-        "embed",
-        says="features of any films, by an exported encoder alone",
-        example="python -m finetune embed runs/msn/encoder my-films embeddings.parquet",
-    )
+    embed = cli.command(commands, "embed")
     embed.add_argument("encoder", metavar="ENCODER", help="encoder/, or a run that has one")
     embed.add_argument("films", metavar="FILMS", help="a folder, a list (.txt, .csv with a column path), or one film")
     embed.add_argument("out", metavar="OUT.parquet")
     embed.add_argument("--pool", choices=("cls", "avg", "max"), help="default: the encoder's own")
     embed.set_defaults(run=_embed)
-    nearest = cli.command(
-        commands,
-        "nearest",
-        says="the films most alike to one",
-        example="python -m finetune nearest embeddings.parquet my-films/one.png",
-    )
+    nearest = cli.command(commands, "nearest")
     nearest.add_argument("embeddings", metavar="EMBEDDINGS.parquet", help="what `embed` wrote")
     nearest.add_argument("film", metavar="FILM", help="an id or path in it, or another film's file")
     nearest.add_argument("--number", type=_count, default=10, help="how many (default 10)")
@@ -195,32 +152,17 @@ def _films(commands: Any) -> None:
 
 def _shows(commands: Any) -> None:
     """What one looks at: report, runs, demo."""
-    report = cli.command(
-        commands,
-        "report",
-        says="one HTML page for any set of runs: curves, intervals, differences, warnings",
-        example="python -m finetune report runs/pretrain runs/probe runs/fuse --out report.html",
-    )
+    report = cli.command(commands, "report")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a folder that holds runs")
     report.add_argument("--out", metavar="FILE", default="report.html", help="default report.html")
     report.add_argument("--with-films", action="store_true", help="show films too; such a page must not be passed on")
     report.add_argument("--truth", metavar="FILE", help="truth.json of a synthetic hospital, if it was moved")
     report.add_argument("--screenshot", metavar="FILE.png", help="also draw the top of the page (needs Chromium)")
     report.set_defaults(run=_report)
-    runs = cli.command(
-        commands,
-        "runs",
-        says="list the runs in a folder with their key numbers",
-        example="python -m finetune runs runs",
-    )
+    runs = cli.command(commands, "runs")
     runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default runs")
     runs.set_defaults(run=_runs)
-    demo = cli.command(
-        commands,
-        "demo",
-        says="from raw synthetic tables to report.html, on two CPU cores",
-        example="python -m finetune demo demo --seed 1",
-    )
+    demo = cli.command(commands, "demo")
     demo.add_argument(
         "out", metavar="OUT", nargs="?", default="demo", help="a new folder, or one to go on with (default demo)"
     )

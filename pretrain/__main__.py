@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take a while
-    from configs import signals
+    from configs.begin import begin
 
-    signals.leave()
+    begin()
 
 import argparse
 import re
@@ -62,30 +62,10 @@ def _knowledge(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and leave with an exit code."""
     top, commands = cli.parser("pretrain", "Pack chest films, and pretrain an encoder on them. No label is read.")
-    images = cli.config_command(
-        commands,
-        "images",
-        ImagesConfig,
-        _images,
-        says="films (JPEG, PNG, DICOM) -> store/",
-        example="python -m pretrain images configs/images.yaml mimic_cxr=/data/mimic-cxr-jpg out=store",
-    )
+    images = cli.config_command(commands, "images", ImagesConfig, _images)
     images.add_argument("--shard", metavar="i/n", default="1/1", help="pack the i-th of n parts, on n machines at once")
-    cli.config_command(
-        commands,
-        "train",
-        PretrainConfig,
-        _train,
-        says="features/ + store/ -> runs/X/ with encoder/",
-        example="python -m pretrain train configs/pretrain_vit_tiny.yaml features=features store=store out=runs/msn",
-        distributed=True,
-    )
-    out = cli.command(
-        commands,
-        "export",
-        says="runs/X/ -> an encoder for use elsewhere",
-        example="python -m pretrain export runs/msn exported --probe runs/probe",
-    )
+    cli.config_command(commands, "pretrain", PretrainConfig, _train)
+    out = cli.command(commands, "export")
     out.add_argument("source", metavar="RUN", help="a run folder, or an encoder/")
     out.add_argument("out", metavar="OUT", help="a new folder")
     out.add_argument("--in-chans", type=int, choices=(1, 3), default=None, help="of the films it will see")
@@ -93,12 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     out.add_argument("--format", choices=("timm", "onnx"), default="timm")
     out.add_argument("--probe", metavar="RUN", default=None, help="a probe's run folder, for the model card")
     out.set_defaults(run=_export)
-    near = cli.command(
-        commands,
-        "knowledge",
-        says="find the passages of a folder that are nearest to each film's note",
-        example="python -m pretrain knowledge notes docs/knowledge --text-encoder MiniLM --top 3",
-    )
+    near = cli.command(commands, "knowledge")
     near.add_argument("notes", metavar="NOTES", help="a folder that python -m ehr_features notes wrote")
     near.add_argument("passages", metavar="PASSAGES", help="a folder of .txt, .md and .jsonl files")
     near.add_argument("--text-encoder", metavar="FOLDER", required=True, help="Hugging Face or sentence-transformers")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs import load
+from configs.commands import NAMES
 from ehr_features import schema
 from ehr_features.config import FeaturesConfig, NotesConfig
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
@@ -128,7 +129,7 @@ def test_the_help_of_each_command_fits_a_screen_has_an_example_and_waits_for_no_
     for name, text in helps.items():
         lines = text.splitlines()
         assert len(lines) <= 24 and max(map(len, lines)) <= 100, f"{room} {name}"
-        assert f"  python -m {room} {name} " in text, f"{room} {name} shows no example"
+        assert f"  ./launch.sh {NAMES[room, name]} " in text, f"{room} {name} shows no example"
 
 
 def test_shipped_configs_start_with_a_header() -> None:

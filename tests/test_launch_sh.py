@@ -1,4 +1,4 @@
-"""launch.sh: what it starts for which flags, and that it installs nothing unasked."""
+"""launch.sh: the set-up; it installs nothing unasked, and passes every word on to `python -P -m configs`."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FAKE_PYTHON = '#!/bin/sh\n[ "$1" = -m ] && [ "$3" = install ] && [ -n "$PIP_FAILS" ] && exit 1\necho "$@"\n'
+FAKE_PYTHON = '#!/bin/sh\n[ "$2" = -m ] && [ "$4" = install ] && [ -n "$PIP_FAILS" ] && exit 1\necho "$@"\n'
 
 
 @pytest.fixture
@@ -16,6 +16,7 @@ def house(tmp_path: Path) -> Path:
     """A copy of launch.sh with an environment that is set up, whose python prints what it is asked to run."""
     for name in ("launch.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     fake = tmp_path / ".venv/bin/python"
     fake.parent.mkdir(parents=True)
     fake.write_text(FAKE_PYTHON)
@@ -26,54 +27,30 @@ def house(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def launch(house: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in ("VIRTUAL_ENV", "CONDA_PREFIX")
-    }
-    return subprocess.run(["bash", str(house / "launch.sh"), *words], capture_output=True, text=True, env=clean | env)
+def launch(house: Path, *words: str, typed: str = "./launch.sh", **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "EHR_MSN_PROGRAM")}
+    return subprocess.run(["bash", typed, *words], cwd=house, capture_output=True, text=True, env=clean | env)
 
 
 @pytest.mark.parametrize(
     ("words", "runs"),
     [
-        ("features a.yaml out=b", "-m ehr_features build a.yaml out=b"),
-        ("features check a.yaml", "-m ehr_features check a.yaml"),
-        ("images a.yaml", "-m pretrain images a.yaml"),
-        ("pretrain a.yaml seed=1", "-m pretrain train a.yaml seed=1"),
-        ("probe a.yaml --processes 1", "-m finetune probe a.yaml --processes 1"),
-        (
-            "pretrain a.yaml --processes 2",
-            "-m configs.launch --processes 2 --machines 1 --machine-rank 0 -- "
-            "pretrain train a.yaml --processes 2 --machines 1",
-        ),
-        ("fuse a.yaml --processes=2 --help", "-m finetune fuse a.yaml --processes=2 --help"),
-        (
-            "pretrain a.yaml --accelerate-config c.yaml",
-            "-m configs.launch --accelerate-config c.yaml -- pretrain train a.yaml --accelerate-config c.yaml",
-        ),
-        ("report runs/a --out b.html", "-m finetune report runs/a --out b.html"),
+        ("pretrain a.yaml seed=1 --processes 2", "-P -m configs pretrain a.yaml seed=1 --processes 2"),
+        ("probe --help", "-P -m configs probe --help"),
+        ("pretrian a.yaml", "-P -m configs pretrian a.yaml"),
+        ("python -m benchmarks.run DEMO", "-m benchmarks.run DEMO"),
     ],
 )
-def test_commands_start_the_right_processes(house: Path, words: str, runs: str) -> None:
+def test_every_word_goes_to_the_command(house: Path, words: str, runs: str) -> None:
     done = launch(house, *words.split())
     assert (done.returncode, done.stdout.strip()) == (0, runs), done.stderr
 
 
-def test_slurm_gives_machines_rank_processes_and_address(house: Path, tmp_path: Path) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text("#!/bin/sh\necho node07; echo node08\n")
-    scontrol.chmod(0o755)
-    job = {"SLURM_JOB_ID": "123", "SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NODEID": "1"}
-    more = {"SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "node[07-08]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = launch(house, "pretrain", "a.yaml", **job, **more)
-    assert done.stdout.startswith(
-        "-m configs.launch --processes 4 --machines 2 --machine-rank 1 --main-address node07:20123 -- "
-        "pretrain train a.yaml"
-    )
-    done = launch(house, "pretrain", "a.yaml", "--accelerate-config", "c.yaml", **job, **more)
-    assert "--accelerate-config c.yaml --machine-rank 1 --main-address node07:20123 -- " in done.stdout
-    done = launch(house, "pretrain", "a.yaml", **job | {"SLURM_NTASKS": "8"}, **more)
-    assert done.returncode == 2 and "--ntasks-per-node=1" in done.stderr
+@pytest.mark.parametrize("typed", ["./launch.sh", "launch.sh", ".venv/../launch.sh"])
+def test_the_path_of_launch_sh_is_passed_on_as_typed(house: Path, typed: str) -> None:
+    (house / ".venv/bin/python").write_text("#!/bin/sh\necho $EHR_MSN_PROGRAM\n")
+    done = launch(house, "runs", typed=typed)
+    assert done.stdout.strip() == ("./launch.sh" if typed == "launch.sh" else typed)
 
 
 def test_an_active_environment_without_the_package_is_left_alone(house: Path, tmp_path: Path) -> None:
@@ -91,9 +68,13 @@ def test_a_failed_installation_is_not_taken_for_a_finished_one(house: Path) -> N
         assert done.returncode == 2 and "once that is mended" in done.stderr
     done = launch(house, "report", "runs/a")
     assert done.returncode == 0 and "GB" in done.stdout
-    assert launch(house, "report", "runs/a").stdout.strip() == "-m finetune report runs/a"
+    assert launch(house, "report", "runs/a").stdout.strip() == "-P -m configs report runs/a"
 
 
-def test_an_unknown_command_shows_the_list(house: Path) -> None:
-    done = launch(house, "pretrian")
-    assert done.returncode == 2 and "unknown command 'pretrian'" in done.stderr and "./launch.sh demo" in done.stderr
+@pytest.mark.parametrize(("words", "code"), [("", 0), ("help", 0), ("pretrian a.yaml", 2)])
+def test_the_help_and_a_mistyped_command_set_nothing_up(house: Path, words: str, code: int) -> None:
+    shutil.rmtree(house / ".venv")
+    done = launch(house, *words.split())
+    assert done.returncode == code and not (house / ".venv").exists()
+    assert "features CONFIG" in (done.stdout if code == 0 else done.stderr)
+    assert code == 0 or "unknown command 'pretrian'; did you mean pretrain?" in done.stderr
