@@ -35,9 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain import encoder as encoders
 from pretrain.build import keep_freed_memory
 from pretrain.data import Cutter
+from pretrain.draws import film_keys
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.msn import MSN, Batch
-from pretrain.views import Views, film_keys
+from pretrain.views import Views
 
 TURN = 6  # batches of views that ours cuts in a turn: it then lasts about as long as one batch of lightly's
 PAPER = {"temperature": 0.1, "target_temperature": 0.25}

@@ -10,6 +10,9 @@ from configs import Settings
 from ehr_features.config import Storage
 from ehr_features.schema import Split
 
+# Collapse, as a run and its report tell it: effective rank of the features, share of the prototypes in use.
+RANK_FLOOR, PROTOTYPES_FLOOR = 4.0, 0.1
+
 
 class ImagesConfig(Settings):
     """Films -> store/: one of `mimic_cxr` and `films`; a reason stands beside each setting."""

@@ -22,13 +22,14 @@ from configs import UserError
 from configs.signals import held
 from ehr_features import files as lock
 from ehr_features import static
-from ehr_features.files import read_table, undamaged
+from ehr_features.files import read_table
 from ehr_features.schema import FRONTAL
 from pretrain.config import FilmsConfig
+from pretrain.draws import film_keys, uniforms, within_cap
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.msn import Batch
 from pretrain.text.notes import TextSource, text_columns
-from pretrain.views import Plan, Views, cut, draw, draw_keep, draw_noise, film_keys, mask_cells, turn, uniforms
+from pretrain.views import Plan, Views, cut, draw, draw_keep, draw_noise, mask_cells, turn
 
 if TYPE_CHECKING:
     from pretrain.store import Store
@@ -85,8 +86,6 @@ def select_films(
     reads = static.MSN_READS if preset == "msn" else static.READS
     columns = ["dicom_id", "study_id", "subject_id", "taken_at", "split", "view"]
     columns += sorted({c for group in groups for c in reads[group]} - set(columns))
-    if "prior_diagnoses" in groups:
-        columns += [c for c in _column_names(features) if c.startswith("prior_phenotype_")]
     table = read_table(features, "images", columns).sort_values("dicom_id", ignore_index=True)
     encoded = [_encode(table, group, preset, f"{features}/images.parquet") for group in groups]
     if twice := int(table["dicom_id"].duplicated().sum()):
@@ -121,14 +120,6 @@ def _encode(table: pd.DataFrame, group: str, preset: str, source: str) -> tuple[
         ) from None
 
 
-def _column_names(features: str | Path) -> list[str]:
-    import pyarrow.parquet as pq
-
-    path = Path(features) / "images.parquet"
-    with undamaged(path, "build the features again"):
-        return list(pq.read_schema(path).names)
-
-
 def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> tuple[np.ndarray, dict[str, int]]:
     """(N,) bool, and how many films each reason took."""
     keep, left_out = np.ones(len(table), bool), {}
@@ -143,8 +134,7 @@ def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> t
         drop("not a frontal view", ~table["view"].isin(FRONTAL))
     drop("not in the store", ~table["dicom_id"].isin(set(store.index["dicom_id"])))
     if films.per_subject_cap is not None:
-        order = pd.Series(uniforms(film_keys(table["dicom_id"].tolist()), 1, seed, 0, "cap")[:, 0]).where(keep)
-        drop("over per_subject_cap", order.groupby(table["subject_id"]).rank() > films.per_subject_cap)
+        drop("over per_subject_cap", ~within_cap(table, keep, films.per_subject_cap, seed))
     if not keep.any():
         reasons = "; ".join(f"{number} {reason}" for reason, number in left_out.items())
         raise UserError(f"no film to train on: of {len(table)} in images.parquet, {reasons}. Is this their store?")

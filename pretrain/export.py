@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from configs import UserError
@@ -88,7 +92,11 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
         if len(wanted.unique()) < 2 or len(fitted.unique()) < 2:
             continue
         if len(y[:, i].unique()) == 2:
-            out[name] = {"metric": "auroc", "value": _auroc(wanted > wanted.min(), guess[:, i]), "chance": 0.5}
+            out[name] = {
+                "metric": "auroc",
+                "value": float(roc_auc_score(wanted > wanted.min(), guess[:, i])),
+                "chance": 0.5,
+            }
         elif spread := (wanted - fitted.mean()).square().mean().item():
             r2 = 1 - (wanted - guess[:, i]).square().mean().item() / spread
             out[name] = {"metric": "r2", "value": r2, "chance": 0.0}
@@ -100,20 +108,11 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
     return out
 
 
-def _ridge(x: Tensor, y: Tensor, new: Tensor, penalty: float = 1e-2) -> Tensor:
-    """Fit y (N, S) on standardised x (N, D); predict at `new` (M, D)."""
-    mean, std = x.double().mean(dim=0), x.double().std(dim=0).clamp_min(1e-6)
-    x, new, centre = (x.double() - mean) / std, (new.double() - mean) / std, y.double().mean(dim=0)
-    gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=torch.double)
-    return (new @ torch.linalg.solve(gram, x.T @ (y.double() - centre) / len(x)) + centre).float()
-
-
-def _auroc(positive: Tensor, score: Tensor) -> float:
-    """Of pairs of a positive and a negative, the share in the right order; ties count half."""
-    _, place, counts = score.unique(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[place]
-    num_pos, num_neg = int(positive.sum()), int((~positive).sum())
-    return float((rank[positive].sum() - num_pos * (num_pos + 1) / 2) / (num_pos * num_neg))
+def _ridge(x: Tensor, y: Tensor, new: Tensor) -> Tensor:
+    """Fit y (N, S) on standardised x (N, D), mean squared error + 0.01 |weights|^2; predict at `new` (M, D)."""
+    alpha = 0.01 * len(x) ** 2 / max(len(x) - 1, 1)  # for deviations over N - 1; StandardScaler's are over N
+    fitted = make_pipeline(StandardScaler(), Ridge(alpha)).fit(x.double(), y.double())
+    return torch.from_numpy(fitted.predict(new.double()).reshape(len(new), -1))
 
 
 def export(

@@ -18,14 +18,13 @@ from torch import Tensor
 from configs import UserError
 from ehr_features.files import write_json
 from pretrain import run
-from pretrain.config import PretrainConfig
+from pretrain.config import PROTOTYPES_FLOOR, RANK_FLOOR, PretrainConfig
 from pretrain.data import Cutter, Films, Steps
 from pretrain.msn import MSN, effective_rank
 from pretrain.schedule import Schedule
 from pretrain.text.notes import summary
 
 RANK_WINDOW = 512  # films over which the effective rank is measured
-RANK_FLOOR, PROTOTYPES_FLOOR = 4.0, 0.1  # directions; share of prototypes used lately: below, say so
 PATIENCE = 200  # steps before a collapse can be told from a beginning
 
 

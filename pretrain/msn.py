@@ -19,6 +19,8 @@ import dataclasses
 from typing import Any, Literal
 
 import torch
+from lightly.models.modules.heads import ProjectionHead
+from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 
 from pretrain.encoder import Encoder
@@ -163,10 +165,8 @@ class MSN(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * anchor; parameters only, as in the original."""
-        pairs = ((self.target, self.anchor), (self.target_head, self.anchor_head))
-        old: list[Tensor] = [p for target, _ in pairs for p in target.parameters()]
-        new: list[Tensor] = [p for _, anchor in pairs for p in anchor.parameters()]
-        torch._foreach_lerp_(old, new, 1 - momentum)
+        update_momentum(self.anchor, self.target, momentum)
+        update_momentum(self.anchor_head, self.target_head, momentum)
 
     def groups(self, decay_all: bool = False) -> list[dict[str, Any]]:
         """Optimizer groups; `decays` says whether weight decay applies. Prototypes stand alone, undecayed."""
@@ -209,13 +209,10 @@ def _condition(width: int, record: Record) -> nn.Module:
 
 
 def projection_head(width: int, hidden: int, out: int, norm: str = "batch") -> nn.Sequential:
-    """Three linear layers with norm and GELU between; initialised as the original MSN's."""
+    """Three linear layers with norm and GELU between; biases and initial weights as the original MSN's."""
     make = nn.BatchNorm1d if norm == "batch" else nn.LayerNorm
-    head = nn.Sequential(
-        nn.Linear(width, hidden), make(hidden), nn.GELU(),
-        nn.Linear(hidden, hidden), make(hidden), nn.GELU(),
-        nn.Linear(hidden, out),
-    )  # fmt: skip
+    blocks = [(a, b, make(b), nn.GELU(), True) for a, b in ((width, hidden), (hidden, hidden))]
+    head = ProjectionHead([*blocks, (hidden, out, None, None)]).layers
     for layer in head:
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)

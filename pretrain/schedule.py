@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from lightly.utils.scheduler import cosine_schedule
+
 from pretrain.config import OptimConfig
 
 
@@ -22,8 +24,8 @@ def warmup_cosine(
 
 def cosine(step: int, total: float, start: float, end: float, stretch: float = 1.0) -> float:
     """Half a cosine from `start` at step 0 to `end` at step `stretch * total`."""
-    done = min(1.0, step / max(1.0, stretch * total))
-    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+    last = max(1.0, stretch * total)
+    return cosine_schedule(min(step, last), last + 1, start, end)
 
 
 def linear(step: int, total: int, start: float, end: float, stretch: float = 1.0) -> float:

@@ -10,15 +10,14 @@ intensity changes and flips are drawn for each view; on a GPU the whole batch is
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+from pretrain.draws import uniforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,28 +63,6 @@ class Plan:
     def _map(self, do: Callable[[Tensor], Tensor]) -> Plan:
         changes = None if self.changes is None else do(self.changes)
         return dataclasses.replace(self, boxes=do(self.boxes), flip=do(self.flip), changes=changes)
-
-
-def film_keys(dicom_ids: Sequence[str]) -> np.ndarray:
-    """(N,) uint64, one for each film, the same in every run."""
-    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in dicom_ids)
-    return np.frombuffer(digests, dtype="<u8")
-
-
-def uniforms(keys: np.ndarray, count: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
-    """(B, count) float64 in [0, 1): a hash of (seed, epoch, purpose, key, column).
-
-    Source: splitmix64 (Steele, Lea, Flood 2014), counted rather than chained.
-    """
-    salt = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
-    start = _mix(keys.astype(np.uint64) ^ np.frombuffer(salt, dtype="<u8"))
-    return (_mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _STEP) >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def draw(views: Views, keys: np.ndarray, side: int, seed: int, epoch: int, purpose: str) -> Plan:

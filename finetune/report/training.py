@@ -14,6 +14,7 @@ from markupsafe import Markup
 from finetune.report.data import Run, column, part
 from finetune.report.figures import Frame, Row, Series, forest, legend, panels
 from finetune.report.html import both_widths, figure, frame, join, metric, number, section, table
+from pretrain.config import PROTOTYPES_FLOOR, RANK_FLOOR
 
 POINTS = 240  # points of a drawn curve: more than its pixels
 PANELS = (
@@ -27,8 +28,6 @@ PANELS = (
     ("films", ("films_per_second",), "Films per second"),
 )
 PROBES = {"linear/auroc": "Linear probe, AUROC on val", "knn/auroc": "kNN, AUROC on val"}
-RANK_FLOOR = 4.0
-PROTOTYPE_FLOOR = 0.1
 
 
 def pretrained(runs: Sequence[Run]) -> list[Run]:
@@ -75,7 +74,7 @@ def collapse(run: Run) -> list[str]:
     if (
         len(used)
         and total > 1
-        and (last := float(np.median(used[-max(1, len(used) // 10) :]))) < PROTOTYPE_FLOOR * total
+        and (last := float(np.median(used[-max(1, len(used) // 10) :]))) < PROTOTYPES_FLOOR * total
     ):
         says.append(f"{last:.0f} of {total:.0f} prototypes are in use: most films fall into the same few")
     return says

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention, PatchEmbed, build_sincos2d_pos_embed
 from timm.models import model_entrypoint
 from timm.models.densenet import DenseNet
 from timm.models.resnet import ResNet
@@ -53,13 +53,10 @@ def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any
 @torch.no_grad()
 def sincos(net: Any) -> None:
     """Fill in sine-cosine positions of the patches; the class token's stay as they are."""
-    height, width = net.patch_embed.grid_size
-    quarter = net.embed_dim // 4
-    rates = 10000 ** -(torch.arange(quarter) / quarter)
-    rows = torch.arange(height).repeat_interleave(width)[:, None] * rates  # (N, D/4)
-    columns = torch.arange(width).repeat(height)[:, None] * rates
-    table = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
-    net.pos_embed[0, -height * width :, : table.shape[1]] = table
+    width = net.embed_dim // 4 * 4
+    table = build_sincos2d_pos_embed(list(net.patch_embed.grid_size), width)  # sines of both, then cosines of both
+    table = table.unflatten(1, (2, 2, -1)).transpose(1, 2).flatten(1)  # rows, then columns
+    net.pos_embed[0, -len(table) :, :width] = table
 
 
 # ---- The blocks of a ViT: timm's own modules and numbers, without what nobody reads.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ehr_features.files import UNREADABLE, digest
 from ehr_features.raw.remote import exists, explained, is_url
 from ehr_features.schema import FRONTAL
 from pretrain.config import ImagesConfig
+from pretrain.draws import within_cap
 from pretrain.store.decode import SUFFIXES
 
 METADATA = "mimic-cxr-2.0.0-metadata"
@@ -54,9 +54,7 @@ def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int
     keep = view.isin(FRONTAL) if config.views == "frontal" else pd.Series(True, index=table.index)
     capped = pd.Series(False, index=table.index)
     if config.per_subject_cap is not None:
-        drawn = table.dicom_id.map(lambda i: hashlib.sha256(f"{config.seed} {i}".encode()).hexdigest())
-        order = drawn[keep].sort_values().index
-        capped.loc[order] = table.loc[order].groupby("subject_id").cumcount() >= config.per_subject_cap
+        capped = keep & ~within_cap(table, keep.to_numpy(), config.per_subject_cap, config.seed)
     counts = {f"packed {name}": int(n) for name, n in view[keep & ~capped].value_counts().items()}
     counts |= {f"left out {name} (views: frontal)": int(n) for name, n in view[~keep].value_counts().items()}
     if capped.any():

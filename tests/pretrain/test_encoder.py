@@ -57,6 +57,16 @@ def test_smaller_views_get_timms_interpolated_positions():
         torch.testing.assert_close(encoder.features(x), encoder.net.forward_features(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [24, 30])
+def test_sincos_positions_are_sines_and_cosines_of_row_then_column(width):
+    args = {**TINY, "embed_dim": width}
+    net = enc.create("vit_tiny_patch16_224", image_size=64, model_args=args, positions="sincos").net
+    rates, (row, column) = 10000 ** (-np.arange(6 if width == 24 else 7) / (width // 4)), (2, 3)
+    wanted = [f(place * rates) for place in (row, column) for f in (np.sin, np.cos)]
+    found = net.pos_embed[0, 1 + row * 4 + column].detach().numpy()
+    np.testing.assert_allclose(found[: width // 4 * 4], np.concatenate(wanted), atol=1e-6)
+
+
 def test_dropped_patches_do_not_matter_and_are_not_computed():
     encoder = tiny().eval()
     keep = torch.tensor([[0, 5, 7], [3, 5, 15]])

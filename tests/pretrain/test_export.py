@@ -11,7 +11,7 @@ from configs import UserError
 from ehr_features.files import write_json
 from pretrain import encoder as enc
 from pretrain import run
-from pretrain.export import NO_RESULTS, READABLE, _auroc, _ridge, export
+from pretrain.export import NO_RESULTS, READABLE, _ridge, export
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -96,14 +96,15 @@ def test_onnx_gives_the_same_features(source, tmp_path):
     )
 
 
-def test_auroc_counts_pairs():
-    positive = torch.tensor([True, True, False, False, False])
-    score = torch.tensor([0.9, 0.2, 0.2, 0.1, 0.95])
-    assert _auroc(positive, score) == pytest.approx((2 + 1.5) / 6)  # 2 of 3, then 1 and a tie of 3
-
-
-def test_ridge_finds_a_line():
+def test_ridge_is_the_closed_form_and_constant_columns_say_nothing():
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 3, generator=random)
-    y = x @ torch.tensor([[1.0], [-2.0], [0.0]]) + 4
-    torch.testing.assert_close(_ridge(x[:400], y[:400], x[400:], 1e-6), y[400:], rtol=1e-3, atol=1e-3)
+    x = torch.randn(300, 4, generator=random).double() * 3 + 1
+    x[:, 3] = 5
+    y = x @ torch.tensor([[1.0, 0.0], [-2.0, 3.0], [0.0, 1.0], [7.0, 7.0]]).double() + torch.randn(
+        300, 2, generator=random
+    )
+    z = (x - x[:200].mean(0)) / x[:200].std(0).clamp_min(1e-6)
+    gram = z[:200].T @ z[:200] / 200 + 0.01 * torch.eye(4).double()
+    weights = torch.linalg.solve(gram, z[:200].T @ (y[:200] - y[:200].mean(0)) / 200)
+    torch.testing.assert_close(_ridge(x[:200], y[:200], x[200:]), z[200:] @ weights + y[:200].mean(0))
+    assert _ridge(x[:200], y[:200, :1], x[200:]).shape == (100, 1)

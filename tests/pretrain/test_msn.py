@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from lightly.models.modules.heads import MSNProjectionHead
 
 from pretrain import encoder as enc
-from pretrain.msn import MSN, Batch, Record, backward, effective_rank
+from pretrain.msn import MSN, Batch, Record, backward, effective_rank, projection_head
 from pretrain.views import draw_keep
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -107,6 +108,20 @@ def test_exact_accumulation_draws_alike_in_both_passes(arch, args):
     torch.testing.assert_close(out["loss"], wanted)
     for (name, ours), theirs in zip(two_pass.named_parameters(), one_graph.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_head_is_lightlys_in_values_and_gradients():
+    """Ours has biases before batch norm, as the original; they change neither outputs nor the other gradients."""
+    ours, theirs = projection_head(24, 16, 8), MSNProjectionHead(24, 16, 8)
+    theirs.layers.load_state_dict({k: v for k, v in ours.state_dict().items() if k not in ("0.bias", "3.bias")})
+    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
+    outputs = [head(x) for head in (ours, theirs)]
+    torch.testing.assert_close(*outputs)
+    for out in outputs:
+        out.square().sum().backward()
+    wanted = dict(theirs.layers.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad if name in wanted else torch.zeros(16))
 
 
 def test_adding_the_record_begins_as_vanilla_msn():

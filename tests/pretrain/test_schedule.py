@@ -1,9 +1,9 @@
-"""Schedules: their ends, and lightly's cosine."""
+"""Schedules: their ends, torch's cosine, the original's learning rate."""
 
 import math
 
 import pytest
-from lightly.utils.scheduler import cosine_schedule
+import torch
 
 from pretrain.config import OptimConfig
 from pretrain.schedule import Schedule, cosine, linear, warmup_cosine
@@ -14,9 +14,16 @@ def test_warmup_then_cosine_to_the_end():
     assert at == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1])
 
 
-def test_cosine_is_lightlys():
-    ours = [cosine(s, 49, 0.04, 0.4) for s in range(50)]
-    assert ours == pytest.approx([cosine_schedule(s, 50, 0.04, 0.4) for s in range(50)])
+@pytest.mark.parametrize("total", [1, 2, 49])
+def test_cosine_is_torchs_and_stays_at_its_end(total):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    scheduler, theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=0.04), []
+    for _ in range(total + 1):
+        theirs.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert [cosine(s, total, 0.4, 0.04) for s in range(total + 1)] == pytest.approx(theirs)
+    assert cosine(total + 5, total, 0.4, 0.04) == 0.04
 
 
 def test_stretch_ends_before_the_last_value():

@@ -24,7 +24,8 @@ from configs.cli import guard
 from configs.signals import Stopped
 from ehr_features.files import read_json
 from pretrain.__main__ import _images
-from pretrain.config import ImagesConfig
+from pretrain.config import FilmsConfig, ImagesConfig
+from pretrain.data import select_films
 from pretrain.store import Store, pack
 from pretrain.store import write as packing
 from pretrain.store.decode import decode, fit
@@ -168,6 +169,19 @@ def test_the_cap_draws_films_of_each_subject_by_seed(tmp_path: Path, mimic: Path
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert pd.Series([i[:8] for i in drawn[0]]).value_counts().tolist() == [2, 2, 2]
+
+
+def test_a_cap_keeps_the_same_films_in_the_store_and_in_pretraining(tmp_path: Path, mimic: Path) -> None:
+    """The same seed and cap: nothing is left out twice."""
+    store = Store(pack(config(tmp_path / "store", mimic=mimic, per_subject_cap=2, seed=5)))
+    ids = Store(pack(config(tmp_path / "all", mimic=mimic))).index.dicom_id.tolist()
+    table = pd.DataFrame({"dicom_id": ids, "study_id": 1, "subject_id": [i[:8] for i in ids], "split": "train"})
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/provenance.json").write_text("{}")
+    table.assign(view="AP", taken_at=pd.Timestamp("2150-01-01")).to_parquet(tmp_path / "features/images.parquet")
+    films = FilmsConfig(per_subject_cap=2)
+    chosen = select_films(tmp_path / "features", Store(tmp_path / "all"), films, [], "default", 5)
+    assert sorted(chosen.table["dicom_id"]) == sorted(store.index.dicom_id)
 
 
 def test_mimic_films_that_are_dicom_or_absent(tmp_path: Path, mimic: Path) -> None:

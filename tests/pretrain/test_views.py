@@ -9,9 +9,10 @@ from PIL import Image
 
 from pretrain import views as vw
 from pretrain.data import Cutter
+from pretrain.draws import film_keys, uniforms
 from pretrain.encoder.preprocess import Preprocess
 
-KEYS = vw.film_keys([f"film-{i}" for i in range(6)])
+KEYS = film_keys([f"film-{i}" for i in range(6)])
 
 
 def films(side: int = 80, number: int = 6) -> torch.Tensor:
@@ -49,7 +50,7 @@ def test_seed_epoch_and_purpose_change_views(change):
 
 
 def test_uniforms_are_uniform_and_uncorrelated():
-    u = vw.uniforms(vw.film_keys([str(i) for i in range(4000)]), 8, 0, 0, "x")
+    u = uniforms(film_keys([str(i) for i in range(4000)]), 8, 0, 0, "x")
     assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
     assert np.abs(np.corrcoef(u.T) - np.eye(8)).max() < 0.06
 
