@@ -60,6 +60,20 @@ def command(commands: Any, name: str) -> argparse.ArgumentParser:
     return made
 
 
+class Keys(argparse.Action):
+    """Print the keys of a schema and stop, as --help does."""
+
+    def __init__(self, schema: type[Settings], **options: Any) -> None:
+        super().__init__(**options, nargs=0)
+        self.schema = schema
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from configs.keys import show
+
+        print(show(self.schema))
+        parser.exit()
+
+
 def config_command(
     commands: Any,
     name: str,
@@ -70,6 +84,7 @@ def config_command(
     made = command(commands, name)
     made.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the YAML, e.g. seed=1")
+    made.add_argument("--keys", action=Keys, schema=schema, help="print every key: type, default, meaning; and stop")
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     if name in DISTRIBUTED:
         launch.add_flags(made)

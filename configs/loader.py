@@ -8,6 +8,7 @@ key.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import types
 import typing
@@ -124,6 +125,14 @@ def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UserError(f"{count} in the config:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
     return config
+
+
+@functools.cache
+def fragment(preset: str) -> dict[str, Any]:
+    """The keys of a shipped preset, configs/presets/PRESET.yaml."""
+    path = Path(__file__).parent / "presets" / f"{preset}.yaml"
+    given: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Yaml)
+    return given
 
 
 def _read(path: Path) -> DictConfig:

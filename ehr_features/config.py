@@ -1,4 +1,4 @@
-"""The keys of `python -m ehr_features build CONFIG`."""
+"""The keys of the commands `features` and `notes`, and the types that other commands share with them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from configs import Settings
 
-Task = Literal[
-    "mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay", "findings"
-]  # each writes samples/TASK.parquet
-Storage = dict[str, dict[str, str | int | float | bool]]  # see ehr_features/raw/remote.py
+Task = Literal["mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay", "findings"]
+Filter = Literal["none", "standard", "aggressive"]
+Uncertain = Literal["zeros", "ones", "ignore"]
+Empty = Literal["zeros", "ignore"]
 
 
 def _memory(text: str) -> str:
@@ -22,37 +22,81 @@ def _memory(text: str) -> str:
     return text
 
 
-class Findings(Settings):
-    """How CheXpert's -1 (uncertain) and empty (not mentioned) become labels; the evaluation has its own policy."""
+Engine = Annotated[
+    Literal["duckdb", "pyspark"],
+    Field(description="Engine of the tables: duckdb in this process, or pyspark when one machine is not enough."),
+]
+Memory = Annotated[
+    str,
+    AfterValidator(_memory),
+    Field(description="Memory limit of the engine, a number and MB, GB or TB; it spills to disk beyond."),
+]
+Threads = Annotated[int, Field(ge=1, description="Threads of the engine.")]
+Storage = Annotated[
+    dict[str, dict[str, str | int | float | bool]],
+    Field(description="Options of each URL protocol's file system, e.g. {gs: {requester_pays: my-project}}."),
+]
 
-    uncertain: Literal["zeros", "ones", "ignore"] = "zeros"
-    empty: Literal["zeros", "ignore"] = "zeros"
-    eval_uncertain: Literal["zeros", "ones", "ignore"] = "ignore"
-    eval_empty: Literal["zeros", "ignore"] = "zeros"
+
+class Findings(Settings):
+    """How CheXpert's -1 (uncertain) and empty (not mentioned) become the labels of samples/findings."""
+
+    uncertain: Uncertain = Field(
+        default="zeros",
+        description="What -1 becomes in training: ignore leaves the label out, zeros and ones make it 0 or 1.",
+    )
+    empty: Empty = Field(
+        default="zeros",
+        description="What an empty finding becomes in training: ignore leaves it out, zeros makes it 0.",
+    )
+    eval_uncertain: Uncertain = Field(default="ignore", description="What -1 becomes in the val and test splits.")
+    eval_empty: Empty = Field(default="zeros", description="What an empty finding becomes in the val and test splits.")
 
 
 class FeaturesConfig(Settings):
     """Raw tables -> features/. Folders may be local or fsspec URLs; `out` and `cache` are local."""
 
-    mimic_iv: Annotated[str, Field(min_length=1)]  # the folder that holds hosp/ and icu/ (and core/ in 1.0)
-    mimic_cxr: str | None = None  # the folder of mimic-cxr-2.0.0-metadata.csv.gz; none: no films
-    mimic_ed: str | None = None  # the folder that holds ed/; none: no emergency stays
-    out: Path
-    cache: Path | None = None  # filtered events and unnormalised series; default: OUT.cache beside `out`
-    preset: Literal["default", "medfuse"] = "default"
-    step_hours: Annotated[int, Field(ge=1, le=24)] = 1
-    channels: Path | None = None  # your own channels.yaml in place of the shipped one
-    tasks: tuple[Task, ...] = ("mortality", "phenotypes")
-    landmark_hours: Annotated[int, Field(ge=1)] = 48  # mortality and phenotypes_early see the stay up to here
-    gap_hours: Annotated[int, Field(ge=0)] = 0  # mortality: still alive and in the ICU this much later
+    mimic_iv: str = Field(min_length=1, description="Folder of MIMIC-IV that holds hosp/ and icu/ (and core/ in 1.0).")
+    mimic_cxr: str | None = Field(
+        default=None, description="Folder of MIMIC-CXR-JPG that holds mimic-cxr-2.0.0-metadata.csv.gz; null: no films."
+    )
+    mimic_ed: str | None = Field(
+        default=None, description="Folder of MIMIC-IV-ED that holds ed/; null: no emergency department stays."
+    )
+    out: Path = Field(description="The features/ folder to write.")
+    cache: Path | None = Field(
+        default=None, description="Folder of filtered events and unnormalised series; null: OUT.cache beside `out`."
+    )
+    preset: Literal["default", "medfuse"] = Field(
+        default="default",
+        description="Cohort, series, labels and linking: ours (default), or MedFuse's as published (medfuse).",
+    )
+    step_hours: int = Field(default=1, ge=1, le=24, description="Hours in a bin of the series.")
+    channels: Path | None = Field(default=None, description="Your own channels.yaml in place of the shipped one.")
+    tasks: tuple[Task, ...] = Field(
+        default=("mortality", "phenotypes"), description="Tasks to write; each becomes samples/TASK.parquet."
+    )
+    landmark_hours: int = Field(
+        default=48, ge=1, description="Hours of a stay that the tasks mortality and phenotypes_early may read."
+    )
+    gap_hours: int = Field(
+        default=0,
+        ge=0,
+        description="Hours after the landmark for which a mortality sample is still alive and in the ICU.",
+    )
     findings: Findings = Findings()
-    ed_tolerance_hours: Annotated[float, Field(ge=0)] = 6.0  # film -> nearest emergency visit, outside of it
-    split: str = "hash"  # hash | official | temporal | a file (csv, parquet) with subject_id, split
-    seed: Annotated[int, Field(ge=0)] = 0
-    engine: Literal["duckdb", "pyspark"] = "duckdb"
-    memory: Annotated[str, AfterValidator(_memory)] = "4GB"
-    threads: Annotated[int, Field(ge=1)] = 2
-    storage: Storage = {}  # of URLs: protocol -> options of its file system, e.g. {gs: {requester_pays: my-project}}
+    ed_tolerance_hours: float = Field(
+        default=6.0, ge=0, description="Largest gap in hours between a film and the emergency visit it is linked to."
+    )
+    split: str = Field(
+        default="hash",
+        description="How subjects are split: hash, official, temporal, or a file (csv, parquet) of subject_id, split.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the hash split.")
+    engine: Engine = "duckdb"
+    memory: Memory = "4GB"
+    threads: Threads = 2
+    storage: Storage = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> FeaturesConfig:
@@ -71,23 +115,30 @@ class FeaturesConfig(Settings):
         return self.cache or self.out.with_name(self.out.name + ".cache")
 
 
-# ---- The keys of `python -m ehr_features notes CONFIG`.
-
-Filter = Literal["none", "standard", "aggressive"]
-
-
 class NotesConfig(Settings):
     """features/ and the raw tables -> a folder with a note for each film that has a visit or an admission."""
 
-    features: Path  # the extracted folder: films, links, age, sex, split
-    mimic_iv: Annotated[str, Field(min_length=1)]  # the folder that holds hosp/; the one the features were made from
-    mimic_ed: str | None = None  # the folder that holds ed/; none: admissions only
-    out: Path
-    filter: Filter = "standard"  # what the leak filter takes out; none: nothing
-    template: Path | None = None  # your own in place of notes/template.txt
-    abbreviations: Path | None = None  # your own in place of notes/abbreviations.csv
-    engine: Literal["duckdb", "pyspark"] = "duckdb"
-    memory: Annotated[str, AfterValidator(_memory)] = "4GB"
-    threads: Annotated[int, Field(ge=1)] = 2
-    storage: Storage = {}  # of URLs: protocol -> options of its file system, e.g. {gs: {requester_pays: my-project}}
-    seed: Annotated[int, Field(ge=0)] = 0  # of the audit's resampling; the notes themselves have nothing random
+    features: Path = Field(description="The features/ folder: films, links, age, sex and split.")
+    mimic_iv: str = Field(
+        min_length=1, description="Folder of MIMIC-IV that holds hosp/; the one that the features were made from."
+    )
+    mimic_ed: str | None = Field(
+        default=None, description="Folder of MIMIC-IV-ED that holds ed/; null: admissions only."
+    )
+    out: Path = Field(description="The folder of notes to write.")
+    filter: Filter = Field(
+        default="standard", description="What the leak filter takes out of the notes; none: nothing."
+    )
+    template: Path | None = Field(
+        default=None, description="Your own text file in place of ehr_features/notes/template.txt."
+    )
+    abbreviations: Path | None = Field(
+        default=None, description="Your own table in place of ehr_features/notes/abbreviations.csv."
+    )
+    engine: Engine = "duckdb"
+    memory: Memory = "4GB"
+    threads: Threads = 2
+    storage: Storage = {}
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the audit's resampling; the notes themselves have nothing random."
+    )

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from configs import Settings
+from ehr_features.config import Empty, Uncertain
+from pretrain.config import Precision, ViewChoice
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -15,22 +17,44 @@ NotNegative = Annotated[float, Field(ge=0)]
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # endings of bare weights files
 
 
+Pool = Annotated[
+    Literal["cls", "avg", "both"], Field(description="Pooling of tokens: class token, mean of patches, or both.")
+]
+AllowLeak = Annotated[
+    bool, Field(description="Go on with an encoder that saw a val or test subject; the report shows it on top.")
+]
+Cache = Annotated[str | None, Field(description="Folder of films' features; null: cache/ beside `out`.")]
+Samples = Annotated[int, Field(ge=0, description="Resamples of subjects for the 95% intervals; 0: none.")]
+
+
 class TableConfig(Settings):
     """Labelled films that are not in a features/ folder."""
 
-    layout: Literal["nih", "chexpert", "csv"]  # Data_Entry_2017.csv; train.csv of CheXpert; any table
-    table: str  # official lists and splits are looked for beside it
-    images: str  # the folder of the films
-    size: int = Field(256, ge=16)  # side of the packed films, where `store` is not given
-    names: Literal["own", "chexpert"] = "own"  # nih: its own labels, or those that CheXpert has too, under its names
-    path: str = "path"  # layout csv: which columns hold what
-    columns: list[str] = []  # labels: 1, 0, -1 (uncertain) or empty
-    subject: str | None = None  # none: each film is a subject of its own
-    study: str | None = None
-    split: str | None = None  # train, val, test; none: by hash of the subject
-    view: str | None = None  # none: all are frontal
-    sex: str | None = None
-    age: str | None = None
+    layout: Literal["nih", "chexpert", "csv"] = Field(
+        description="Layout of the table: nih (Data_Entry_2017.csv), chexpert (train.csv), or csv (any table)."
+    )
+    table: str = Field(description="The table; official lists and splits are looked for beside it.")
+    images: str = Field(description="The folder of the films.")
+    size: int = Field(default=256, ge=16, description="Side in pixels of the packed films, where `store` is not given.")
+    names: Literal["own", "chexpert"] = Field(
+        default="own",
+        description="Labels of layout nih: its own, or those that CheXpert has too, under CheXpert's names.",
+    )
+    path: str = Field(default="path", description="Layout csv: the column of the films' paths.")
+    columns: list[str] = Field(default=[], description="Layout csv: the label columns: 1, 0, -1 (uncertain) or empty.")
+    subject: str | None = Field(
+        default=None, description="Layout csv: the column of the subject; null: each film is a subject of its own."
+    )
+    study: str | None = Field(default=None, description="Layout csv: the column of the study; null: each film is one.")
+    split: str | None = Field(
+        default=None,
+        description="Layout csv: the column of train, val and test; null: 70 / 10 / 20 by hash of the subject.",
+    )
+    view: str | None = Field(
+        default=None, description="Layout csv: the column of the view; null: all films are frontal."
+    )
+    sex: str | None = Field(default=None, description="Layout csv: the column of the sex.")
+    age: str | None = Field(default=None, description="Layout csv: the column of the age in years.")
 
     @model_validator(mode="after")
     def _labels(self) -> TableConfig:
@@ -42,76 +66,137 @@ class TableConfig(Settings):
 class TuneConfig(Settings):
     """Training through the encoder: `method: finetune` and `attentive`."""
 
-    lr: Positive = 1e-3  # of the head; `finetune`: of block i of n, lr x layer_decay ^ (n - i)
-    layer_decay: float = Field(0.75, gt=0, le=1)
-    weight_decay: NotNegative = 0.05
-    warmup_epochs: NotNegative = 1
-    epochs: int = Field(30, ge=1)
-    patience: int = Field(5, ge=1)  # epochs without a better validation AUROC
-    batch_size: int = Field(64, ge=1)  # films a step, over all processes
-    rotate: NotNegative = 10  # degrees; films are never flipped: the heart is on the left
-    zoom: float = Field(0.1, ge=0, lt=1)
-    shift: float = Field(0.05, ge=0, lt=1)  # share of the side
-    contrast: float = Field(0.2, ge=0, lt=1)
-    clip: Positive = 1.0
+    lr: Positive = Field(
+        default=1e-3,
+        description="Learning rate of the head; with finetune, block i of n has lr x layer_decay ^ (n - i).",
+    )
+    layer_decay: float = Field(
+        default=0.75, gt=0, le=1, description="Factor of the learning rate from a block to the one below."
+    )
+    weight_decay: NotNegative = Field(default=0.05, description="Weight decay of AdamW.")
+    warmup_epochs: NotNegative = Field(default=1, description="Epochs of linear warm-up.")
+    epochs: int = Field(default=30, ge=1, description="Largest number of epochs.")
+    patience: int = Field(
+        default=5, ge=1, description="Epochs without a better validation AUROC before training stops."
+    )
+    batch_size: int = Field(default=64, ge=1, description="Films in an optimizer step, over all processes.")
+    rotate: NotNegative = Field(default=10, description="Largest rotation in degrees; films are never flipped.")
+    zoom: float = Field(default=0.1, ge=0, lt=1, description="Largest relative change of size.")
+    shift: float = Field(default=0.05, ge=0, lt=1, description="Largest shift, as a share of the side.")
+    contrast: float = Field(default=0.2, ge=0, lt=1, description="Largest relative change of contrast.")
+    clip: Positive = Field(default=1.0, description="Largest norm of the gradient.")
 
 
 class ShiftConfig(Settings):
     """Train on some groups, test on others."""
 
-    field: str = ""  # view, year_group, sex, ...: a subgroup field; --shift FIELD gives it too
-    source: list[str] = []  # none: view AP; year_group: the first half; else the largest group
-    target: list[str] = []  # none: view PA; year_group: the other half; else the other groups
+    field: str = Field(
+        default="", description="Subgroup column: view, year_group, sex, ...; --shift FIELD gives it too."
+    )
+    source: list[str] = Field(
+        default=[],
+        description="Groups to train on; empty: view AP, the first half of year_group, else the largest group.",
+    )
+    target: list[str] = Field(default=[], description="Groups to test on; empty: the other groups.")
 
 
 class WeightsConfig(Settings):
     """What a bare weights file (`encoder: path.safetensors`) does not say."""
 
-    arch: str  # a timm name, patch 14 too: vit_base_patch14_dinov2
-    image_size: int = Field(224, ge=16)
-    in_chans: Literal[1, 3] = 3
-    model_args: dict[str, Any] = {}
-    mean: float = 0.449  # of pixels in [0, 1]: ImageNet's, as one number
-    std: float = Field(0.226, gt=0)
+    arch: str = Field(description="Name of the timm network, e.g. vit_base_patch14_dinov2.")
+    image_size: int = Field(default=224, ge=16, description="Side of the films in pixels.")
+    in_chans: Literal[1, 3] = Field(default=3, description="Input channels; gray films are repeated to 3.")
+    model_args: dict[str, Any] = Field(default={}, description="Arguments passed to timm.")
+    mean: float = Field(
+        default=0.449, description="Mean of pixels in [0, 1]; the default is ImageNet's, as one number."
+    )
+    std: float = Field(default=0.226, gt=0, description="Deviation of pixels in [0, 1]; the default is ImageNet's.")
 
 
 class ProbeConfig(Settings):
-    """What `probe` needs. The shipped configs/probe_linear.yaml gives a reason beside each key."""
+    """features/ or a table of films, and an encoder -> results of a linear evaluation or of full fine-tuning."""
 
-    features: str | None = None  # a features/ folder: the films' labels and splits
-    films: TableConfig | None = None  # instead: NIH, CheXpert, any CSV
-    store: str | None = None  # a store/ of packed films; packed beside `out` if none and `films` is given
-    encoder: str  # encoder/ or a run; `pixels`; `random:ARCH` or `random:FOLDER`; `metadata`; a weights file
-    weights: WeightsConfig | None = None  # with a weights file
-    out: str
-    seed: int = 0
-    method: Literal["linear", "logistic", "knn", "boosting", "attentive", "finetune", "transfer"] = "linear"
-    head: str | None = None  # `transfer`: the finished linear or logistic probe whose head is scored here, untouched
-    labels: list[str] = []  # all if empty
-    views: Literal["frontal", "all"] = "frontal"
-    unit: Literal["study", "film"] = "study"  # what is scored: a study is the mean of its films' probabilities
-    uncertain: Literal["ignore", "zeros", "ones"] = "ignore"  # -1 in training; evaluation always ignores it
-    missing: Literal["zeros", "ignore"] | None = None  # empty in training; none: as in evaluation (MIMIC: zeros)
-    fraction: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 1.0  # train subjects
-    repeats: int = Field(3, ge=1)  # draws of each fraction below 1, of seed, seed + 1, ...: means, with an interval
-    groups: list[str] = ["sex", "age", "view", "position", "icu"]  # `metadata`: the record's columns, without the film
-    pools: list[Literal["cls", "avg", "both"]] = Field(["cls", "avg", "both"], min_length=1)  # those the encoder has
-    lrs: list[Positive] = Field([3e-4, 1e-3, 3e-3, 1e-2], min_length=1)
-    weight_decays: list[NotNegative] = Field([0.0, 1e-2, 1e-1, 1.0], min_length=1)
-    epochs: int = Field(100, ge=1)
-    patience: int = Field(10, ge=1)  # epochs without a better validation AUROC of any head
-    batch_size: int = Field(256, ge=1)
-    pixels: int = Field(16, ge=2)  # side of the raw-pixel baseline
-    strengths: list[Positive] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1)  # of `method: logistic`, C
-    neighbours: list[Annotated[int, Field(ge=1)]] = Field([5, 10, 20, 50], min_length=1)  # of `method: knn`
+    renamed = {"missing": "empty"}
+
+    features: str | None = Field(default=None, description="A features/ folder: the films' labels and splits.")
+    films: TableConfig | None = Field(default=None, description="Instead of features: NIH, CheXpert or any CSV.")
+    store: str | None = Field(
+        default=None, description="The store/ folder of packed films; null with `films`: packed once beside `out`."
+    )
+    encoder: str = Field(
+        description="encoder/, a run, a weights file, `pixels`, `random:ARCH`, `random:FOLDER`, or `metadata`."
+    )
+    weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
+    out: str = Field(description="The run folder to write.")
+    seed: int = Field(default=0, description="Seed of the batches' order, of the heads and of the intervals.")
+    method: Literal["linear", "logistic", "knn", "boosting", "attentive", "finetune", "transfer"] = Field(
+        default="linear",
+        description="Linear heads by gradient steps (linear) or by a solver (logistic), neighbours (knn), trees "
+        "(boosting), attention over frozen tokens (attentive), all weights (finetune), or a finished head (transfer).",
+    )
+    head: str | None = Field(
+        default=None, description="With method: transfer, the finished linear or logistic probe whose head is scored."
+    )
+    labels: list[str] = Field(default=[], description="Labels to predict; empty: all.")
+    views: ViewChoice = "frontal"
+    unit: Literal["study", "film"] = Field(
+        default="study", description="What is scored: a film, or a study by the mean of its films' probabilities."
+    )
+    uncertain: Uncertain = Field(
+        default="ignore",
+        description="What -1 becomes in training: ignore leaves it out, zeros and ones make it 0 or 1.",
+    )
+    empty: Empty | None = Field(
+        default=None,
+        description="What an empty label becomes in training; null: as in evaluation (MIMIC: zeros, csv: ignore).",
+    )
+    fraction: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=1.0, description="Share of the train subjects to train on, or a list of shares."
+    )
+    repeats: int = Field(default=3, ge=1, description="Draws of each fraction below 1, with seed, seed + 1, ...")
+    groups: list[str] = Field(
+        default=["sex", "age", "view", "position", "icu"], description="EHR groups that `encoder: metadata` reads."
+    )
+    pools: list[Pool] = Field(
+        default=["cls", "avg", "both"], min_length=1, description="Poolings to try, of those that the encoder has."
+    )
+    lrs: list[Positive] = Field(
+        default=[3e-4, 1e-3, 3e-3, 1e-2],
+        min_length=1,
+        description="Learning rates of linear heads; validation chooses.",
+    )
+    weight_decays: list[NotNegative] = Field(
+        default=[0.0, 1e-2, 1e-1, 1.0], min_length=1, description="Weight decays of linear heads; validation chooses."
+    )
+    epochs: int = Field(default=100, ge=1, description="Largest number of epochs of linear heads.")
+    patience: int = Field(
+        default=10, ge=1, description="Epochs without a better validation AUROC of any head before they stop."
+    )
+    batch_size: int = Field(default=256, ge=1, description="Films in a step of the linear heads.")
+    pixels: int = Field(default=16, ge=2, description="Side of the image of the baseline `encoder: pixels`.")
+    strengths: list[Positive] = Field(
+        default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1, description="Values of C that method: logistic tries."
+    )
+    neighbours: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[5, 10, 20, 50], min_length=1, description="Numbers of neighbours that method: knn tries."
+    )
     tune: TuneConfig = TuneConfig.model_validate({})
-    subgroups: list[str] = []  # sex, age, race, view, support_devices, care_unit, year_group
-    shift: ShiftConfig | None = None
-    radiologists: str | None = None  # mimic-cxr-2.1.0-test-set-labeled.csv: a second test set
-    samples: int = Field(1000, ge=0)  # resamples of the intervals
-    allow_leak: bool = False  # go on with an encoder that saw a val or test subject; shown on top of the report
-    other_people: bool = False  # equal subject_ids of another data set in pretraining are different people
-    cache: str | None = None  # where features of films are kept; `cache/` beside `out` if none
+    precision: Precision = Field(
+        default="no", description="Mixed precision of finetune and attentive: no (fp32), bf16, fp16."
+    )
+    subgroups: list[str] = Field(
+        default=[], description="Also score by group: sex, age, race, view, support_devices, care_unit, year_group."
+    )
+    shift: ShiftConfig | None = Field(default=None, description="Also train on some groups and test on others.")
+    radiologists: str | None = Field(
+        default=None, description="mimic-cxr-2.1.0-test-set-labeled.csv: a second test set, labelled by radiologists."
+    )
+    samples: Samples = 1000
+    allow_leak: AllowLeak = False
+    other_people: bool = Field(
+        default=False, description="Equal subject_ids of another data set in the pretraining are different people."
+    )
+    cache: Cache = None
 
     @property
     def fractions(self) -> list[float]:
@@ -137,64 +222,129 @@ class ProbeConfig(Settings):
 
 
 class FuseConfig(Settings):
-    """What `fuse` needs. The shipped configs/fuse_mortality.yaml gives a reason beside each key."""
+    """features/ + store/ + an encoder -> a model of the record and the film on an ICU task, evaluated."""
 
-    features: str  # a features/ folder: series, samples, films of stays
-    store: str | None = None  # a store/ of packed films; a model of the record alone needs none
-    encoder: str | None = None  # an encoder/ folder or a run's; `random:...`, `pixels`; none for the record alone
-    weights: WeightsConfig | None = None  # what `encoder: path.safetensors` is
-    out: str
-    seed: int = 0
-    task: str = "mortality"  # a table of features/samples/
-    model: str = "medfuse"  # a name of fusion.MODELS
-    pairing: Literal["paired", "partial"] = "partial"  # samples with a film, or all
-    val_pairing: Literal["paired", "partial"] | None = None  # where validation differs from `pairing`
-    test_pairing: Literal["paired", "partial"] | None = None  # where the test split does
-    freeze: bool = True  # film features computed once; false tunes the encoder too
-    pool: Literal["cls", "avg", "both"] | None = None  # of the encoder; its own if none
-    unpaired_share: float = Field(1.0, ge=0, le=1)  # of the train stays without a film, drawn once by seed
-    epoch_samples: int | None = Field(None, ge=1)  # train rows of an epoch, drawn anew each time; all if none
-    film: Literal["features", "findings", "both"] = "both"  # findings: logits of a head fitted on all train films
-    films: int = Field(5, ge=1)  # of medfuse_time: the most films that it looks at, the last before the prediction
-    context: bool = True  # give the film's view and age beside its features
-    control: Literal["none", "context", "another"] = "none"  # no pixels; or another subject's film of the same view
-    standardise: bool = True  # film features by the mean and deviation of the train films
-    notes: str | None = (
-        None  # a folder of notes: the film's note is one more token (medfuse, attention), or token states
+    features: str = Field(description="The features/ folder: series, samples, films of stays.")
+    store: str | None = Field(
+        default=None, description="The store/ folder of packed films; a model of the record needs none."
     )
-    text_encoder: str | None = None  # with notes: a Hugging Face or sentence-transformers folder
-    text: Literal["features", "findings", "both"] = "both"  # of a note's token: its vector, logits of findings, both
-    hidden: int = Field(256, ge=1)  # width of the record's LSTM and of a projected film
-    layers: int = Field(2, ge=1)
-    joint: int = Field(512, ge=1)  # width of MedFuse's LSTM over the tokens
-    dropout: float = Field(0.3, ge=0, lt=1)
-    missing: Literal["zero", "learnable"] = "learnable"  # concat's token for an absent film
-    part_weight: float = Field(0.5, ge=0)  # of the loss of each branch by itself
-    record_weights: str | None = None  # stage one: a finished record_lstm run whose weights the record branch takes
-    film_weights: str | None = None  # stage one: a finished film_only run whose head the film branch takes
-    freeze_record: bool = False  # keep the record branch as it is (with freeze: the published `early`)
-    unfreeze_after: int | None = Field(None, ge=1)  # with freeze false: epochs on frozen features before tuning begins
-    max_hours: int | None = Field(None, ge=1)  # read the last so many hours before the prediction; all if none
-    lr: float = Field(1e-3, gt=0)
-    lr_draws: int = Field(0, ge=0)  # search: so many lr drawn log-uniformly from lr_range; validation chooses
-    lr_range: tuple[float, float] = (1e-5, 1e-3)
-    encoder_lr: float = Field(1e-5, gt=0)
-    seeds: int = Field(1, ge=1)  # trainings, of seed, seed + 1, ...; results.json holds their means
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = Field(1.0, gt=0)  # largest norm of the gradient
-    batch_size: int = Field(64, ge=1)
-    epochs: int = Field(50, ge=1)
-    patience: int = Field(10, ge=1)  # epochs without a better validation AUROC
-    plateau: int | None = Field(None, ge=1)  # halve lr after so many epochs without a lower validation loss
-    checkpoint_every: int = Field(5, ge=0)  # epochs; 0: only when stopped
-    adds: bool = False  # also train the controls without the picture, and say what the film adds
-    robustness: bool = False  # also rate the test split without films, and without the last hours of the series
-    samples: int = Field(1000, ge=0)  # resamples of the intervals
-    workers: int = Field(0, ge=0)  # processes that read films ahead when the encoder is tuned
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    allow_leak: bool = False  # go on with an encoder that saw a val or test subject; shown on top of the report
-    cache: str | None = None  # where features of films are kept; `cache/` beside `out` if none
+    encoder: str | None = Field(
+        default=None,
+        description="encoder/, a run, a weights file, `random:...` or `pixels`; null for the record alone.",
+    )
+    weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
+    out: str = Field(description="The run folder to write.")
+    seed: int = Field(default=0, description="Seed of weights, order, draws and intervals.")
+    task: str = Field(default="mortality", description="Table of features/samples/ to predict.")
+    model: str = Field(
+        default="medfuse", description="Model, one of finetune/fusion/models.py, e.g. record_lstm or film_only."
+    )
+    pairing: Literal["paired", "partial"] = Field(
+        default="partial", description="Samples: those with a film (paired), or all (partial)."
+    )
+    val_pairing: Literal["paired", "partial"] | None = Field(
+        default=None, description="The same for the validation split; null: as `pairing`."
+    )
+    test_pairing: Literal["paired", "partial"] | None = Field(
+        default=None, description="The same for the test split; null: as `pairing`."
+    )
+    freeze: bool = Field(
+        default=True, description="Compute film features once; false tunes the encoder with encoder_lr."
+    )
+    pool: Pool | None = Field(default=None, description="Pooling of the encoder; null: its own.")
+    unpaired_share: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of the train stays without a film that is used, drawn once by `seed`.",
+    )
+    epoch_samples: int | None = Field(
+        default=None, ge=1, description="Train samples of an epoch, drawn anew each time; null: all."
+    )
+    film: Literal["features", "findings", "both"] = Field(
+        default="both",
+        description="Input of a film: the encoder's features, logits of findings by heads fitted on all train "
+        "films, or both.",
+    )
+    films: int = Field(
+        default=5, ge=1, description="Largest number of films that medfuse_time reads, the last before prediction."
+    )
+    context: bool = Field(default=True, description="Give the film's view and age in hours beside its features.")
+    control: Literal["none", "context", "another"] = Field(
+        default="none",
+        description="Control: no pixels (context), or another subject's film of the same view (another).",
+    )
+    standardise: bool = Field(default=True, description="Scale film features by mean and deviation of the train films.")
+    notes: str | None = Field(
+        default=None, description="Folder of notes; the film's note is one more token, or token states."
+    )
+    text_encoder: str | None = Field(
+        default=None, description="With notes: the folder of a Hugging Face or sentence-transformers model."
+    )
+    text: Literal["features", "findings", "both"] = Field(
+        default="both", description="Input of a note: its vector, logits of findings, or both."
+    )
+    hidden: int = Field(default=256, ge=1, description="Width of the record's LSTM and of a projected film.")
+    layers: int = Field(default=2, ge=1, description="Layers of the record's LSTM.")
+    joint: int = Field(default=512, ge=1, description="Width of MedFuse's LSTM over the tokens.")
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="Dropout probability.")
+    missing: Literal["zero", "learnable"] = Field(
+        default="learnable", description="Token of model concat in the place of an absent film: zeros, or learned."
+    )
+    part_weight: float = Field(default=0.5, ge=0, description="Weight in the loss of each branch's own prediction.")
+    record_weights: str | None = Field(
+        default=None, description="A finished record_lstm run whose weights the record branch takes."
+    )
+    film_weights: str | None = Field(
+        default=None, description="A finished film_only run whose head the film branch takes."
+    )
+    freeze_record: bool = Field(
+        default=False, description="Keep the record branch as it is; with `freeze`, the published early fusion."
+    )
+    unfreeze_after: int | None = Field(
+        default=None,
+        ge=1,
+        description="With freeze: false, epochs on frozen features before tuning begins; null: none.",
+    )
+    max_hours: int | None = Field(
+        default=None, ge=1, description="Read the last so many hours before prediction; null: all."
+    )
+    lr: float = Field(default=3e-4, gt=0, description="Learning rate of all but the encoder.")
+    lr_draws: int = Field(
+        default=0,
+        ge=0,
+        description="Learning rates drawn log-uniformly from lr_range, of which validation chooses; 0: `lr`.",
+    )
+    lr_range: tuple[float, float] = Field(
+        default=(1e-5, 1e-3), description="Lowest and highest learning rate of that search."
+    )
+    encoder_lr: float = Field(default=1e-5, gt=0, description="Learning rate of the encoder, with freeze: false.")
+    seeds: int = Field(
+        default=1, ge=1, description="Trainings, of seed, seed + 1, ...; results.json holds their means."
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of AdamW.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Both betas of AdamW.")
+    clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient; null: no clipping.")
+    batch_size: int = Field(default=64, ge=1, description="Samples in an optimizer step.")
+    epochs: int = Field(default=50, ge=1, description="Largest number of epochs.")
+    patience: int = Field(
+        default=10, ge=1, description="Epochs without a better validation AUROC before training stops."
+    )
+    plateau: int | None = Field(
+        default=None, ge=1, description="Halve lr after so many epochs without a lower validation loss; null: never."
+    )
+    checkpoint_every: int = Field(default=5, ge=0, description="Epochs between checkpoints; 0: only when stopped.")
+    adds: bool = Field(
+        default=False, description="Also train the controls without the picture, and report what the film adds."
+    )
+    robustness: bool = Field(
+        default=False, description="Also score the test split without films, and without the last hours of the series."
+    )
+    samples: Samples = 1000
+    workers: int = Field(default=0, ge=0, description="Processes that read films ahead when the encoder is tuned.")
+    precision: Precision = "no"
+    allow_leak: AllowLeak = False
+    cache: Cache = None
 
     @model_validator(mode="after")
     def _agree(self) -> FuseConfig:
@@ -243,11 +393,15 @@ GRID_COMMANDS = ("pretrain", "probe", "fuse")
 
 
 class GridConfig(Settings):
-    """What a grid is. `axes`: axis -> choice -> step -> its `key=value` words."""
+    """Every combination of some choices, each taken through pretrain, probe or fuse."""
 
-    out: str  # the folder of all its runs
-    steps: Annotated[dict[str, Words], Field(min_length=1)]  # step -> [pretrain | probe | fuse, CONFIG, key=value ...]
-    axes: Annotated[dict[str, dict[str, dict[str, Words]]], Field(min_length=1)]
+    out: str = Field(description="The folder of all runs of the grid.")
+    steps: dict[str, Words] = Field(
+        min_length=1, description="Step -> its command: [pretrain | probe | fuse, CONFIG, key=value ...]."
+    )
+    axes: dict[str, dict[str, dict[str, Words]]] = Field(
+        min_length=1, description="Axis -> choice -> step -> the `key=value` words that the choice adds."
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> GridConfig:

@@ -29,15 +29,12 @@ def accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any:
     """The processes, their precision and their trackers. Raises: UserError: this machine cannot give what is asked."""
     from accelerate import DistributedDataParallelKwargs
 
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.precision]
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision: fp16 needs a GPU; choose bf16 or fp32 on a CPU")
     if absent := [name for name in config.trackers if importlib.util.find_spec(name) is None]:
         raise UserError(f"trackers: {', '.join(absent)} not installed: pip install {' '.join(absent)}, or trackers=[]")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     log_with: Any = config.trackers or None
     return run.accelerator(
-        args, mixed_precision=precision, kwargs_handlers=[ddp], log_with=log_with, project_dir=config.out
+        args, mixed_precision=config.precision, kwargs_handlers=[ddp], log_with=log_with, project_dir=config.out
     )
 
 

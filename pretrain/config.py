@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from configs import Settings
+from configs.loader import fragment
 from ehr_features.config import Storage
 from ehr_features.schema import Split
 
@@ -14,22 +15,60 @@ from ehr_features.schema import Split
 RANK_FLOOR, PROTOTYPES_FLOOR = 4.0, 0.1
 
 
-class ImagesConfig(Settings):
-    """Films -> store/: one of `mimic_cxr` and `films`; a reason stands beside each setting."""
+def _named_once(word: Any) -> Any:
+    """Refuse the words of earlier releases and of other tools for a precision."""
+    names = {"fp32": "no", "32": "no", "float32": "no", "bfloat16": "bf16", "bf16-mixed": "bf16"}
+    names |= {"16": "fp16", "float16": "fp16", "16-mixed": "fp16"}
+    if str(word).lower() in names:
+        raise ValueError(f"{word} is called `{names[str(word).lower()]}` here")
+    return word
 
-    mimic_cxr: str | None = None  # a MIMIC-CXR-JPG (or MIMIC-CXR) folder: its metadata table says which films there are
-    films: str | None = (
-        None  # instead: a folder of films, or a list of them (.txt; .csv or .parquet with a column path)
+
+Precision = Annotated[
+    Literal["no", "bf16", "fp16"],
+    BeforeValidator(_named_once),
+    Field(description="Mixed precision of the networks: no is fp32 throughout, bf16, or fp16 (GPU only)."),
+]
+ViewChoice = Annotated[
+    Literal["frontal", "all"], Field(description="Which films by view: frontal takes AP and PA, all adds laterals.")
+]
+PerSubjectCap = Annotated[
+    int | None, Field(ge=1, description="Largest number of films of a subject, drawn by `seed`; null: all.")
+]
+
+
+class ImagesConfig(Settings):
+    """Films -> store/: one of `mimic_cxr` and `films`."""
+
+    mimic_cxr: str | None = Field(
+        default=None, description="Folder of MIMIC-CXR-JPG or MIMIC-CXR; its metadata table lists the films."
     )
-    out: str  # the store/ to write
-    size: int = Field(256, ge=16, le=4096)  # side of the stored square; films are resized to fit, then padded
-    views: Literal["frontal", "all"] = "frontal"  # frontal: AP and PA, by the metadata table
-    per_subject_cap: int | None = Field(None, ge=1)  # at most so many films a subject, drawn by `seed`
-    encoding: Literal["raw", "jpeg"] = "raw"  # raw reads without a copy; jpeg takes about a tenth of the disk
-    dicom: Literal["mimic-jpg", "window"] = "mimic-jpg"  # as MIMIC-CXR-JPG was made, or the file's own grey window
-    workers: int | None = Field(None, ge=1, le=256)  # processes that decode; None: one a core
-    seed: int = 0  # of per_subject_cap
-    storage: Storage = {}  # of URLs: protocol -> options of its file system, e.g. {gs: {requester_pays: my-project}}
+    films: str | None = Field(
+        default=None, description="Instead: a folder of films, or a list (.txt; .csv or .parquet with a column path)."
+    )
+    out: str = Field(description="The store/ folder to write.")
+    size: int = Field(
+        default=256,
+        ge=16,
+        le=4096,
+        description="Side of the stored square in pixels; films are resized to fit, then padded.",
+    )
+    views: ViewChoice = "frontal"
+    per_subject_cap: PerSubjectCap = None
+    encoding: Literal["raw", "jpeg"] = Field(
+        default="raw",
+        description="raw is read without a copy; jpeg takes about a tenth of the disk and is slower to read.",
+    )
+    dicom: Literal["mimic-jpg", "window"] = Field(
+        default="mimic-jpg",
+        description="Gray levels of a DICOM: as MIMIC-CXR-JPG was made, by min-max, inversion and equalisation, or by "
+        "the file's own grey window (window).",
+    )
+    workers: int | None = Field(
+        default=None, ge=1, le=256, description="Processes that decode films; null: one a core."
+    )
+    seed: int = Field(default=0, description="Seed of per_subject_cap.")
+    storage: Storage = {}
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -43,29 +82,68 @@ class ImagesConfig(Settings):
 class EncoderConfig(Settings):
     """Which network."""
 
-    arch: str = "vit_tiny_patch16_224"  # a timm name: vit_*, deit_*, densenet*, resnet*
-    image_size: int = Field(default=224, ge=16)  # side of target and random views, and of films at evaluation
-    in_chans: Literal[1, 3] = 1  # films are gray: 1; 3 repeats them, for weights that were trained on colour
-    model_args: dict[str, Any] = {}  # passed to timm, e.g. {depth: 4, embed_dim: 96, num_heads: 3}
-    positions: Literal["timm", "sincos"] = "sincos"  # initial positions of a ViT; trained either way
-    pool: str | None = None  # what encoder.json asks for at evaluation; None: cls of a ViT, avg of a map
-    init: str | None = None  # weights to start from: encoder/, a .safetensors or a .pth of timm or torchvision
-    init_heads: int | None = None  # attention heads of a bare ViT file: its tensors do not tell
+    arch: str = Field(
+        default="vit_tiny_patch16_224", description="Name of a timm network: vit_*, deit_*, densenet*, resnet*."
+    )
+    image_size: int = Field(
+        default=224, ge=16, description="Side in pixels of target and random views, and of films at evaluation."
+    )
+    in_chans: Literal[1, 3] = Field(
+        default=1, description="Input channels: 1 for gray films; 3 repeats them, for weights trained on colour images."
+    )
+    model_args: dict[str, Any] = Field(
+        default={}, description="Arguments passed to timm, e.g. {depth: 4, embed_dim: 96, num_heads: 3}."
+    )
+    positions: Literal["timm", "sincos"] = Field(
+        default="sincos",
+        description="Initial positions of a ViT: timm's random ones, or sines and cosines; trained either way.",
+    )
+    pool: str | None = Field(
+        default=None,
+        description="Pooling that encoder.json names for evaluation; null: cls of a ViT, avg of a feature map.",
+    )
+    init: str | None = Field(
+        default=None,
+        description="Weights to start from: encoder/, a .safetensors or a .pth of timm or torchvision; null: random.",
+    )
+    init_heads: int | None = Field(
+        default=None, description="Attention heads of a bare ViT file in `init`, which its tensors do not tell."
+    )
 
 
 class EhrConfig(Settings):
-    """What the anchor is told of the record. `groups: []` is vanilla MSN."""
+    """How the record conditions the anchor. `groups: []` is vanilla MSN."""
 
-    groups: list[str] = []  # names of ehr_features.static; `text`: the film's note, as a vector
-    notes: str | None = None  # with `text`: a folder that python -m ehr_features notes wrote
-    text_encoder: str | None = None  # with `text`: a Hugging Face or sentence-transformers folder
-    preset: Literal["default", "msn"] = "default"  # columns: ours, or those of the published sets
-    inject: Literal["add", "concat"] = "add"  # add: h + W e, W = 0 at the start; concat: g([h; f(e)])
-    width: int = Field(default=128, ge=1)  # of f(e) with `concat`
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # probability that a group is blanked for a film in an epoch
-    use: Literal["condition", "predict"] = "condition"  # control: the record as a target of the anchor's features
-    predict_weight: float = Field(default=1.0, ge=0)  # of that target in the loss
-    permuted: bool = False  # control: each film gets the record of another
+    groups: list[str] = Field(
+        default=[],
+        description="EHR groups of ehr_features.static (docs/features.md); `text` is the film's note as a vector.",
+    )
+    notes: str | None = Field(
+        default=None, description="With the group `text`: the folder that the command notes wrote."
+    )
+    text_encoder: str | None = Field(
+        default=None, description="With the group `text`: the folder of a Hugging Face or sentence-transformers model."
+    )
+    preset: Literal["default", "msn"] = Field(
+        default="default",
+        description="Columns of the groups: ours (default), or those of CXR-EHR-MSN's published sets (msn).",
+    )
+    inject: Literal["add", "concat"] = Field(
+        default="add",
+        description="How the record enters: add is h + W e with W = 0 at the start, concat is g([h; f(e)]).",
+    )
+    width: int = Field(default=128, ge=1, description="Width of f(e) with inject: concat.")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Probability that a group is blanked for a film in an epoch."
+    )
+    use: Literal["condition", "predict"] = Field(
+        default="condition",
+        description="condition: the record conditions the anchor; predict (control): it is a target instead.",
+    )
+    predict_weight: float = Field(
+        default=1.0, ge=0, description="Weight of that target in the loss, with use: predict."
+    )
+    permuted: bool = Field(default=False, description="Control: each film gets the record of another film.")
 
     @model_validator(mode="after")
     def _text(self) -> Self:
@@ -77,23 +155,42 @@ class EhrConfig(Settings):
         return self
 
 
-class ViewsConfig(Settings):
-    """How views are cut. Shares are of the film's area."""
+Share = tuple[float, float]  # lowest and highest share of a film's area
 
-    num_random: int = Field(default=1, ge=0)  # masked anchors of image_size
-    num_focal: int = Field(default=10, ge=0)  # small unmasked anchors
-    focal_size: int = Field(default=96, ge=8)
-    target_scale: tuple[float, float] = (0.3, 1.0)
-    random_scale: tuple[float, float] = (0.3, 1.0)
-    focal_scale: tuple[float, float] = (0.05, 0.3)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of width / height; 1, 1 keeps the heart's shape
-    flip: float = Field(default=0.0, ge=0, le=1)  # the heart is on the left
-    brightness: float = Field(default=0.2, ge=0, lt=1)
-    contrast: float = Field(default=0.2, ge=0, lt=1)
-    gamma: float = Field(default=0.0, ge=0, lt=1)
-    normalise: Literal["crop", "film", "dataset"] = "crop"  # crop: exposure differs between films and machines
-    mean: float = 0.5  # of pixels in [0, 1], for `dataset`
-    std: float = Field(default=0.25, gt=0)
+
+class ViewsConfig(Settings):
+    """How views are cut from films."""
+
+    num_random: int = Field(
+        default=1, ge=0, description="Masked anchor views of side encoder.image_size for each film."
+    )
+    num_focal: int = Field(default=10, ge=0, description="Small unmasked anchor views for each film.")
+    focal_size: int = Field(default=96, ge=8, description="Side of a focal view in pixels.")
+    target_scale: Share = Field(
+        default=(0.3, 1.0), description="Lowest and highest share of the film's area in the target view."
+    )
+    random_scale: Share = Field(
+        default=(0.3, 1.0), description="Lowest and highest share of the film's area in a random view."
+    )
+    focal_scale: Share = Field(
+        default=(0.05, 0.3), description="Lowest and highest share of the film's area in a focal view."
+    )
+    ratio: tuple[float, float] = Field(
+        default=(3 / 4, 4 / 3),
+        description="Lowest and highest width / height of a crop; [1, 1] keeps the heart's shape.",
+    )
+    flip: float = Field(
+        default=0.0, ge=0, le=1, description="Probability of a left-right flip; 0, as the heart is on the left."
+    )
+    brightness: float = Field(default=0.2, ge=0, lt=1, description="Largest change of brightness, of pixels in [0, 1].")
+    contrast: float = Field(default=0.2, ge=0, lt=1, description="Largest relative change of contrast.")
+    gamma: float = Field(default=0.0, ge=0, lt=1, description="Largest relative change of gamma.")
+    normalise: Literal["crop", "film", "dataset"] = Field(
+        default="crop",
+        description="Mean and deviation of each view (crop), of its film (film), or `mean` and `std` (dataset).",
+    )
+    mean: float = Field(default=0.5, description="Mean of pixels in [0, 1], with normalise: dataset.")
+    std: float = Field(default=0.25, gt=0, description="Deviation of pixels in [0, 1], with normalise: dataset.")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -111,55 +208,81 @@ class ViewsConfig(Settings):
 class MaskConfig(Settings):
     """What anchors do not see."""
 
-    ratio: float = Field(default=0.15, ge=0, lt=1)  # share of patches (ViT) or cells (convolutional) removed
-    focal: bool = False  # mask focal views too; the original MSN does not
-    cell: int = Field(default=32, ge=4)  # convolutional networks: pixels of a masked cell's side
-    fill: Literal["noise", "mean", "film"] = "noise"  # convolutional networks: what stands in a masked cell
+    ratio: float = Field(
+        default=0.15, ge=0, lt=1, description="Share of patches (ViT) or cells (convolutional) removed."
+    )
+    focal: bool = Field(default=False, description="Mask focal views too, which the original MSN does not.")
+    cell: int = Field(default=32, ge=4, description="Side in pixels of a masked cell of a convolutional network.")
+    fill: Literal["noise", "mean", "film"] = Field(
+        default="noise",
+        description="Content of a masked cell of a convolutional network: noise, the mean, or another film.",
+    )
 
 
 class LossConfig(Settings):
-    """pretrain/loss.py."""
+    """The loss over prototypes (pretrain/loss.py)."""
 
-    # more than the films of a batch are fine; far more than clusters are not
-    prototypes: int = Field(default=1024, ge=2, le=1_000_000)
-    temperature: float = Field(default=0.1, gt=0)
-    target_temperature: float = Field(default=0.25, gt=0, le=1)  # sharpens targets
-    sinkhorn_iterations: int = Field(default=3, ge=0)
-    me_max_weight: float = Field(default=1.0, ge=0)
-    prior: Literal["uniform", "power_law"] = "uniform"
+    prototypes: int = Field(
+        default=1024, ge=2, le=1_000_000, description="Number of learned prototypes; far more than clusters collapses."
+    )
+    temperature: float = Field(default=0.1, gt=0, description="Temperature of the anchors' distribution.")
+    target_temperature: float = Field(
+        default=0.25, gt=0, le=1, description="Exponent of the targets' sharpening; lower is sharper, 1 is none."
+    )
+    sinkhorn_iterations: int = Field(
+        default=3, ge=0, description="Sinkhorn iterations that balance the targets; 0: none."
+    )
+    me_max_weight: float = Field(default=1.0, ge=0, description="Weight of the mean-entropy term.")
+    prior: Literal["uniform", "power_law"] = Field(
+        default="uniform", description="Distribution over prototypes that the mean-entropy term asks for."
+    )
 
 
 class HeadConfig(Settings):
     """The projection head: three linear layers."""
 
-    hidden: int | None = Field(default=2048, ge=1)  # None: four times the encoder's width
-    out: int | None = Field(default=256, ge=1)  # None: the encoder's width
-    norm: Literal["batch", "layer"] = "batch"  # layer: for exact accumulation, and batches of 1
+    hidden: int | None = Field(
+        default=2048, ge=1, description="Width of the hidden layers; null: four times the encoder's width."
+    )
+    out: int | None = Field(default=256, ge=1, description="Width of the output; null: the encoder's width.")
+    norm: Literal["batch", "layer"] = Field(
+        default="batch", description="Normalisation; layer serves exact accumulation and batches of 1."
+    )
 
 
 class OptimConfig(Settings):
     """AdamW and its schedules."""
 
-    batch_size: int = Field(default=1024, ge=1)  # films an optimizer step, over all processes
-    epochs: float = Field(default=100, gt=0)
-    steps: int | None = Field(default=None, ge=1)  # instead of epochs
-    lr: float = Field(default=1e-3, gt=0)  # at lr_batch films a step; scaled with batch_size
-    lr_batch: int | None = 1024  # None: lr is taken as it is
-    lr_start: float = Field(default=0.2, ge=0, le=1)  # share of lr at step 0
-    lr_end: float = Field(default=1e-3, ge=0, le=1)  # share of lr at the end
-    warmup_epochs: float = Field(default=2, ge=0)
-    warmup_steps: int | None = Field(default=None, ge=0)  # instead of warmup_epochs
-    weight_decay: float = Field(default=0.04, ge=0)
-    weight_decay_end: float = Field(default=0.4, ge=0)
-    decay_all: bool = False  # also biases and norms (never prototypes)
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = Field(default=3.0, gt=0)  # norm of all gradients but the prototypes'
-    ema: float = Field(default=0.996, ge=0, le=1)  # momentum of the target
-    ema_end: float = Field(default=1.0, ge=0, le=1)
-    stretch: float = Field(default=1.25, ge=1)  # schedules run as if to this many times the end
-    by_epoch: bool = False  # schedules change once an epoch
-    accumulate: int = Field(default=1, ge=1)  # parts in which a process computes its share of the batch
-    accumulate_mode: Literal["exact", "approximate"] = "exact"  # approximate: the loss of each part by itself
+    batch_size: int = Field(default=1024, ge=1, description="Films in an optimizer step, over all processes.")
+    epochs: float = Field(default=100, gt=0, description="Passes over the films.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps in place of epochs; null: epochs count.")
+    lr: float = Field(
+        default=1e-3, gt=0, description="Peak learning rate at lr_batch films a step; scaled with batch_size."
+    )
+    lr_batch: int | None = Field(default=1024, description="Batch size that `lr` is meant for; null: lr is not scaled.")
+    lr_start: float = Field(default=0.2, ge=0, le=1, description="Learning rate at step 0, as a share of the peak.")
+    lr_end: float = Field(default=1e-3, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    warmup_epochs: float = Field(default=2, ge=0, description="Epochs of linear warm-up.")
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Steps of linear warm-up in place of warmup_epochs; null: warmup_epochs counts."
+    )
+    weight_decay: float = Field(default=0.04, ge=0, description="Weight decay at the start.")
+    weight_decay_end: float = Field(default=0.4, ge=0, description="Weight decay at the end of its cosine.")
+    decay_all: bool = Field(default=False, description="Decay biases and norms too; prototypes never.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Both betas of AdamW.")
+    clip: float | None = Field(
+        default=3.0, gt=0, description="Largest norm of all gradients but the prototypes'; null: no clipping."
+    )
+    ema: float = Field(default=0.996, ge=0, le=1, description="Momentum of the target at the start.")
+    ema_end: float = Field(default=1.0, ge=0, le=1, description="Momentum of the target at the end.")
+    stretch: float = Field(
+        default=1.25, ge=1, description="Schedules run as if the training were this many times as long."
+    )
+    by_epoch: bool = Field(default=False, description="Change the schedules once an epoch rather than every step.")
+    accumulate: int = Field(default=1, ge=1, description="Parts in which a process computes its share of the batch.")
+    accumulate_mode: Literal["exact", "approximate"] = Field(
+        default="exact", description="exact: the loss of the whole batch; approximate: the loss of each part by itself."
+    )
 
     @model_validator(mode="after")
     def _parts(self) -> Self:
@@ -173,46 +296,32 @@ class OptimConfig(Settings):
 class FilmsConfig(Settings):
     """Which films, and which of them make a pair."""
 
-    splits: list[Split] = Field(default=["train"], min_length=1)  # fine-tuning checks them
-    views: Literal["frontal", "all"] = "frontal"
-    per_subject_cap: int | None = Field(default=None, ge=1)  # at most so many films a subject, drawn by seed
-    positives: Literal["film", "study", "patient"] = "film"  # the target's film: the same, or another of the ...
-    max_days: float | None = Field(default=None, ge=0)  # ... at most so far apart (patient)
-
-
-PAPER: dict[str, dict[str, Any]] = {
-    "encoder": {"positions": "sincos", "model_args": {"num_heads": 6}},
-    "ehr": {"inject": "concat", "preset": "msn"},
-    "views": {"flip": 0.5, "brightness": 0.0, "contrast": 0.0, "normalise": "dataset", "mean": 0.449, "std": 0.226},
-    "mask": {"focal": True},
-    "head": {"hidden": None, "out": None},
-    "optim": {
-        "batch_size": 64,
-        "epochs": 100,
-        "lr": 1e-4,
-        "lr_batch": None,
-        "lr_end": 0.0,
-        "warmup_epochs": 0,
-        "weight_decay": 1e-3,
-        "weight_decay_end": 1e-3,
-        "decay_all": True,
-        "clip": None,
-        "ema": 0.996,
-        "ema_end": 0.996,
-        "stretch": 1.0,
-        "by_epoch": True,
-    },
-}
+    splits: list[Split] = Field(
+        default=["train"], min_length=1, description="Splits to train on; fine-tuning refuses to test on what was seen."
+    )
+    views: ViewChoice = "frontal"
+    per_subject_cap: PerSubjectCap = None
+    positives: Literal["film", "study", "patient"] = Field(
+        default="film",
+        description="Film of the target view: the anchor's own, another of the study, or of the patient.",
+    )
+    max_days: float | None = Field(
+        default=None, ge=0, description="Largest gap in days of such a pair, with positives: patient; null: any."
+    )
 
 
 class PretrainConfig(Settings):
     """features/ + store/ -> runs/X/ with encoder/."""
 
-    features: str  # a features/ folder
-    store: str  # a store/ folder
-    out: str  # runs/X, the run folder
-    preset: Literal["default", "paper"] = "default"  # default: the original MSN's schedules; paper: CXR-EHR-MSN's
-    seed: int = 0
+    features: str = Field(description="The features/ folder.")
+    store: str = Field(description="The store/ folder of packed films.")
+    out: str = Field(description="The run folder to write, runs/X.")
+    preset: Literal["default", "paper"] = Field(
+        default="default",
+        description="Values of keys that are not given: the original MSN's schedules (default), or CXR-EHR-MSN's as "
+        "published (paper: configs/presets/paper.yaml).",
+    )
+    seed: int = Field(default=0, description="Seed of weights, order, views and masks.")
     encoder: EncoderConfig = EncoderConfig()
     ehr: EhrConfig = EhrConfig()
     views: ViewsConfig = ViewsConfig()
@@ -221,17 +330,30 @@ class PretrainConfig(Settings):
     head: HeadConfig = HeadConfig()
     optim: OptimConfig = OptimConfig()
     films: FilmsConfig = FilmsConfig()
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the networks; the loss is always fp32
-    compile: bool = False  # torch.compile of the encoders
-    checkpointing: bool = False  # recompute activations: less memory, about a third more time
-    workers: int = Field(default=0, ge=0, le=256)  # processes that prepare batches, for each training process
-    log_every: int = Field(default=1, ge=1)  # steps
-    save_every_minutes: float = Field(default=10.0, gt=0)  # between checkpoints; SIGTERM saves at once
-    keep: int = Field(default=2, ge=1)  # newest checkpoints that stay
-    keep_every_hours: float | None = Field(default=None, gt=0)  # of the older ones, one for each such span stays
-    export_every_epochs: float | None = Field(default=None, gt=0)  # encoder/ is also written on the way
-    trackers: list[Literal["tensorboard", "wandb"]] = []  # beside metrics.jsonl
-    readability: bool = True  # at the end: how linearly readable is each EHR column from the frozen features
+    precision: Precision = "no"
+    compile: bool = Field(default=False, description="Compile the encoders with torch.compile.")
+    checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    workers: int = Field(
+        default=0, ge=0, le=256, description="Processes that prepare batches, for each training process."
+    )
+    log_every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
+    save_every_minutes: float = Field(
+        default=10.0, gt=0, description="Minutes between checkpoints; SIGTERM saves at once."
+    )
+    keep: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+    keep_every_hours: float | None = Field(
+        default=None, gt=0, description="Of older checkpoints one is kept for each span of so many hours; null: none."
+    )
+    export_every_epochs: float | None = Field(
+        default=None, gt=0, description="Epochs between exports of encoder/ during training; null: at the end only."
+    )
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="Trackers beside metrics.jsonl.")
+    readability: bool = Field(
+        default=True,
+        description="At the end, measure how linearly readable each EHR column is from the frozen features.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -240,7 +362,7 @@ class PretrainConfig(Settings):
         if not isinstance(given, dict) or given.get("preset") != "paper":
             return given
         filled = dict(given)
-        for section, values in PAPER.items():
+        for section, values in fragment("paper").items():
             own = given.get(section)
             if own is None or isinstance(own, dict):
                 filled[section] = {**values, **(own or {})}

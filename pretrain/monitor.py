@@ -162,7 +162,8 @@ def introduce(log: run.Log, config: PretrainConfig, steps: Steps, msn: MSN, plan
         + f"\nencoder: {config.encoder.arch}, {number:.1f} M weights, {config.encoder.image_size} px; "
         + _record(config, films)
         + f"\ntraining: {plan.total} steps of {o.batch_size} films ({plan.total / plan.steps_per_epoch:.1f} epochs) on "
-        + f"{accelerator.num_processes} x {accelerator.device.type}, {config.precision}; preset {config.preset}"
+        + f"{accelerator.num_processes} x {accelerator.device.type}; precision {config.precision}; "
+        + f"preset {config.preset}"
     )
     if steps.partners is not None:
         paired, by = steps.partners.count(), config.films.positives

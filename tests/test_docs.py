@@ -14,23 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pages
 from configs import Settings, load
-from ehr_features.config import FeaturesConfig, NotesConfig
-from finetune.config import FuseConfig, GridConfig, ProbeConfig
-from pretrain.config import ImagesConfig, PretrainConfig
+from ehr_features.config import FeaturesConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-SCHEMAS: dict[str, type[Settings]] = {
-    "features": FeaturesConfig,
-    "check": FeaturesConfig,
-    "notes": NotesConfig,
-    "images": ImagesConfig,
-    "pretrain": PretrainConfig,
-    "probe": ProbeConfig,
-    "fuse": FuseConfig,
-    "grid": GridConfig,
-}
+SCHEMAS: dict[str, type[Settings]] = {**pages.SCHEMAS, "check": FeaturesConfig}
 ELSEWHERE = {  # commands of the pages that are run by other tests, or are the tests
     "./launch.sh demo": "tests/finetune/test_demo.py",
     "./launch.sh test": "CI",

@@ -53,7 +53,7 @@ def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
     tuned = config.method in ("finetune", "attentive")
     if not tuned and run.check_world(args) > 1:
         raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
-    accelerator = run.accelerator(args) if tuned else None
+    accelerator = run.accelerator(args, mixed_precision=config.precision) if tuned else None
     with accelerator.main_process_first() if accelerator else nullcontext():  # one process packs
         films, store = open_films(config)
     if config.method != "transfer":
@@ -238,7 +238,7 @@ def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str
         "splits": counts.to_dict("index"),
         "left_out": films.left_out,
         "labels": {
-            "training": {"uncertain": config.uncertain, "missing": config.missing or films.empty},
+            "training": {"uncertain": config.uncertain, "missing": config.empty or films.empty},
             "evaluation": {"uncertain": "ignore", "missing": films.empty},
             "views": config.views,
         },

@@ -62,7 +62,7 @@ def on_features(config: ProbeConfig, films: Films, features: Features, device: s
     """Heads on fixed features, one row a film."""
 
     def learn(train_rows: Rows, val_rows: Rows, seed: int) -> Fitted:
-        labels = films.trained(train_rows, config.uncertain, config.missing)
+        labels = films.trained(train_rows, config.uncertain, config.empty)
         train = Data(at(features, train_rows), labels)
         val = Data(at(features, val_rows), films.evaluated(val_rows))
         if config.method == "logistic":

@@ -73,7 +73,7 @@ class _Fit:
         self.config, self.films, self.store, self.folder = config, films, store, folder
         self.log, self.accelerator, self.seed = log, accelerator, seed
         self.ids = films.table["dicom_id"].to_numpy(object)
-        self.labels = films.trained(np.arange(len(films)), config.uncertain, config.missing)
+        self.labels = films.trained(np.arange(len(films)), config.uncertain, config.empty)
         encoder, self.origin = open_any(config.encoder, seed, config.weights)
         attentive = config.method == "attentive"
         prior = torch.zeros(len(films.names))

@@ -85,6 +85,8 @@ def _same_config(folder: Path, given: dict[str, Any], free: set[str]) -> None:
     if not isinstance(held, dict):
         raise UserError(f"{path}: damaged; remove {folder} to start again, or choose another folder with out=...")
     old, new = dict(_flat(held)), dict(_flat(given))
+    if old.get("precision") == "fp32":  # its name before release 0.3.0
+        old["precision"] = "no"
     keys = [k for k in {**old, **new} if k not in free and old.get(k, "absent") != new.get(k, "absent")]
     if keys:
         lines = [f"  {k}: {old.get(k, 'absent')!r} there, {new.get(k, 'absent')!r} now" for k in keys[:12]]

@@ -45,6 +45,8 @@ def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accel
     from accelerate import Accelerator
 
     cpu = options.pop("cpu", False) or not torch.accelerator.is_available()
+    if cpu and options.get("mixed_precision") == "fp16":
+        raise UserError("precision: fp16 needs a GPU; choose bf16 or no on a CPU")
     made = Accelerator(cpu=cpu, **options)
     atexit.register(_leave)
     if made.num_processes != world:
