@@ -82,6 +82,7 @@ def config_command(
 ) -> argparse.ArgumentParser:
     """Add `NAME CONFIG [key=value ...] [--print-config]`; `run(config, args)` does the work."""
     made = command(commands, name)
+    made.usage = "%(prog)s [options] CONFIG [key=value ...]"
     made.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the YAML, e.g. seed=1")
     made.add_argument("--keys", action=Keys, schema=schema, help="print every key: type, default, meaning; and stop")
