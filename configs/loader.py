@@ -12,7 +12,7 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -60,6 +60,7 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+Given = Mapping[str, Any] | str | Path  # what a config is made of
 WANTED = {  # in the words of YAML, where pydantic's are those of Python
     "missing": "is not given, and has no default",
     "path_type": "is a path; a name that reads as a number is written ./2024",
@@ -67,17 +68,24 @@ WANTED = {  # in the words of YAML, where pydantic's are those of Python
 }
 
 
-def load(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+def load(schema: type[S], path: S | Given, overrides: Sequence[str] = ()) -> S:
     """Read and validate a config.
 
     Args:
         schema: a pydantic model; nested models are nested sections of the YAML.
-        path: a YAML file, or the name of a shipped one (`demo/features`).
+        path: a YAML file, the name of a shipped one (`demo/features`), a dict of keys, or an instance.
         overrides: `key=value` each, dots between sections, the value written as in YAML; the last of two wins.
     Returns: an instance of `schema`.
     Raises: UserError: the file cannot be read, or any key or value is wrong; the message lists all faults.
     """
-    merged = _read(shipped.find(path))
+    if isinstance(path, BaseModel):
+        if isinstance(path, schema) and not overrides:
+            return path
+        path = path.model_dump()
+    if isinstance(path, Mapping):
+        merged, path = OmegaConf.create(dict(path), flags={"allow_objects": True}), "the dict"
+    else:
+        merged = _read(shipped.find(path))
     faults: list[str] = []
     given: set[str] = set()
     for override in overrides:
@@ -183,6 +191,8 @@ def _at_home(value: Any) -> Any:
         return {key: _at_home(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_at_home(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 

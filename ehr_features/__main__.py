@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import cli
+from configs.commands import command_line
 from ehr_features.config import FeaturesConfig, NotesConfig
 from ehr_features.demo.plan import add_arguments as demo_arguments
 
@@ -25,9 +26,9 @@ def _build(config: Any, args: argparse.Namespace) -> int:
     with interruptible():
         out = build(config)
     print(out)
-    print(
-        f"next: ./launch.sh images configs/images.yaml, or ./launch.sh fuse configs/fuse_mortality.yaml features={out}"
-    )
+    fuse = ["fuse", "fuse_mortality", f"features={out}", "model=record_lstm", "encoder=null", "store=null"]
+    images = ["images", "images", f"mimic_cxr={config.mimic_cxr}"]
+    print(f"next: {command_line(*(images if config.mimic_cxr else fuse))}")
     return 0
 
 
@@ -47,7 +48,7 @@ def _notes(config: Any, args: argparse.Namespace) -> int:
     with interruptible():
         out = write_notes(config)
     print(out)
-    print(f"next: ./launch.sh audit {config.features} {out}")
+    print(f"next: {command_line('audit', config.features, out)}")
     return 0
 
 

@@ -24,7 +24,9 @@ import pyarrow.parquet as pq
 from ibis import _
 from safetensors import safe_open
 
-from configs import UserError
+from configs import UserError, load
+from configs.face import callable_module
+from configs.loader import Given
 from ehr_features import check, cohort, labels, schema, splits
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import (
@@ -64,12 +66,18 @@ class Steps:
         print(f"  {name}: {self.seconds[name]:.1f} s", file=sys.stderr, flush=True)
 
 
+callable_module(__name__)
+
+
 @named_by_the_engine()
-def build(config: FeaturesConfig) -> Path:
+def build(config: FeaturesConfig | Given) -> Path:
     """Write features/.
 
+    Args:
+        config: a FeaturesConfig, its keys in a dict, a YAML file, or the name of a shipped one.
     Returns: the folder. Raises: UserError: anything about the raw tables or the config that the user can mend.
     """
+    config = load(FeaturesConfig, config)
     out = config.out
     check_ours(out, "a features folder", ["provenance.json"])
     splits.check(config.split)

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from configs import UserError
+from configs.commands import command_line
 
 PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of the disk or the mount, not of the program
@@ -214,7 +215,9 @@ def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = No
     """
     folder = Path(folder)
     if not (folder / "provenance.json").is_file():
-        raise UserError(f"{folder}: not a features folder; write one with ./launch.sh features CONFIG out={folder}")
+        raise UserError(
+            f"{folder}: not a features folder; write one with {command_line('features', 'features', f'out={folder}')}"
+        )
     path = folder / f"{name}.parquet"
     if not path.is_file():
         found = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.parquet"))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from configs import Settings
+from configs.commands import command_line
 from ehr_features.config import Empty, Uncertain
 from pretrain.config import Precision, ViewChoice
 
@@ -209,7 +210,9 @@ class ProbeConfig(Settings):
         if (self.features is None) == (self.films is None):
             raise ValueError("wanted one of `features` (a features/ folder) and `films` (NIH, CheXpert, any CSV)")
         if self.features is not None and self.store is None and not metadata:
-            raise ValueError("`store` is missing: the packed films; write them with ./launch.sh images CONFIG")
+            raise ValueError(
+                f"`store` is missing: the packed films; write them with {command_line('images', 'images')}"
+            )
         if metadata and self.method in ("attentive", "finetune", "transfer"):
             raise ValueError(f"`method` {self.method} needs films; metadata goes with logistic, boosting, linear, knn")
         if self.encoder == "pixels" and self.method in ("attentive", "finetune"):

@@ -1,4 +1,4 @@
-"""`./launch.sh demo [OUT]`: from raw synthetic tables and films to report.html, on two CPU cores.
+"""`demo [OUT]`: from raw synthetic tables and films to report.html, on two CPU cores.
 
 Comes in: a folder. Goes out: the folder, filled by the same commands that a user types, each with its log in OUT/logs,
 and a table of what was measured beside what the generator says is possible. A step that is done is not done again, so
@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs import UserError
+from configs.commands import command_line
 from configs.launch import end_with_me
 from configs.signals import Stopped, held
 from ehr_features.files import check_ours, digest, lock, make_folder, read_json, write_json
@@ -170,7 +171,7 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
     console.print(f"\n[bold]{out / 'report.html'}[/]   open it in a browser   ({time.monotonic() - start:.0f} s)")
     console.print("\nYou have MIMIC? Say where it lies; the other steps follow in the README:")
     console.print(
-        "  ./launch.sh features configs/features.yaml mimic_iv=/path/to/mimic-iv mimic_cxr=/path/to/mimic-cxr-jpg",
+        "  " + command_line("features", "features", "mimic_iv=/path/to/mimic-iv", "mimic_cxr=/path/to/mimic-cxr-jpg"),
         soft_wrap=True,
     )
     return out / "report.html"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from configs import UserError
+from configs.commands import command_line
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
 from finetune.encoders import open_encoder
@@ -67,7 +68,7 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
     with new_file(out) as part:
         pq.write_table(table, part)
     print(f"wrote {out}: {len(kept):,} films x {features.shape[1]} features" + f", {len(bad)} left out" * bool(bad))
-    print(f"next: python -m finetune nearest {out} {kept[0]}")
+    print(f"next: {command_line('nearest', out, kept[0])}")
     return Path(out)
 
 
@@ -105,7 +106,7 @@ def nearest(embeddings: str, film: str, *, number: int = 10, encoder: str | None
         table = pq.read_table(embeddings)
         about = json.loads((table.schema.metadata or {})[b"ehr_msn"])
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{embeddings}: not a file that `python -m finetune embed` wrote ({error})") from None
+        raise UserError(f"{embeddings}: not a file that `embed` wrote ({error})") from None
     frame = table.to_pandas()
     x = frame[[c for c in frame if c.startswith("f") and c[1:].isdigit()]].to_numpy(np.float32)
     centre = x.mean(0)

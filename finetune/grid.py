@@ -1,4 +1,4 @@
-"""`./launch.sh grid CONFIG`: every combination of some choices, each taken through the same commands.
+"""`grid CONFIG`: every combination of some choices, each taken through the same commands.
 
 Comes in: a YAML file with `axes` (the choices) and `steps` (the commands). Goes out: OUT/NAME/STEP, a run folder for
 each combination and step, made by the commands that a user would type. Complete runs are skipped, so the same command
@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import Settings, UserError, load
+from configs.commands import command_line
 from configs.launch import end_with_me
 from configs.signals import held
 from ehr_features.files import digest, lock, read_json
@@ -47,7 +47,7 @@ class Command:
 
     def typed(self, processes: int) -> str:
         """The command as a user would type it."""
-        return shlex.join(["./launch.sh", *self.words, *(["--processes", str(processes)] if processes > 1 else [])])
+        return command_line(*self.words, *(["--processes", str(processes)] if processes > 1 else []))
 
 
 def plan(config: GridConfig) -> list[list[Command]]:
@@ -109,7 +109,7 @@ def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bo
             failed[command.name] = code
     for name, code in failed.items():
         print(f"failed: {name} (exit code {code}; its message stands above)", file=sys.stderr)
-    print(f"\nnext: python -m finetune runs {config.out}\n      ./launch.sh report {config.out}")
+    print(f"\nnext: {command_line('runs', config.out)}\n      {command_line('report', config.out)}")
     return max(failed.values(), default=0)
 
 

@@ -59,7 +59,7 @@ class Records(torch.utils.data.Dataset[Item]):
     Args:
         features: a features/ folder.
         store: a store/ folder; films that it lacks are left out (of a task's samples: have no film). None: no pixels.
-        notes: a folder that `python -m ehr_features notes` wrote. None: no notes.
+        notes: a folder that `ehr-msn notes` wrote. None: no notes.
         split: train, val, test; None: all.
         splits: `features`: the folder's own; `70/15/15`: by sha256(seed, subject_id) (official test subjects are then
             not kept apart, and an encoder pretrained on the folder's train split has seen some of the test subjects).

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -150,6 +150,28 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
     return results.run.model_dump(exclude_unset=True) | _always(results.run), rows.astype(
         {"value": float, "low": float, "high": float}
     )
+
+
+class Tables(NamedTuple):
+    """What `read` gives."""
+
+    run: dict[str, Any]  # task, model, encoder, seed, warnings, ...
+    rows: pd.DataFrame  # split, label, subset, fraction, metric, value, low, high, n, positives, reason
+    predictions: dict[str, pd.DataFrame]  # `val`, `test`: sample_id or dicom_id, subject_id, label_*, logit_*
+
+
+def read(folder: str | Path) -> Tables:
+    """The results of a finished probe or fusion run, as DataFrames.
+
+    Args:
+        folder: runs/X/.
+    Raises: UserError: no results there, or a file is damaged.
+    """
+    predictions = {}
+    for path in sorted((Path(folder) / "predictions").glob("*.parquet")):
+        with undamaged(path, "evaluate the run again"):
+            predictions[path.stem] = pd.read_parquet(path)
+    return Tables(*read_results(folder), predictions)
 
 
 def _always(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python -m finetune score LABELS SCORES`: metrics with intervals for any two arrays, ours or not.
+"""`ehr-msn score LABELS SCORES`: metrics with intervals for any two arrays, ours or not.
 
 Comes in: .npy, .csv or .parquet; predictions/ of a run too (its label_*, logit_* and subject_id are found). Goes out:
 the table of `metrics.evaluate`. A CSV whose first line is numbers has no header, unless they are 0, 1, 2, ... (pandas).

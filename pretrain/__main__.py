@@ -11,6 +11,7 @@ import argparse
 import re
 
 from configs import UserError, cli
+from configs.commands import command_line
 from pretrain.config import ImagesConfig, PretrainConfig
 
 
@@ -22,7 +23,9 @@ def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
         raise UserError(f"--shard {args.shard}: wanted i/n, e.g. 1/4 on the first of four machines")
     out = pack(config, (int(part[1]), int(part[2])))
     if (out / "store.json").is_file():
-        print(f"{out}\nnext: ./launch.sh pretrain configs/pretrain_vit_small.yaml features=features store={out}")
+        beside = out.parent / "features"
+        features = beside if (beside / "images.parquet").is_file() else "features"
+        print(f"{out}\nnext: {command_line('pretrain', 'pretrain_vit_small', f'features={features}', f'store={out}')}")
     else:
         print(f"{out}\nnext: the parts of --shard i/{part[2]} that are not packed yet")
 
@@ -33,7 +36,8 @@ def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
 
     folder = train(config, args)
     if is_main():
-        print(f"{folder / 'encoder'}\nnext: ./launch.sh probe configs/probe_linear.yaml encoder={folder}")
+        words = [f"features={config.features}", f"store={config.store}", f"encoder={folder}", f"out={folder}_probe"]
+        print(f"{folder / 'encoder'}\nnext: {command_line('probe', 'probe_linear', *words)}")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     out.add_argument("--probe", metavar="RUN", default=None, help="a probe's run folder, for the model card")
     out.set_defaults(run=_export)
     near = cli.command(commands, "knowledge")
-    near.add_argument("notes", metavar="NOTES", help="a folder that python -m ehr_features notes wrote")
+    near.add_argument("notes", metavar="NOTES", help="a folder that `notes` wrote")
     near.add_argument("passages", metavar="PASSAGES", help="a folder of .txt, .md and .jsonl files")
     near.add_argument("--text-encoder", metavar="FOLDER", required=True, help="Hugging Face or sentence-transformers")
     near.add_argument("--top", type=int, default=3, help="at most so many passages a note (default 3)")

@@ -202,7 +202,7 @@ carry traces of patients. Share them only after checking the data use agreement.
 
 
 READABLE = "## How linearly readable the record is from the frozen features"
-NO_RESULTS = "None yet: `./launch.sh probe` measures it, `python -m pretrain export --probe RUN` writes it here."
+NO_RESULTS = "None yet: `ehr-msn probe` measures it, `ehr-msn export RUN OUT --probe PROBE` writes it here."
 
 
 def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:

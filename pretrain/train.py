@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import UserError
+from configs import UserError, load
 from configs.cli import typed
+from configs.face import callable_module
+from configs.loader import Given
 from configs.signals import Stopped
 from ehr_features.progress import Bar
 from pretrain import build, export, run
@@ -34,13 +36,19 @@ MAY_DIFFER = (
     "checkpointing", "compile",
 )  # fmt: skip
 
+callable_module(__name__)
 
-def train(config: PretrainConfig, args: argparse.Namespace | None = None) -> Path:
+
+def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None) -> Path:
     """Pretrain, or go on with a pretraining.
 
+    Args:
+        config: a PretrainConfig, its keys in a dict, a YAML file, or the name of a shipped one.
+        args: the command line's, for the number of processes.
     Returns: the run folder, with encoder/ in it.
     Raises: UserError: the config does not fit the films, the store or the machine; Stopped: SIGTERM, saved.
     """
+    config = load(PretrainConfig, config)
     keep_freed_memory()
     accelerator = build.accelerator(config, args)
     images, index = Path(config.features) / "images.parquet", Path(config.store) / "index.parquet"

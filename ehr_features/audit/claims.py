@@ -1,4 +1,4 @@
-"""`python -m ehr_features audit FEATURES [RUN | NOTES ...]`: does anything leak? Proved or refuted, with counts.
+"""`ehr-msn audit FEATURES [RUN | NOTES ...]`: does anything leak? Proved or refuted, with counts.
 
 Comes in: a features/ folder and the runs and notes that were made from it; or notes alone, which name their features.
 Goes out: a line for each claim, `proved`, `refuted` or `cannot be proved`, and for notes how much of each finding they

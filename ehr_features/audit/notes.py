@@ -41,7 +41,7 @@ class Predicted:
 
 
 def is_notes(folder: Path) -> bool:
-    """Whether `python -m ehr_features notes` wrote this folder."""
+    """Whether `ehr-msn notes` wrote this folder."""
     return (folder / "notes.parquet").is_file()
 
 

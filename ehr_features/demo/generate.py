@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from configs import UserError
+from configs.commands import command_line
 from ehr_features.demo.cxr import best_auroc, write_cxr
 from ehr_features.demo.events import write_events
 from ehr_features.demo.people import People, people
@@ -88,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
         f"record {best['record']:.3f}, film {best['film']:.3f}, both {best['both']:.3f}"
     )
     print(f"wrote {out}")
-    folders = f"mimic_iv={out}/mimic-iv mimic_cxr={out}/mimic-cxr mimic_ed={out}/mimic-iv-ed"
-    print(f"next: ./launch.sh features configs/demo/features.yaml {folders}")
+    folders = [f"mimic_iv={out}/mimic-iv", f"mimic_cxr={out}/mimic-cxr", f"mimic_ed={out}/mimic-iv-ed"]
+    print(f"next: {command_line('features', 'demo/features', *folders)}")
     return 0
 
 

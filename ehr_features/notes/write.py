@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from ibis.util import gen_name
 
 from configs import UserError
+from configs.commands import command_line
 from ehr_features import schema
 from ehr_features.build import NO_EFFECT, Steps, is_current
 from ehr_features.cohort import Attrition
@@ -136,7 +137,7 @@ def linked_films(config: NotesConfig) -> tuple[pa.Table, Attrition]:
     path = config.features / "images.parquet"
     about = read_json(config.features / "provenance.json") if config.features.is_dir() else None
     if about is None:
-        raise UserError(f"{config.features}: no such folder; write it with ./launch.sh features CONFIG")
+        raise UserError(f"{config.features}: no such folder; write it with {command_line('features', 'features')}")
     if not path.is_file():
         raise UserError(f"{path}: no such table: the features have no films; build them with mimic_cxr=...")
     with undamaged(path, "build the features again"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ def _why(url: str, error: Exception) -> str:
     names = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ImportError) or "not known" in text:
         package = PACKAGES.get(protocol, f"the fsspec file system of {protocol}://")
-        return f"reading {protocol}:// needs {package}: python -m pip install {package}"
+        return f"reading {protocol}:// needs {package}: {sys.executable} -m pip install {package}"
     if "requester pays" in str(error).lower():
         return (
             "this bucket lets the reader pay; name the project that does, which must be yours: "

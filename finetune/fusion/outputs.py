@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs import UserError
+from configs.commands import command_line
 from ehr_features.files import new_file, read_table
 from ehr_features.schema import HELD_OUT
 from finetune import metrics, results
@@ -183,7 +184,7 @@ def show(log: run.Log, table: pd.DataFrame, folder: Path) -> None:
         value = "  -  " if pd.isna(row["value"]) else f"{row['value']:.3f}"
         says = f"  test {row['subset']:6} {row['label']:12} {row['metric'].upper()} {value}{interval}  n {row['n']}"
         log.say(f"{says}  {row['reason']}" if row["reason"] else says)
-    log.say(f"wrote {folder}\nnext: ./launch.sh report {folder}")
+    log.say(f"wrote {folder}\nnext: {command_line('report', folder)}")
 
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from configs import UserError
+from configs import UserError, load
+from configs.loader import Given
 from ehr_features.files import new_file, read_json, write_json
 from ehr_features.schema import HELD_OUT
 from finetune.config import FuseConfig
@@ -39,13 +40,17 @@ from pretrain import run
 Rows = dict[str, NDArray[np.int64]]
 
 
-def fuse(config: FuseConfig, args: argparse.Namespace | None = None) -> Path:
+def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> Path:
     """Train a model on a task and evaluate it.
 
+    Args:
+        config: a FuseConfig, its keys in a dict, a YAML file, or the name of a shipped one.
+        args: the command line's, for the number of processes.
     Returns: the run folder.
     Raises: UserError: unreadable inputs, an encoder that saw val or test subjects, a split without samples; Stopped:
         SIGTERM came, and the same command goes on.
     """
+    config = load(FuseConfig, config)
     uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may hold no film
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
     samples, films, about = prepare(config, accelerator)

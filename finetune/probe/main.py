@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from configs import UserError
+from configs import UserError, load
+from configs.commands import command_line
+from configs.loader import Given
 from ehr_features.files import read_table
 from ehr_features.schema import HELD_OUT
 from finetune.config import ProbeConfig
@@ -43,12 +45,16 @@ class Through(NamedTuple):
     seen: Seen
 
 
-def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
+def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -> Path:
     """Fit a probe and score it.
 
+    Args:
+        config: a ProbeConfig, its keys in a dict, a YAML file, or the name of a shipped one.
+        args: the command line's, for the number of processes.
     Returns: the run folder.
     Raises: UserError: an encoder that saw the test subjects, films or labels that are not there, another run in `out`.
     """
+    config = load(ProbeConfig, config)
     began = time.monotonic()
     tuned = config.method in ("finetune", "attentive")
     if not tuned and run.check_world(args) > 1:
@@ -81,9 +87,8 @@ def probe(config: ProbeConfig, args: argparse.Namespace | None = None) -> Path:
         for line in evaluation.notes(more):
             log.say(line)
     run.finish(folder, seconds=round(time.monotonic() - began, 1))
-    log.say(
-        f"{folder}: results.json, predictions/ ({time.monotonic() - began:.0f} s)\nnext: ./launch.sh report {folder}"
-    )
+    log.say(f"{folder}: results.json, predictions/ ({time.monotonic() - began:.0f} s)")
+    log.say(f"next: {command_line('report', folder)}")
     return folder
 
 

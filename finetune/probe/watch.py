@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from configs import UserError
+from configs.commands import command_line
 from ehr_features.files import read_json, read_table
 from finetune.config import ProbeConfig
 from finetune.encoders import Frozen, film_features, open_frozen
@@ -53,7 +54,7 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
             print(f"step {step}: linear {values['linear/auroc']:.4f}, kNN {values['knn/auroc']:.4f}", flush=True)
             continue
         if ended:
-            print(f"{run} has ended; {out} holds {len(done)} encoders\nnext: ./launch.sh report {run}")
+            print(f"{run} has ended; {out} holds {len(done)} encoders\nnext: {command_line('report', run)}")
             return out
         time.sleep(seconds)
 

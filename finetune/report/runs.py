@@ -1,4 +1,4 @@
-"""`python -m finetune runs FOLDER`: the runs of a folder with their key numbers, in the terminal."""
+"""`ehr-msn runs FOLDER`: the runs of a folder with their key numbers, in the terminal."""
 
 from __future__ import annotations
 

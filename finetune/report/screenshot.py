@@ -1,4 +1,4 @@
-"""A picture of a report, for the README: `python -m finetune report RUN ... --screenshot FILE.png`.
+"""A picture of a report, for the README: `ehr-msn report RUN ... --screenshot FILE.png`.
 
 Needs Chromium (Debian: apt install chromium) or Chrome. The page is opened from disk; nothing is loaded.
 """

@@ -52,7 +52,7 @@ def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accel
     if made.num_processes != world:
         raise UserError(
             f"{world} processes were started but accelerate joined {made.num_processes}; start the run with "
-            f"./launch.sh ... --processes N (accelerate launch --cpu, for one, starts a single process)"
+            f"ehr-msn or ./launch.sh and --processes N (accelerate launch --cpu, for one, starts a single process)"
         )
     return made
 
@@ -68,12 +68,13 @@ def check_world(args: argparse.Namespace | None) -> int:
     if world == 1 and steps > 1 and processes is None:
         raise UserError(
             f"SLURM started {steps} tasks, and each of them is a run of its own: start one task a machine "
-            f"(--ntasks-per-node=1) with `srun ./launch.sh ...`, or say --processes 1 if that is meant"
+            f"(--ntasks-per-node=1) with `srun`, or say --processes 1 if that is meant"
         )
     if (file := getattr(args, "accelerate_config", None)) is not None and world != (wanted := _in_config(file)):
         raise UserError(
-            f"{file}: num_processes {wanted}, found {world}; start the run with ./launch.sh ... --accelerate-config "
-            f"{file} (accelerate launch starts a single process where the config says MULTI_CPU)"
+            f"{file}: num_processes {wanted}, found {world}; start the run with ehr-msn or "
+            f"./launch.sh and --accelerate-config {file} (accelerate launch starts a single "
+            f"process where the config says MULTI_CPU)"
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     wanted = (processes or local) * (machines or max(1, world // local))
@@ -81,7 +82,8 @@ def check_world(args: argparse.Namespace | None) -> int:
         asked = " ".join(f"{f} {n}" for f, n in (("--processes", processes), ("--machines", machines)) if n is not None)
         raise UserError(
             f"asked for {wanted} processes ({asked}; --processes counts those of each machine), found {world}; "
-            f"start the run with ./launch.sh, on every machine with the same flags and its own --machine-rank"
+            f"start the run with ehr-msn or ./launch.sh, on every machine with the same flags and its own "
+            f"--machine-rank"
         )
     gpus = torch.cuda.device_count()
     if gpus and local > gpus and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):

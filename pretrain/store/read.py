@@ -18,6 +18,7 @@ import pyarrow as pa
 from PIL import Image
 
 from configs import UserError
+from configs.commands import command_line
 from ehr_features.files import read_json, undamaged
 
 FORMAT = 1
@@ -36,10 +37,10 @@ class Store:
         self.folder = Path(folder)
         if not (self.folder / "store.json").is_file():
             if (self.folder / "packing.json").is_file():
-                raise UserError(
-                    f"{self.folder}: not all films are packed; run the same ./launch.sh images command again"
-                )
-            raise UserError(f"{self.folder}: not a store; write one with ./launch.sh images CONFIG out={self.folder}")
+                raise UserError(f"{self.folder}: not all films are packed; run the same `images` command again")
+            raise UserError(
+                f"{self.folder}: not a store; write one with {command_line('images', 'images', f'out={self.folder}')}"
+            )
         about = _read_about(self.folder / "store.json")
         if about["format"] != FORMAT:
             raise UserError(

@@ -21,7 +21,7 @@ from ehr_features.files import file_digest, undamaged
 from pretrain.text.encoder import TextEncoder, Tokens, embed, embed_tokens
 
 COLUMNS = ("dicom_id", "available_at")
-WAY = "write them with python -m ehr_features notes CONFIG"
+WAY = "write them with the command `notes`"
 
 
 @dataclass(frozen=True)
