@@ -36,7 +36,7 @@ ROW = re.compile(r"^\| (?P<what>[^|]+) \| (?P<ours>[^|]+) \| (?P<reference>[^|]+
 
 def rows(printed: str, command: str) -> list[str]:
     """The rows `| what | ours | reference | ratio |` that a benchmark printed, with its command."""
-    return [f"{found[0]} `python -m {command}` |" for found in ROW.finditer(printed)]
+    return [f"{found[0]} `./launch.sh python -m {command}` |" for found in ROW.finditer(printed)]
 
 
 def machine() -> str:
@@ -89,7 +89,7 @@ def main() -> None:
                 given = given.replace(" FEATURES", f" {features_of(args.demo, Path(name))}")
             print(f"python -m {given} ...", file=sys.stderr, flush=True)
             found = rows(run(given, args.logs / f"{what}.txt"), typed)
-            lines += found or [f"| {what} | - | - | - | `python -m {typed}` |"]
+            lines += found or [f"| {what} | - | - | - | `./launch.sh python -m {typed}` |"]
     table = "\n".join([*lines, "", machine()])
     print(table)
     if args.write:

@@ -23,7 +23,7 @@ def test_every_benchmark_says_what_it_measures(name: str) -> None:
 def test_rows_of_a_benchmark_get_their_command() -> None:
     printed = "noise\n| 12 views | 2.1 ms | lightly 9.7 ms | 4.6x |\n| not | a | row |\n|---|---|---|---|\n"
     assert run.rows(printed, "benchmarks.x A") == [
-        "| 12 views | 2.1 ms | lightly 9.7 ms | 4.6x | `python -m benchmarks.x A` |"
+        "| 12 views | 2.1 ms | lightly 9.7 ms | 4.6x | `./launch.sh python -m benchmarks.x A` |"
     ]
 
 

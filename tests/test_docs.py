@@ -25,7 +25,7 @@ ELSEWHERE = {  # commands of the pages that are run by other tests, or are the t
     "./launch.sh demo": "tests/finetune/test_demo.py",
     "./launch.sh test": "CI",
     "make check": "CI",
-    "python -m benchmarks": "tests/test_benchmarks.py",
+    "./launch.sh python": "tests/test_benchmarks.py",
 }
 SHORTER = {  # what a page says takes minutes; the test adds these words
     "pretrain": ["optim.steps=4", "optim.batch_size=16", "log_every=2"],
