@@ -15,7 +15,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # endings of bare weights files
+WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".tar")  # endings of bare weights files
 
 
 Pool = Annotated[

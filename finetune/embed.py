@@ -19,9 +19,10 @@ from configs import UserError
 from configs.commands import command_line
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
-from finetune.encoders import open_encoder
+from finetune.encoders import Frozen, open_encoder
 from pretrain import encoder as encoders
-from pretrain.store.decode import SUFFIXES, BadFilm, decode, fit
+from pretrain.encoder.preprocess import NO_STORE
+from pretrain.store.decode import SUFFIXES, BadFilm
 
 
 def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_size: int = 64) -> Path:
@@ -32,7 +33,7 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
     Raises: UserError: no encoder, no films, or none that can be read.
     """
     check_new_file(out)
-    made, _ = open_encoder(encoder)
+    frozen, made = _opened(encoder)
     paths = film_paths(films)
     print(f"{len(paths):,} films by {encoder}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,12 +45,13 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
             batch = []
             for path in paths[start : start + batch_size]:
                 try:
-                    batch.append(fit(decode(path), made.preprocess.size))
+                    batch.append(made.preprocess.read(path))
                     kept.append(path)
                 except BadFilm as error:
                     bad.append((path, str(error)))
             if batch:
-                found = encoders.embed(made, np.stack(batch), pool=pool, batch_size=batch_size, device=device)
+                names = [str(path) for path in kept[-len(batch) :]]
+                found = encoders.embed(made, batch, pool=pool, batch_size=batch_size, device=device, names=names)
                 parts.append(found.numpy())
             bar.advance(len(paths[start : start + batch_size]))
     for path, why in bad[:10]:
@@ -57,19 +59,30 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
     if not kept:
         raise UserError(f"{films}: none of {len(paths)} films can be read; the first: {bad[0][0]}: {bad[0][1]}")
     features = np.concatenate(parts)
+    about = {"encoder": encoder, "key": frozen.key, "pool": pool or made.meta["pool"], "left_out": len(bad)}
     table = pa.table(
         {
             "dicom_id": [path.stem for path in kept],
             "path": [path.as_posix() for path in kept],
             **{f"f{i}": features[:, i] for i in range(features.shape[1])},
         },
-        metadata={"ehr_msn": json.dumps({"encoder": encoder, "pool": pool or made.meta["pool"], "left_out": len(bad)})},
+        metadata={"ehr_msn": json.dumps(about)},
     )
     with new_file(out) as part:
         pq.write_table(table, part)
     print(f"wrote {out}: {len(kept):,} films x {features.shape[1]} features" + f", {len(bad)} left out" * bool(bad))
     print(f"next: {command_line('nearest', out, kept[0])}")
     return Path(out)
+
+
+def _opened(encoder: str) -> tuple[Frozen, encoders.Encoder]:
+    """An encoder that takes films. Raises: UserError: no such one."""
+    frozen = open_encoder(encoder)
+    if frozen.encoder is None:
+        raise UserError(f"{encoder}: no encoder; give an encoder/ folder or a run that has one")
+    if frozen.encoder.preprocess.store is None:
+        print(f"warning: {encoder}: {NO_STORE}")
+    return frozen, frozen.encoder
 
 
 def film_paths(films: str) -> list[Path]:
@@ -117,12 +130,17 @@ def nearest(embeddings: str, film: str, *, number: int = 10, encoder: str | None
     if len(own):
         query = x[own[0]]
     elif Path(film).is_file():
-        made, _ = open_encoder(encoder or about["encoder"])
+        frozen, made = _opened(encoder or about["encoder"])
+        if about.get("key") != frozen.key:
+            raise UserError(
+                f"{embeddings}: made by other weights than {frozen.name} has now, or from films prepared otherwise; "
+                "run `embed` again"
+            )
         try:
-            pixels = fit(decode(film), made.preprocess.size)
+            pixels = made.preprocess.read(film)
         except BadFilm as error:
             raise UserError(f"{film}: {error}") from None
-        query = encoders.embed(made, pixels[None], pool=about["pool"]).numpy()[0]
+        query = encoders.embed(made, pixels, pool=about["pool"], names=[film]).numpy()[0]
     else:
         raise UserError(f"{film}: neither a film of {embeddings} nor a file")
     a, b = x - centre, query - centre

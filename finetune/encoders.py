@@ -1,13 +1,14 @@
-"""Frozen features of films, computed once and kept on disk under the hashes of what made them.
+"""The encoder that a config names, and frozen features of films, kept on disk under the hashes of what made them.
 
-Comes in: an encoder's name (a folder, `random:...`, `pixels`), a store, film ids. Goes out: (N, D) a pool.
+Comes in: an encoder's name (encoder/, a run, a weights file, `random:...`, `pixels`), a store, film ids. Goes out: the
+encoder; (N, D) a pool.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from configs import UserError
@@ -24,8 +24,9 @@ from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
 from finetune.config import WEIGHTS
 from pretrain import encoder as encoders
-from pretrain.encoder.preprocess import Preprocess
-from pretrain.encoder.weights import CLASSIFIERS, COUNTER, read_state
+from pretrain.encoder.model import check_finite, encoder_folder
+from pretrain.encoder.preprocess import NO_STORE, Preprocess
+from pretrain.encoder.weights import load_weights
 
 if TYPE_CHECKING:
     from finetune.config import WeightsConfig
@@ -43,18 +44,22 @@ class Frozen:
         name: for tables: the folder, `pixels`, `random:...`.
         key: changes when anything that the features depend on does.
         encode: uint8 (B, S, S) -> {pool: (B, D)}.
-        folder: encoder/ whose pretraining the guard looks into; None where nothing was learned.
+        encoder: None for `pixels`.
+        folder: encoder/ or the weights file whose pretraining the guard looks into; None where nothing was learned.
         about: parameters, input size, films seen: what every row of a comparison carries.
+        said: what was done to weights of another form; empty for our own.
     """
 
     name: str
     key: str
     encode: Callable[[NDArray[np.uint8]], Features]
+    encoder: Encoder | None = None
     folder: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    said: str = ""
 
 
-def open_frozen(
+def open_encoder(
     spec: str,
     *,
     seed: int = 0,
@@ -62,25 +67,29 @@ def open_frozen(
     device: str | torch.device = "cpu",
     weights: WeightsConfig | None = None,
 ) -> Frozen:
-    """The frozen encoder that a config names.
+    """The encoder that a config names, in eval mode.
 
     Args:
-        spec: an encoder/ folder, a run with one, `random:ARCH`, `random:FOLDER`, `pixels`, or a weights file.
+        spec: an encoder/ folder, a run with one, a weights file, `random:ARCH`, `random:FOLDER` (that one, new
+            weights), or `pixels`.
         seed: of random weights.
         pixels: side of the raw-pixel baseline.
-        weights: what a bare weights file is.
+        weights: what a bare weights file, or `random:ARCH`, is.
     Raises: UserError: no such encoder.
     """
     if spec == "pixels":
-
-        def shrink(films: NDArray[np.uint8]) -> Features:
-            small = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(films)[:, None].float() / 255, pixels)
-            return {"avg": small.flatten(1).numpy()}
-
-        key = f"pixels{pixels}"
-        about: dict[str, Any] = {"hash": key, "parameters": 0, "image_size": pixels, "films_seen": 0, "weights": "none"}
-        return Frozen(f"pixels {pixels}x{pixels}", key, shrink, None, about)
-    encoder, folder = open_any(spec, seed, weights)
+        return _pixels(pixels)
+    rest, said, folder = spec.removeprefix("random:"), "", None
+    if rest != spec:
+        encoder = _random(rest, seed, weights)
+    elif not Path(spec).is_dir() and spec.endswith(WEIGHTS):
+        if weights is None:
+            raise UserError(f"{spec}: a bare weights file; say what it is: weights.arch=..., weights.image_size=...")
+        folder, encoder = Path(spec), _described(weights)
+        said = load_weights(encoder, spec, encoder.heads, "weights")
+    else:
+        folder, encoder = encoder_folder(spec), encoders.load(spec)
+    encoder.name = spec
     encoder = encoder.to(device).eval()
 
     @torch.inference_mode()
@@ -88,31 +97,56 @@ def open_frozen(
         features = encoder.features(encoder.preprocess(films).to(device))
         return {pool: encoder.pool(features, pool).float().cpu().numpy() for pool in encoder.pools if pool != "max"}
 
-    about = describe(encoder, spec, folder)
-    return Frozen(spec, str(about["hash"]), encode, folder, about)
+    about = _describe(encoder, spec, folder)
+    return Frozen(spec, str(about["hash"]), encode, encoder, folder, about, said)
 
 
-def open_any(spec: str, seed: int = 0, weights: WeightsConfig | None = None) -> tuple[Encoder, Path | None]:
-    """The encoder, and the folder or file that it was trained in (None for random weights). Raises: UserError."""
-    if spec.startswith("random:") and weights is not None:
-        if spec != f"random:{weights.arch}":
-            raise UserError(f"encoder={spec} and weights.arch={weights.arch} differ; give one architecture")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return fresh(weights), None
-    if not spec.endswith(WEIGHTS) or spec.startswith("random:"):
-        return open_encoder(spec, seed)
-    if weights is None:
-        raise UserError(f"{spec}: a bare weights file; say what it is: weights.arch=..., weights.image_size=...")
-    return open_weights(spec, weights), Path(spec)
+def _pixels(side: int) -> Frozen:
+    """The baseline without an encoder: the film as `side` x `side` means."""
+
+    def shrink(films: NDArray[np.uint8]) -> Features:
+        small = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(films)[:, None].float() / 255, side)
+        return {"avg": small.flatten(1).numpy()}
+
+    key = f"pixels{side}"
+    about = {"hash": key, "parameters": 0, "image_size": side, "films_seen": 0, "weights": "none"}
+    return Frozen(f"pixels {side}x{side}", key, shrink, about=about)
 
 
-def describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]:
+def _random(rest: str, seed: int, weights: WeightsConfig | None) -> Encoder:
+    """Random weights of an architecture, as `weights` says it where given, or of the one in a folder."""
+    if weights is not None and rest != weights.arch:
+        raise UserError(f"encoder=random:{rest} and weights.arch={weights.arch} differ; give one architecture")
+    folder = encoder_folder(rest)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights is not None:
+            return _described(weights)
+        if not folder.is_dir():
+            return encoders.create(rest, in_chans=1)
+        meta = encoders.read_meta(folder)
+        keys = ("in_chans", "image_size", "model_args", "pool")
+        preprocess = Preprocess.from_json(meta["preprocess"], meta["in_chans"], f"{folder}/encoder.json")
+        return encoders.create(meta["arch"], preprocess=preprocess, **{key: meta[key] for key in keys})
+
+
+def _described(config: WeightsConfig) -> Encoder:
+    """`config.arch` with random weights."""
+    return encoders.create(
+        config.arch,
+        in_chans=config.in_chans,
+        image_size=config.image_size,
+        model_args=dict(config.model_args),
+        preprocess=Preprocess(config.image_size, "dataset", config.mean, config.std, config.in_chans),
+    )
+
+
+def _describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]:
     """What every row of a comparison carries: parameters, input size, films seen in pretraining; `hash`: of weights."""
     step, origin = encoder.meta.get("step"), "random, timm's initialisation"
     if folder is not None:
         origin = spec if step is None or folder.is_file() else f"step {step}"
-    state = {name: file_weights(value) for name, value in encoder.net.state_dict().items()}
+    state = {name: _hash(value) for name, value in encoder.net.state_dict().items()}
     return {
         "hash": digest([state, encoder.meta["arch"], encoder.meta["model_args"], encoder.preprocess.to_json()]),
         "parameters": sum(p.numel() for p in encoder.net.parameters()),
@@ -122,6 +156,41 @@ def describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]
         "films_seen": 0 if folder is None else encoder.meta.get("num_films"),  # None: unknown
         "weights": origin,
     }
+
+
+def _hash(value: Tensor) -> str:
+    """A few hex digits of a tensor's content."""
+    return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def to_be_tuned(frozen: Frozen, store: Store) -> Encoder:
+    """The encoder, to be trained on films of this store and saved again: encoder.json says how films are stored."""
+    encoder = frozen.encoder
+    assert encoder is not None, "checked by the config"
+    if encoder.preprocess.store is None:
+        encoder.preprocess = replace(encoder.preprocess, store=store.square)
+    return encoder
+
+
+def store_warnings(frozen: Frozen, store: Store) -> list[str]:
+    """What a reader of the results must know of a store whose films an encoder was not made for."""
+    if frozen.encoder is None:
+        return []
+    size, theirs = frozen.encoder.meta["image_size"], frozen.encoder.preprocess.store
+    found = []
+    if store.size < size:
+        found.append(
+            f"{store.folder}: its films are {store.size} px and are enlarged to the {size} px of {frozen.name}, which "
+            f"adds nothing; pack them with size={size} or more"
+        )
+    if theirs is None and frozen.folder is not None and frozen.folder.is_dir():
+        if frozen.encoder.meta.get("store_hash") != store.hash:
+            found.append(f"{frozen.name}: {NO_STORE}")
+    elif theirs is not None and theirs != store.square:
+        ours, here = theirs.to_json(), store.square.to_json()
+        odd = ", ".join(f"{key} {here[key]} there {ours[key]}" for key in ours if ours[key] != here[key])
+        found.append(f"{store.folder}: films were packed otherwise than those of {frozen.name}'s pretraining: {odd}")
+    return found
 
 
 def film_features(
@@ -142,6 +211,8 @@ def film_features(
             for start in range(0, len(wanted), batch_size):
                 part = wanted[start : start + batch_size]
                 parts.append(frozen.encode(store.read(part)))
+                for value in parts[-1].values():
+                    check_finite(torch.from_numpy(value), frozen.name, part)
                 bar.advance(len(part))
         found = {pool: np.concatenate([part[pool] for part in parts]).astype(np.float32) for pool in parts[0]}
         if path is not None:
@@ -153,46 +224,15 @@ def film_features(
 
 
 def _read(path: Path | None) -> Features | None:
-    """What is in the cache; a damaged file counts as absent and is written anew."""
+    """What is in the cache; a damaged file counts as absent and is written anew, and so is one with values that are
+    not finite, which version 0.2.0 wrote."""
     if path is None or not path.is_file():
         return None
     try:
-        return load_file(path)
+        found: Features = load_file(path)
     except (SafetensorError, OSError):
         return None
-
-
-# ---- An encoder from a bare weights file of timm or torchvision: ImageNet, DINOv2, or anyone's.
-
-
-def fresh(config: WeightsConfig) -> encoders.Encoder:
-    """`config.arch` with random weights."""
-    return encoders.create(
-        config.arch,
-        in_chans=config.in_chans,
-        image_size=config.image_size,
-        model_args=dict(config.model_args),
-        preprocess=Preprocess(config.image_size, "dataset", config.mean, config.std, config.in_chans),
-    )
-
-
-def open_weights(path: str | Path, config: WeightsConfig) -> encoders.Encoder:
-    """Build `config.arch` and fill it from `path`.
-
-    Raises: UserError: no such file, not a file of tensors, weights of another architecture.
-    """
-    encoder = fresh(config)
-    wanted = encoder.net.state_dict()
-    state = {key: value for key, value in read_state(Path(path)).items() if not key.startswith(CLASSIFIERS)}
-    state |= {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in state}
-    if "pos_embed" in state and "pos_embed" in wanted:
-        prefix = 0 if encoder.net.no_embed_class else encoder.net.num_prefix_tokens
-        grid = list(encoder.net.patch_embed.grid_size)
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=prefix)
-    if faults := encoders.differences(wanted, state):
-        raise UserError(f"{path}: these weights are not of weights.arch={config.arch}: {faults}")
-    encoder.net.load_state_dict(state)
-    return encoder.eval()
+    return found if all(np.isfinite(value).all() for value in found.values()) else None
 
 
 def pooled(encoder: Encoder, films: Tensor | NDArray[np.uint8], pool: str | None) -> Tensor:
@@ -201,31 +241,3 @@ def pooled(encoder: Encoder, films: Tensor | NDArray[np.uint8], pool: str | None
     if pool == "both":
         return torch.cat([encoder.pool(features, name) for name in sorted(encoder.pools) if name != "max"], dim=1)
     return encoder.pool(features, pool or ("cls" if "cls" in encoder.pools else "avg"))
-
-
-def open_encoder(spec: str, seed: int = 0) -> tuple[Encoder, Path | None]:
-    """The encoder that a config names, and its folder (None for random weights).
-
-    Args:
-        spec: an encoder/ folder, a run folder that has one, or `random:ARCH`, `random:FOLDER` (that one, new weights).
-        seed: of random weights.
-    Raises: UserError: no such encoder.
-    """
-    rest = spec.removeprefix("random:")
-    folder = Path(rest)
-    folder = folder / "encoder" if (folder / "encoder" / "encoder.json").is_file() else folder
-    if not spec.startswith("random:"):
-        return encoders.load(folder), folder
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if not folder.is_dir():
-            return encoders.create(rest, in_chans=1), None
-        meta = encoders.read_meta(folder)
-        keys = ("in_chans", "image_size", "model_args", "pool")
-        preprocess = Preprocess.from_json(meta["preprocess"], meta["in_chans"])
-        return encoders.create(meta["arch"], preprocess=preprocess, **{key: meta[key] for key in keys}), None
-
-
-def file_weights(value: Tensor) -> str:
-    """A few hex digits of a tensor's content."""
-    return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from pretrain import run
 from pretrain.config import PretrainConfig, ViewsConfig
 from pretrain.data import Cutter, Films, Partners, Steps
 from pretrain.encoder.preprocess import Preprocess
-from pretrain.encoder.weights import start_from
+from pretrain.encoder.weights import load_weights
 from pretrain.msn import MSN, Record
 from pretrain.store import Store
 from pretrain.text.notes import TextSource
@@ -58,7 +58,7 @@ def method(config: PretrainConfig, record_width: int, log: run.Log | None = None
         positions=e.positions,
     )
     if e.init is not None:
-        said = start_from(encoder, e.init, e.init_heads)
+        said = load_weights(encoder, e.init, e.init_heads)
         if log is not None:
             log.say(f"starting from {said}")
     encoder.checkpointing = config.checkpointing

@@ -25,6 +25,7 @@ from pretrain import encoder as encoders
 from pretrain.config import PretrainConfig
 from pretrain.data import Films
 from pretrain.encoder import Encoder
+from pretrain.encoder.model import encoder_folder
 from pretrain.encoder.weights import to_channels
 from pretrain.run import load_checkpoint
 from pretrain.seen import ancestry
@@ -66,6 +67,7 @@ def write(
         meta |= before
     if last and config.readability and films.columns:
         meta["readability"] = readability(encoder, films, store, config.seed)  # leaves the encoder in eval mode
+    encoder.preprocess = dataclasses.replace(encoder.preprocess, store=store.square)
     about = {**encoder.meta, "preprocess": encoder.preprocess.to_json(), **meta}
     return encoders.save(folder / "encoder", encoder, meta, card=model_card(about, config))
 
@@ -138,8 +140,7 @@ def export(
     source, out = Path(source), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; choose a folder that does not")
-    folder = source / "encoder" if (source / "encoder" / "encoder.json").is_file() else source
-    encoder = encoders.load(folder)
+    folder, encoder = encoder_folder(source), encoders.load(source)
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8") if (folder / "MODEL_CARD.md").is_file() else None
     if card is not None and probe is not None:
         card = card.replace(NO_RESULTS, probe_table(read_json(Path(probe) / "results.json")))
@@ -212,7 +213,7 @@ def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
         "",
         f"- Network: timm `{meta['arch']}` {meta['model_args']}; {meta['in_chans']} channel(s), {meta['image_size']}"
         f" px, {meta['width']} features (pool `{meta['pool']}`).",
-        f"- Input: {', '.join(f'{k} {v}' for k, v in meta['preprocess'].items() if v is not None)}.",
+        f"- Input: {_input(meta['preprocess'])}.",
         f"- Weights: the {meta['branch']} branch after {meta['step']} steps.",
         f"- Films: {meta['num_films']} of {meta['num_subjects']} subjects, split {', '.join(meta['splits_seen'])}."
         " No finding label was read.",
@@ -232,6 +233,11 @@ def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
         lines += [f"| {n} | {r['metric']} | {r['value']:.3f} | {r['chance']:g} |" for n, r in readable.items()]
     lines += ["", "## Results", "", NO_RESULTS, ""]
     return "\n".join([*lines, "## Licence and use", "", LICENCE, ""])
+
+
+def _input(preprocess: dict[str, Any]) -> str:
+    parts = {f"store {k}": v for k, v in (preprocess.get("store") or {}).items()} | preprocess
+    return ", ".join(f"{k} {v}" for k, v in parts.items() if v is not None and k != "store")
 
 
 def probe_table(results: dict[str, Any]) -> str:

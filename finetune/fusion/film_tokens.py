@@ -20,11 +20,10 @@ from torch.nn import functional
 
 from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
-from finetune.encoders import open_any
+from pretrain.encoder.model import check_finite
 from pretrain.text.encoder import Tokens, whole
 
 if TYPE_CHECKING:
-    from finetune.config import WeightsConfig
     from finetune.encoders import Frozen
     from pretrain.store import Store
 
@@ -38,15 +37,12 @@ def film_tokens(
     films: Sequence[str],
     cache: Path,
     *,
-    seed: int = 0,
-    weights: WeightsConfig | None = None,
     side: int = 7,
-    device: str | torch.device = "cpu",
 ) -> tuple[Tokens, int]:
     """Token states of films.
 
     Args:
-        frozen: the encoder, as opened for its features. films: M dicom_ids of the store. seed: of random weights.
+        frozen: the encoder, as opened for its features. films: M dicom_ids of the store.
     Returns: the states of each film, rows as `films`; N, tokens of a film.
     """
     wanted = sorted(set(films))
@@ -54,11 +50,11 @@ def film_tokens(
     paths = [cache / f"film_tokens_{digest([frozen.key, store.hash, side, part])}.safetensors" for part in cut]
     new = sum(len(part) for path, part in zip(paths, cut, strict=True) if not whole(path))
     if new:
-        encode = _encode(frozen.name, seed, weights, side, device)
+        encode = _encode(frozen, side)
         with Bar(f"tokens of {frozen.name}", new, "films") as bar:
             for path, part in zip(paths, cut, strict=True):
                 if not whole(path):
-                    _write(encode, store, part, path, bar)
+                    _write(frozen.name, encode, store, part, path, bar)
     with safe_open(paths[0], "numpy") as file:
         places, width = int(file.metadata()["tokens"]), file.get_slice("values").get_shape()[1]
     place = {film: i for i, film in enumerate(wanted)}
@@ -67,18 +63,18 @@ def film_tokens(
     return Tokens(tuple(paths), rows // PART, rows % PART * places, full, width), places
 
 
-def _encode(
-    name: str, seed: int, weights: WeightsConfig | None, side: int, device: str | torch.device
-) -> Callable[[NDArray[np.uint8]], Tensor]:
+def _encode(frozen: Frozen, side: int) -> Callable[[NDArray[np.uint8]], Tensor]:
     """uint8 (B, S, S) -> (B, N, D)."""
-    if name.startswith("pixels"):
+    encoder = frozen.encoder
+    if encoder is None:
 
         def patches(films: NDArray[np.uint8]) -> Tensor:
             small = functional.adaptive_avg_pool2d(torch.from_numpy(films)[:, None].float() / 255, PIXELS)
             return functional.unfold(small, 8, stride=8).transpose(1, 2)  # (B, 16, 64)
 
         return patches
-    encoder = open_any(name, seed, weights)[0].to(device).eval()
+
+    device = next(encoder.parameters()).device
 
     @torch.inference_mode()
     def encode(films: NDArray[np.uint8]) -> Tensor:
@@ -99,11 +95,13 @@ def _encode(
 
 
 def _write(
-    encode: Callable[[NDArray[np.uint8]], Tensor], store: Store, films: Sequence[str], path: Path, bar: Bar
+    name: str, encode: Callable[[NDArray[np.uint8]], Tensor], store: Store, films: Sequence[str], path: Path, bar: Bar
 ) -> None:
     parts = []
     for start in range(0, len(films), 64):
-        parts.append(encode(store.read(films[start : start + 64])).numpy().astype(np.float16))
+        states = encode(store.read(films[start : start + 64])).half()
+        check_finite(states, name, films[start : start + 64])
+        parts.append(states.numpy())
         bar.advance(len(parts[-1]))
     states = np.concatenate(parts)  # (m, N, D)
     about = {"tokens": str(states.shape[1]), "truncated": "0"}

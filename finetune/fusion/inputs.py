@@ -19,7 +19,7 @@ from configs import UserError
 from ehr_features.files import read_table
 from finetune import guard
 from finetune.config import FuseConfig
-from finetune.encoders import Features, Frozen, film_features, open_any, open_frozen
+from finetune.encoders import Features, Frozen, film_features, open_encoder, store_warnings, to_be_tuned
 from finetune.fusion import findings
 from finetune.fusion.cross_attention import KINDS
 from finetune.fusion.film_tokens import film_tokens
@@ -54,16 +54,17 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
     if kind is None or not getattr(kind, "uses_film", True):
         return samples, None, about | {"encoder": None}
     assert store is not None and config.encoder is not None, "checked by the config"
-    frozen = open_frozen(config.encoder, seed=config.seed, device=accelerator.device, weights=config.weights)
+    frozen = open_encoder(config.encoder, seed=config.seed, device=accelerator.device, weights=config.weights)
     if frozen.folder is not None:
         subjects = samples.table[["subject_id", "split"]].drop_duplicates()
         seen = guard.check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
         about["warnings"] += seen.warnings
         about |= {"supervision": seen.supervision, "films_seen": seen.films, "guard": seen.compared}
+    about["warnings"] += store_warnings(frozen, store)
+    about |= {"encoder_weights": frozen.said} if frozen.said else {}
     with accelerator.main_process_first():
         if tokens:
-            options = {"seed": config.seed, "weights": config.weights, "device": accelerator.device}
-            states, _ = film_tokens(frozen, store, samples.film_ids, _cache(config), **options)
+            states, _ = film_tokens(frozen, store, samples.film_ids, _cache(config))
             return replace(samples, film_tokens=states), None, about
         samples, branch, more = _films(config, samples, frozen, store)
     return samples, branch, about | more
@@ -92,12 +93,11 @@ def _films(
         films = (torch.from_numpy(features) - mean) / deviation
         head, logits, more = findings.fit(scaled[0], scaled[1], labelled["train"][2], films, samples.film_subjects())
         features = np.concatenate([features, logits.numpy()], axis=1)
-    encoder, origin = (None, None) if config.freeze else open_any(str(config.encoder), config.seed, config.weights)
     branch = FilmBranch(
         mean,
         deviation,
-        encoder=encoder,
-        origin=origin,
+        encoder=None if config.freeze else to_be_tuned(frozen, store),
+        origin=None if config.freeze else frozen.folder,
         pool=name,
         findings=head,
         keep=config.film != "findings",

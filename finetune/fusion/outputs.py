@@ -162,6 +162,8 @@ def announce(
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
     task = f"{config.task} (retrospective)" if config.task in RETROSPECTIVE else config.task
     log.say(f"fuse: {config.model} on {task}, {config.pairing} stays, {encoder}{control}{seeds}")
+    if "encoder_weights" in about:
+        log.say(f"  {about['encoder_weights']}")
     if "text" in about:
         log.say(f"  {summary(about['text'])}")
     for split, own in rows.items():

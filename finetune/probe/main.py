@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from configs.loader import Given
 from ehr_features.files import read_table
 from ehr_features.schema import HELD_OUT
 from finetune.config import ProbeConfig
-from finetune.encoders import Frozen, describe, film_features, open_any, open_frozen
+from finetune.encoders import Frozen, film_features, open_encoder, store_warnings
 from finetune.guard import NOTHING, Seen, check_encoder
 from finetune.labelled import Films, check_splits, fraction_rows
 from finetune.layouts import open_films, radiologists
@@ -43,6 +44,7 @@ class Through(NamedTuple):
     name: str
     about: Mapping[str, Any]
     seen: Seen
+    said: str = ""  # what was done to weights of another form
 
 
 def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -> Path:
@@ -66,13 +68,15 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
         check_splits(films)
     check_asked(config, films)
     device = str(accelerator.device) if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
-    frozen, through = _through(config, films, device, tuned)
+    frozen, through = _through(config, films, store, device, tuned)
     sources = [Path(config.features) / "images.parquet"] if config.features else [Path(config.films.table)]  # type: ignore[union-attr]
     folder = run.open_run(config.out, config, sources=sources, may_differ=["cache"])
     if run.complete(folder):
         return folder
     log = run.Log(folder, accelerator)
     log.say(evaluation.plan(config, films, through.name))
+    if through.said:
+        log.say(through.said)
     for warning in [*through.seen.warnings, *films.warnings]:
         log.say(f"warning: {warning}")
     if config.method == "transfer":
@@ -101,33 +105,28 @@ def check_asked(config: ProbeConfig, films: Films) -> None:
         radiologists(config.radiologists, films)
 
 
-def _through(config: ProbeConfig, films: Films, device: str, tuned: bool) -> tuple[Frozen | None, Through]:
+def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: bool) -> tuple[Frozen | None, Through]:
     """The frozen encoder (None where the method trains it, or sees no film), and what is known of it."""
     if config.encoder == "metadata":
         about = {"hash": None, "parameters": 0, "image_size": 0, "films_seen": 0, "weights": "none"}
         return None, Through(f"metadata ({', '.join(config.groups)})", about, NOTHING)
-    if tuned:
-        encoder, origin = open_any(config.encoder, config.seed, config.weights)
-        frozen, name, said = None, config.encoder, describe(encoder, config.encoder, origin)
-    else:
-        frozen = open_frozen(
-            config.encoder, seed=config.seed, pixels=config.pixels, device=device, weights=config.weights
-        )
-        name, origin, said = frozen.name, frozen.folder, dict(frozen.about)
-    seen = NOTHING
-    if origin is not None:
+    given = {"seed": config.seed, "weights": config.weights, "pixels": config.pixels, "device": device}
+    frozen, seen = open_encoder(config.encoder, **given), NOTHING
+    if frozen.folder is not None:
         subjects = films.table[["subject_id", "split"]]
         if config.features:
             subjects = read_table(config.features, "images", ["subject_id", "split"])
         seen = check_encoder(
-            origin,
+            frozen.folder,
             subjects,
             features=config.features,
             allow_leak=config.allow_leak,
             same_source=bool(config.features),
             other_people=config.other_people,
         )
-    return frozen, Through(name, said, seen)
+    assert store is not None, "an encoder sees films"
+    seen = replace(seen, warnings=[*seen.warnings, *store_warnings(frozen, store)])
+    return None if tuned else frozen, Through(frozen.name, frozen.about, seen, frozen.said)
 
 
 def _learner(

@@ -44,6 +44,8 @@ def load(folder: str | Path) -> tuple[LinearHead, dict[str, Any]]:
     about = read_json(path / "head.json")
     with undamaged(path / "head.safetensors", "fit it again"):
         tensors = load_file(path / "head.safetensors")
+    if odd := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
+        raise UserError(f"{path}/head.safetensors: `{odd[0]}` has values that are not finite; fit the probe again")
     return LinearHead(about["pools"], tensors["weights"], tensors["bias"]), about
 
 

@@ -24,7 +24,7 @@ from configs import UserError
 from configs.signals import Stopped
 from ehr_features.files import new_file
 from ehr_features.progress import Bar
-from finetune.encoders import open_any
+from finetune.encoders import open_encoder, to_be_tuned
 from finetune.labelled import Films
 from finetune.metrics import macro_auroc
 from finetune.probe.methods import Fitted, Learner, Rows
@@ -74,7 +74,8 @@ class _Fit:
         self.log, self.accelerator, self.seed = log, accelerator, seed
         self.ids = films.table["dicom_id"].to_numpy(object)
         self.labels = films.trained(np.arange(len(films)), config.uncertain, config.empty)
-        encoder, self.origin = open_any(config.encoder, seed, config.weights)
+        opened = open_encoder(config.encoder, seed=seed, weights=config.weights)
+        encoder, self.origin = to_be_tuned(opened, store), opened.folder
         attentive = config.method == "attentive"
         prior = torch.zeros(len(films.names))
         self.net = Tuned(encoder, prior, attentive=attentive, scratch=self.origin is None).to(accelerator.device)
@@ -149,7 +150,7 @@ class _Fit:
         ]
 
     def _read(self, rows: Rows) -> Tensor:
-        return torch.from_numpy(self.store.read(self.ids[rows].tolist()))
+        return self.net.encoder.preprocess.squares(self.store.read(self.ids[rows].tolist()))
 
     def _step(self, wrapped: nn.Module, optimizer: Any, films: Tensor, rows: Rows, step: int, per_epoch: int) -> float:
         tune, accelerator = self.config.tune, self.accelerator
@@ -176,9 +177,7 @@ class _Fit:
     def _input(self, pixels: Tensor) -> Tensor:
         """(B, 1, S, S) in [0, 1] -> what the encoder takes."""
         preprocess = self.net.encoder.preprocess
-        if pixels.shape[-1] != preprocess.size:
-            pixels = F.interpolate(pixels, size=(preprocess.size,) * 2, mode="bilinear", antialias=True)
-        return preprocess.to_input(pixels)
+        return preprocess.to_input(preprocess.resize(pixels))
 
     def predict(self, rows: Rows) -> NDArray[np.float64]:
         """Logits (n, L) of any films, in every process."""

@@ -18,7 +18,7 @@ from configs import UserError
 from configs.commands import command_line
 from ehr_features.files import read_json, read_table
 from finetune.config import ProbeConfig
-from finetune.encoders import Frozen, film_features, open_frozen
+from finetune.encoders import Frozen, film_features, open_encoder
 from finetune.guard import check_encoder
 from finetune.labelled import Films, check_splits
 from finetune.layouts import open_films
@@ -77,7 +77,7 @@ def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dic
 def _open(run: Path) -> Frozen | None:
     """The current encoder; None while it is being replaced."""
     try:
-        return open_frozen(str(run))
+        return open_encoder(str(run))
     except UserError:
         if (run / "encoder" / "encoder.json").is_file() and (run / "encoder" / "encoder.safetensors").is_file():
             raise

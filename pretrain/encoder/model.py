@@ -9,7 +9,8 @@ dropped tokens are not computed, and interpolating positions for smaller views i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from configs import UserError
 from ehr_features.files import new_folder, read_json, write_json
 from pretrain.encoder.network import make, sincos, through
-from pretrain.encoder.preprocess import Preprocess
+from pretrain.encoder.preprocess import NO_STORE, Preprocess
+from pretrain.store.decode import BadFilm
 
 
 class Encoder(nn.Module):
@@ -34,6 +36,7 @@ class Encoder(nn.Module):
     Attributes:
         net: the timm model without a classifier; its state_dict is what is saved.
         meta: what encoder.json says (arch, model_args, in_chans, width, image_size, pool, preprocess, ...).
+        name: where it was loaded from, else its architecture.
         width: D.
         preprocess: uint8 films -> input.
     """
@@ -44,6 +47,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.net = net
         self.meta = meta
+        self.name = str(meta["arch"])
         self.preprocess = preprocess
         self.width = int(self.net.num_features)
         self.is_vit = isinstance(net, VisionTransformer)
@@ -60,6 +64,11 @@ class Encoder(nn.Module):
         if self.net.cls_token is None:
             return ("avg",)
         return ("avg", "cls") if self.net.global_pool == "avg" else ("cls", "avg")
+
+    @property
+    def heads(self) -> int | None:
+        """Attention heads of a ViT."""
+        return int(self.net.blocks[0].attn.num_heads) if self.is_vit else None
 
     @property
     def checkpointing(self) -> bool:
@@ -153,8 +162,9 @@ class Encoder(nn.Module):
             return tokens, positions
         key = (grid, positions.device)
         if key not in self._resample:  # (n, N): timm's interpolation is linear in the positions
-            unit = torch.eye(native[0] * native[1]).unsqueeze(0)
-            self._resample[key] = resample_abs_pos_embed(unit, list(grid), list(native), 0)[0].to(positions.device)
+            with torch.inference_mode(False):  # it may be cached while films are embedded, and trained through later
+                unit = torch.eye(native[0] * native[1]).unsqueeze(0)
+                self._resample[key] = resample_abs_pos_embed(unit, list(grid), list(native), 0)[0].to(positions.device)
         return tokens, (self._resample[key] @ positions[0].float()).unsqueeze(0)
 
 
@@ -211,20 +221,32 @@ def save(folder: str | Path, encoder: Encoder, meta: dict[str, Any] | None = Non
 def load(folder: str | Path) -> Encoder:
     """The encoder that `save` wrote, in eval mode, on the CPU.
 
+    Args:
+        folder: encoder/, or a run that has one.
     Raises: UserError: no encoder there, damaged, or weights of another architecture than encoder.json names.
     """
-    folder = Path(folder)
+    folder = encoder_folder(folder)
     meta = read_meta(folder)
     encoder = create(
         meta["arch"],
         in_chans=meta["in_chans"],
         image_size=meta["image_size"],
         model_args=meta["model_args"],
-        preprocess=Preprocess.from_json(meta["preprocess"], meta["in_chans"]),
+        preprocess=Preprocess.from_json(meta["preprocess"], meta["in_chans"], f"{folder}/encoder.json"),
         pool=meta["pool"],
     )
-    encoder.meta = meta
-    _fill(encoder.net, folder / "encoder.safetensors", f"encoder.json names {meta['arch']} {meta['model_args']}")
+    encoder.meta, encoder.name = meta, str(folder)
+    path = folder / "encoder.safetensors"
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the encoder folder is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy or export it again") from None
+    if faults := differences(encoder.net.state_dict(), state):
+        made = f"{meta['arch']} {meta['model_args']}"
+        raise UserError(f"{path}: these weights are not of the model that encoder.json names {made}: {faults}")
+    encoder.net.load_state_dict(state)
     return encoder.eval()
 
 
@@ -249,64 +271,80 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
 @torch.inference_mode()
 def embed(
     folder: str | Path | Encoder,
-    films: Sequence[str | Path] | np.ndarray | Tensor,
+    films: str | Path | Iterable[str | Path | np.ndarray | Tensor] | np.ndarray | Tensor,
     *,
     pool: str | None = None,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
+    names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Frozen features of films.
+    """Frozen features of films, the same for a film's file, its pixels, and its square in a store.
 
     Args:
-        folder: encoder/, or a loaded encoder.
-        films: paths of film files, or uint8 (N, H, W).
+        folder: encoder/, a run that has one, or a loaded encoder.
+        films: paths of film files; or uint8 (N, H, W), an array or a tensor; or a list of uint8 (H, W).
+        names: of the films, for errors; their paths or numbers if None.
     Returns: (N, D) float32 on the CPU.
+    Raises: UserError: a film that cannot be read, or features that are not finite.
     """
     encoder = folder if isinstance(folder, Encoder) else load(folder)
     encoder = encoder.to(device).eval()
-    parts = [encoder(batch.to(device), pool).float().cpu() for batch in _batches(encoder.preprocess, films, batch_size)]
-    return torch.cat(parts) if parts else torch.empty(0, encoder.width)
+    given: Any = [films] if isinstance(films, (str, Path)) else films
+    if not isinstance(given, (np.ndarray, Tensor)):
+        given = list(given)
+        names = names or [str(f) if isinstance(f, (str, Path)) else f"number {i}" for i, f in enumerate(given)]
+        if encoder.preprocess.store is None and any(isinstance(film, (str, Path)) for film in given):
+            warnings.warn(f"{encoder.name}: {NO_STORE}", stacklevel=2)
+    elif given.ndim == 2:
+        given = given[None]
+    names = names or [f"number {i}" for i in range(len(given))]
+    parts = [torch.empty(0, encoder.width)]
+    for start in range(0, len(given), batch_size):
+        part = given[start : start + batch_size]
+        if isinstance(part, list):
+            read = [_film(encoder.preprocess, film) for film in part]
+            part = np.stack(read) if len({film.shape for film in read}) == 1 else read
+        x = torch.cat([encoder.preprocess(f) for f in part]) if isinstance(part, list) else encoder.preprocess(part)
+        parts.append(encoder(x.to(device), pool).float().cpu())
+        check_finite(parts[-1], encoder.name, names[start : start + batch_size])
+    return torch.cat(parts)
 
 
-def _batches(preprocess: Preprocess, films: Any, size: int) -> Iterator[Tensor]:
-    for start in range(0, len(films), size):
-        part = films[start : start + size]
-        if isinstance(part, (np.ndarray, Tensor)):
-            yield preprocess(part)
-        else:
-            yield torch.cat([preprocess(_decode(Path(path))) for path in part])
-
-
-def _decode(path: Path) -> np.ndarray:
-    from pretrain.store.decode import BadFilm, decode
-
+def _film(preprocess: Preprocess, film: str | Path | np.ndarray | Tensor) -> np.ndarray:
+    """The pixels of a film that is given by its path, or by its pixels."""
+    if not isinstance(film, (str, Path)):
+        return np.asarray(film.cpu() if isinstance(film, Tensor) else film)
     try:
-        return decode(path)
+        return preprocess.read(film)
     except BadFilm as error:
-        raise UserError(f"{path}: {error}; leave this film out") from None
+        raise UserError(f"{film}: {error}; leave this film out") from None
 
 
-def _fill(net: nn.Module, path: Path, context: str) -> None:
-    """Load weights strictly, or say which keys and shapes differ."""
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the encoder folder is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}); copy or export it again") from None
-    faults = differences(net.state_dict(), state)
-    if faults:
-        raise UserError(f"{path}: these weights are not of the model that {context}: {faults}")
-    net.load_state_dict(state)
+def check_finite(features: Tensor, encoder: str, films: Sequence[object]) -> None:
+    """Refuse features that are not finite: a head fitted on them is worth nothing. Raises: UserError."""
+    bad = (~features.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{encoder}: features that are not finite, of film {films[bad[0]]} and {len(bad) - 1} more of its "
+            f"{len(films)}; the weights overflow or are damaged: pretrain or export them again"
+        )
 
 
 def differences(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """Missing, unexpected and differently shaped keys in a few words; empty if there are none."""
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    shapes = [
-        f"{key} {(*found[key].shape,)} instead of {(*wanted[key].shape,)}"
-        for key in wanted.keys() & found.keys()
-        if wanted[key].shape != found[key].shape
-    ]
-    parts = (("missing", missing), ("unexpected", extra), ("of another shape", sorted(shapes)))
-    return "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in parts if keys)
+    """Why weights cannot take the place of others, in a few words; empty if they can.
+
+    Missing, unexpected and differently shaped keys; integers or values that are not finite where numbers are wanted.
+    """
+    faults: dict[str, list[str]] = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+    }
+    for key in sorted(wanted.keys() & found.keys()):
+        mine, theirs = wanted[key], found[key]
+        if mine.shape != theirs.shape:
+            faults.setdefault("of another shape", []).append(f"{key} {(*theirs.shape,)} instead of {(*mine.shape,)}")
+        elif mine.is_floating_point() and not theirs.is_floating_point():
+            faults.setdefault("of another type", []).append(f"{key} {theirs.dtype} instead of {mine.dtype}")
+        elif mine.is_floating_point() and not theirs.float().isfinite().all():
+            faults.setdefault("with values that are not finite", []).append(key)
+    return "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in faults.items() if keys)

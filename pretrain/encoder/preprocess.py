@@ -1,12 +1,14 @@
-"""From uint8 films to what an encoder takes: the same numbers in pretraining, evaluation and anywhere else.
+"""From films to what an encoder takes: the same numbers in pretraining, evaluation and anywhere else.
 
-Comes in: uint8 films, 0 is black. Goes out: (N, C, size, size) float32. encoder.json records every choice made here.
+Comes in: film files, or uint8 films, 0 is black. Goes out: (N, C, size, size) float32. A film becomes the square that a
+store holds, which is resized and normalised; encoder.json records every choice of the way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,9 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import UserError
+from pretrain.store.decode import Square, check_same, decode
 
 Normalise = Literal["crop", "film", "dataset"]
 SOFT = 0.1  # added to the standard deviation, so that an empty crop stays near 0 instead of becoming noise
+NO_STORE = (
+    "its encoder.json (version 0.2.0) does not say how films were stored: film files are resized from their full size, "
+    "and their features differ a little from those of its pretraining; copy `preprocess` of the store's store.json "
+    "there, as preprocess.store"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Preprocess:
             that it was cut from (a whole film: the same as crop); `dataset`: by `mean` and `std`.
         mean, std: of pixels in [0, 1]; used by `dataset` only.
         in_chans: the gray channel is repeated.
+        store: how a film becomes the square that is resized; None: unknown, a film is padded and resized as it is.
     """
 
     size: int
@@ -36,25 +45,42 @@ class Preprocess:
     mean: float = 0.5
     std: float = 0.25
     in_chans: int = 1
+    store: Square | None = None
 
     def __call__(self, films: np.ndarray | Tensor) -> Tensor:
         """Resize and normalise whole films.
 
         Args:
-            films: uint8, (H, W) or (N, H, W); padded to squares with black, as in the store.
+            films: uint8, (H, W) or (N, H, W); as decoded, or squares of the store, which give the same numbers.
         Returns: (N, in_chans, size, size) float32.
         Raises: UserError: not uint8, or not films.
         """
+        return self.to_input(self.resize(self.squares(films)[:, None].float() / 255))
+
+    def read(self, path: str | Path) -> np.ndarray:
+        """A film's file -> uint8, its square where `store` is known. Raises: BadFilm."""
+        return decode(path) if self.store is None else self.store(path)
+
+    def squares(self, films: np.ndarray | Tensor) -> Tensor:
+        """Films of any size, uint8 (H, W) or (N, H, W) -> squares as the store holds them, (N, S, S)."""
         tensor = torch.as_tensor(np.array(films) if isinstance(films, np.ndarray) else films)
         if tensor.dtype != torch.uint8 or tensor.ndim not in (2, 3) or not tensor.numel():
             raise UserError(
                 f"films: wanted uint8 of shape (N, H, W) or (H, W), got {tensor.dtype} of shape {(*tensor.shape,)}; "
                 "pretrain.store packs films of other kinds (16-bit, DICOM, colour)"
             )
-        pixels = pad_square(tensor.view(-1, 1, *tensor.shape[-2:])).float() / 255
-        if pixels.shape[-1] != self.size:
-            pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", antialias=True)
-        return self.to_input(pixels)
+        tensor = tensor.view(-1, *tensor.shape[-2:])
+        if self.store is None:
+            return pad_square(tensor)
+        if tensor.shape[-2:] == (self.store.size, self.store.size):
+            return tensor
+        return torch.from_numpy(np.stack([self.store.of(film) for film in tensor.cpu().numpy()])).to(tensor.device)
+
+    def resize(self, pixels: Tensor) -> Tensor:
+        """Squares (N, 1, S, S) in [0, 1] -> (N, 1, size, size)."""
+        if pixels.shape[-1] == self.size:
+            return pixels
+        return F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", antialias=True)
 
     def to_input(self, pixels: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
         """Normalise views (N, 1, h, w) in [0, 1]; `mean`, `std` (N,) are those of the films, for `film`."""
@@ -69,6 +95,7 @@ class Preprocess:
     def to_json(self) -> dict[str, Any]:
         """What encoder.json says of it."""
         return {
+            **({} if self.store is None else {"store": self.store.to_json()}),
             "resize": self.size,
             "pad": "black, to a square, film in the middle",
             "interpolation": "bilinear, antialiased",
@@ -80,14 +107,23 @@ class Preprocess:
         }
 
     @classmethod
-    def from_json(cls, meta: dict[str, Any], in_chans: int) -> Preprocess:
-        """The reverse of `to_json`."""
+    def from_json(cls, meta: dict[str, Any], in_chans: int, where: str = "encoder.json") -> Preprocess:
+        """The reverse of `to_json`. Raises: UserError: damaged, or another preprocessing than this version does."""
+        store = Square.from_json(meta["store"], f"{where}: preprocess.store") if meta.get("store") else None
         given = {key: meta[key] for key in ("normalise", "mean", "std") if meta.get(key) is not None}
-        return cls(size=meta["resize"], in_chans=in_chans, **given)
+        try:
+            made = cls(size=int(meta["resize"]), in_chans=in_chans, store=store, **given)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{where}: preprocess.resize is not a number of pixels; export the encoder again") from None
+        if made.normalise not in get_args(Normalise):
+            raise UserError(f"{where}: preprocess.normalise is {made.normalise!r}; wanted crop, film or dataset")
+        fixed = ("pad", "interpolation", "intensity", *(["std_added"] if made.normalise != "dataset" else []))
+        check_same({key: made.to_json()[key] for key in fixed}, meta, f"{where}: preprocess")
+        return made
 
 
 def pad_square(films: Tensor) -> Tensor:
-    """(N, 1, H, W) -> (N, 1, S, S), the film in the middle of a black square; never cropped."""
+    """(N, H, W) -> (N, S, S), the film in the middle of a black square; never cropped."""
     height, width = films.shape[-2:]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2

@@ -1,7 +1,8 @@
 """Weights that others trained: read, renamed to timm's keys, checked, put into an encoder. Nothing is re-initialised.
 
-Comes in: encoder/ (or the run it is in), or a file of timm, torchvision or Hugging Face's ViTs (DINOv2 too). Goes out:
-the encoder, filled.
+Comes in: encoder/ (or the run it is in), or a file under the names of timm, torchvision, lightly, DINOv2 or Hugging
+Face (ViT, MAE, DINOv2, with registers or without), alone or inside a checkpoint of Lightning, solo-learn, MoCo, DINO,
+MSN or CXR-EHR-MSN. Goes out: the encoder, filled. A file is never unpickled beyond tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -9,110 +10,111 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from configs import UserError
-from pretrain.encoder.model import Encoder, differences, encoder_folder, read_meta
+from pretrain.encoder.model import Encoder, differences, encoder_folder, load
 
 FIRST = ("patch_embed.proj.weight", "features.conv0.weight", "conv1.weight")  # layers that see the film's channels
-CLASSIFIERS = ("head.", "heads.", "fc.", "classifier.", "head_dist.", "mask_token")  # what no encoder of ours has
-WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student", "target_encoder")
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.net.", "encoder.", "net.")
-TORCHVISION_VIT = (
-    (r"^class_token$", "cls_token"),
-    (r"^conv_proj\.", "patch_embed.proj."),
-    (r"^encoder\.pos_embedding$", "pos_embed"),
-    (r"^encoder\.ln\.", "norm."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
-    (r"\.ln_([12])\.", r".norm\1."),
-    (r"\.self_attention\.in_proj_", ".attn.qkv."),
-    (r"\.self_attention\.out_proj\.", ".attn.proj."),
-    (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
-    (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
+WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "target_encoder", "student", "encoder", "backbone")
+ROOTS = (  # a layer that a backbone has once: what stands before it in a key is the backbone's name in the checkpoint
+    "patch_embed.proj.weight",  # timm's ViTs, DINO, DINOv2, MAE, MSN
+    "conv_proj.weight",  # torchvision's ViT
+    "embeddings.patch_embeddings.projection.weight",  # Hugging Face's
+    "layer1.0.conv1.weight",  # a ResNet
+    "4.0.conv1.weight",  # a ResNet's children as one Sequential, as in lightly's examples
+    "conv0.weight",  # a DenseNet's features
 )
-HUGGING_FACE_VIT = (  # ViTModel and Dinov2Model; queries, keys and values are put together afterwards
-    (r"^embeddings\.(cls_token)$", r"\1"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
+NOT_EVALUATED = re.compile(r"momentum|anchor|student|encoder_k")  # the twin that the method's authors do not evaluate
+HEADS = re.compile(
+    r"(head|heads|fc|classifier|head_dist|pooler)\.|(embeddings\.)?mask_token|decoder|proj|pred|prototypes|queue"
 )
-HEADS = (*CLASSIFIERS, "projection", "predictor", "prototypes", "decoder", "pooler")  # beside a wrapped backbone
-OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's files still have these names
+RENAMED = tuple(
+    (re.compile(pattern), by)
+    for pattern, by in (
+        (r"^class_token$", "cls_token"),  # torchvision's ViT, lightly's over it
+        (r"^conv_proj\.", "patch_embed.proj."),
+        (r"^encoder\.pos_embedding$", "pos_embed"),
+        (r"^encoder\.ln\.", "norm."),
+        (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.self_attention\.in_proj_", ".attn.qkv."),
+        (r"\.self_attention\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
+        (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
+        (r"^embeddings\.(cls_token|register_tokens)$", r"\1"),  # Hugging Face, before and after transformers 5
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^layernorm\.", "norm."),
+        (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+        (r"\.attention\.(?:attention\.)?(?:query|q_proj)\.", ".attn.q."),
+        (r"\.attention\.(?:attention\.)?(?:key|k_proj)\.", ".attn.k."),
+        (r"\.attention\.(?:attention\.)?(?:value|v_proj)\.", ".attn.v."),
+        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+        (r"\.mlp\.(?:weights_in|w12)\.", ".mlp.fc1."),  # SwiGLU of DINOv2's largest
+        (r"\.mlp\.(?:weights_out|w3|down_proj)\.", ".mlp.fc2."),
+        (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2's chunks of blocks
+        (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),  # a ResNet's children by number
+        (r"^0\.", "conv1."),
+        (r"^1\.", "bn1."),
+        (r"^(conv0|norm0|norm5|denseblock\d|transition\d)\.", r"features.\1."),  # a DenseNet's features alone
+        (r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),  # torchvision's older files
+    )
+)
+JOINED = {  # what timm holds in one tensor
+    ".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."),
+    ".mlp.fc1.": (".mlp.gate_proj.", ".mlp.up_proj."),
+}
 COUNTER = ".num_batches_tracked"  # of batch norm; absent from old files, and used by nothing
+CXR_EHR_MSN, ITS_HEADS = "ehr_cxr_project_g.weight", 6  # of both its ViTs, where timm's have 3 and 6
 
 
-def start_from(encoder: Encoder, path: str | Path, heads: int | None = None) -> str:
-    """Fill an encoder with weights of the same architecture.
+def load_weights(encoder: Encoder, path: str | Path, heads: int | None = None, section: str = "encoder") -> str:
+    """Fill an encoder with weights of the same architecture; positions are resampled to its film size, as timm does.
 
     Args:
         heads: attention heads of a bare ViT file; its tensors have the same shapes for any number.
+        section: of the config that describes the encoder, for errors.
     Returns: what was done, for the log.
     Raises: UserError: no such weights, of another architecture, or of one that cannot be known to be the same.
     """
-    path, folder = Path(path), encoder_folder(path)
-    own = encoder.net.blocks[0].attn.num_heads if encoder.is_vit else None
+    folder = encoder_folder(path)
     if folder.is_dir():
-        _same_network(encoder, read_meta(folder), folder)
-        state, source = read_state(folder / "encoder.safetensors"), f"encoder {folder}"
+        theirs = load(folder)
+        _same_network(encoder, theirs, folder)
+        state, source, left_out = theirs.net.state_dict(), f"encoder {folder}", []
     else:
-        state, source = read_state(path), f"file {path}"
-        if encoder.is_vit and heads is None:
-            raise UserError(
-                f"{path}: a bare ViT file does not say how many attention heads it has; give encoder.init_heads "
-                f"(this config makes {own})"
-            )
-        if encoder.is_vit and heads != own:
-            raise UserError(
-                f"{path}: encoder.init_heads {heads}, but this config makes {own} heads; set "
-                f"encoder.model_args: {{num_heads: {heads}}}"
-            )
-    dropped = sorted(key for key in state if key.startswith(CLASSIFIERS))
-    state = {key: value for key, value in state.items() if key not in dropped}
+        state, left_out, known = read_state(Path(path))
+        source = f"file {path}"
+        _same_heads(encoder, path, known or heads, section)
     wanted = encoder.net.state_dict()
     state |= {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in state}
     state, converted = to_channels(state, encoder.meta["in_chans"])
+    state, resampled = _to_film_size(encoder, state)
     if faults := differences(wanted, state):
-        raise UserError(
-            f"encoder.init {path}: not the weights of {encoder.meta['arch']} as configured: {faults}"
-            + _other_size(encoder, state)
-        )
-    if broken := [key for key, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"encoder.init {path}: not a number in {len(broken)} tensors, e.g. {broken[0]}")
+        raise UserError(f"{path}: not the weights of {section}.arch={encoder.meta['arch']} as configured: {faults}")
     encoder.net.load_state_dict(state)
-    notes = [f"{len(state)} tensors from {source}", *([converted] if converted else [])]
-    return "; ".join(notes + ([f"its classifier ({', '.join(dropped)}) left out"] if dropped else []))
+    dropped = [f"left out: {', '.join(left_out)}"] if left_out else []
+    return "; ".join([f"{len(state)} tensors from {source}", *filter(None, (converted, resampled)), *dropped])
 
 
-def _other_size(encoder: Encoder, state: dict[str, Tensor]) -> str:
-    """What to do where the file's positions are those of films of another size; else nothing."""
-    mine, theirs = getattr(encoder.net, "pos_embed", None), state.get("pos_embed")
-    if mine is None or theirs is None or mine.shape == theirs.shape:
-        return ""
-    extra = mine.shape[1] - math.prod(encoder.net.patch_embed.grid_size)
-    side = math.isqrt(theirs.shape[1] - extra)
-    if side**2 != theirs.shape[1] - extra:
-        return ""
-    theirs_px, mine_px = side * encoder.patch, encoder.meta["image_size"]
-    return (
-        f"; with encoder.model_args: {{img_size: {theirs_px}}} its positions are interpolated for films of {mine_px} px"
-    )
+def read_state(path: Path) -> tuple[dict[str, Tensor], list[str], int | None]:
+    """The backbone of a file under timm's keys; what else the file holds, by name; attention heads where known.
 
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file under timm's keys. Raises: UserError: absent, damaged, or not only tensors."""
+    Raises: UserError: absent, damaged, not only tensors, no backbone in it or more than one.
+    """
     try:
         state: Any = _read(path)
     except FileNotFoundError:
@@ -126,26 +128,77 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged, or not a weights file ({why})") from None
     while isinstance(state, dict) and (inner := next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None)):
         state = state[inner]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
         raise UserError(f"{path}: no state_dict in it; wanted names and tensors")
-    for prefix in PREFIXES:
-        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if inside and all(key.startswith((prefix, *HEADS)) for key in state):
-            state = inside
-    if "class_token" in state:
-        state = {_renamed(key, TORCHVISION_VIT): value for key, value in state.items()}
-    if "embeddings.cls_token" in state:
-        state = _merged({_renamed(key, HUGGING_FACE_VIT): value for key, value in state.items()})
-    return {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+    name = _backbone_name(tensors, path)
+    inside = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+    kept = {key: value for key, value in inside.items() if not HEADS.match(key)}
+    rest = {key.removeprefix("module.").partition(".")[0] for key in tensors if key.removeprefix(name) not in kept}
+    known = ITS_HEADS if CXR_EHR_MSN in tensors else None
+    return _timm(kept), sorted(rest), known
+
+
+class _Inert(dict):  # type: ignore[type-arg]
+    """Stands for an object of a checkpoint that is not read: its class is not imported, nothing of it runs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _read(path: Path) -> Any:
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    """A file's content; Lightning and training scripts keep objects (arguments, configs) beside the tensors."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        others = get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # the format before torch 1.6
+        others = []
+    with safe_globals([(_Inert, name) for name in others]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _backbone_name(state: dict[str, Tensor], path: Path) -> str:
+    """What stands before the keys of the backbone that the method's authors evaluate."""
+    names = {key[: -len(root)] for key in state for root in ROOTS if f".{key}".endswith(f".{root}")}
+    if not names:
+        raise UserError(
+            f"{path}: no backbone that is known here (ViT, DenseNet, ResNet) among its {len(state)} tensors, e.g. "
+            f"{', '.join(list(state)[:3])}; save the backbone's state_dict under timm's names"
+        )
+    chosen = {name for name in names if not NOT_EVALUATED.search(name)} or names
+    chosen = {name for name in chosen if "online" in name} or chosen  # BYOL
+    if len(chosen) > 1:
+        raise UserError(
+            f"{path}: {len(chosen)} backbones in it: {', '.join(sorted(chosen))}; save the state_dict of the one wanted"
+        )
+    return chosen.pop()
+
+
+def _timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys as timm has them; queries, keys and values together; positions as timm adds them to registers."""
+    out = {}
+    for key, value in state.items():
+        for pattern, by in RENAMED:
+            key = pattern.sub(by, key)
+        out[key] = value
+    for joint, parts in JOINED.items():
+        for key in [key for key in out if parts[0] in key]:
+            own = [key.replace(parts[0], part) for part in parts]
+            if all(part in out for part in own):
+                out[key.replace(parts[0], joint)] = torch.cat([out.pop(part) for part in own])
+    if "register_tokens" in out and out.keys() >= {"cls_token", "pos_embed"}:
+        out["reg_token"] = out.pop("register_tokens")
+        out["cls_token"], out["pos_embed"] = out["cls_token"] + out["pos_embed"][:, :1], out["pos_embed"][:, 1:]
+    return out
 
 
 def to_channels(state: dict[str, Tensor], in_chans: int) -> tuple[dict[str, Tensor], str]:
     """The same function of a gray film seen through another number of equal channels; what was changed, in words."""
-    first = next((key for key in FIRST if key in state), None)
+    first = next((key for key in FIRST if key in state and state[key].ndim == 4), None)
     if first is None or state[first].shape[1] == in_chans:
         return state, ""
     weight = state[first]
@@ -153,31 +206,42 @@ def to_channels(state: dict[str, Tensor], in_chans: int) -> tuple[dict[str, Tens
     return state | {first: gray.contiguous()}, f"{first} from {weight.shape[1]} to {in_chans} channels (summed)"
 
 
-def _renamed(key: str, table: Sequence[tuple[str, str]]) -> str:
-    for pattern, by in table:
-        key = re.sub(pattern, by, key)
-    return key
+def _to_film_size(encoder: Encoder, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Positions for the encoder's grid of patches; what was changed, in words."""
+    mine, theirs = getattr(encoder.net, "pos_embed", None), state.get("pos_embed")
+    if mine is None or theirs is None or theirs.ndim != 3 or mine.shape[1] == theirs.shape[1]:
+        return state, ""
+    grid = list(encoder.net.patch_embed.grid_size)
+    prefix = mine.shape[1] - math.prod(grid)
+    side = math.isqrt(max(0, theirs.shape[1] - prefix))
+    if side**2 != theirs.shape[1] - prefix or side == 0:
+        return state, ""  # `differences` names the shapes
+    new = resample_abs_pos_embed(theirs, grid, [side, side], num_prefix_tokens=prefix)
+    return state | {"pos_embed": new}, f"positions resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"
 
 
-def _merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values as timm's one blocks.N.attn.qkv; no pooler, no mask token."""
-    out = {k: v for k, v in state.items() if not k.startswith(("pooler.", "embeddings.")) and ".query." not in k}
-    for key, query in state.items():
-        if ".attention.attention.query." in key:
-            parts = [query, *(out.pop(key.replace(".query.", f".{name}.")) for name in ("key", "value"))]
-            out[key.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(parts)
-    return out
+def _same_heads(encoder: Encoder, path: str | Path, heads: int | None, section: str) -> None:
+    """Refuse a bare ViT whose number of attention heads is unknown or another: no tensor's shape shows it."""
+    if not encoder.is_vit:
+        return
+    if heads is None:
+        raise UserError(
+            f"{path}: a bare ViT file does not say how many attention heads it has; give encoder.init_heads "
+            f"(this config makes {encoder.heads})"
+        )
+    if heads != encoder.heads:
+        raise UserError(
+            f"{path}: its ViT has {heads} attention heads, and this config makes {encoder.heads}; set "
+            f"{section}.model_args: {{num_heads: {heads}}}"
+        )
 
 
-def _same_network(encoder: Encoder, meta: dict[str, Any], folder: Path) -> None:
-    """encoder.json against the config: what the tensors' shapes may not show."""
-    mine, theirs = _traits(encoder.meta), _traits(meta)
-    faults = [f"{key} {theirs[key]} there, {mine[key]} in this config" for key in mine if mine[key] != theirs[key]]
-    if faults:
+def _same_network(encoder: Encoder, theirs: Encoder, folder: Path) -> None:
+    """Refuse a network whose encoder.json names another, where the tensors' shapes need not show it."""
+    free = ("img_size", "dynamic_img_size")  # positions are resampled
+    mine, found = (
+        {"arch": e.meta["arch"], "model_args": {k: v for k, v in e.meta["model_args"].items() if k not in free}}
+        for e in (encoder, theirs)
+    )
+    if faults := [f"{key} {found[key]} there, {mine[key]} in this config" for key in mine if mine[key] != found[key]]:
         raise UserError(f"encoder.init {folder}: another network: {'; '.join(faults)}; make the config agree")
-
-
-def _traits(meta: dict[str, Any]) -> dict[str, Any]:
-    free = ("img_size", "dynamic_img_size")
-    args = {key: value for key, value in meta["model_args"].items() if key not in free}
-    return {"arch": meta["arch"], "image_size": meta["image_size"], "model_args": args}

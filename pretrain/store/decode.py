@@ -9,6 +9,7 @@ import io
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ Dicom = Literal["mimic-jpg", "window"]
 MAX_PIXELS = 100_000_000  # the largest detectors have about 25 million; more is damage or a decompression bomb
 MIN_SIDE = 8
 LUMINANCE = np.array([0.299, 0.587, 0.114])
+QUALITY = 95  # of a store of JPEGs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 
 
@@ -85,6 +87,80 @@ def fit(film: np.ndarray, size: int) -> np.ndarray:
     top, left = (size - new_height) // 2, (size - new_width) // 2
     square[top : top + new_height, left : left + new_width] = film
     return square
+
+
+@dataclass(frozen=True)
+class Square:
+    """The one way from a film's file to the square that a store holds, and that an encoder resizes.
+
+    Args:
+        size: pixels of its side.
+        dicom: how DICOM pixels become 8 bits, see `decode`.
+        encoding: of a store; `jpeg` changes pixels a little.
+    """
+
+    size: int
+    dicom: Dicom = "mimic-jpg"
+    encoding: Literal["raw", "jpeg"] = "raw"
+
+    def __call__(self, path: str | Path) -> np.ndarray:
+        """A film's file -> (size, size) uint8. Raises: BadFilm."""
+        return self.unpack(self.pack(path))
+
+    def of(self, film: np.ndarray) -> np.ndarray:
+        """A film as decoded, (H, W) uint8 -> its square; a square of this size is one already."""
+        return film if film.shape == (self.size, self.size) else self.unpack(self._bytes(fit(film, self.size)))
+
+    def pack(self, path: str | Path, data: bytes | None = None) -> bytes:
+        """A film's file, or its content -> the square as a store holds it. Raises: BadFilm."""
+        return self._bytes(fit(decode(path, dicom=self.dicom, near=2 * self.size, data=data), self.size))
+
+    def unpack(self, data: Any) -> np.ndarray:
+        """The reverse of `pack`: bytes -> (size, size) uint8."""
+        if self.encoding == "raw":
+            return np.frombuffer(data, np.uint8).reshape(self.size, self.size)
+        return np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",)))
+
+    def _bytes(self, square: np.ndarray) -> bytes:
+        if self.encoding == "raw":
+            return square.tobytes()
+        file = io.BytesIO()
+        Image.fromarray(square).save(file, "JPEG", quality=QUALITY)
+        return file.getvalue()
+
+    def to_json(self) -> dict[str, Any]:
+        """What store.json and encoder.json say of it."""
+        return {
+            "decode_at_least": 2
+            * self.size,  # a larger JPEG is decoded at a reduced scale, its longer side this or more
+            "dicom": self.dicom,
+            "resize": self.size,  # the longer side
+            "interpolation": "area",
+            "enlarge": "bilinear",
+            "pad": "centre",
+            "pad_value": 0,
+            "encoding": self.encoding,
+            "quality": QUALITY if self.encoding == "jpeg" else None,
+        }
+
+    @classmethod
+    def from_json(cls, meta: dict[str, Any], where: str) -> Square:
+        """The reverse of `to_json`; what version 0.2.0 left out is as it is here. Raises: UserError."""
+        try:
+            square = cls(int(meta["resize"]), meta["dicom"], meta.get("encoding", "raw"))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{where}: damaged (resize, dicom or encoding is not what it should be)") from None
+        check_same(square.to_json(), meta, where)
+        return square
+
+
+def check_same(ours: dict[str, Any], given: dict[str, Any], where: str) -> None:
+    """Refuse a description of another preprocessing than the one that it is read as. Raises: UserError."""
+    if odd := [key for key, value in ours.items() if key in given and given[key] != value]:
+        raise UserError(
+            f"{where}: `{odd[0]}` is {given[odd[0]]!r}, and this version does {ours[odd[0]]!r} alone; it was made by "
+            "another version, or changed by hand"
+        )
 
 
 def _check_sides(height: int, width: int) -> None:

@@ -7,7 +7,6 @@ index.parquet (dicom_id, shard, row, height, width), rejected.parquet (dicom_id,
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from PIL import Image
 
 from configs import UserError
 from configs.commands import command_line
 from ehr_features.files import read_json, undamaged
+from pretrain.store.decode import Square
 
 FORMAT = 1
 
@@ -29,7 +28,7 @@ class Store:
 
     Attributes:
         index: DataFrame dicom_id, shard, row, height, width.
-        size: side of the squares; hash: 16 hex digits of what is stored; preprocess: how the films were made.
+        size: side of the squares; hash: 16 hex digits of what is stored; square: how the films were made.
     Raises: UserError: not a store, unfinished, or damaged.
     """
 
@@ -52,7 +51,8 @@ class Store:
                 raise UserError(f"{path}: {'damaged' if path.is_file() else 'absent'}; was the store copied whole?")
         self.size: int = about["size"]
         self.hash: str = about["hash"]
-        self.preprocess: dict[str, Any] = about["preprocess"]
+        encoding = about.get("plan", {}).get("encoding", "raw")  # `preprocess` of version 0.2.0 leaves it out
+        self.square = Square.from_json({"encoding": encoding, **about["preprocess"]}, f"{self.folder}/store.json")
         self.index = _read_index(self.folder / "index.parquet")
         self._places = dict(zip(self.index.dicom_id, zip(self.index.shard, self.index.row, strict=True), strict=True))
         self._frames: dict[str, Any] = about.get("frames", {})  # of older stores unknown
@@ -79,7 +79,7 @@ class Store:
             if path.name in self._frames:
                 _check_frame(path, self._frames[path.name])
             films = self._shards[shard] = _map(path, self.size)
-        return films[row] if isinstance(films, np.ndarray) else _unpack(films[row].as_buffer())
+        return films[row] if isinstance(films, np.ndarray) else self.square.unpack(films[row].as_buffer())
 
     def read(self, dicom_ids: Sequence[str]) -> np.ndarray:
         """Films in the order asked for: (N, size, size) uint8, a copy."""
@@ -116,10 +116,6 @@ def _map(path: Path, size: int) -> Any:
         assert column.offset == 0
         return np.frombuffer(column.buffers()[2], np.uint8, len(batch) * size * size).reshape(len(batch), size, size)
     return column
-
-
-def _unpack(data: Any) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",)))
 
 
 def _read_about(path: Path) -> dict[str, Any]:

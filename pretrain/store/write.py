@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -24,7 +23,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-from PIL import Image
 
 from configs import UserError
 from configs.signals import held
@@ -32,7 +30,7 @@ from ehr_features.files import check_ours, digest, lock, new_file, provenance, r
 from ehr_features.progress import Bar
 from ehr_features.raw.remote import configure, fetch, is_url
 from pretrain.config import ImagesConfig
-from pretrain.store.decode import SUFFIXES, BadFilm, decode, fit
+from pretrain.store.decode import SUFFIXES, BadFilm, Square
 from pretrain.store.listing import films_digest, list_films
 from pretrain.store.read import FORMAT, frame_hash, shard_name
 
@@ -69,13 +67,12 @@ def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: i
     groups = [films.iloc[at : at + per_shard] for at in range(0, len(films), per_shard)]
     mine = [n for n in range(part[0] - 1, len(groups), part[1]) if not _finished(out / shard_name(n), plan)]
     _check_disk(out, config, sum(len(groups[n]) for n in mine))
-    began = time.monotonic()
+    began, square = time.monotonic(), Square(config.size, config.dicom, config.encoding)
     with Bar("packing", sum(len(groups[n]) for n in mine), "films") as bar, workers(config.workers) as work:
         for number in mine:
             group = groups[number]
             jobs: list[Job] = [
-                (i, path, config.size, config.encoding, config.dicom, None)
-                for i, path in zip(group.dicom_id, group.path, strict=True)
+                (dicom_id, path, square, None) for dicom_id, path in zip(group.dicom_id, group.path, strict=True)
             ]
             rows = []
             for ready in streamed(jobs):
@@ -207,20 +204,13 @@ def _complete(
     for name, table in (("index", packed), ("rejected", bad)):
         with new_file(out / f"{name}.parquet") as new:
             table.to_parquet(new, index=False)
-    preprocess = {
-        "resize": config.size,
-        "interpolation": "area",
-        "pad": "centre",
-        "pad_value": 0,
-        "dicom": config.dicom,
-    }
     files = {shard_name(n): (out / shard_name(n)).stat().st_size for n in range(shards)}
     more = {"num_films": len(packed), "num_rejected": len(bad), "reasons": reasons.to_dict(), "counts": counts}
     about = {
         "format": FORMAT,
         "size": config.size,
         "hash": digest([FORMAT, config.size, hashes]),
-        "preprocess": preprocess,
+        "preprocess": Square(config.size, config.dicom, config.encoding).to_json(),
     }
     made = provenance(config.model_dump(mode="json"), seconds=round(seconds, 1))
     write_json(
@@ -235,27 +225,20 @@ def _complete(
 
 # ---- Processes that turn film files into packed squares, in order; a film that kills its decoder costs only itself.
 
-QUALITY = 95
 AHEAD = 128  # films of a URL that are read while the ones before them are decoded
 Row = tuple[str, bytes | None, str]  # dicom_id, the packed film or None, the path, or path and reason on two lines
-Job = tuple[str, str, int, str, Any, bytes | None]  # dicom_id, path, size, encoding, dicom, what a URL gave
+Job = tuple[str, str, Square, bytes | None]  # dicom_id, path, how it becomes a square, what a URL gave
 
 
 def pack_film(job: Job) -> Row:
     """One film, decoded, resized, padded and encoded; or why not."""
-    dicom_id, path, size, encoding, dicom, data = job
+    dicom_id, path, square, data = job
     try:
         if is_url(path) and data is None:
             raise BadFilm("absent")
-        found = path if is_url(path) else _existing(path)
-        square = fit(decode(found, dicom=dicom, near=2 * size, data=data), size)
+        return dicom_id, square.pack(path if is_url(path) else _existing(path), data), path
     except BadFilm as why:
         return dicom_id, None, f"{path}\n{why}"
-    if encoding == "raw":
-        return dicom_id, square.tobytes(), path
-    file = io.BytesIO()
-    Image.fromarray(square).save(file, "JPEG", quality=QUALITY)
-    return dicom_id, file.getvalue(), path
 
 
 def _existing(path: str) -> str:
@@ -290,7 +273,7 @@ def _fetched(jobs: Sequence[Job]) -> list[Job]:
         absent = [path for path, content in contents.items() if content is None]
         others = [os.path.splitext(path)[0] + suffix for path in absent]
         contents |= dict(zip(absent, fetch(others), strict=True))
-    return [(*job[:5], contents[job[1]]) for job in jobs]
+    return [(*job[:3], contents[job[1]]) for job in jobs]
 
 
 @contextlib.contextmanager

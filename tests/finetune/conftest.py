@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ehr_features.files import write_json
+from pretrain.store.decode import Square
 
 SIZE = 32
 NAMES = ("Edema", "Pneumonia", "Pneumothorax")
@@ -21,6 +22,7 @@ class MemoryStore:
 
     def __init__(self, films: dict[str, np.ndarray]) -> None:
         self.films, self.size, self.hash = films, SIZE, "memory"
+        self.folder, self.square = Path("memory"), Square(SIZE)
 
     def __contains__(self, film: object) -> bool:
         return film in self.films

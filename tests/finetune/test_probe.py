@@ -15,7 +15,7 @@ from ehr_features.files import write_json
 from finetune import layouts as sources
 from finetune import results
 from finetune.config import ProbeConfig
-from finetune.encoders import film_features, open_frozen
+from finetune.encoders import film_features, open_encoder
 from finetune.labelled import check_splits, evaluation_labels, read_films, training_labels
 from finetune.probe import heads
 from finetune.probe import heads as classic
@@ -118,12 +118,12 @@ def test_other_weights_or_films_are_not_taken_from_the_cache(make_world: World) 
     store = sources.Store("memory")
     ids = sorted(store.films)[:6]
     cache = folder / "cache"
-    keys = {seed: open_frozen(f"random:{tiny_encoder(folder)}", seed=seed).key for seed in (0, 1)}
+    keys = {seed: open_encoder(f"random:{tiny_encoder(folder)}", seed=seed).key for seed in (0, 1)}
     assert keys[0] != keys[1]
-    a = film_features(open_frozen("pixels", pixels=4), store, ids, cache=cache)["avg"]
-    b = film_features(open_frozen("pixels", pixels=8), store, ids, cache=cache)["avg"]
+    a = film_features(open_encoder("pixels", pixels=4), store, ids, cache=cache)["avg"]
+    b = film_features(open_encoder("pixels", pixels=8), store, ids, cache=cache)["avg"]
     assert a.shape == (6, 16) and b.shape == (6, 64)
-    reordered = film_features(open_frozen("pixels", pixels=4), store, ids[::-1], cache=cache)["avg"]
+    reordered = film_features(open_encoder("pixels", pixels=4), store, ids[::-1], cache=cache)["avg"]
     np.testing.assert_array_equal(reordered, a[::-1])
 
 
