@@ -21,7 +21,6 @@ from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
 from finetune.encoders import Frozen, open_encoder
 from pretrain import encoder as encoders
-from pretrain.encoder.preprocess import NO_STORE
 from pretrain.store.decode import SUFFIXES, BadFilm
 
 
@@ -80,8 +79,8 @@ def _opened(encoder: str) -> tuple[Frozen, encoders.Encoder]:
     frozen = open_encoder(encoder)
     if frozen.encoder is None:
         raise UserError(f"{encoder}: no encoder; give an encoder/ folder or a run that has one")
-    if frozen.encoder.preprocess.store is None:
-        print(f"warning: {encoder}: {NO_STORE}")
+    if frozen.said:
+        print(frozen.said)
     return frozen, frozen.encoder
 
 

@@ -47,7 +47,7 @@ class Frozen:
         encoder: None for `pixels`.
         folder: encoder/ or the weights file whose pretraining the guard looks into; None where nothing was learned.
         about: parameters, input size, films seen: what every row of a comparison carries.
-        said: what was done to weights of another form; empty for our own.
+        said: what was done to weights of another form, or what an older encoder.json lacks; for the log.
     """
 
     name: str
@@ -89,6 +89,7 @@ def open_encoder(
         said = load_weights(encoder, spec, encoder.heads, "weights")
     else:
         folder, encoder = encoder_folder(spec), encoders.load(spec)
+        said = f"{spec}: {NO_STORE}" if encoder.preprocess.store is None else ""
     encoder.name = spec
     encoder = encoder.to(device).eval()
 
@@ -183,10 +184,7 @@ def store_warnings(frozen: Frozen, store: Store) -> list[str]:
             f"{store.folder}: its films are {store.size} px and are enlarged to the {size} px of {frozen.name}, which "
             f"adds nothing; pack them with size={size} or more"
         )
-    if theirs is None and frozen.folder is not None and frozen.folder.is_dir():
-        if frozen.encoder.meta.get("store_hash") != store.hash:
-            found.append(f"{frozen.name}: {NO_STORE}")
-    elif theirs is not None and theirs != store.square:
+    if theirs is not None and theirs != store.square:
         ours, here = theirs.to_json(), store.square.to_json()
         odd = ", ".join(f"{key} {here[key]} there {ours[key]}" for key in ours if ours[key] != here[key])
         found.append(f"{store.folder}: films were packed otherwise than those of {frozen.name}'s pretraining: {odd}")

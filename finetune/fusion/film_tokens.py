@@ -99,9 +99,9 @@ def _write(
 ) -> None:
     parts = []
     for start in range(0, len(films), 64):
-        states = encode(store.read(films[start : start + 64])).half()
-        check_finite(states, name, films[start : start + 64])
-        parts.append(states.numpy())
+        made = encode(store.read(films[start : start + 64])).half()
+        check_finite(made, name, films[start : start + 64])
+        parts.append(made.numpy())
         bar.advance(len(parts[-1]))
     states = np.concatenate(parts)  # (m, N, D)
     about = {"tokens": str(states.shape[1]), "truncated": "0"}

@@ -44,7 +44,7 @@ class Through(NamedTuple):
     name: str
     about: Mapping[str, Any]
     seen: Seen
-    said: str = ""  # what was done to weights of another form
+    said: str = ""  # see Frozen
 
 
 def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -> Path:
@@ -110,8 +110,8 @@ def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: 
     if config.encoder == "metadata":
         about = {"hash": None, "parameters": 0, "image_size": 0, "films_seen": 0, "weights": "none"}
         return None, Through(f"metadata ({', '.join(config.groups)})", about, NOTHING)
-    given = {"seed": config.seed, "weights": config.weights, "pixels": config.pixels, "device": device}
-    frozen, seen = open_encoder(config.encoder, **given), NOTHING
+    weights, seen = config.weights, NOTHING
+    frozen = open_encoder(config.encoder, seed=config.seed, pixels=config.pixels, device=device, weights=weights)
     if frozen.folder is not None:
         subjects = films.table[["subject_id", "split"]]
         if config.features:

@@ -21,9 +21,8 @@ from pretrain.store.decode import Square, check_same, decode
 Normalise = Literal["crop", "film", "dataset"]
 SOFT = 0.1  # added to the standard deviation, so that an empty crop stays near 0 instead of becoming noise
 NO_STORE = (
-    "its encoder.json (version 0.2.0) does not say how films were stored: film files are resized from their full size, "
-    "and their features differ a little from those of its pretraining; copy `preprocess` of the store's store.json "
-    "there, as preprocess.store"
+    "encoder.json lacks preprocess.store, as version 0.2.0 wrote it: film files are resized from their full size, so "
+    "that their features differ a little from those of stored films; copy `preprocess` of the store's store.json there"
 )
 
 

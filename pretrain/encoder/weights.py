@@ -90,11 +90,11 @@ def load_weights(encoder: Encoder, path: str | Path, heads: int | None = None, s
     Returns: what was done, for the log.
     Raises: UserError: no such weights, of another architecture, or of one that cannot be known to be the same.
     """
-    folder = encoder_folder(path)
+    folder, left_out = encoder_folder(path), list[str]()
     if folder.is_dir():
         theirs = load(folder)
         _same_network(encoder, theirs, folder)
-        state, source, left_out = theirs.net.state_dict(), f"encoder {folder}", []
+        state, source = theirs.net.state_dict(), f"encoder {folder}"
     else:
         state, left_out, known = read_state(Path(path))
         source = f"file {path}"
@@ -139,7 +139,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str], int | None]:
     return _timm(kept), sorted(rest), known
 
 
-class _Inert(dict):  # type: ignore[type-arg]
+class _Inert(dict[Any, Any]):
     """Stands for an object of a checkpoint that is not read: its class is not imported, nothing of it runs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 import resource
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from configs import UserError
 from configs.cli import guard
 from pretrain import encoder as enc
 from pretrain.encoder.preprocess import Preprocess
+from pretrain.store.decode import Square
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -128,6 +131,60 @@ def test_black_film_is_finite_and_padding_keeps_the_whole_film():
     film = np.zeros((64, 32), np.uint8)
     film[-2:, :] = 255  # the costophrenic angles are at the bottom
     assert preprocess(film)[0, 0, -1].max() > preprocess(film)[0, 0, 0].max()
+
+
+@pytest.mark.parametrize("store", [None, Square(48), Square(64, "window", "jpeg")], ids=str)
+@pytest.mark.parametrize("normalise", ["crop", "film", "dataset"])
+def test_encoder_json_holds_the_whole_way_from_film_to_input(tmp_path, store, normalise):
+    preprocess = Preprocess(32, normalise, 0.4 if normalise == "dataset" else 0.5, store=store)
+    again = enc.load(enc.save(tmp_path / "encoder", enc.create("resnet10t", preprocess=preprocess, image_size=32)))
+    assert again.preprocess == preprocess
+    assert "store" in again.meta["preprocess"] or store is None
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"interpolation": "bicubic"}, "`interpolation` is 'bicubic'"),
+        ({"pad": "white"}, "`pad` is 'white'"),
+        ({"std_added": 0.0}, "`std_added` is 0.0"),
+        ({"normalise": "z-score"}, "normalise is 'z-score'"),
+        ({"resize": "large"}, "resize is not a number"),
+        ({"store": {"resize": 48, "dicom": "mimic-jpg", "enlarge": "nearest"}}, "preprocess.store: `enlarge`"),
+        ({"store": {"resize": 48, "dicom": "mimic-jpg", "decode_at_least": 48}}, "`decode_at_least` is 48"),
+        ({"store": {"dicom": "mimic-jpg"}}, "preprocess.store: damaged"),
+    ],
+    ids=str,
+)
+def test_a_way_that_this_version_does_not_go_is_refused(tmp_path, change, says):
+    folder = enc.save(tmp_path / "encoder", tiny())
+    meta = json.loads((folder / "encoder.json").read_text())
+    meta["preprocess"] |= change
+    (folder / "encoder.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=re.escape(says)):
+        enc.load(folder)
+
+
+def test_an_older_encoder_json_is_read_and_its_lack_is_named(tmp_path):
+    film = np.random.default_rng(0).integers(0, 255, (80, 60), dtype=np.uint8)
+    Image.fromarray(film).save(tmp_path / "film.png")
+    encoder = tiny().eval()
+    folder = enc.save(tmp_path / "encoder", encoder)  # without a store, encoder.json is that of version 0.2.0
+    with pytest.warns(UserWarning, match=r"encoder: encoder\.json lacks preprocess\.store"):
+        features = enc.embed(folder, [tmp_path / "film.png"])
+    padded = np.pad(film, ((0, 0), (10, 10)))
+    torch.testing.assert_close(features, enc.embed(encoder, padded))
+
+
+def test_features_that_are_not_finite_name_the_encoder_and_the_first_film(tmp_path):
+    encoder = tiny().eval()
+    with torch.no_grad():
+        encoder.net.norm.weight.fill_(3e38)
+    films = np.random.default_rng(0).integers(0, 255, (3, 64, 64), dtype=np.uint8)
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224: features that are not finite, of film number 0 and 2"):
+        enc.embed(encoder, films)
+    with pytest.raises(UserError, match=r"film left\.png and 0 more"):
+        enc.embed(encoder, films[:1], names=["left.png"])
 
 
 def test_floats_are_refused():
