@@ -61,15 +61,15 @@ def mortality(cohort: Cohort, attrition: Attrition) -> ir.Table:
 
 def phenotypes(cohort: Cohort, attrition: Attrition) -> ir.Table:
     """25 groups of diagnoses, from the whole stay."""
-    stays = _coded(cohort, cohort.stays, attrition, "phenotypes")
-    stays = stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=_.los_hours)
+    stays = _coded(cohort, _with_end(cohort), attrition, "phenotypes")
+    stays = stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=_.end_hours)
     return with_phenotypes(cohort.source, stays, cohort.config.preset, attrition)
 
 
 def phenotypes_early(cohort: Cohort, attrition: Attrition) -> ir.Table:
     """25 groups of diagnoses, from the first hours of stays that are as long."""
     at = float(cohort.config.landmark_hours)
-    stays = _keep(cohort.stays, _.los_hours >= at, attrition, "phenotypes_early", f"shorter than {at:.0f} h")
+    stays = _keep(_with_end(cohort), _.end_hours >= at, attrition, "phenotypes_early", f"shorter than {at:.0f} h")
     stays = _coded(cohort, stays, attrition, "phenotypes_early")
     stays = stays.mutate(sample_id=_.stay_id.cast("string"), predict_at_hours=ibis.literal(at))
     return with_phenotypes(cohort.source, stays, cohort.config.preset, attrition)
@@ -84,7 +84,7 @@ def decompensation(cohort: Cohort, attrition: Attrition) -> ir.Table:
 
 def length_of_stay(cohort: Cohort, attrition: Attrition) -> ir.Table:
     """Hours left in the ICU, every hour; `los_bin` 0-9: under a day, seven bins of a day, 8-14 days, more."""
-    hourly = _hourly(cohort, attrition, "length_of_stay").mutate(los_remaining_hours=_.los_hours - _.predict_at_hours)
+    hourly = _hourly(cohort, attrition, "length_of_stay").mutate(los_remaining_hours=_.end_hours - _.predict_at_hours)
     passed = [(hourly.los_remaining_hours >= 24 * day).cast("int64") for day in LOS_DAYS]
     return hourly.mutate(los_bin=functools.reduce(operator.add, passed))
 
@@ -133,11 +133,16 @@ def _coded(cohort: Cohort, stays: ir.Table, attrition: Attrition, task: str) -> 
     return _keep(coded, None, attrition, task, "no diagnosis coded", before=stays)
 
 
+def _with_end(cohort: Cohort) -> ir.Table:
+    """The stays with `end_hours`: they end at death, with preset `medfuse` at outtime."""
+    end = ibis.least(_.los_hours, _.death_hours.coalesce(_.los_hours))
+    return cohort.stays.mutate(end_hours=_.los_hours if cohort.config.preset == "medfuse" else end)
+
+
 def _hourly(cohort: Cohort, attrition: Attrition, task: str) -> ir.Table:
     """A row for each whole hour from FIRST_HOUR on, up to the end of the stay or death, after the first measurement."""
-    stays = cohort.stays.join(cohort.observed, "stay_id").mutate(
-        lived=ibis.least(_.los_hours, _.death_hours.coalesce(_.los_hours))
-    )
+    stays = _with_end(cohort).join(cohort.observed, "stay_id")
+    stays = stays.mutate(lived=ibis.least(_.end_hours, _.death_hours.coalesce(_.end_hours)))
     stays = _keep(stays, None, attrition, task, "nothing measured", before=cohort.stays)
     stays = _keep(stays, _.lived >= FIRST_HOUR, attrition, task, f"shorter than {FIRST_HOUR} h, or dead by then")
     longest = int(stays.lived.max().coalesce(0).execute())

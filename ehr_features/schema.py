@@ -126,10 +126,17 @@ READ: dict[str, Raw] = {
     "labevents": Raw(
         "mimic_iv",
         ("hosp/labevents",),
-        {"subject_id": INT, "hadm_id": INT, **_EVENT},
+        {"subject_id": INT, "hadm_id": INT, "specimen_id": INT, **_EVENT},
+        optional=frozenset({"specimen_id"}),
         rows=_rows(122_103_667, 118_171_367, 158_374_764, 107_727),
     ),
-    "d_items": Raw("mimic_iv", ("icu/d_items",), {"itemid": INT, "label": TEXT}, rows=_rows(None, 4_014, 4_095, 4_014)),
+    "d_items": Raw(
+        "mimic_iv",
+        ("icu/d_items",),
+        {"itemid": INT, "label": TEXT, "category": TEXT},
+        optional=frozenset({"category"}),
+        rows=_rows(None, 4_014, 4_095, 4_014),
+    ),
     "d_labitems": Raw(
         "mimic_iv",
         ("hosp/d_labitems",),

@@ -44,6 +44,7 @@ LABEL_GROUPS = ("finding", "phenotype", "outcome")
 ORDER = ("study", "admission", "discharge")
 RAW = (*RAW_EVENTS, "icustays")
 HOURS = "samples are predicted when their task says"
+ENDS = "no sample is from after death, and what remains of a stay ends there"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,7 +87,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         config = _built_with(features)
     except UserError as error:
-        unsaid = (HOURS, DECLARED, FITTED, KNOWN, STAYS, *((RECORD,) if films else ()))
+        unsaid = (HOURS, DECLARED, FITTED, KNOWN, ENDS, STAYS, *((RECORD,) if films else ()))
         verdicts += [check_carried(features), *(cannot(claim, str(error)) for claim in unsaid)]
         return verdicts + check_runs(runs, subjects.drop_duplicates())
     verdicts.append(check_hours(stays, samples, config))
@@ -94,9 +95,10 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         source = _same_source(features, config)
     except UserError as error:
-        verdicts += [cannot(c, str(error).splitlines()[0]) for c in (KNOWN, STAYS, *((RECORD,) if films else ()))]
+        verdicts += [cannot(c, str(error).splitlines()[0]) for c in (KNOWN, ENDS, STAYS, *((RECORD,) if films else ()))]
     else:
-        verdicts += [check_known(features, source, config), check_stays(source, stays, config)]
+        verdicts += [check_known(features, source, config), check_ends(source, samples, config)]
+        verdicts.append(check_stays(source, stays, config))
         verdicts += [check_record(source, images, config)] if films else []
     return verdicts + check_runs(runs, subjects.drop_duplicates())
 
@@ -142,6 +144,31 @@ def check_hours(stays: pd.DataFrame, samples: dict[str, pd.DataFrame], config: F
             late |= at != config.landmark_hours
         bad[f"samples of {name} that are predicted at another hour"] = int(late.sum())
     return decide(HOURS, bad, f"{rows} samples with a prediction time")
+
+
+def check_ends(source: Source, samples: dict[str, pd.DataFrame], config: FeaturesConfig) -> Verdict:
+    """Hourly samples and labels end at death or outtime (with preset `medfuse` the remaining hours at outtime)."""
+    stays = source.table("icustays").to_pandas().drop_duplicates("stay_id")
+    deaths = source.table("admissions").to_pandas().groupby("subject_id")["deathtime"].min()
+    died = (stays["subject_id"].map(deaths) - stays["intime"]).dt.total_seconds() / 3600
+    los = (stays["outtime"] - stays["intime"]).dt.total_seconds() / 3600
+    end = los if config.preset == "medfuse" else los.where(~(died < los), died)
+    stays = stays[["stay_id"]].assign(died=died, end=end)
+    after = beyond = missed = rows = 0
+    for name in samples.keys() & {"mortality", "decompensation", "length_of_stay"}:
+        table = samples[name].merge(stays, "left", "stay_id")
+        left, dies = (table[c] - table["predict_at_hours"] for c in ("end", "died"))
+        after, rows = after + int((dies < -SLACK_HOURS).sum()), rows + len(table)
+        if name == "length_of_stay":
+            beyond = int((table["los_remaining_hours"] > left + 10 * SLACK_HOURS).sum())
+        if name == "decompensation":
+            missed = int((dies.between(SLACK_HOURS, 24) & (table["decompensation"] != 1)).sum())
+    bad = {
+        "samples from after death": after,
+        "hours that remain beyond the end of the stay": beyond,
+        "samples of the last day of life without decompensation": missed,
+    }
+    return decide(ENDS, bad, f"{rows} samples")
 
 
 def _no_images() -> pd.DataFrame:

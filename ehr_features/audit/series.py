@@ -1,8 +1,9 @@
 """The part of the audit that holds the series against the raw events.
 
 An observed value must be that of an event of this stay and hour which was known by then: charted in it, or, for a
-laboratory, stored in it. A value that was not observed must be the one before it, or the normal value. Only units are
-converted by the code that built the folder; what is known when is read from the raw tables again.
+laboratory result, reported in it; and of a specimen that the variable takes. A value that was not observed must be the
+one before it, or the normal value. channels.yaml gives units, ranges and specimens; what is a laboratory result, and
+when it was known, is read from the raw tables and their dictionary by queries of this file.
 
 Differs for preset `medfuse`: it counts a laboratory value from its draw, so this claim is refuted there, with the
 count.
@@ -29,6 +30,7 @@ from ehr_features.files import read_json
 from ehr_features.raw.engine import batches, hold
 from ehr_features.raw.source import Source
 from ehr_features.series import bins, channels, events, medfuse
+from ehr_features.series.channels import SPECIMEN_TYPE
 from ehr_features.series.file import fit
 
 KNOWN = "no vital sign or laboratory value is from after its hour"
@@ -98,7 +100,7 @@ def _fitted(path: Path, about: dict[str, Any], layout: bins.Layout, stays: pd.Da
 
 
 def check_known(features: Path, source: Source, config: FeaturesConfig) -> Verdict:
-    """Every observed value has its event, known by the end of its hour."""
+    """Every observed value has its event, known by the end of its hour and of a specimen that counts."""
     path, layout, declared = _file(features), _layout(config), channels.read_channels(config.channels)
     if _widths(path) != (len(layout.values), len(layout.observed)):
         return cannot(KNOWN, ODD)
@@ -107,60 +109,117 @@ def check_known(features: Path, source: Source, config: FeaturesConfig) -> Verdi
         values, observed = file.get_tensor("values"), file.get_tensor("observed") == 1
     number = {s: f for f, s in enumerate(layout.source) if layout.category[f] == -1}
     column = np.array([number.get(s, -1) for s in range(len(layout.observed))])
-    explained = np.zeros_like(observed)
+    explained = {why: np.zeros_like(observed) for why in WHY}
     for batch in batches(source.con, _ranges(source, config, declared, stay_ids)):
-        stay, channel, at, low, high = (batch.column(n).to_numpy(zero_copy_only=False) for n in RANGE)
+        stay, channel, at, low, high, why = (batch.column(n).to_numpy(zero_copy_only=False) for n in RANGE)
         place = np.searchsorted(stay_ids, stay)
         inside = (at >= 0) & (at < np.diff(offsets)[place])
-        row, channel, low, high = (offsets[place] + at)[inside], channel[inside], low[inside], high[inside]
+        row, channel, low, high, why = ((offsets[place] + at), channel, low, high, why)
+        row, channel, low, high, why = (x[inside] for x in (row, channel, low, high, why))
         v, slack = values[row, column[channel]], 1e-4 * np.maximum(np.abs(high), 1)
         fits = np.isnan(low) | (column[channel] < 0) | ((v >= low - slack) & (v <= high + slack))
-        explained[row[fits], channel[fits]] = True
-    bad = {"observed values without an event that was known by then": int((observed & ~explained).sum())}
+        for name, cells in explained.items():
+            cells[row[fits & (why == name)], channel[fits & (why == name)]] = True
+    bad, rest = {}, observed & ~explained.pop("known")
+    for name, cells in explained.items():
+        bad[WHY[name]] = int((rest & cells).sum())
+        rest &= ~cells
+    bad[WHY["known"]] = int(rest.sum())
     return decide(KNOWN, bad, f"{int(observed.sum())} observed values of {len(stay_ids)} stays")
 
 
-RANGE = ("stay_id", "channel", "bin", "low", "high")
+RANGE = ("stay_id", "channel", "bin", "low", "high", "why")
+WHY = {  # what a value in the series is, if no better event explains it
+    "known": "observed values without an event that was known by then",
+    "specimen": "observed values of another specimen than the variable's",
+    "early": "observed values from before their source was reported",
+}
 
 
 def _ranges(
     source: Source, config: FeaturesConfig, declared: tuple[channels.Channel, ...], stay_ids: np.ndarray
 ) -> ir.Table:
-    """stay_id, channel, bin, low, high: the range of the values that became known in each hour."""
+    """stay_id, channel, bin, low, high, why: the range of the values of each hour, by what they are (`WHY`)."""
     mine = hold(source.con, "audited", pa.table({"stay_id": stay_ids}))
     stays = source.table("icustays").semi_join(mine, "stay_id").distinct()
     window = stays.select("stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds())
     found = events.selected(source, declared, config.cache_folder)
-    columns = ["stay_id", "itemid", "value", "valuenum", "seconds", "left", "stored", "unstored"]
     published = config.preset == "medfuse"
-    both = [_timed(found[name][0], window, name == "labevents", by_clock=published).select(*columns) for name in READ]
-    timed = both[0].union(both[1])
+    items = _published_items(source.con, declared) if published else channels.item_table(source.con, declared)
+    timed = _dated(source, found["chartevents"][0], found["labevents"][0], items, declared)
+    own = timed.filter(_.stay_id.notnull() & ~ibis.literal(published)).join(window.drop("subject_id"), "stay_id")
+    others = timed.filter(_.stay_id.isnull() | ibis.literal(published)).drop("stay_id")
+    others = others.join(window, [others.subject_id == window.subject_id, others.drawn <= window.ends + 3600])
+    timed = own.union(others.select(*own.columns))
+    known = timed.mutate(at=_.known, why=_.counts.ifelse("known", "specimen"))
+    early = timed.filter(_.known.isnull() | (_.known > _.drawn)).mutate(at=_.drawn, why=ibis.literal("early"))
+    used = known.union(early).filter(_.at.between(_.begins, _.ends) & _.v.between(_.low, _.high))
+    used = used.mutate(seconds=_.at - _.begins)
+    cells = used.select("stay_id", "channel", "seconds", "why", low="v", high="v")
+    for channel in (n for n, c in enumerate(declared) if c.sum_of and not published):
+        cells = cells.union(_sums(cells, declared, channel))
     step = 3600 * config.step_hours
-    if published:
-        rows = [(item, n) for n, p in enumerate(medfuse.published(declared)) for item in p.items]
-        table = pa.Table.from_pandas(pd.DataFrame(rows, columns=["itemid", "channel"]), preserve_index=False)
-        used = timed.join(hold(source.con, "audited_items", table), "itemid")
-        closed = ibis.greatest(used.seconds - 1, 0)  # bins are closed on the right; values are not compared
-        used = used.mutate(bin=closed // step, v=ibis.null("float64"))
-    else:
-        texts = channels.text_table(source.con, declared)
-        read = bins.converted(timed, channels.item_table(source.con, declared), texts)
-        used = read.filter(_.fate == "used").select("stay_id", "seconds", "stored", "v", "channel", "mark")
-        for more in bins.sums(used, declared):
-            used = used.union(more.select(*used.columns))
-        used = used.mutate(bin=_.seconds // step)
-    ranges = used.group_by("stay_id", "channel", bin=_.bin.cast("int64")).agg(low=_.v.min(), high=_.v.max())
-    return ranges.select(*RANGE)
+    if published:  # bins are closed on the right; values are not compared
+        cells = cells.mutate(seconds=ibis.greatest(_.seconds - 1, 0), low=ibis.null("float64"))
+    ranges = cells.group_by("stay_id", "channel", "why", bin=(_.seconds // step).cast("int64"))
+    return ranges.agg(low=_.low.min(), high=_.high.max()).select(*RANGE)
 
 
-def _timed(table: ir.Table, window: ir.Table, lab: bool, *, by_clock: bool) -> ir.Table:
-    """When each event of a stay was known, in seconds since intime: a laboratory value when it was stored."""
-    known = _.storetime.coalesce(_.charttime) if lab else _.charttime
-    read = table.mutate(at=known.epoch_seconds(), stored=_.storetime.epoch_seconds().coalesce(bins.NEVER))
-    read = read.filter(_.at.notnull())
-    if lab or by_clock:
-        read = read.drop("stay_id") if "stay_id" in read.columns else read
-        joined = read.join(window, [read.subject_id == window.subject_id, read.at <= window.ends + 3600])
-    else:
-        joined = read.drop("subject_id").join(window, "stay_id")
-    return joined.mutate(seconds=_.at - _.begins, left=_.ends - _.at, unstored=ibis.literal(False))
+def _published_items(con: object, declared: tuple[channels.Channel, ...]) -> ir.Table:
+    rows = [(item, n) for n, p in enumerate(medfuse.published(declared)) for item in p.items]
+    frame = pd.DataFrame(rows, columns=["itemid", "channel"])
+    frame = frame.assign(factor=1.0, add=0.0, above=-1e300, low=-1e300, high=1e300, restricted=False, coded=False)
+    return hold(con, "audited_items", pa.Table.from_pandas(frame, preserve_index=False))
+
+
+def _dated(
+    source: Source, chart: ir.Table, labs: ir.Table, items: ir.Table, declared: tuple[channels.Channel, ...]
+) -> ir.Table:
+    """Every event with v, drawn, known (null: nobody knows when) and counts (whether its specimen does).
+
+    Which chart items are laboratory results is read from d_items (category Labs, finger sticks apart), and which
+    result an item without storetime repeats from the variable's laboratory rows; channels.yaml is asked for neither.
+    """
+    texts = channels.text_table(source.con, declared)
+    labels = source.table("d_items").distinct()
+    labs_, chart_ = _numbers(labs, items, texts), _numbers(chart, items, texts)
+    types = labs.filter(_.itemid == SPECIMEN_TYPE).select("specimen_id", kind=_.value.upper().replace(".", "").strip())
+    allowed = channels.specimen_table(source.con, declared).rename(of="channel", which="kind")
+    labs_ = labs_.left_join(types.distinct(), "specimen_id").mutate(kind=_.kind.coalesce("UNKNOWN"))
+    labs_ = labs_.left_join(allowed, [labs_.channel == allowed.of, labs_.kind == allowed.which])
+    labs_ = labs_.mutate(counts=~_.restricted | _.which.notnull(), known=_.report)
+    same = ["subject_id", "channel", "drawn", "v"]
+    vague = (_.counts | (_.kind == "UNKNOWN")).cast("int64")
+    copied = labs_.filter(_.v.notnull()).group_by(*same).agg(known=_.known.min(), any_counts=vague.max())
+    results = labels.filter((_.category == "Labs") & ~_.label.lower().contains("finger")).select(result="itemid")
+    chart_ = chart_.left_join(results.distinct(), chart_.itemid == results.result).left_join(copied, same)
+    chart_ = chart_.mutate(
+        counts=~_.restricted | _["result"].isnull() | (_.any_counts.fill_null(1) == 1),
+        known=ibis.cases((_["result"].isnull(), _.drawn), else_=_.report.coalesce(_.known)),
+    )
+    columns = ["stay_id", "subject_id", "channel", "drawn", "known", "counts", "v", "low", "high"]
+    return chart_.select(*columns).union(labs_.mutate(stay_id=ibis.null("int64")).select(*columns))
+
+
+def _numbers(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
+    """The events of the items with v (in the declared unit), drawn, and report: stored, but not before drawn."""
+    rows = table.join(items, "itemid").mutate(word=_.value.lower().strip())
+    texts = texts.rename(text_of="channel")
+    rows = rows.left_join(texts, [rows.channel == texts.text_of, rows.word == texts.text])
+    digits = _.word.re_search("^[-+.0-9]+$") & ~_.coded
+    raw = _.number.coalesce(_.valuenum, digits.ifelse(_.word.try_cast("float64"), ibis.null("float64")))
+    rows = rows.mutate(raw=raw, drawn=_.charttime.epoch_seconds().cast("int64"))
+    stored = _.storetime.epoch_seconds().cast("int64")
+    return rows.filter(_.drawn.notnull()).mutate(
+        v=(_.number.isnull() & (_.raw > _.above)).ifelse(_.raw * _.factor + _["add"], _.raw),
+        report=ibis.cases((stored.notnull(), (stored > _.drawn).ifelse(stored, _.drawn))),
+    )
+
+
+def _sums(cells: ir.Table, declared: tuple[channels.Channel, ...], channel: int) -> ir.Table:
+    """The sums of a variable's parts where all of them were charted at one time."""
+    parts = [n for n, c in enumerate(declared) if c.name in declared[channel].sum_of]
+    each = cells.filter(_.channel.isin(parts) & (_.why == "known")).group_by("stay_id", "seconds", "channel")
+    each = each.agg(low=_.low.min(), high=_.high.max()).group_by("stay_id", "seconds")
+    sums = each.agg(low=_.low.sum(), high=_.high.sum(), n=_.count()).filter(_.n == len(parts))
+    return sums.mutate(channel=ibis.literal(channel, "int64"), why=ibis.literal("known")).select(*cells.columns)

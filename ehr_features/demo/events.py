@@ -11,6 +11,7 @@ from ehr_features.demo.people import People, channel_levels
 from ehr_features.demo.plan import Plan
 from ehr_features.demo.tables import CHART, EYE, ITEMS, LAB, LABS, MOTOR, REFILL, VERBAL, write_csv
 from ehr_features.demo.truth import CHANNELS, Array
+from ehr_features.series.channels import SPECIMEN_TYPE
 
 # channel: mean, gain on the channel's level, standard deviation of a value
 VITALS = {
@@ -307,4 +308,9 @@ def lab_rows(
     table["priority"] = rng.choice(["ROUTINE", "STAT"], len(table))
     note = 'Fasting? "Not known", ranges for adults.\nSee the handbook, page 3.'
     table["comments"] = pd.Series(note, table.index).where(rng.random(len(table)) < 0.02)
-    return table[LAB]
+    gas = [item for item, row in LABS.items() if row[2] == "Blood Gas"]
+    types = table[table["itemid"].isin(gas)].drop_duplicates("specimen_id")
+    kinds = np.where(types["row"] % 5 == 0, "VEN.", "ART.")
+    types = types.assign(itemid=SPECIMEN_TYPE, value=kinds, labevent_id=types["labevent_id"] + len(table))
+    empty = ["valuenum", "valueuom", "ref_range_lower", "ref_range_upper", "flag", "comments"]
+    return pd.concat([table, types.assign(**dict.fromkeys(empty, None))])[LAB]

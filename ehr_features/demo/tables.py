@@ -14,6 +14,7 @@ from ehr_features import phenotypes
 from ehr_features.demo.people import People
 from ehr_features.demo.plan import Plan, hours_between
 from ehr_features.demo.truth import PHENOTYPES
+from ehr_features.series.channels import SPECIMEN_TYPE
 
 
 def columns(names: str) -> list[str]:
@@ -140,7 +141,8 @@ def write_hosp(people: People, plan: Plan, out: Path) -> dict[str, int]:
     group = titles.merge(codes.drop_duplicates(["icd_version", "icd_code"]), "left", ["icd_version", "icd_code"])["ccs"]
     named = group.map(TITLES).fillna("Other condition").to_numpy()
     titles["long_title"] = named + ", code " + titles["icd_code"]
-    items = [(item, row[0], row[1], row[2]) for item, row in LABS.items()]
+    items = [(item, *row[:3]) for item, row in LABS.items()]
+    items.append((SPECIMEN_TYPE, "Specimen Type", "Blood", "Blood Gas"))
     return {
         "hosp/patients": write_csv(patients, out / "patients.csv.gz"),
         "hosp/admissions": write_csv(admissions, out / "admissions.csv.gz"),

@@ -20,13 +20,14 @@ from ehr_features import phenotypes
 from ehr_features.films.metadata import first, held, hours, where
 from ehr_features.raw.engine import hold
 from ehr_features.schema import FINDINGS
+from ehr_features.series.channels import celsius
 
 if TYPE_CHECKING:
     from ehr_features.raw.source import Source
 
 TRIAGE = {  # our name: name in MIMIC-IV-ED, plausible range
     "ed_acuity": ("acuity", 1, 5),
-    "ed_temperature_c": ("temperature", 25, 45),  # charted in Fahrenheit
+    "ed_temperature_c": ("temperature", 25, 45),
     "ed_heart_rate": ("heartrate", 10, 300),
     "ed_resp_rate": ("resprate", 2, 100),
     "ed_o2sat": ("o2sat", 30, 100),
@@ -105,7 +106,7 @@ def _emergency(source: Source, films: ibis.Table) -> ibis.Table:
         return films.mutate(**nothing)
     triage = source.table("triage")
     values = {name: triage[column] for name, (column, *_limits) in TRIAGE.items()}
-    values["ed_temperature_c"] = (values["ed_temperature_c"] - 32) / 1.8
+    values["ed_temperature_c"] = celsius(values["ed_temperature_c"])
     values = {n: where(v.between(*TRIAGE[n][1:]), v) for n, v in values.items()}
     films = _lookup(films, triage.select(ed_stay_id=triage.stay_id, **values), "ed_stay_id")
     known = films.hours_since_ed_arrival.notnull()

@@ -28,6 +28,7 @@ from ehr_features.films.metadata import first, held, hours, where
 from ehr_features.films.record import TRIAGE
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
+from ehr_features.series.channels import celsius
 
 SIGNS = {name.removeprefix("ed_"): rule for name, rule in TRIAGE.items() if name != "ed_acuity"}
 SIGNS["temperature"] = SIGNS.pop("temperature_c")
@@ -144,7 +145,7 @@ def _pressure(systolic: Any, diastolic: Any) -> Any:
 def _plausible(table: ir.Table) -> dict[str, Any]:
     """The vital signs of a row, in our units; null outside the project's limits."""
     values = {name: table[column] for name, (column, *_limits) in SIGNS.items()}
-    values["temperature"] = (values["temperature"] - 32) / 1.8
+    values["temperature"] = celsius(values["temperature"])
     return {name: where(value.between(*SIGNS[name][1:]), value) for name, value in values.items()}
 
 

@@ -2,9 +2,9 @@
 
 Comes in: events of the cohort's subjects, the stays, the variables. Goes out: for each stay (T, F) values, forward
 filled, then the variable's normal value, not normalised; and (T, number of variables) observed. Bin h is [h, h +
-step) hours after intime, T = ceil(los_hours / step). A chart event counts from its charttime, a laboratory value from
-its storetime (from its charttime where that is empty; counted). Of several values at one time the latest storetime
-wins, then the larger value; of several times in a bin the last.
+step) hours after intime, T = ceil(los_hours / step). A value counts from the moment at which it was known
+(`known_events`); a value without such a moment is left out and counted. Of several values at one time the latest
+storetime wins, then the larger value; of several times in a bin the last.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import pandas as pd
 from ibis import _
 
 from ehr_features.raw.source import Source
-from ehr_features.series.channels import Channel, item_table, text_table
+from ehr_features.series.channels import SPECIMEN_TYPE, Channel, copy_table, item_table, specimen_table, text_table
 
 NEVER = -(2**62)  # a storetime that is missing is older than any other
+PLAIN_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)$"
 
 
 @dataclass(frozen=True)
@@ -54,67 +55,111 @@ def layout(channels: Sequence[Channel]) -> Layout:
     return Layout(names, units, source, category, normal, tuple(f"mask->{c.name}" for c in channels), normalised)
 
 
-def timed(chart: ir.Table, labs: ir.Table, stays: ir.Table) -> ir.Table:
-    """Give each event its stay and the time from which it counts.
+def read_values(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
+    """Read the number of each event in the unit of its variable.
 
     Args:
-        chart: chartevents. labs: labevents (no stay_id; linked by subject and time, whatever their hadm_id).
-        stays: stay_id, subject_id, intime, outtime.
-    Returns: stay_id, itemid, value, valuenum, seconds (since intime), stored (epoch seconds), unstored (a laboratory
-        value
-        without storetime).
+        table: chartevents or labevents. items, texts: as `item_table` and `text_table` give them.
+    Returns: the table's rows of the variables' items, with v, marked (0 or 1), drawn and stored (epoch seconds).
     """
-    window = stays.select("stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds())
-    chart = chart.select(
-        "stay_id", "itemid", "value", "valuenum", at=_.charttime.epoch_seconds(), stored=_.storetime.epoch_seconds()
-    )
-    chart = chart.join(window, "stay_id")
-    known = labs.select(
-        "subject_id",
-        "itemid",
-        "value",
-        "valuenum",
-        at=_.storetime.coalesce(_.charttime).epoch_seconds(),
-        stored=_.storetime.epoch_seconds(),
-    ).filter(_.at.notnull())
-    known = known.join(
-        window, [known.subject_id == window.subject_id, known.at >= window.begins, known.at <= window.ends]
-    )
-    columns = ["stay_id", "itemid", "value", "valuenum", "at", "begins", "ends", "stored"]
-    both = chart.select(*columns, lab=ibis.literal(False)).union(known.select(*columns, lab=ibis.literal(True)))
-    return both.select(
-        "stay_id",
-        "itemid",
-        "value",
-        "valuenum",
-        seconds=_.at - _.begins,
-        left=_.ends - _.at,
-        stored=_.stored.coalesce(NEVER),
-        unstored=_.lab & _.stored.isnull(),
-    )
-
-
-def converted(events: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
-    """Convert units, read texts, and say what becomes of each event.
-
-    Returns: stay_id, channel, seconds, stored, v (in the variable's unit), mark (0 or 1), fate (`used`, or why not),
-        unstored.
-    """
-    events = events.join(items, "itemid")
-    events = events.mutate(text=ibis.cases((_.textual, _.value.strip().lower())))
+    events = table.join(items, "itemid")
+    events = events.mutate(plain=_.value.strip(), text=ibis.cases((_.textual, _.value.strip().lower())))
     read = events.left_join(texts, [events.channel == texts.channel, events.text == texts.text])
-    number = _.number.coalesce((_.valuenum > _.above).ifelse(_.valuenum * _.factor + _["add"], _.valuenum))
-    read = read.mutate(v=number, marked=(_.text == _["mark"].strip().lower()).fill_null(False).cast("int64"))
+    is_plain = ~_.coded & _.plain.re_search(PLAIN_NUMBER)
+    charted = ibis.cases((_.valuenum.notnull(), _.valuenum), (is_plain, _.plain.try_cast("float64")))
+    read = read.mutate(charted=charted)
+    number = _.number.coalesce((_.charted > _.above).ifelse(_.charted * _.factor + _["add"], _.charted))
+    return read.mutate(
+        v=number.nullif(float("nan")),
+        marked=(_.text == _["mark"].strip().lower()).fill_null(False).cast("int64"),
+        drawn=_.charttime.epoch_seconds().cast("int64"),
+        stored=_.storetime.epoch_seconds().cast("int64"),
+    )
+
+
+def with_specimen(results: ir.Table, labs: ir.Table, allowed: ir.Table) -> ir.Table:
+    """Add `specimen`: null where the kind of specimen counts, else why the result does not."""
+    kinds = labs.filter(_.itemid == SPECIMEN_TYPE).mutate(kind=_.value.strip().re_replace(r"[ .]+$", "").upper())
+    kinds = kinds.group_by("specimen_id").agg(kind=_.kind.max(), n=_.kind.nunique())
+    results = results.left_join(kinds.filter(_.n == 1), "specimen_id")
+    results = results.mutate(kind=_.kind.coalesce("UNKNOWN"))
+    allowed = allowed.select(of="channel", which="kind")
+    results = results.left_join(allowed, [results.channel == allowed.of, results.kind == allowed.which])
+    why = (_.kind == "UNKNOWN").ifelse("unknown specimen", "other specimen")
+    return results.mutate(specimen=ibis.cases((_.restricted & _.which.isnull(), why)))
+
+
+def reports(results: ir.Table, copies: ir.Table) -> ir.Table:
+    """When the results that a chart item copies were reported: subject_id, itemid (of the copy), drawn, v, reported_at
+    (null: never), elsewhere (none of the rows is of a kind of specimen that counts, and their kinds are known)."""
+    rows = results.filter(_.v.notnull()).rename(lab="itemid")
+    rows = rows.join(copies, rows.lab == copies.copied)
+    other = (_.specimen == "other specimen").fill_null(False).cast("int64")
+    at = ibis.cases((_.stored.notnull(), ibis.greatest(_.drawn, _.stored)))  # greatest() skips nulls
+    return rows.group_by("subject_id", "itemid", "drawn", "v").agg(reported_at=at.min(), elsewhere=other.min())
+
+
+def known_events(con: object, chart: ir.Table, labs: ir.Table, channels: Sequence[Channel]) -> ir.Table:
+    """Every event of the variables with its value and the time from which it counts.
+
+    Measured at the bedside: from charttime. Reported by a laboratory: from the later of charttime and storetime; a
+    copy in chartevents without a storetime of its own from the report of the laboratory row that it copies.
+
+    Returns: stay_id (null: of labevents), subject_id, channel, drawn, at (null: no time known), stored, v, marked, low,
+        high, specimen (why it does not count, or null), unstored (a reported value without a storetime of its own).
+    """
+    channels = tuple(channels)
+    items, texts = item_table(con, channels), text_table(con, channels)
+    results = with_specimen(read_values(labs, items, texts), labs, specimen_table(con, channels))
+    copied = reports(results, copy_table(con, channels))
+    charted = read_values(chart, items, texts).left_join(copied, ["subject_id", "itemid", "drawn", "v"])
+    other = ibis.cases((_.restricted & (_.elsewhere == 1), "other specimen"))
+    columns = ["stay_id", "subject_id", "channel", "drawn", "stored", "v", "marked", "low", "high", "reported"]
+    columns += ["specimen", "reported_at"]
+    results = results.mutate(stay_id=ibis.null("int64"), reported_at=ibis.null("int64"))
+    both = charted.mutate(specimen=other).select(*columns).union(results.select(*columns))
+    first = _.drawn.coalesce(_.stored)
+    report = ibis.greatest(first, _.stored.coalesce(_.reported_at))
+    unknown = _.stored.isnull() & _.reported_at.isnull()
+    both = both.mutate(
+        at=ibis.cases((~_.reported, _.drawn), (unknown, ibis.null("int64")), else_=report),
+        drawn=first,
+        unstored=_.reported & _.stored.isnull(),
+    )
+    return both.mutate(stored=_.stored.coalesce(_.reported.ifelse(_.at, NEVER), NEVER))
+
+
+def of_stays(events: ir.Table, stays: ir.Table) -> ir.Table:
+    """Give each event its stay: that of its row, or of its subject at the time (laboratory rows, whatever their
+    hadm_id). Adds seconds (since intime; null: no time known), left (until outtime), lived (until death)."""
+    death = _.death_at.epoch_seconds() if "death_at" in stays.columns else ibis.null("int64")
+    window = stays.select(
+        "stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds(), dies=death
+    )
+    own = events.filter(_.stay_id.notnull()).join(window.drop("subject_id"), "stay_id")
+    others = events.filter(_.stay_id.isnull()).drop("stay_id")
+    during = [others.drawn <= window.ends, others.at.coalesce(others.drawn) >= window.begins]
+    others = others.join(window, [others.subject_id == window.subject_id, *during])
+    both = own.union(others.select(*own.columns))
+    return both.mutate(seconds=_.at - _.begins, left=_.ends - _.at, lived=_.dies - _.at)
+
+
+def with_fate(events: ir.Table, step_hours: int) -> ir.Table:
+    """Add `fate`: what becomes of each event, `used` or why it is left out."""
+    width = 3600 * step_hours
     fate = ibis.cases(
-        (_.seconds.isnull(), "no charttime"),
-        (_.v.isnull() | _.v.isnan(), "no number"),
+        (_.drawn.isnull(), "no charttime"),
+        (_.v.isnull(), "no number"),
         (~_.v.between(_.low, _.high), "out of range"),
+        (_.specimen.notnull(), _.specimen),
+        (_.seconds.isnull(), "no report time"),
         (_.seconds < 0, "before intime"),
         (_.left < 0, "after outtime"),
+        ((_.left == 0) & (_.seconds % width == 0), "at outtime"),  # a bin would begin there
+        (_.lived < 0, "after death"),
         else_="used",
     )
-    read = read.mutate(fate=fate)
-    return read.select("stay_id", "channel", "seconds", "stored", "v", "fate", "unstored", mark=_.marked)
+    return events.mutate(fate=fate)
 
 
 def sums(used: ir.Table, channels: Sequence[Channel]) -> list[ir.Table]:
@@ -136,18 +181,22 @@ def sums(used: ir.Table, channels: Sequence[Channel]) -> list[ir.Table]:
                 "stored",
                 "v",
                 channel=ibis.literal(number, "int64"),
-                mark=ibis.literal(0, "int64"),
+                marked=ibis.literal(0, "int64"),
+                unstored=ibis.literal(False),
             )
         )
     return out
 
 
 def binned(used: ir.Table, step_hours: int) -> ir.Table:
-    """The last value of each variable in each bin: stay_id, channel, bin, v, mark."""
-    last = ibis.struct({"seconds": _.seconds, "stored": _.stored, "v": _.v, "mark": _["mark"]}).max()
+    """The last value of each variable in each bin: stay_id, channel, bin, n (events), v, mark, unstored."""
+    names = ("seconds", "stored", "v", "marked", "unstored")
     bins = used.mutate(bin=(_.seconds // (3600 * step_hours)).cast("int64"))
-    bins = bins.group_by("stay_id", "channel", "bin").agg(last=last)
-    return bins.select("stay_id", "channel", "bin", v=_["last"]["v"], mark=_["last"]["mark"].cast("float64"))
+    bins = bins.group_by("stay_id", "channel", "bin").agg(
+        last=ibis.struct({name: used[name] for name in names}).max(), n=_.count()
+    )
+    last = {"v": _["last"]["v"], "mark": _["last"]["marked"].cast("float64")}
+    return bins.select("stay_id", "channel", "bin", "n", **last, unstored=_["last"]["unstored"].cast("int64"))
 
 
 def extract(
@@ -155,12 +204,12 @@ def extract(
 ) -> tuple[ir.Table, pd.DataFrame]:
     """Preset `default`: last values by bin, and how many events met which fate.
 
-    Returns: stay_id, channel, bin, v, mark; and a small table of counts: channel, fate, n, unstored.
+    Returns: stay_id, channel, bin, v, mark, n, unstored; and a small table of counts: channel, fate, n, unstored.
     """
-    items, texts = item_table(source.con, tuple(channels)), text_table(source.con, tuple(channels))
-    events = converted(timed(chart, labs, stays), items, texts)
+    events = with_fate(of_stays(known_events(source.con, chart, labs, channels), stays), step_hours)
     counts = events.group_by("channel", "fate").agg(n=_.count(), unstored=_.unstored.cast("int64").sum()).to_pandas()
-    used = events.filter(_.fate == "used").select("stay_id", "seconds", "stored", "v", "channel", "mark")
+    used = events.filter(_.fate == "used")
+    used = used.select("stay_id", "seconds", "stored", "v", "channel", "marked", "unstored")
     for more in sums(used, channels):
         used = used.union(more.select(*used.columns))
     return binned(used, step_hours), counts

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import ibis.expr.types as ir
 import pandas as pd
 import pyarrow as pa
+from ibis import _
 from pydantic import AfterValidator, Field, model_validator
 
 from configs import Settings, UserError, load
@@ -15,6 +16,8 @@ from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
 
 SHIPPED = Path(__file__).parents[1] / "channels.yaml"
+LABORATORY = range(220_000)  # itemids of hosp/labevents
+SPECIMEN_TYPE = 52033  # the laboratory item whose text is the kind of its specimen
 
 
 class Conversion(Settings):
@@ -29,10 +32,16 @@ CONVERSIONS = {
     "as_is": Conversion(),
     "inches": Conversion(factor=2.54),
     "pounds": Conversion(factor=0.45359237),
-    "fahrenheit": Conversion(factor=5 / 9, add=-160 / 9),
+    "fahrenheit": Conversion(factor=5 / 9, add=-160 / 9, above=50),
     "celsius": Conversion(factor=5 / 9, add=-160 / 9, above=50),
     "percent_or_fraction": Conversion(factor=0.01, above=1),
 }
+
+
+def celsius(temperature: ir.NumericValue) -> ir.NumericValue:
+    """A body temperature in Celsius: above 50 it was charted in Fahrenheit."""
+    c = CONVERSIONS["celsius"]
+    return (temperature > c.above).ifelse(temperature * c.factor + c.add, temperature)
 
 
 def _known(conversion: str | Conversion) -> str | Conversion:
@@ -57,6 +66,10 @@ class Channel(Settings):
     range: tuple[float, float]
     normal: float
     items: dict[int, Annotated[str | Conversion, AfterValidator(_known)]] = {}
+    measured: tuple[int, ...] = ()
+    reported: tuple[int, ...] = ()
+    copies: dict[int, tuple[int, ...]] = {}
+    specimen: tuple[str, ...] = ()
     text: dict[str, float] = {}
     mark: dict[str, str] = {}
     sum_of: tuple[str, ...] = ()
@@ -70,7 +83,18 @@ class Channel(Settings):
             raise ValueError(f"`{self.name}`: range begins above its end")
         if len(self.mark) > 1:
             raise ValueError(f"`{self.name}`: mark is one column: text")
+        named = {*self.measured, *self.reported, *self.copies, *(i for of in self.copies.values() for i in of)}
+        if absent := sorted(named - set(self.items)):
+            raise ValueError(f"`{self.name}`: itemid {absent} of measured, reported or copies is not among its items")
+        if both := sorted(set(self.measured) & set(self.reported)):
+            raise ValueError(f"`{self.name}`: itemid {both} is both measured and reported")
+        if wrong := sorted(set(self.copies) - set(self.reported)):
+            raise ValueError(f"`{self.name}`: itemid {wrong} has copies and is not in reported")
         return self
+
+    def is_reported(self, item: int) -> bool:
+        """Whether a laboratory reports the item; undeclared items are reported if they are of labevents."""
+        return item in self.reported or (item in LABORATORY and item not in self.measured)
 
 
 class Channels(Settings):
@@ -105,7 +129,8 @@ def check_items(source: Source, channels: tuple[Channel, ...], preset: str, path
     """Refuse itemids that nobody knows.
 
     Returns: itemids of the shipped file that the dictionaries of this release lack; they have no events there.
-    Raises: UserError: other itemids that are in neither dictionary.
+    Raises: UserError: other itemids that are in neither dictionary; a laboratory result in chartevents (category Labs)
+        that is neither declared measured nor reported.
     """
     known: set[int] = set()
     for table in ("d_items", "d_labitems"):
@@ -117,18 +142,31 @@ def check_items(source: Source, channels: tuple[Channel, ...], preset: str, path
             f"{path}: itemid {unknown} of {', '.join(owners)} is in neither icu/d_items nor hosp/d_labitems "
             f"({len(known)} items); look it up there by its label"
         )
+    declared = {item for c in channels for item in (*c.measured, *c.reported)}
+    charted = item_ids(channels, preset) - declared if preset == "default" else set()
+    results = source.table("d_items").filter(_.category == "Labs").itemid.to_pyarrow().to_pylist()
+    if open_ := sorted(charted & set(results)):
+        raise UserError(
+            f"{path}: itemid {open_} is a laboratory result in chartevents (category Labs of icu/d_items); list it "
+            f"under `reported` (it counts from storetime) or `measured` (at the bedside; it counts from charttime)"
+        )
     return sorted(absent)
 
 
 def item_table(con: object, channels: tuple[Channel, ...]) -> ir.Table:
-    """itemid, channel (its number), factor, add, above, low, high, mark (text that is marked, or null), textual."""
+    """itemid, channel (its number), factor, add, above, low, high, mark (text that is marked, or null), textual, coded
+    (its numbers are codes of texts), reported, restricted (only some kinds of specimen count)."""
     rows = []
     for number, channel in enumerate(channels):
         for item, named in channel.items.items():
             c = CONVERSIONS[named] if isinstance(named, str) else named
             mark = next(iter(channel.mark.values()), None)
-            rows.append((item, number, c.factor, c.add, c.above, *channel.range, mark, bool(channel.text or mark)))
+            role = (bool(channel.text), channel.is_reported(item), bool(channel.specimen))
+            rows.append(
+                (item, number, c.factor, c.add, c.above, *channel.range, mark, bool(channel.text or mark), *role)
+            )
     names = ["itemid", "channel", "factor", "add", "above", "low", "high", "mark", "textual"]
+    names += ["coded", "reported", "restricted"]
     frame = pd.DataFrame(rows, columns=names).astype({"mark": "string"})
     return hold(con, "channel_items", pa.Table.from_pandas(frame, preserve_index=False))
 
@@ -136,7 +174,22 @@ def item_table(con: object, channels: tuple[Channel, ...]) -> ir.Table:
 def text_table(con: object, channels: tuple[Channel, ...]) -> ir.Table:
     """channel, text (lower case), number."""
     rows = [(n, text.lower().strip(), number) for n, c in enumerate(channels) for text, number in c.text.items()]
-    columns = list(zip(*rows, strict=True)) or [(), (), ()]
-    schema = {"channel": pa.int64(), "text": pa.string(), "number": pa.float64()}
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.values(), strict=True)]
-    return hold(con, "channel_text", pa.table(arrays, names=list(schema)))
+    return _table(con, "channel_text", {"channel": pa.int64(), "text": pa.string(), "number": pa.float64()}, rows)
+
+
+def copy_table(con: object, channels: tuple[Channel, ...]) -> ir.Table:
+    """itemid, copied (a laboratory item that the item repeats)."""
+    rows = [(item, lab) for c in channels for item, labs in c.copies.items() for lab in labs]
+    return _table(con, "channel_copies", {"itemid": pa.int64(), "copied": pa.int64()}, rows)
+
+
+def specimen_table(con: object, channels: tuple[Channel, ...]) -> ir.Table:
+    """channel, kind (as `specimen_kind` gives it): the specimens that count."""
+    rows = [(n, kind) for n, c in enumerate(channels) for kind in {k.upper().strip(" .") for k in c.specimen}]
+    return _table(con, "channel_specimens", {"channel": pa.int64(), "kind": pa.string()}, rows)
+
+
+def _table(con: object, name: str, types: dict[str, pa.DataType], rows: list[tuple[Any, ...]]) -> ir.Table:
+    columns = list(zip(*rows, strict=True)) or [()] * len(types)
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)]
+    return hold(con, name, pa.table(arrays, names=list(types)))

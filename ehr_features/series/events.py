@@ -23,7 +23,7 @@ from ehr_features.raw.engine import hold, readable
 from ehr_features.raw.remote import explained, fingerprint
 from ehr_features.raw.source import EVENTS, Source
 from ehr_features.schema import READ
-from ehr_features.series.channels import Channel, item_ids
+from ehr_features.series.channels import SPECIMEN_TYPE, Channel, item_ids
 
 CODE_STATUS = (223758, 228687)
 
@@ -32,7 +32,7 @@ def selected(source: Source, declared: tuple[Channel, ...], folder: Path) -> dic
     """The events of both presets' items and of all ICU subjects: whatever preset and cohort, so filtered once."""
     items = {i for preset in ("default", "medfuse") for i in item_ids(declared, preset)}
     subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
-    return cached(source, items | set(CODE_STATUS), set(subjects), folder)
+    return cached(source, items | {*CODE_STATUS, SPECIMEN_TYPE}, set(subjects), folder)
 
 
 def cached(

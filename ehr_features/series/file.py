@@ -23,7 +23,7 @@ from ehr_features.raw.source import EVENTS, Source
 from ehr_features.series import bins, channels, events, medfuse
 from ehr_features.series.bins import Layout
 
-BINS = ("stay_id", "channel", "bin", "v", "mark")
+BINS = ("stay_id", "channel", "bin", "v", "mark", "n", "unstored")
 
 
 def cached(
@@ -39,7 +39,7 @@ def cached(
         found: as `events.cached` gives. stays: as `cohort.stays` gives.
     Returns: the file, and what became of the events: channel, fate, n.
     """
-    frame = stays.select("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_hours")
+    frame = stays.select("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_hours", "death_at")
     frame = frame.order_by("stay_id").to_pandas()
     who = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
     prints = [fingerprint(source.files[name]) for name in EVENTS if name in source.files]
@@ -55,7 +55,8 @@ def cached(
         lengths = preset.lengths(frame["los_hours"].to_numpy(), config.step_hours)
         with events.progress(source.con, "binning the series"):
             ordered = batches(source.con, binned.select(*BINS).order_by("stay_id"))
-            write(path, ordered, frame["stay_id"].to_numpy(), lengths, preset.layout(declared))
+            standing = write(path, ordered, frame["stay_id"].to_numpy(), lengths, preset.layout(declared))
+        counts = fates(counts, standing, exact=preset is bins)
         names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
         counts["channel"] = [names[i] for i in counts["channel"]]
         write_json(facts, counts.sort_values(["channel", "fate"]).to_dict("records"))
@@ -69,15 +70,17 @@ def write(
     num_bins: np.ndarray,
     columns: Layout,
     chunk: int = 2_000,
-) -> None:
+) -> np.ndarray:
     """Write series.safetensors from last values by bin.
 
     Args:
-        bins: stay_id, channel, bin, v, mark; ordered by stay_id.
+        bins: the columns of BINS, ordered by stay_id.
         stay_ids: (S,) sorted. num_bins: (S,) T of each. chunk: stays that are held at a time.
+    Returns: (3, number of variables): observed bins, their events, observed bins whose value is `unstored`.
     """
     offsets = np.concatenate([[0], np.cumsum(num_bins)]).astype(np.int64)
     rows, num = int(offsets[-1]), len(columns.observed)
+    standing = np.zeros((3, num), np.int64)
     shapes = {
         "stay_id": ("I64", (len(stay_ids),)),
         "offsets": ("I64", offsets.shape),
@@ -96,11 +99,15 @@ def write(
             last = np.full((2, end - begin, num), np.nan, np.float32)  # value and mark
             while rest is not None:
                 cut = int(np.searchsorted(rest.column("stay_id").to_numpy(), stay_ids[mine.stop - 1], "right"))
-                stay, channel, at, v, mark = (rest.slice(0, cut).column(n).to_numpy(zero_copy_only=False) for n in BINS)
+                stay, channel, at, v, mark, n, unstored = (
+                    rest.slice(0, cut).column(n).to_numpy(zero_copy_only=False) for n in BINS
+                )
                 place = np.searchsorted(stay_ids, stay)
                 inside = (at >= 0) & (at < num_bins[place])
                 row, channel = (offsets[place] - begin + at)[inside], channel[inside]
                 last[0, row, channel], last[1, row, channel] = v[inside], mark[inside]
+                for to, amount in zip(standing, (np.ones(len(row)), n[inside], unstored[inside]), strict=True):
+                    to += np.bincount(channel, amount, num).astype(np.int64)
                 if cut < len(rest):
                     rest = rest.slice(cut)
                     break
@@ -108,6 +115,25 @@ def write(
             values, observed = filled(last, offsets[mine] - begin, columns)
             file.write(values.tobytes())
             observed_file.write(observed.tobytes())
+    return standing
+
+
+def fates(counts: pd.DataFrame, standing: np.ndarray, *, exact: bool) -> pd.DataFrame:
+    """Split `used` into the values that stand in the series and those that a later value of their bin replaced.
+
+    Args:
+        counts: channel, fate, n, unstored; as `extract` gives it. standing: as `write` gives it.
+        exact: each event that `extract` counts as used is in a bin of one stay (not so with preset `medfuse`).
+    """
+    used = counts[counts["fate"] == "used"].set_index("channel")
+    rest = "replaced by a later value of its bin" if exact else "outside the stay, or not the last of its bin"
+    rows = [counts[counts["fate"] != "used"]]
+    for channel, (cells, placed, late) in enumerate(standing.T.tolist()):
+        n, unstored = used.loc[channel, ["n", "unstored"]] if channel in used.index else (placed, late)
+        assert not exact or n == placed, f"{n} used events of variable {channel}, {placed} in a bin"
+        split = [(channel, "used", cells, late), (channel, rest, n - cells, unstored - late)]
+        rows.append(pd.DataFrame([row for row in split if row[2] > 0], columns=counts.columns))
+    return pd.concat(rows, ignore_index=True).astype({"channel": int, "n": int, "unstored": int})
 
 
 def filled(last: np.ndarray, starts: np.ndarray, columns: Layout) -> tuple[np.ndarray, np.ndarray]:

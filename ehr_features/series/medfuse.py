@@ -84,8 +84,9 @@ def extract(
     width = 3600 * step_hours
     closed = ibis.greatest(_.seconds - 1, 0)  # second 3600 belongs to bin 0
     bins = placed.mutate(bin=(closed // width).cast("int64")).group_by("stay_id", "channel", "bin").agg(last=last)
+    one = {"n": ibis.literal(1, "int64"), "unstored": ibis.literal(0, "int64")}
     mark = ibis.literal(0.0, "float64")
-    return bins.select("stay_id", "channel", "bin", v=_["last"]["v"], mark=mark), counts
+    return bins.select("stay_id", "channel", "bin", v=_["last"]["v"], mark=mark, **one), counts
 
 
 def _items(source: Source, variables: Sequence[Published]) -> ir.Table:

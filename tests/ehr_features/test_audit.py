@@ -30,7 +30,8 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("audit")
     demo.generate(root / "raw", subjects=60, seed=3, film_size=32)
     raw = {f"mimic_{name}": str(root / "raw" / folder) for name, folder in (("iv", "mimic-iv"), ("cxr", "mimic-cxr"))}
-    config = FeaturesConfig(**raw, mimic_ed=str(root / "raw" / "mimic-iv-ed"), out=root / "features")
+    tasks = ("mortality", "phenotypes", "decompensation", "length_of_stay")
+    config = FeaturesConfig(**raw, mimic_ed=str(root / "raw" / "mimic-iv-ed"), out=root / "features", tasks=tasks)
     return build(config)
 
 
@@ -78,6 +79,10 @@ def _films_of_a_test_subject_in_train(images: pd.DataFrame) -> None:
     images.loc[images["subject_id"] == images.loc[both, "subject_id"].iloc[0], "split"] = "train"
 
 
+def _hours_later(samples: pd.DataFrame) -> None:
+    samples.loc[samples["decompensation"] == 1, "predict_at_hours"] += 24
+
+
 def _later_film(folder: Path) -> None:
     samples, films = (pd.read_parquet(folder / f"{t}.parquet") for t in ("samples/mortality", "stay_films"))
     late = films.merge(samples[["stay_id", "predict_at_hours"]], on="stay_id")
@@ -113,25 +118,29 @@ def _an_hour_early(folder: Path, arrays: dict[str, np.ndarray]) -> None:
             arrays[name][begin : end - 1] = arrays[name][begin + 1 : end]
 
 
-def _laboratory_at_its_draw(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    config = FeaturesConfig(**json.loads((folder / "provenance.json").read_text())["config"])
-    times = ["charttime", "storetime"]
-    labs = pd.read_csv(Path(config.mimic_iv) / "hosp" / "labevents.csv.gz", parse_dates=times)
-    stays = pd.read_parquet(folder / "stays.parquet")
-    declared = channels.read_channels()
-    number = {item: n for n, c in enumerate(declared) for item in c.items}
-    rows = labs[labs["itemid"].isin(number)].merge(stays, on="subject_id")
-    drawn, stored = ((rows[t] - rows["intime"]).dt.total_seconds() // 3600 for t in times)
-    rows = rows.assign(at=drawn, channel=rows["itemid"].map(number))[(drawn >= 0) & (stored > drawn)]
-    column = bins.layout(declared).values
-    for row in rows.itertuples():
-        begin, end = arrays["offsets"][np.searchsorted(arrays["stay_id"], row.stay_id) :][:2]
-        cell = begin + int(row.at)
-        if cell < end and not arrays["observed"][cell, row.channel]:
-            arrays["observed"][cell, row.channel] = 1
-            arrays["values"][cell, column.index(declared[row.channel].name)] = row.valuenum
-            return
-    raise AssertionError("no laboratory value was stored in a later hour than it was drawn")
+def _placed(table: str, item: int, when: str, kind: str | None = None) -> Callable[[Path], None]:
+    """Put a value of an item where nothing was observed, at the hour of its charttime or storetime."""
+
+    def place(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+        root = Path(FeaturesConfig(**json.loads((folder / "provenance.json").read_text())["config"]).mimic_iv)
+        rows = pd.read_csv(root / f"{table}.csv.gz", parse_dates=["charttime", "storetime"], low_memory=False)
+        if kind:
+            rows = rows[rows["specimen_id"].isin(rows.loc[rows["value"] == kind, "specimen_id"])]
+        rows = rows[(rows["itemid"] == item) & rows["valuenum"].notna()].drop(columns="stay_id", errors="ignore")
+        rows = rows.merge(pd.read_parquet(folder / "stays.parquet"), on="subject_id")
+        at, stored = ((rows[t] - rows["intime"]).dt.total_seconds() // 3600 for t in (when, "storetime"))
+        declared = channels.read_channels()
+        channel = next(n for n, c in enumerate(declared) if item in c.items)
+        column = bins.layout(declared).values.index(declared[channel].name)
+        for row in rows.assign(at=at)[(at >= 0) & (bool(kind) | (stored > at))].itertuples():
+            begin, end = arrays["offsets"][np.searchsorted(arrays["stay_id"], row.stay_id) :][:2]
+            cell = begin + int(row.at)
+            if cell < end and (kind or not arrays["observed"][cell, channel]):
+                arrays["observed"][cell, channel], arrays["values"][cell, column] = 1, row.valuenum
+                return
+        raise AssertionError("no value of the item can be placed")
+
+    return change_series(place)
 
 
 def _label_in_the_series(about: dict[str, Any]) -> None:
@@ -232,7 +241,18 @@ LEAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "values filled backwards": (change_series(_filled_backwards), "never back"),
     "series an hour early": (change_series(_an_hour_early), "no vital sign or laboratory value"),
-    "a laboratory value at its draw": (change_series(_laboratory_at_its_draw), "no vital sign or laboratory value"),
+    "a laboratory value at its draw": (_placed("hosp/labevents", 50931, "charttime"), audit.series.KNOWN),
+    "a glucose copied into the chart at its draw": (
+        _placed("icu/chartevents", 220621, "charttime"),
+        audit.series.KNOWN,
+    ),
+    "a pH copied into the chart at its draw": (_placed("icu/chartevents", 223830, "charttime"), audit.series.KNOWN),
+    "a venous saturation": (_placed("hosp/labevents", 50817, "storetime", "VEN."), audit.series.KNOWN),
+    "hours that remain after death": (
+        change("samples/length_of_stay", lambda t: t.update({"los_remaining_hours": t["los_remaining_hours"] + 1})),
+        audit.claims.ENDS,
+    ),
+    "a sample from after death": (change("samples/decompensation", _hours_later), audit.claims.ENDS),
     "a label in the series": (change_json("series.json", _label_in_the_series), "no finding, phenotype or outcome"),
     "an outcome said to be known": (change_json("schema.json", _outcome_said_to_be_known), "no finding, phenotype or"),
     "a normaliser fitted on all": (_fitted_on_all, "the normaliser is fitted on train only"),

@@ -174,6 +174,7 @@ def test_the_oddities_of_real_charts_occur(made: Path) -> None:
         pd.to_datetime(labs["storetime"]) > pd.to_datetime(labs["charttime"])
     ).all()
     assert labs["comments"].str.contains("\n").any() and labs["itemid"].isin(["51478", "51491"]).any()
+    assert set(labs["value"][labs["itemid"] == "52033"]) == {"ART.", "VEN."}
     assert admissions["hospital_expire_flag"].eq("1").equals(admissions["deathtime"] != "")
     assert set(read(made, "mimic-iv/hosp/diagnoses_icd")["icd_version"]) == {"9", "10"}
 

@@ -67,6 +67,14 @@ def test_record_of_a_film_in_an_icu_stay() -> None:
     assert (film.num_prior_admissions, film.prior_phenotypes) == (1, "108")
 
 
+@pytest.mark.parametrize(
+    ("charted", "celsius"), [(98.6, 37), (37, 37), (39.5, 39.5), (50, None), (104, 40), (3.7, None), (986, None)]
+)
+def test_emergency_temperatures_charted_in_celsius_are_kept(charted: float, celsius: float | None) -> None:
+    got = images([{}], triage=[TABLES["triage"][0] | {"temperature": charted}]).loc["a", "ed_temperature_c"]
+    assert pd.isna(got) if celsius is None else got == pytest.approx(celsius)
+
+
 def test_triage_of_a_visit_that_has_not_begun_is_not_known() -> None:
     later = [{"subject_id": 10, "stay_id": 40, "intime": "2150-01-02 14:00:00", "outtime": "2150-01-02 20:00:00"}]
     film = images([{}], edstays=later).loc["a"]

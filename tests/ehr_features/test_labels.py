@@ -80,13 +80,38 @@ def test_length_of_stay_in_hours_and_ten_bins(samples, frames):
     assert (long.los_bin == want).all() and set(long.los_bin) == set(range(10))
 
 
+@pytest.mark.parametrize(("dies", "outtime"), [(84.0, 120), (84.5, 85), (100, 90), (84.0, 84)])
+def test_a_stay_ends_at_death(samples, frames, dies, outtime):
+    begin = frames["icustays"].loc[3, "intime"]
+    frames["icustays"].loc[3, ["outtime", "los"]] = begin + pd.Timedelta(hours=outtime), outtime / 24
+    frames["admissions"].loc[3, "deathtime"] = begin + pd.Timedelta(hours=dies)
+    end = min(dies, outtime)
+    left = samples("length_of_stay")[0].query(f"stay_id == {FIRST + 3}")
+    assert (left.los_remaining_hours + left.predict_at_hours == end).all() and left.predict_at_hours.max() <= end
+    dying = samples("decompensation")[0].query(f"stay_id == {FIRST + 3}")
+    assert (dying.decompensation == (dying.predict_at_hours >= dies - 24)).all() and dying.decompensation.sum() >= 14
+    assert samples("phenotypes")[0].set_index("stay_id").predict_at_hours[FIRST + 3] == end
+    early = samples("phenotypes_early", landmark_hours=84)[0].stay_id
+    assert (FIRST + 3 in set(early)) == (end >= 84)
+    published = samples("length_of_stay", preset="medfuse")[0].query(f"stay_id == {FIRST + 3}")
+    assert (published.los_remaining_hours + published.predict_at_hours).round(6).eq(outtime).all()
+
+
 def test_phenotypes_come_from_the_stays_admission(samples, frames):
     frames["diagnoses_icd"].loc[0, ["icd_code", "icd_version"]] = ["J9601", 10]
     got, attrition = samples("phenotypes")
     columns = [c for c in got if c.startswith("phenotype_")]
     assert len(columns) == 25 and columns[0] == "phenotype_2" and columns[-1] == "phenotype_249"
     assert got.loc[0, columns].to_dict() == {c: int(c == "phenotype_131") for c in columns}
-    assert got.phenotype_108.tolist() == [0] + [1] * 7 and got.predict_at_hours.tolist() == got.los_hours.tolist()
+    assert (
+        got.phenotype_108.tolist() == [0] + [1] * 7
+        and got.predict_at_hours.tolist()
+        == [
+            *got.los_hours[:3],
+            90,  # dead at hour 90
+            *got.los_hours[4:],
+        ]
+    )
     assert attrition.counts["phenotype prevalence in 4 admissions coded in ICD-9"]["phenotype_108"] == 1.0
     early, _ = samples("phenotypes_early")
     assert early.stay_id.tolist() == [FIRST + i for i in (0, 1, 3, 4, 6, 7)] and set(early.predict_at_hours) == {48.0}

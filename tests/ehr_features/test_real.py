@@ -105,7 +105,13 @@ def test_default_series_equal_a_naive_pandas_version(default, tables):
     labs = pd.read_csv(f"{root}/hosp/labevents.csv.gz", parse_dates=times, low_memory=False)
     stays = pd.read_csv(f"{root}/icu/icustays.csv.gz", parse_dates=["intime", "outtime"])
     labs = labs.drop(columns="hadm_id").merge(stays[["subject_id", "stay_id"]], on="subject_id")
-    labs["at"], chart["at"] = labs["storetime"].fillna(labs["charttime"]), chart["charttime"]
+    labs["at"], chart["at"] = labs[times].max(axis=1, skipna=False), chart["charttime"]  # labels of d_items: Labs
+    copies = {220621: 50931, 226537: 50809, 223830: 50820, 220274: 50820}  # no chart row has a storetime here
+    rows = labs.drop_duplicates(["subject_id", "itemid", "charttime", "valuenum", "at"])
+    rows = rows.groupby(["subject_id", "itemid", "charttime", "valuenum"])["at"].min()
+    keys = chart.assign(itemid=chart["itemid"].map(copies))[rows.index.names]
+    found = rows.reindex(pd.MultiIndex.from_frame(keys)).to_numpy()
+    chart["at"] = chart["at"].mask(chart["itemid"].isin(copies), pd.Series(found, chart.index))
     ranges = {
         "heart_rate": (1, 350),
         "glucose": (10, 2000),
@@ -114,8 +120,8 @@ def test_default_series_equal_a_naive_pandas_version(default, tables):
         "gcs_motor": (1, 6),
     }
     items = {220045: "heart_rate", 50931: "glucose", 50809: "glucose", 225664: "glucose", 220621: "glucose"}
-    items |= {226537: "glucose", 50820: "ph", 223830: "ph", 220274: "ph", 223761: "temperature", 223762: "temperature"}
-    items |= {223901: "gcs_motor"}
+    items |= {226537: "glucose", 50820: "ph", 223830: "ph", 220274: "ph", 223901: "gcs_motor"}
+    items |= dict.fromkeys((223761, 223762, 226329, 227632, 227634), "temperature")
     columns = ["stay_id", "itemid", "at", "storetime", "valuenum"]
     events = pd.concat([chart[columns], labs[columns]]).merge(stays[["stay_id", "intime", "outtime"]], on="stay_id")
     events["name"] = events["itemid"].map(items)
@@ -126,7 +132,8 @@ def test_default_series_equal_a_naive_pandas_version(default, tables):
     inside = (events["at"] >= events.intime) & (events["at"] <= events.outtime)
     events = events[inside & events.valuenum.between(low, high)]
     events["bin"] = ((events["at"] - events.intime).dt.total_seconds() // 3600).astype(int)
-    events["storetime"] = events["storetime"].fillna(pd.Timestamp("1900-01-01"))
+    reported = events["name"].isin(["glucose", "ph"]) & (events["itemid"] != 225664)
+    events["storetime"] = events["storetime"].fillna(events["at"].where(reported)).fillna(pd.Timestamp("1900-01-01"))
     events = events.sort_values(["stay_id", "name", "at", "storetime", "valuenum"])
     last = events.groupby(["stay_id", "name", "bin"])["valuenum"].last()
     about = json.loads((default / "series.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -55,21 +56,14 @@ def chart(*rows: tuple[Any, ...], stay: int = 1) -> pd.DataFrame:
 
 
 def labs(*rows: tuple[Any, ...]) -> pd.DataFrame:
-    """(itemid, drawn hours, value, stored hours or None[, hadm_id])"""
-    out = [
-        (
-            7,
-            row[4] if len(row) > 4 else 5,
-            row[0],
-            at(row[1]),
-            pd.NaT if row[3] is None else at(row[3]),
-            str(row[2]),
-            row[2],
-        )
-        for row in rows
-    ]
-    columns = ["subject_id", "hadm_id", "itemid", "charttime", "storetime", "value", "valuenum"]
-    return pd.DataFrame(out, columns=columns).astype({"valuenum": float})
+    """(itemid, drawn hours, value, stored hours or None[, hadm_id[, specimen_id]]); a text has no valuenum"""
+    out = []
+    for item, drawn, value, stored, *more in rows:
+        hadm, specimen = (*more, *(5, None)[len(more) :])
+        when = (at(drawn), pd.NaT if stored is None else at(stored))
+        out.append((7, hadm, specimen, item, *when, str(value), None if isinstance(value, str) else value))
+    columns = ["subject_id", "hadm_id", "specimen_id", "itemid", "charttime", "storetime", "value", "valuenum"]
+    return pd.DataFrame(out, columns=columns).astype({"valuenum": float, "specimen_id": "Int64"})
 
 
 def stay(los: float = 6.0, stay_id: int = 1, begins: float = 0.0) -> pd.DataFrame:
@@ -82,31 +76,31 @@ def run(
     lab_events: pd.DataFrame | None = None,
     stays: pd.DataFrame | None = None,
     step: int = 1,
-    preset: Any = series,
+    preset: Any = bins,
     channels: tuple[Channel, ...] = CHANNELS,
 ) -> tuple[dict[int, pd.DataFrame], pd.DataFrame, dict[int, np.ndarray]]:
     """stay_id -> its values by column, the fates of events, stay_id -> observed."""
     stays = stay() if stays is None else stays
     events = chart() if events is None else events
     lab_events = labs() if lab_events is None else lab_events
-    source = Source.from_frames(
-        {"chartevents": events, "labevents": lab_events, "icustays": stays.drop(columns="los_hours")}
-    )
+    source = Source.from_frames({"chartevents": events, "labevents": lab_events, "icustays": stays})
     los = pd.DataFrame({"stay_id": stays["stay_id"], "los_hours": stays["los_hours"].astype(float)})
-    cohort = source.table("icustays").join(
-        hold(source.con, "los", pa.Table.from_pandas(los, preserve_index=False)), "stay_id"
+    los["death_at"] = stays["death_at"] if "death_at" in stays else pd.Series(pd.NaT, los.index, "datetime64[us]")
+    los = hold(source.con, "los", pa.Table.from_pandas(los, preserve_index=False))
+    cohort = source.table("icustays").join(los, "stay_id")
+    binned, fates = preset.extract(
+        source, source.table("chartevents"), source.table("labevents"), cohort, channels, step
     )
-    bins, fates = preset.extract(source, source.table("chartevents"), source.table("labevents"), cohort, channels, step)
     columns = preset.layout(channels)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "series.safetensors"
         ids = np.sort(stays["stay_id"].to_numpy())
         hours = stays.set_index("stay_id").loc[ids, "los_hours"].to_numpy()
         num = preset.lengths(hours, step)
-        series_file.write(
-            path, batches(source.con, bins.select(*series_file.BINS).order_by("stay_id")), ids, num, columns
-        )
+        ordered = batches(source.con, binned.select(*series_file.BINS).order_by("stay_id"))
+        standing = series_file.write(path, ordered, ids, num, columns)
         tensors = load_file(path)
+    fates = series_file.fates(fates, standing, exact=preset is bins)
     edges = tensors["offsets"].tolist()
     spans = {int(i): slice(*edge) for i, edge in zip(ids, itertools.pairwise(edges), strict=True)}
     values = {i: pd.DataFrame(tensors["values"][s], columns=list(columns.values)) for i, s in spans.items()}
@@ -145,10 +139,172 @@ def test_ties_go_to_the_latest_storetime_then_the_larger_value():
     assert value(late, "heart_rate")[1] == 61  # an empty storetime is older than any
 
 
-def test_laboratory_values_count_from_storetime_and_fall_back_to_charttime():
-    got, fates, _ = run(None, labs((50931, 0.5, 150, 2.5), (50931, 3.2, 200, None), (50931, -1, 100, 0.2)))
-    assert got[1]["glucose"].tolist() == [100, 100, 150, 200, 200, 200]
-    assert fates["unstored"].sum() == 1
+def fates_of(fates: pd.DataFrame, column: str = "n") -> dict[str, int]:
+    return {fate: n for fate, n in zip(fates["fate"], fates[column], strict=True) if n}
+
+
+@pytest.mark.parametrize(
+    ("charted", "drawn", "hours", "fate"),
+    [
+        # (itemid, charttime, value, text, storetime), (itemid, charttime, value, storetime), observed hours
+        (None, (50931, 0.5, 150, 2.5), [2], "used"),
+        (None, (50809, -1, 150, 0.2), [0], "used"),  # drawn before the stay, reported in it
+        (None, (50820, 3, 7.2, 1), [3], "used"),  # stored before it was drawn
+        (None, (50931, 3.2, 150, None), [], "no report time"),
+        (None, (50931, 3.2, 150, 9), [], "after outtime"),
+        ((220621, 1, 150, None, 3.2), None, [3], "used"),
+        ((226537, 1, 150, None, 0.2), None, [1], "used"),
+        ((228388, 1, 150, None, 9), None, [], "after outtime"),
+        ((223830, 1, 7.2), None, [], "no report time"),
+        ((220274, 1, 7.2), (50820, 1, 7.2, 4), [4], "used"),  # reported when the row that it copies was
+        ((220227, 1, 97), (50817, 1, 97, 4), [4], "used"),
+        ((220621, 1, 150), (50931, 1, 150, 0.5), [1], "used"),
+        ((220621, 1, 150), (50931, 1, 151, 4), [4], "no report time"),  # another value
+        ((220621, 1, 150), (50931, 1.2, 150, 4), [4], "no report time"),  # another draw
+        ((220621, 1, 150), (50809, 1, 150, 4), [4], "no report time"),  # another analyte
+        ((220621, 1, 150), (50931, 1, 150, None), [], "no report time"),
+        ((225664, 1, 150), (50931, 1, 150, 4), [1, 4], "used"),  # a finger stick is no copy
+        ((225664, 1, 150, None, 3), None, [1], "used"),
+        ((220277, 1, 97, None, 3), None, [1], "used"),
+        ((223835, 1, 50, None, 0.5), None, [1], "used"),
+    ],
+)
+def test_a_value_counts_from_when_it_was_known(charted, drawn, hours, fate):
+    _values, fates, observed = run(chart(*[charted] * bool(charted)), arterial(*[drawn] * bool(drawn)))
+    assert np.flatnonzero(observed[1].any(1)).tolist() == hours
+    assert fate in set(fates["fate"]) and fates["n"].sum() == bool(charted) + bool(drawn)
+
+
+def test_the_fallback_to_the_report_of_the_copied_row_is_counted():
+    charted = chart((220621, 1, 150), (220621, 2, 160), (220621, 3, 170, None, 3.5), (225664, 4, 180))
+    _values, fates, _ = run(charted, labs((50931, 1, 150, 1.5)))
+    assert fates_of(fates, "unstored") == {"used": 1, "no report time": 1}
+
+
+def arterial(*rows: tuple[Any, ...], kind: str | None = "ART.") -> pd.DataFrame:
+    """Laboratory rows of one specimen, with its kind."""
+    rows = tuple((*row, 5, 99) for row in rows)
+    return labs(*rows, *([(52033, rows[0][1], kind, rows[0][3], 5, 99)] if rows and kind else []))
+
+
+@pytest.mark.parametrize(
+    ("kind", "saturation", "ph"),
+    [
+        ("ART.", "used", "used"),
+        (" art", "used", "used"),
+        ("VEN.", "other specimen", "used"),
+        ("MIX.", "other specimen", "used"),
+        ("CENTRAL VENOUS.", "other specimen", "used"),
+        ("CORD.", "other specimen", "other specimen"),
+        ("FLUID", "other specimen", "other specimen"),
+        (None, "unknown specimen", "used"),
+    ],
+)
+def test_only_the_declared_specimens_count(kind, saturation, ph):
+    drawn = arterial((50817, 1, 66, 1.5), (50820, 1, 7.2, 1.5), (50931, 1, 150, 1.5), kind=kind)
+    copied = chart((220227, 1, 66), (220277, 0.5, 97))
+    values, fates, _ = run(copied, drawn)
+    by_channel = fates.groupby(fates["channel"].map(dict(enumerate(NAMES))))["fate"].agg(set)
+    assert saturation in by_channel["oxygen_saturation"] and ph in by_channel["ph"] and "glucose" in by_channel
+    copy_stands = kind is None or saturation == "used"  # the copy's label says arterial, a known kind overrules it
+    assert values[1]["oxygen_saturation"][1] == (66 if copy_stands else 97)
+
+
+def test_a_specimen_of_two_kinds_is_unknown():
+    both = pd.concat([arterial((50817, 1, 66, 1.5)), arterial((50817, 1, 66, 1.5), kind="VEN.")])
+    assert fates_of(run(None, both)[1]) == {"unknown specimen": 2}
+
+
+@pytest.mark.parametrize("text", ["144", " 144.0 ", "+144", "144."])
+def test_a_text_that_is_a_plain_number_is_read(text):
+    assert value(chart((220045, 1, None, text)), "heart_rate")[1] == 144
+    assert value(None, "glucose", labs((50931, 1, text, 1.5)))[1] == 144
+    assert value(chart((220621, 1, 144)), "glucose", labs((50931, 1, text, 3)))[2:4] == [128, 144]
+
+
+@pytest.mark.parametrize("text", [">400", "1e2", "14 4", "144 mg/dL", "___", "-", ".", "NaN", "1,44", "ERROR", ""])
+def test_other_texts_are_no_numbers_and_counted(text):
+    assert fates_of(run(chart((220045, 1, None, text)), labs((50931, 1, text, 1.5)))[1]) == {"no number": 2}
+    assert fates_of(run(chart((223951, 1, None, "1")))[1]) == {"no number": 1}  # a code of texts, not a number
+
+
+@pytest.mark.parametrize(
+    ("item", "charted", "column"),
+    [
+        *((item, 33.0, "temperature") for item in (226329, 227632, 227634)),
+        (227242, 40.0, "diastolic_bp"),
+        *((item, 70.0, "mean_bp") for item in (228872, 229827)),
+    ],
+)
+def test_items_that_measure_a_variable_are_read(item, charted, column):
+    assert value(chart((item, 1, charted)), column)[1] == charted
+
+
+@pytest.mark.parametrize("item", [224689, 224422, 224688, 224310, 220060, 227627, 226861, 229841, 220734, 226846])
+def test_items_of_another_quantity_are_left_out(item):
+    assert not run(chart((item, 1, 25)))[2][1].any()
+
+
+def test_every_shipped_item_has_a_role_and_copies_name_their_laboratory_items():
+    for c in CHANNELS:
+        assert {*c.measured, *c.reported} == set(c.items) and not set(c.measured) & set(c.reported)
+        assert set(c.copies) == {i for i in c.reported if i >= 220_000}
+        assert all(i < 220_000 for labs_ in c.copies.values() for i in labs_)
+
+
+def test_the_documented_items_are_those_of_the_file():
+    text = (Path(__file__).parents[2] / "docs/features.md").read_text().partition("### Which items are in")[2]
+    rows = [row.strip("| ").split(" | ") for row in text.partition("###")[0].splitlines() if row.startswith("| ")]
+    documented: dict[str, tuple[set[int], ...]] = {}
+    for names, *cells in rows[1:]:
+        ids = [{int(i) for i in re.findall(r"\b[25][0-9]{4,5}\b", cell)} for cell in (*cells, "")]
+        documented |= {name: (ids[0], ids[1]) for name in names.split(", ")}
+    of = {c.name: set(c.items) for c in CHANNELS}
+    for name, (taken, left) in documented.items():
+        assert taken == (of[name] if not name.startswith("gcs") else set().union(*(of[n] for n in of if "gcs" in n)))
+        assert not left & set().union(*of.values())
+    assert set(documented) == set(of) - {"gcs_total"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("measured: [1, 2]", r"itemid \[2\] of measured, reported or copies is not among its items"),
+        ("measured: [1], reported: [1]", r"\[1\] is both measured and reported"),
+        ("copies: {1: [1]}", r"\[1\] has copies and is not in reported"),
+    ],
+)
+def test_a_contradicting_role_is_refused(tmp_path, entry, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"channels:\n  - {{name: a, unit: u, range: [0, 1], normal: 0, items: {{1: as_is}}, {entry}}}\n")
+    with pytest.raises(UserError, match=message):
+        read_channels(path)
+
+
+def test_a_laboratory_result_in_chartevents_needs_a_role():
+    d_items = pd.DataFrame({"itemid": [225668, 220074], "label": "x", "category": ["Labs", "Hemodynamics"]})
+    source = Source.from_frames({"d_items": d_items, "d_labitems": pd.DataFrame({"itemid": [50813]})})
+    about = {"name": "a", "unit": "", "range": (0, 30), "normal": 1}
+    declared = Channel(**about, items={225668: "as_is", 50813: "as_is", 220074: "as_is"})
+    with pytest.raises(UserError, match=r"itemid \[225668\] is a laboratory result in chartevents"):
+        check_items(source, (declared,), "default", Path("mine.yaml"))
+    for role in ("measured", "reported"):
+        check_items(source, (Channel(**about, items=declared.items, **{role: (225668,)}),), "default")
+
+
+@pytest.mark.parametrize(("los", "step", "hours"), [(3, 1, []), (3, 2, [2]), (4, 2, []), (2.5, 1, [2]), (5, 3, [3])])
+def test_a_value_at_outtime_is_in_the_last_bin_or_counted(los, step, hours):
+    charted = chart((220045, los, 70), (220277, los, 97))
+    _values, fates, observed = run(charted, labs((50931, 0, 150, los)), stay(los), step=step)
+    assert (np.flatnonzero(observed[1].any(1)) * step).tolist() == hours
+    assert fates_of(fates)["used" if hours else "at outtime"] and set(fates["n"]) == {1} and len(fates) == 3
+
+
+def test_nothing_counts_from_after_death():
+    stays = stay(6).assign(death_at=at(2))
+    values, fates, _ = run(chart((220045, 1, 70), (220045, 2, 71), (220045, 2.1, 0.5), (220045, 4, 90)), stays=stays)
+    assert values[1]["heart_rate"].tolist() == [86, 70, 71, 71, 71, 71]
+    assert fates_of(fates) == {"used": 2, "after death": 1, "out of range": 1}
 
 
 def test_laboratory_rows_without_hadm_id_inside_a_stay_count():
@@ -172,6 +328,8 @@ def test_urine_is_no_blood():
         (223761, 98.6, "temperature", 37.0),
         (223762, 37, "temperature", 37.0),
         (223762, 98.6, "temperature", 37.0),
+        (223761, 37, "temperature", 37.0),  # Celsius in the Fahrenheit item
+        (226329, 98.6, "temperature", 37.0),
         (226531, 200, "weight", 90.7185),
         (226512, 90, "weight", 90),
     ],
@@ -265,6 +423,18 @@ def test_medfuse_loses_laboratory_rows_without_hadm_id_and_mixes_urine_in():
     assert mixed["Glucose"].tolist() == [128, 300, 300, 300, 300, 300]
 
 
+def known(event: Any, lab_events: pd.DataFrame) -> tuple[Any, ...]:
+    """When an event was known (None: never), its storetime, item, number."""
+    time, stored = event.charttime, event.storetime
+    if event.itemid in (220621, 50931):  # reported
+        if pd.isna(stored) and event.itemid == 220621:
+            same = lab_events[(lab_events.charttime == time) & (lab_events.valuenum == event.valuenum)]
+            stored = same.storetime.clip(lower=time).min()
+        time = None if pd.isna(stored) else max(time, stored)
+        stored = time if pd.isna(event.storetime) else event.storetime
+    return time, stored, event.itemid, event.valuenum
+
+
 def naive(
     events: pd.DataFrame, lab_events: pd.DataFrame, stays: pd.DataFrame, step: int
 ) -> dict[tuple[int, str, int], float]:
@@ -272,16 +442,14 @@ def naive(
     channel_of = {item: c for c in CHANNELS for item in c.items}
     out: dict[tuple[int, str, int], tuple[Any, ...]] = {}
     for row in stays.itertuples():
-        mine = [
-            (e.charttime, e.storetime, e.itemid, e.valuenum) for e in events[events.stay_id == row.stay_id].itertuples()
-        ]
-        mine += [
-            (e.charttime if pd.isna(e.storetime) else e.storetime, e.storetime, e.itemid, e.valuenum)
-            for e in lab_events.itertuples()
-        ]
-        for time, stored, item, number in mine:
+        mine = [known(e, lab_events) for e in events[events.stay_id == row.stay_id].itertuples()]
+        for time, stored, item, number in mine + [known(e, lab_events) for e in lab_events.itertuples()]:
             channel = channel_of[item]
-            if not row.intime <= time <= row.outtime or not channel.range[0] <= number <= channel.range[1]:
+            if (
+                time is None
+                or not row.intime <= time <= row.outtime
+                or not channel.range[0] <= number <= channel.range[1]
+            ):
                 continue
             seconds = int((time - row.intime).total_seconds())
             if (key := (row.stay_id, channel.name, seconds // (3600 * step)))[2] >= math.ceil(row.los_hours / step):
@@ -309,7 +477,9 @@ def test_series_equal_a_naive_version(chart_rows, lab_rows, step):
     events = pd.concat(parts, ignore_index=True) if parts else chart()
     lab_events = labs(*((50931, m / 60, v, None if s is None else s / 60) for m, v, s in lab_rows))
     stays = pd.concat([stay(3.2), stay(2.5, 2, 4.0)], ignore_index=True)
-    values, _fates, observed = run(events, lab_events, stays, step)
+    values, fates, observed = run(events, lab_events, stays, step)
+    assert fates.loc[fates["fate"] == "used", "n"].sum() == sum(cells.sum() for cells in observed.values())
+    assert fates["n"].sum() >= len(events)  # a laboratory row may meet both stays, or none
     wanted = naive(events, lab_events, stays, step)
     for stay_id in (1, 2):
         for name in ("heart_rate", "glucose"):
@@ -326,7 +496,7 @@ def test_load_normalises_by_the_train_stays_observed_values_only(tmp_path):
     columns = bins.layout(CHANNELS)
     heart = columns.values.index("heart_rate")
     rows = {"stay_id": [1, 1, 2, 2, 3], "channel": [NAMES.index("heart_rate")] * 5, "bin": [0, 2, 0, 1, 1]}
-    rows |= {"v": [60.0, 80.0, 100.0, 120.0, 1000.0], "mark": [0.0] * 5}
+    rows |= {"v": [60.0, 80.0, 100.0, 120.0, 1000.0], "mark": [0.0] * 5, "n": [1] * 5, "unstored": [0] * 5}
     batch = hold(Source.from_frames({}).con, "rows", pa.table(rows)).to_pyarrow().to_batches()
     path = tmp_path / "series.safetensors"
     series_file.write(path, batch, np.array([1, 2, 3]), np.array([4, 2, 3]), columns, chunk=2)
