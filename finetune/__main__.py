@@ -87,7 +87,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _runs(args: argparse.Namespace) -> None:
     from finetune.report.runs import show
 
-    show(args.folder)
+    show(args.folder, out=args.out)
 
 
 def _count(text: str) -> int:
@@ -130,7 +130,7 @@ def _scores(commands: Any) -> None:
     compare.add_argument("--split", default="test", choices=HELD_OUT)
     compare.add_argument("--samples", type=_count, default=1000, help="resamples (default 1000)")
     compare.add_argument("--seed", type=_count, default=0, help="of the resamples (default 0)")
-    compare.add_argument("--out", metavar="FILE.csv", help="also write the table there")
+    compare.add_argument("--out", metavar="FILE", help="also write the table there: .csv, .md or .tex (LaTeX)")
     compare.set_defaults(run=_compare)
 
 
@@ -161,6 +161,7 @@ def _shows(commands: Any) -> None:
     report.set_defaults(run=_report)
     runs = cli.command(commands, "runs")
     runs.add_argument("folder", metavar="FOLDER", nargs="?", default="runs", help="default runs")
+    runs.add_argument("--out", metavar="FILE", help="also write the table there: .csv, .md or .tex (LaTeX)")
     runs.set_defaults(run=_runs)
     demo = cli.command(commands, "demo")
     demo.add_argument(

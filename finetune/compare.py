@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from configs import UserError
-from ehr_features.files import check_new_file, new_file
 from finetune.metrics import by_count, check, distribution, macro, thirds
 from finetune.resample import spread
-from finetune.results import read_predictions, read_results
+from finetune.results import check_table, read_predictions, read_results, write_table
 
 ENOUGH_SEEDS = 3
 CARRIED = {"parameters": "parameters", "image_size": "px", "films_seen": "films seen"}  # by each row of a comparison
@@ -177,11 +176,10 @@ def _by_count(
 
 
 def trainings(abouts: Sequence[Mapping[str, Any]]) -> int:
-    """How many trainings runs are, from `run` of results.json: distinct seeds; if pretrained, distinct weights too."""
-    number = len({about["seed"] for about in abouts})
+    """How many trainings runs are, from `run` of results.json: distinct weights if pretrained, else distinct seeds."""
     by = [about.get("compared_by") or {} for about in abouts]
     pretrained = [b["hash"] for b in by if b.get("hash") and str(b.get("weights")).startswith("step")]
-    return min(number, len(set(pretrained))) if len(pretrained) == len(abouts) else number
+    return len(set(pretrained)) if len(pretrained) == len(abouts) else len({about["seed"] for about in abouts})
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -201,13 +199,12 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def show(
     a: Sequence[str], b: Sequence[str], *, split: str, samples: int, seed: int, out: str | None = None
 ) -> pd.DataFrame:
-    """Print `compare_runs`, and write it to `out` as CSV if given."""
+    """Print `compare_runs`, and write it to `out` (.csv, .md, .tex) if given."""
     if out is not None:
-        check_new_file(out)
+        check_table(out)
     table = compare_runs(a, b, split=split, samples=samples, seed=seed)
     if out is not None:  # before the screen, whose reader may leave (`| head`)
-        with new_file(out) as part:
-            table.to_csv(part, index=False)
+        write_table(out, table)
     every = [[read_results(folder)[0] for folder in each_training(runs)] for runs in (a, b)]
     abouts = [of[0] for of in every]
     print(f"AUROC on {split}")

@@ -155,6 +155,13 @@ class ProbeConfig(Settings):
         default=1.0, description="Share of the train subjects to train on, or a list of shares."
     )
     repeats: int = Field(default=3, ge=1, description="Draws of each fraction below 1, with seed, seed + 1, ...")
+    seeds: int = Field(default=1, ge=1, description="Fits with seed, seed + 1, ...; results.json holds their means.")
+    folds: int = Field(
+        default=0, ge=0, description="3 or more: stratified folds by subject; each subject is scored once (0: none)."
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none", description="balanced: both classes of a label weigh alike in the loss."
+    )
     groups: list[str] = Field(
         default=["sex", "age", "view", "position", "icu"], description="EHR groups that `encoder: metadata` reads."
     )
@@ -221,6 +228,14 @@ class ProbeConfig(Settings):
             raise ValueError("`head` (a finished probe) and method=transfer go together")
         if self.weights is not None and not self.encoder.endswith(WEIGHTS):
             raise ValueError(f"`weights` describes a weights file ({', '.join(WEIGHTS)}); `encoder` names none")
+        if self.folds in (1, 2):
+            raise ValueError(f"`folds` {self.folds}: one fold tests, one chooses and the others train; take 3 or more")
+        if self.folds and (self.shift is not None or self.radiologists is not None or self.method == "transfer"):
+            raise ValueError(
+                "`folds` splits the films anew; shift, radiologists and method=transfer need their own split"
+            )
+        if self.class_weights != "none" and self.method in ("knn", "transfer"):
+            raise ValueError(f"`class_weights` {self.class_weights}: method={self.method} has no loss to weigh")
         return self
 
 

@@ -21,7 +21,7 @@ from configs import Settings, UserError, load
 from configs.commands import command_line
 from configs.launch import end_with_me
 from configs.signals import held
-from ehr_features.files import digest, lock, read_json
+from ehr_features.files import digest, lock, read_json, write_json
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import PretrainConfig
 
@@ -58,6 +58,19 @@ def plan(config: GridConfig) -> list[list[Command]]:
         folders = {step: Path(config.out) / name / step for step in config.steps}
         out.append([_command(config, name, step, folders, [own for _, own in choices]) for step in config.steps])
     return out
+
+
+def methods(config: GridConfig) -> dict[str, str]:
+    """Each combination's name -> its name without the axes that set seeds alone, so that a table can average them."""
+
+    def seeds(axis: Mapping[str, Mapping[str, list[str]]]) -> bool:
+        return all(word.startswith("seed=") for own in axis.values() for words in own.values() for word in words)
+
+    kept = [not seeds(axis) for axis in config.axes.values()]
+    return {
+        "-".join(choices): "-".join(itertools.compress(choices, kept)) or "all"
+        for choices in itertools.product(*config.axes.values())
+    }
 
 
 def _command(
@@ -97,6 +110,7 @@ def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bo
         print("\n".join(command.typed(processes) for command in waiting))
         return 0
     lock(Path(config.out), f".lock-{digest([shard, only])}")  # other machines may run other shards
+    write_json(Path(config.out) / "grid.json", {"methods": methods(config)})
     failed: dict[str, int] = {}
     for i, command in enumerate(waiting):
         if command.name in failed:

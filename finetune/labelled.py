@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -133,12 +134,47 @@ def check_splits(films: Films) -> None:
         raise UserError(f"{len(some)} subjects are in two splits, e.g. {some[:3]}; split by subject_id")
 
 
-def fraction_rows(films: Films, fraction: float, seed: int) -> NDArray[np.intp]:
-    """Train rows of a share of the train subjects: never half a subject, and 1% lies inside 5% of the same seed.
+class Part(NamedTuple):
+    """Rows to train on, to choose by and to score."""
+
+    train: NDArray[np.intp]
+    val: NDArray[np.intp]
+    test: NDArray[np.intp]
+
+
+def folded(films: Films, folds: int, seed: int) -> list[Part]:
+    """Subjects in folds; each fold is scored by what the others taught, the next one chooses.
+
+    Stratified: of each class of each label, the rarest first, the subjects go to the folds that have fewest of it.
+    Raises: UserError: fewer subjects than folds.
+    """
+    subject, who = pd.factorize(films.table["subject_id"])
+    if len(who) < folds:
+        raise UserError(f"folds={folds}: {len(who)} subjects; wanted at least one for each fold")
+    labels = films.evaluated(np.arange(len(films)))
+    has = np.zeros((len(who), 2 * labels.shape[1]), bool)  # of each subject: a positive film, a negative one
+    np.logical_or.at(has, subject, np.concatenate([labels == 1, labels == 0], axis=1))
+    rng = np.random.default_rng([seed, 3])
+    fold, counts, sizes = np.full(len(who), -1), np.zeros((folds, has.shape[1])), np.zeros(folds)
+    while (fold < 0).any():
+        left = has[fold < 0].sum(0)
+        column = int(np.where(left > 0, left, len(who) + 1).argmin())
+        chosen = np.flatnonzero((fold < 0) & (has[:, column] | (left == 0).all()))
+        for one in rng.permutation(chosen):
+            fold[one] = np.lexsort([rng.random(folds), sizes, counts[:, column]])[0]
+            counts[fold[one]] += has[one]
+            sizes[fold[one]] += 1
+    of = fold[subject]
+    rows = [np.flatnonzero(of == k) for k in range(folds)]
+    rest = [np.flatnonzero((of != k) & (of != (k + 1) % folds)) for k in range(folds)]
+    return [Part(rest[k], rows[(k + 1) % folds], rows[k]) for k in range(folds)]
+
+
+def fraction_rows(films: Films, rows: NDArray[np.intp], fraction: float, seed: int) -> NDArray[np.intp]:
+    """Those of a share of the subjects of `rows`: never half a subject, and 1% lies inside 5% of the same seed.
 
     Raises: UserError: less than one subject.
     """
-    rows = films.rows("train")
     if fraction == 1:
         return rows
     subjects = films.table["subject_id"].to_numpy()[rows]

@@ -233,9 +233,30 @@ def macro(values: Floats, both: NDArray[np.bool_]) -> Floats:
     return np.where(count > 0, np.nansum(chosen, axis=1) / np.maximum(count, 1), np.nan)
 
 
+def unlearned(labels: NDArray[np.float32], names: Sequence[str]) -> dict[str, str]:
+    """Labels that cannot be learned, and why. Args: labels: (N, L) of the train rows: 1, 0, NaN."""
+    found = {}
+    for name, column in zip(names, labels.T, strict=True):
+        known, positives = int((~np.isnan(column)).sum()), int(np.nansum(column))
+        if positives in (0, known):
+            found[name] = f"not learned: {positives} positives among {known} train rows"
+    return found
+
+
+def without_value(rows: pd.DataFrame) -> list[str]:
+    """For `warnings`: the labels of rows of results.json that have no AUROC, and so no part in `macro`, by split."""
+    none = rows[(rows["metric"] == "auroc") & (rows["subset"] == "all") & rows["value"].isna()]
+    none = none[~none["label"].str.startswith("macro") & ~none.duplicated(["split", "label"])]
+    return [
+        f"no value and no part in macro, {split}: " + "; ".join(f"{r.label} ({r.reason})" for r in of.itertuples())
+        for split, of in none.groupby("split", sort=False)
+    ]
+
+
 def f1_thresholds(labels: ArrayLike, scores: ArrayLike) -> Floats:
     """The score from which calling 1 gives the largest F1, for each label; on validation rows, (N, L) -> (L,)."""
-    y, s, _, _ = check(labels, scores, None, None)
+    given = _floats(scores)
+    y, s, _, _ = check(np.where(np.isnan(given).all(0), np.nan, _floats(labels)), given, None, None)
     best = np.full(y.shape[1], np.nan)
     for i in range(y.shape[1]):
         known = ~np.isnan(y[:, i])
@@ -268,10 +289,10 @@ def _no_value(metric: str, label: int | None, n: int, sample: _Sample) -> str:
         return "no label has a value"
     if n == 0:
         return "no row has this label"
+    if sample.positives[label] in (0, n):
+        return f"one class only: {sample.positives[label]} positives of {n}"
     if label in sample.reasons:
         return sample.reasons[label]
-    if not sample.both[label]:
-        return f"one class only: {sample.positives[label]} positives of {n}"
     if metric in THRESHOLDED:
         return "no threshold: validation has one class only"
     return "no finite fit: the scores separate the classes, or are all equal"

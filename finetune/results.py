@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from configs import UserError
-from ehr_features.files import new_file, read_json, undamaged, write_json
+from ehr_features.files import check_new_file, new_file, read_json, undamaged, write_json
 
 COLUMNS = ["split", "label", "subset", "fraction", "metric", "value", "low", "high", "n", "positives", "reason"]
 
@@ -216,6 +216,36 @@ def read_predictions(folder: str | Path, split: str) -> tuple[pd.DataFrame, pd.D
     ids = table[[c for c in columns if not c.startswith(("label_", "logit_"))]]
     labels, logits = (table[[f"{kind}_{n}" for n in names]].set_axis(names, axis=1) for kind in ("label", "logit"))
     return ids, labels, logits
+
+
+TABLES = (".csv", ".md", ".tex")
+
+
+def check_table(path: str | Path) -> None:
+    """That `write_table` can write there. Raises: UserError, OSError."""
+    if Path(path).suffix not in TABLES:
+        raise UserError(f"{path}: wanted a file that ends in {', '.join(TABLES)}: CSV, Markdown or LaTeX")
+    check_new_file(path)
+
+
+def write_table(path: str | Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV, Markdown or LaTeX, by the file's suffix; the latter two with four decimals."""
+    shown = table.apply(lambda column: column.map(_cell))
+    head = [[str(name) for name in table], ["---"] * table.shape[1]]
+    with new_file(path) as part:
+        if Path(path).suffix == ".csv":
+            table.to_csv(part, index=False)
+        elif Path(path).suffix == ".md":
+            lines = [[cell.replace("|", "\\|") for cell in row] for row in [*head, *shown.to_numpy().tolist()]]
+            part.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+        else:
+            part.write_text(shown.to_latex(index=False, escape=True), encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> Any:

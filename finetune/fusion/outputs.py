@@ -48,6 +48,7 @@ def write(
     """predictions/ (of the first training) and results.json (means over trainings); returns the rows of the latter."""
     ages = read_table(config.features, "stays", ["stay_id", "age_years"]).set_index("stay_id")["age_years"]
     table = samples.table.assign(age_years=samples.table["stay_id"].map(ages).astype(float))
+    absent = np.isin(samples.names, list(metrics.unlearned(samples.labels[rows["train"]], samples.names)))
     tables = []
     for split in trainings[0]:
         found = [training[split] for training in trainings]
@@ -60,7 +61,7 @@ def write(
         if (weights := found[0].weights) is not None:
             ids[["weight_record", "weight_film", "weight_text"][: weights.shape[1]]] = weights
         labels = pd.DataFrame(samples.labels[at], columns=samples.names)
-        results.write_predictions(folder, split, ids, labels, found[0].logits)
+        results.write_predictions(folder, split, ids, labels, np.where(absent, np.nan, found[0].logits))
         chances = torch.from_numpy(np.stack([f.logits for f in found])).sigmoid().numpy()  # (trainings, N, L)
         chosen = subsets(table.iloc[at], samples.has_image[at], split)
         if config.task in FILM_TASKS and split == "test":
@@ -75,6 +76,7 @@ def write(
         about = about | {"prevalence": prevalence(samples.names, samples.labels[rows["train"]])}
     retrospective = config.task in RETROSPECTIVE
     told = {**{key: getattr(config, key) for key in keys}, "retrospective": retrospective, **about}
+    told["warnings"] = [*told["warnings"], *metrics.without_value(done)]
     results.write_results(folder, told, done)
     return done
 
@@ -115,14 +117,16 @@ def _rate(
     """Metrics of some rows; chances (trainings, N, L)."""
     subjects = samples.table["subject_id"].to_numpy()[at]
     shares = prevalence(samples.names, samples.labels[train])
+    reasons = metrics.unlearned(samples.labels[train], samples.names)
     table = metrics.evaluate(
         samples.labels[at],
-        chances,
+        np.where(np.isin(samples.names, list(reasons)), np.nan, chances),
         names=samples.names,
         groups=subjects,
         samples=config.samples,
         seed=config.seed,
         macros=macros(samples.names) | (thirds(shares) if config.task in FILM_TASKS else {}),
+        reasons=reasons,
     )
     if samples.hours_left is None:
         return table
@@ -186,6 +190,8 @@ def show(log: run.Log, table: pd.DataFrame, folder: Path) -> None:
         value = "  -  " if pd.isna(row["value"]) else f"{row['value']:.3f}"
         says = f"  test {row['subset']:6} {row['label']:12} {row['metric'].upper()} {value}{interval}  n {row['n']}"
         log.say(f"{says}  {row['reason']}" if row["reason"] else says)
+    for warning in metrics.without_value(table):
+        log.say(f"  warning: {warning}")
     log.say(f"wrote {folder}\nnext: {command_line('report', folder)}")
 
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 def plan(config: ProbeConfig, films: Films, name: str) -> str:
     """What will be done, in a line."""
     counts = ", ".join(f"{len(films.rows(split)):,} {split}" for split in SPLITS)
+    if config.folds:
+        counts = f"{films.table['subject_id'].nunique():,} subjects in {config.folds} folds, {len(films):,}"
     left = "".join(f"; {number:,} left out ({why})" for why, number in films.left_out.items())
     return f"{config.method} probe of {name} on {len(films.names)} labels: {counts} films{left}"
 
@@ -110,21 +112,32 @@ class Scored:
 
     table: pd.DataFrame
     labels: NDArray[np.float32]  # (N, L) 1, 0, NaN
-    probabilities: NDArray[np.float64]  # (N, L)
+    probabilities: NDArray[np.float64]  # (runs, N, L), or (N, L) of one; NaN: a label that was not learned
     names: list[str]
 
-    def write(self, folder: Path, split: str) -> None:
-        """Write the predictions: what was scored, a row a study (named by its first film) or a film."""
+    @property
+    def runs(self) -> NDArray[np.float64]:
+        """Probabilities as (runs, N, L)."""
+        return self.probabilities.reshape(-1, *self.labels.shape)
+
+    def write(self, folder: Path, split: str, run: int = 0) -> None:
+        """Write a run's predictions: what was scored, a row a study (named by its first film) or a film."""
         ids = self.table[["dicom_id", "study_id", "subject_id", "view", "num_films"]]
-        p = np.clip(self.probabilities, 1e-15, 1 - 1e-15)
+        p = np.clip(self.runs[run], 1e-15, 1 - 1e-15)
         write_predictions(folder, split, ids, pd.DataFrame(self.labels, columns=self.names), logit(p))
 
     def only(self, rows: NDArray[np.bool_]) -> Scored:
-        return Scored(self.table[rows].reset_index(drop=True), self.labels[rows], self.probabilities[rows], self.names)
+        return Scored(
+            self.table[rows].reset_index(drop=True), self.labels[rows], self.probabilities[..., rows, :], self.names
+        )
 
 
 def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *, unit: str = "study") -> Scored:
-    """Films of `rows` and their logits (len(rows), L), as studies or films; a study is positive where a film is."""
+    """Films of `rows` as studies or films; a study is positive where a film is.
+
+    Args:
+        logits: (len(rows), L), or (runs, len(rows), L).
+    """
     table = films.table.iloc[rows].reset_index(drop=True)
     table = table.assign(**{f"by_{field}": values for field, values in fields(table).items()})
     labels, probabilities = films.evaluated(rows), expit(logits)
@@ -132,7 +145,9 @@ def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *,
     if unit == "study":
         key, first = pd.factorize(table["study_id"])[0], table.drop_duplicates("study_id").reset_index(drop=True)
         labels = pd.DataFrame(labels).groupby(key).max().to_numpy(np.float32)
-        probabilities = pd.DataFrame(probabilities).groupby(key).mean().to_numpy()
+        runs = probabilities.reshape(-1, len(rows), logits.shape[-1])
+        means = np.stack([pd.DataFrame(run).groupby(key).mean().to_numpy() for run in runs])
+        probabilities = means if logits.ndim == 3 else means[0]
         table = first
     return Scored(table, labels, probabilities, films.names)
 
@@ -182,32 +197,33 @@ def score(
     samples: int,
     seed: int,
     thresholds: NDArray[np.float64] | None = None,
-    runs: NDArray[np.float64] | None = None,
+    reasons: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Rows of one split, subset `all`; of several trainings where `runs` (runs, N, L) gives their probabilities."""
+    """Rows of one split. `reasons`: why labels were not learned."""
     return evaluate(
         on.labels,
-        on.probabilities if runs is None else runs,
+        on.probabilities,
         names=on.names,
         groups=on.table["subject_id"].to_numpy(),
         samples=samples,
         seed=seed,
         thresholds=thresholds,
         macros=macros(on.names),
+        reasons=reasons,
     )
 
 
 def subgroups(
-    on: Scored, wanted: Sequence[str], *, samples: int, seed: int, thresholds: NDArray[np.float64] | None = None
+    on: Scored, wanted: Sequence[str], *, samples: int, seed: int, **more: Any
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Rows for each group of each field (see `check_fields`), and the gaps, the largest of all fields first."""
+    """Rows for each group of each field (see `check_fields`; `more` as `score`), and the gaps, the largest first."""
     tables: list[pd.DataFrame] = []
     gaps: list[dict[str, Any]] = []
     for field in wanted:
         values = on.table[f"by_{field}"]
         groups = {str(value): on.only((values == value).to_numpy(dtype=bool)) for value in sorted(set(values.dropna()))}
         for value, part in groups.items():
-            rows = score(part, samples=samples, seed=seed, thresholds=thresholds)
+            rows = score(part, samples=samples, seed=seed, **more)
             tables.append(rows.assign(subset=f"{field}={value}"))
         gaps += _gaps(on, field, samples, seed)
     gaps.sort(key=lambda gap: float(str(gap["difference"])), reverse=True)
@@ -233,8 +249,8 @@ def _gaps(on: Scored, field: str, samples: int, seed: int) -> list[dict[str, Any
 class Reached(NamedTuple):
     """AUROC of some rows."""
 
-    values: Floats  # (L,)
-    draws: Floats  # (samples, L)
+    values: Floats  # (runs, L)
+    draws: Floats  # (runs, samples, L)
     smaller: Floats  # (L,): subjects of the smaller class
 
 
@@ -244,28 +260,27 @@ def reached(parts: Sequence[Scored], *, samples: int, seed: int) -> list[Reached
     found, start = [], 0
     for part in parts:
         own, start = subject[start : start + len(part.table)], start + len(part.table)
-        labels = part.labels.astype(np.float64)
-        values, draws = distribution(
-            labels,
-            part.probabilities,
-            own,
-            samples=samples,
-            seed=seed,
-            metrics=["auroc"],
-            num_groups=int(subject.max()) + 1,
-        )
-        found.append(Reached(values["auroc"], draws["auroc"], smaller_class(labels, own)))
+        absent = np.isnan(part.runs).any(axis=(0, 1))  # (L,)
+        labels = np.where(absent, np.nan, part.labels.astype(np.float64))
+        more: dict[str, Any] = {"samples": samples, "seed": seed, "metrics": ["auroc"]}
+        rated = [
+            distribution(labels, np.where(absent, 0, run), own, num_groups=int(subject.max()) + 1, **more)
+            for run in part.runs
+        ]
+        values, draws = (np.stack([of[i]["auroc"] for of in rated]) for i in (0, 1))
+        found.append(Reached(values, draws, smaller_class(labels, own)))
     return found
 
 
 def difference(a: Reached, b: Reached) -> dict[str, Any] | None:
     """Macro AUROC of two parts over the labels that have both classes in both, and its difference; None without one."""
-    common = ~np.isnan(a.values) & ~np.isnan(b.values)
+    common = ~np.isnan(a.values[0]) & ~np.isnan(b.values[0])
     if not common.any():
         return None
-    ends = [float(macro(part.values[None], common)[0]) for part in (a, b)]
-    gap = ends[0] - ends[1]
-    draws = macro(a.draws, common) - macro(b.draws, common)
+    ends = [macro(part.values, common) for part in (a, b)]  # (runs,)
+    draws = np.stack([macro(x, common) - macro(y, common) for x, y in zip(a.draws, b.draws, strict=True)])
+    gap = float((ends[0] - ends[1]).mean())
     df = degrees(np.minimum(a.smaller, b.smaller)[common].mean())
-    low, high = spread([(np.array([gap]), draws[None])], df).around(gap)
-    return {"a": ends[0], "b": ends[1], "difference": gap, "low": low, "high": high, "labels": int(common.sum())}
+    low, high = spread([(ends[0] - ends[1], draws)], df).around(gap)
+    means = {"a": float(ends[0].mean()), "b": float(ends[1].mean())}
+    return {**means, "difference": gap, "low": low, "high": high, "labels": int(common.sum())}

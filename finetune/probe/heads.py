@@ -97,6 +97,7 @@ def linear(
     patience: int,
     batch_size: int,
     seed: int,
+    balanced: bool = False,
     device: str | torch.device = "cpu",
     say: Say = lambda epoch, value: None,
 ) -> tuple[LinearHead, dict[str, Any]]:
@@ -108,6 +109,8 @@ def linear(
     widths = {name: train.features[name].shape[1] for name in scale.names}
     grid = [(pool, lr, decay) for pool in used for lr in lrs for decay in weight_decays]
     x, known, target = _tensors(scale(train.features), train.labels, device)
+    if balanced:
+        known *= torch.from_numpy(balance(train.labels)).to(device)
     x_val = _with_one(torch.from_numpy(scale(val.features)).to(device))
     mask = torch.stack([_mask(used[pool], widths) for pool, _, _ in grid], dim=1)[:, :, None].to(device)  # (D+1, H, 1)
     lr = torch.tensor([lr for _, lr, _ in grid], device=device)[None, :, None]
@@ -148,6 +151,14 @@ def linear(
     return head, chose | {"val_auroc": best[0]}
 
 
+def balance(labels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights (N, L) by which both classes of each label weigh alike, and all films as before; 1 for a lone class."""
+    n, positives = (~np.isnan(labels)).sum(0), np.nansum(labels, axis=0)
+    both = (positives > 0) & (positives < n)
+    weight = np.where(labels > 0, n / np.maximum(2 * positives, 1), n / np.maximum(2 * (n - positives), 1))
+    return np.where(both, weight, 1.0).astype(np.float32)
+
+
 def _gradient(x: Tensor, weights: Tensor, target: Tensor, known: Tensor) -> Tensor:
     """Of the mean cross-entropy over known labels, for each head: x (B, D), weights (D, H, L) -> (D, H, L)."""
     logits = (x @ weights.flatten(1)).unflatten(1, weights.shape[1:])  # (B, H, L)
@@ -174,7 +185,7 @@ def _mask(names: Sequence[str], widths: dict[str, int]) -> Tensor:
 
 
 def logistic(
-    train: Data, val: Data, *, pools: Sequence[str], strengths: Sequence[float]
+    train: Data, val: Data, *, pools: Sequence[str], strengths: Sequence[float], balanced: bool = False
 ) -> tuple[LinearHead, dict[str, Any]]:
     """L2-regularised logistic regression, a label at a time; validation chooses pool and strength for all labels.
 
@@ -186,7 +197,9 @@ def logistic(
     for pool, names in blocks(train.features, pools).items():
         x, x_val = scale(train.features, names), scale(val.features, names)
         for c in strengths:
-            weights = np.stack([_logistic(x, train.labels[:, i], c) for i in range(train.labels.shape[1])], axis=1)
+            weights = np.stack(
+                [_logistic(x, train.labels[:, i], c, balanced) for i in range(train.labels.shape[1])], axis=1
+            )
             reached = float(macro_auroc(val.labels, (x_val @ weights[:-1] + weights[-1])[:, None])[0])
             if reached > best[0]:
                 best = (reached, weights, pool, c)
@@ -195,7 +208,9 @@ def logistic(
     return head, {"pool": pool, "c": c, "val_auroc": reached}
 
 
-def boosting(train: Data, val: Data, *, iterations: int = 200, seed: int = 0) -> tuple[Head, dict[str, Any]]:
+def boosting(
+    train: Data, val: Data, *, iterations: int = 200, seed: int = 0, balanced: bool = False
+) -> tuple[Head, dict[str, Any]]:
     """Gradient-boosted trees, a label at a time; validation chooses the number of trees for all labels.
 
     NaN features are fine. Few leaves and a small rate: the inputs are a handful of columns of the record.
@@ -214,7 +229,12 @@ def boosting(train: Data, val: Data, *, iterations: int = 200, seed: int = 0) ->
             staged.append(np.full((iterations, len(val.labels)), trees[-1]))
             continue
         model = HistGradientBoostingClassifier(
-            learning_rate=0.05, max_iter=iterations, max_leaf_nodes=8, early_stopping=False, random_state=seed
+            learning_rate=0.05,
+            max_iter=iterations,
+            max_leaf_nodes=8,
+            early_stopping=False,
+            random_state=seed,
+            class_weight="balanced" if balanced else None,
         ).fit(x(train.features)[known], y[known])
         trees.append(model)
         staged.append(np.stack([s.ravel() for s in model.staged_decision_function(x(val.features))]))
@@ -268,13 +288,13 @@ def knn(
     return predict, {"pool": pool, "neighbours": k, "val_auroc": reached}
 
 
-def _logistic(x: NDArray[np.float32], y: NDArray[np.float32], c: float) -> NDArray[np.float64]:
+def _logistic(x: NDArray[np.float32], y: NDArray[np.float32], c: float, balanced: bool) -> NDArray[np.float64]:
     """(D + 1,) weights and bias; with one class only, the smoothed log odds."""
     known = ~np.isnan(y)
     x, y = x[known], y[known]
     if not 0 < y.sum() < len(y):
         return np.append(np.zeros(x.shape[1]), _log_odds(y))
-    fit = LogisticRegression(C=c, max_iter=2000).fit(x, y)
+    fit = LogisticRegression(C=c, max_iter=2000, class_weight="balanced" if balanced else None).fit(x, y)
     return np.append(fit.coef_[0], fit.intercept_[0]).astype(np.float64)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from configs import UserError, load
 from configs.commands import command_line
@@ -27,12 +28,12 @@ from ehr_features.schema import HELD_OUT
 from finetune.config import ProbeConfig
 from finetune.encoders import Frozen, film_features, open_encoder, store_warnings
 from finetune.guard import NOTHING, Seen, check_encoder
-from finetune.labelled import Films, check_splits, fraction_rows
+from finetune.labelled import Films, Part, check_splits, folded, fraction_rows
 from finetune.layouts import open_films, radiologists
-from finetune.metrics import f1_thresholds
+from finetune.metrics import f1_thresholds, without_value
 from finetune.probe import evaluation, transfer
-from finetune.probe.evaluation import check_fields, score, scored, subgroups
-from finetune.probe.methods import Fitted, Learner, grid, on_features, record
+from finetune.probe.evaluation import Scored, check_fields, score, scored, subgroups
+from finetune.probe.methods import Fitted, Learner, Rows, grid, learned_only, on_features, record
 from finetune.probe.shift import in_a_line, shift, sides
 from finetune.results import write_results
 from pretrain import run
@@ -64,7 +65,7 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     accelerator = run.accelerator(args, mixed_precision=config.precision) if tuned else None
     with accelerator.main_process_first() if accelerator else nullcontext():  # one process packs
         films, store = open_films(config)
-    if config.method != "transfer":
+    if config.method != "transfer" and not config.folds:
         check_splits(films)
     check_asked(config, films)
     device = str(accelerator.device) if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,16 +78,23 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     log.say(evaluation.plan(config, films, through.name))
     if through.said:
         log.say(through.said)
-    for warning in [*through.seen.warnings, *films.warnings]:
+    warnings = [*through.seen.warnings, *films.warnings]
+    for warning in warnings:
         log.say(f"warning: {warning}")
+    each: dict[int, pd.DataFrame] = {}
     if config.method == "transfer":
         assert frozen is not None and store is not None
         rows, more = transfer.apply(config, films, frozen, store, folder)
     else:
         learn = _learner(config, films, frozen, store, folder, log, accelerator, device)
-        rows, more = evaluate(config, films, learn, folder, through.about)
+        rows, more, each = evaluate(config, films, learned_only(config, films, learn), folder, through.about)
+    for warning in without_value(rows):
+        log.say(f"warning: {warning}")
     if run.is_main():
-        write_results(folder, about(config, films, through, more), rows)
+        said = about(config, films, through, {**more, "warnings": [*warnings, *without_value(rows)]})
+        write_results(folder, said, rows)
+        for seed, own in each.items():
+            write_results(folder / f"seed_{seed}", said | {"seed": seed, "seeds": 1}, own)
         evaluation.table(rows, f"{config.method} probe of {through.name}, test split, by {config.unit}")
         for line in evaluation.notes(more):
             log.say(line)
@@ -116,6 +124,8 @@ def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: 
         subjects = films.table[["subject_id", "split"]]
         if config.features:
             subjects = read_table(config.features, "images", ["subject_id", "split"])
+        if config.folds:  # whoever is here is tested
+            subjects = films.table[["subject_id"]].assign(split="test")
         seen = check_encoder(
             frozen.folder,
             subjects,
@@ -143,7 +153,7 @@ def _learner(
         log.log({"epoch": epoch, "val/auroc/macro": value}, epoch)
 
     if config.encoder == "metadata":
-        return on_features(config, films, record(config, films), device, say)
+        return on_features(config, films, lambda rows: record(config, films, rows), device, say)
     if frozen is None:
         from finetune.probe.tune import through_encoder
 
@@ -153,74 +163,116 @@ def _learner(
     return on_features(config, films, features, device, say)
 
 
+class Trained(NamedTuple):
+    """The fits of one seed: one, or one a fold."""
+
+    parts: list[Part]
+    fits: list[Fitted]
+
+    def predict(self, split: str) -> tuple[Rows, NDArray[np.float64]]:
+        """Rows and logits; a label that some fold did not learn is NaN in all."""
+        rows: list[Rows] = [getattr(part, split) for part in self.parts]
+        logits = np.concatenate([fit.predict(own) for fit, own in zip(self.fits, rows, strict=True)])
+        order = np.argsort(np.concatenate(rows), kind="stable")
+        return np.concatenate(rows)[order], np.where(np.isnan(logits).any(0), np.nan, logits)[order]
+
+    @property
+    def unlearned(self) -> dict[str, str]:
+        return {name: why for fit in self.fits for name, why in fit.unlearned.items()}
+
+
 def evaluate(
     config: ProbeConfig, films: Films, learn: Learner, folder: Path, through: Mapping[str, Any]
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Fit all fractions, then score val and, once, test; subgroups and shift of the largest fraction."""
-    more: dict[str, Any] = {"fractions": []}
-    fits: dict[float, list[Fitted]] = {}
+) -> tuple[pd.DataFrame, dict[str, Any], dict[int, pd.DataFrame]]:
+    """Fit all fractions, then score val and, once, test; subgroups and shift of the largest fraction.
+
+    Returns: rows, what else results.json says, and the rows of each seed where there are several.
+    """
+    fits, said = fitted(config, films, learn)
+    more: dict[str, Any] = {"fractions": said}
+    asked: dict[str, Any] = {"samples": config.samples, "seed": config.seed}
+    tables = []
     for fraction in config.fractions:
-        for draw in range(config.repeats if fraction < 1 else 1):
-            rows = fraction_rows(films, fraction, config.seed + draw)
-            fits.setdefault(fraction, []).append(learn(rows, films.rows("val"), config.seed + draw))
-            subjects = int(films.table["subject_id"].iloc[rows].nunique())
-            said = {"fraction": fraction, "draw": draw, "films": len(rows), "subjects": subjects}
-            more["fractions"].append(said | fits[fraction][-1].chosen)
-    tables = [table for fraction in fits for table in _scored(config, films, fits[fraction], fraction)]
-    largest = config.fractions[-1]
-    best = fits[largest][0]
-    cut = _thresholds(config, films, best)
-    for split in HELD_OUT:
-        on = scored(films, films.rows(split), best.predict(films.rows(split)), unit=config.unit)
-        if run.is_main():
-            on.write(folder, split)
-    if best.head is not None:
-        transfer.save(folder, config, films.names, best, cut, through["hash"])
-    if best.export is not None and run.is_main():
+        trained = fits[fraction]
+        on, given = rated(config, films, trained)
+        given |= asked
+        for split, of in on.items():
+            tables.append(score(of, **given).assign(split=split, subset="all", fraction=fraction))
+    each = {}
+    for i, seed in enumerate(range(config.seed, config.seed + config.seeds) if config.seeds > 1 else ()):
+        own, own_given = rated(config, films, trained[i : i + 1])
+        parts = [score(of, **own_given, **asked).assign(split=split) for split, of in own.items()]
+        each[seed] = pd.concat(parts, ignore_index=True).assign(subset="all", fraction=fraction)
+    if run.is_main():
+        for split, of in on.items():
+            of.write(folder, split)
+            for i, seed in enumerate(each):
+                of.write(folder / f"seed_{seed}", split, i)
+    best, cut = trained[0].fits[0], given["thresholds"]
+    if best.head is not None and not config.folds:
+        transfer.save(folder, config, films.names, best, cut[0], through["hash"])
+    if best.export is not None and not config.folds and run.is_main():
         best.export(folder)
     if config.radiologists is not None:
-        read, more["radiologists"] = by_radiologists(config, films, best, cut)
-        tables.append(read.assign(split="test_radiologist", subset="all", fraction=largest))
+        read, more["radiologists"] = by_radiologists(config, films, [of.fits[0] for of in trained], cut)
+        tables.append(read.assign(split="test_radiologist", subset="all", fraction=fraction))
     if config.subgroups:
-        wanted, samples, seed = config.subgroups, config.samples, config.seed
-        groups, more["gaps"] = subgroups(on, wanted, samples=samples, seed=seed, thresholds=cut)
-        tables.append(groups.assign(split="test", fraction=largest))
+        groups, more["gaps"] = subgroups(on["test"], config.subgroups, **given)
+        tables.append(groups.assign(split="test", fraction=fraction))
     if config.shift is not None:
         across, more["shift"] = shift(config, films, learn)
         more["shift"]["says"] = in_a_line(more["shift"])
         tables.append(across.assign(fraction=1.0))
-    return pd.concat(tables, ignore_index=True), more
+    return pd.concat(tables, ignore_index=True), more, each
 
 
-def _scored(config: ProbeConfig, films: Films, fits: list[Fitted], fraction: float) -> list[pd.DataFrame]:
-    """Rows of val and test: means over the draws, whose interval draws draws and subjects."""
-    cuts = np.stack([_thresholds(config, films, fit) for fit in fits])
-    tables = []
+def fitted(
+    config: ProbeConfig, films: Films, learn: Learner
+) -> tuple[dict[float, list[Trained]], list[dict[str, Any]]]:
+    """The fits of each fraction, and what results.json says of each."""
+    found: dict[float, list[Trained]] = {}
+    said = []
+    for fraction in config.fractions:
+        for draw in range(max(config.seeds, config.repeats) if fraction < 1 else config.seeds):
+            seed = config.seed + draw
+            whole = Part(films.rows("train"), films.rows("val"), films.rows("test"))
+            trained = Trained(folded(films, config.folds, seed) if config.folds else [whole], [])
+            found.setdefault(fraction, []).append(trained)
+            for fold, part in enumerate(trained.parts):
+                rows = fraction_rows(films, part.train, fraction, seed)
+                trained.fits.append(learn(rows, part.val, seed))
+                subjects = int(films.table["subject_id"].iloc[rows].nunique())
+                told = {"fraction": fraction, "draw": draw, "films": len(rows), "subjects": subjects}
+                said.append(told | ({"fold": fold} if config.folds else {}) | trained.fits[-1].chosen)
+    return found, said
+
+
+def rated(config: ProbeConfig, films: Films, trained: Sequence[Trained]) -> tuple[dict[str, Scored], dict[str, Any]]:
+    """Val and test as predicted by each training; thresholds (runs, L), of the largest F1 on val, and `reasons`.
+
+    Folds have no threshold: each head would need its own.
+    """
+    on = {}
     for split in HELD_OUT:
-        rows = films.rows(split)
-        each = [scored(films, rows, fit.predict(rows), unit=config.unit) for fit in fits]
-        runs = np.stack([one.probabilities for one in each])
-        table = score(each[0], samples=config.samples, seed=config.seed, thresholds=cuts, runs=runs)
-        tables.append(table.assign(split=split, subset="all", fraction=fraction))
-    return tables
-
-
-def _thresholds(config: ProbeConfig, films: Films, fit: Fitted) -> np.ndarray:
-    """Of the largest F1 on val."""
-    on = scored(films, films.rows("val"), fit.predict(films.rows("val")), unit=config.unit)
-    return f1_thresholds(on.labels, on.probabilities)
+        found = [of.predict(split) for of in trained]
+        on[split] = scored(films, found[0][0], np.stack([logits for _, logits in found]), unit=config.unit)
+    reasons = {name: why for of in trained for name, why in of.unlearned.items()}
+    val = on["val"]
+    cut = None if config.folds else np.stack([f1_thresholds(val.labels, p) for p in val.runs])
+    return on, {"thresholds": cut, "reasons": reasons}
 
 
 def by_radiologists(
-    config: ProbeConfig, films: Films, fit: Fitted, cut: np.ndarray
+    config: ProbeConfig, films: Films, fits: Sequence[Fitted], cut: NDArray[np.float64]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The test films by the radiologists' labels of MIMIC-CXR 2.1.0, over the labels that they gave."""
     theirs = radiologists(str(config.radiologists), films)
     place = [films.names.index(name) for name in theirs.names]
-    logits = fit.predict(theirs.table["row"].to_numpy(np.intp))[:, place]
+    logits = np.stack([fit.predict(theirs.table["row"].to_numpy(np.intp))[:, place] for fit in fits])
     on = scored(theirs, np.arange(len(theirs)), logits, unit="study")
     says = {"studies": len(on.table), "without": [name for name in films.names if name not in theirs.names]}
-    return score(on, samples=config.samples, seed=config.seed, thresholds=cut[place]), says
+    reasons = fits[0].unlearned
+    return score(on, samples=config.samples, seed=config.seed, thresholds=cut[:, place], reasons=reasons), says
 
 
 def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,17 +284,22 @@ def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str
         "encoder": through.name,
         "seed": config.seed,
         "allow_leak": config.allow_leak,
-        "warnings": [*through.seen.warnings, *films.warnings],
+        "seeds": config.seeds,
+        "folds": config.folds,
         "unit": config.unit,
         "pretraining_films": through.seen.films,
         "supervision": through.seen.supervision,
         "guard": through.seen.compared,
         "compared_by": dict(through.about),
         "grid": grid(config),
-        "splits": counts.to_dict("index"),
+        "splits": {} if config.folds else counts.to_dict("index"),
         "left_out": films.left_out,
         "labels": {
-            "training": {"uncertain": config.uncertain, "missing": config.empty or films.empty},
+            "training": {
+                "uncertain": config.uncertain,
+                "missing": config.empty or films.empty,
+                "class_weights": config.class_weights,
+            },
             "evaluation": {"uncertain": "ignore", "missing": films.empty},
             "views": config.views,
         },

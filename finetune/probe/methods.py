@@ -19,6 +19,7 @@ from ehr_features.static import READS
 from finetune.encoders import Features
 from finetune.guard import refuse_discharge
 from finetune.labelled import Films
+from finetune.metrics import unlearned
 from finetune.probe import heads
 from finetune.probe.heads import Data, LinearHead, Say, boosting, knn, logistic
 
@@ -35,6 +36,7 @@ class Fitted(NamedTuple):
     chosen: dict[str, Any]  # chosen on validation, with its AUROC
     head: LinearHead | None = None  # a linear head, if the method has one
     export: Callable[[Path], None] | None = None  # writes the tuned encoder into a run folder
+    unlearned: dict[str, str] = {}  # labels whose logits are NaN: why
 
 
 Learner = Callable[[Rows, Rows, int], Fitted]  # train rows, val rows, seed
@@ -54,24 +56,48 @@ def grid(config: ProbeConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include=set(GRIDS.get(config.method, ())))
 
 
+def learned_only(config: ProbeConfig, films: Films, learn: Learner) -> Learner:
+    """The learner with NaN for labels that it cannot learn. Raises: UserError: there is no other label."""
+
+    def careful(train_rows: Rows, val_rows: Rows, seed: int) -> Fitted:
+        why = unlearned(films.trained(train_rows, config.uncertain, config.empty), films.names)
+        if len(why) == len(films.names):
+            raise UserError(f"no label has both classes among {len(train_rows)} train films, so nothing can be learned")
+        fit, absent = learn(train_rows, val_rows, seed), np.isin(films.names, list(why))
+        return fit._replace(predict=lambda rows: np.where(absent, np.nan, fit.predict(rows)), unlearned=why)
+
+    return careful
+
+
+def val_labels(films: Films, rows: Rows, trained: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Labels to choose by: evaluation's, without those that were not learned."""
+    labels = films.evaluated(rows)
+    labels[:, np.isin(films.names, list(unlearned(trained, films.names)))] = np.nan
+    return labels
+
+
 def at(features: Features, rows: Rows) -> Features:
     return {pool: value[rows] for pool, value in features.items()}
 
 
-def on_features(config: ProbeConfig, films: Films, features: Features, device: str, say: Say) -> Learner:
-    """Heads on fixed features, one row a film."""
+def on_features(
+    config: ProbeConfig, films: Films, given: Features | Callable[[Rows], Features], device: str, say: Say
+) -> Learner:
+    """Heads on fixed features, one row a film; a function makes them, fitted on the train rows."""
+    balanced = config.class_weights == "balanced"
 
     def learn(train_rows: Rows, val_rows: Rows, seed: int) -> Fitted:
+        features = given(train_rows) if callable(given) else given
         labels = films.trained(train_rows, config.uncertain, config.empty)
         train = Data(at(features, train_rows), labels)
-        val = Data(at(features, val_rows), films.evaluated(val_rows))
+        val = Data(at(features, val_rows), val_labels(films, val_rows, labels))
         if config.method == "logistic":
-            head, chosen = logistic(train, val, pools=config.pools, strengths=config.strengths)
+            head, chosen = logistic(train, val, pools=config.pools, strengths=config.strengths, balanced=balanced)
         elif config.method == "knn":
             other, chosen = knn(train, val, pools=config.pools, neighbours=config.neighbours)
             return Fitted(lambda rows: other(at(features, rows)), chosen)
         elif config.method == "boosting":
-            other, chosen = boosting(train, val, seed=seed)
+            other, chosen = boosting(train, val, seed=seed, balanced=balanced)
             return Fitted(lambda rows: other(at(features, rows)), chosen)
         else:
             head, chosen = heads.linear(
@@ -84,6 +110,7 @@ def on_features(config: ProbeConfig, films: Films, features: Features, device: s
                 patience=config.patience,
                 batch_size=config.batch_size,
                 seed=seed,
+                balanced=balanced,
                 device=device,
                 say=say,
             )
@@ -92,8 +119,8 @@ def on_features(config: ProbeConfig, films: Films, features: Features, device: s
     return learn
 
 
-def record(config: ProbeConfig, films: Films) -> Features:
-    """Record features of each film, without its pixels: columns of `groups`, fitted on train.
+def record(config: ProbeConfig, films: Films, train_rows: Rows) -> Features:
+    """Record features of each film, without its pixels: columns of `groups`, fitted on the train rows.
 
     Raises: UserError: a group that is known only at discharge, or that these films lack.
     """
@@ -101,7 +128,8 @@ def record(config: ProbeConfig, films: Films) -> Features:
     if lacking := [group for group in config.groups if not set(READS[group]) <= set(films.table)]:
         rest = [group for group in config.groups if group not in lacking]
         raise UserError(f"groups: nothing of {', '.join(lacking)} is known of these films; groups=[{','.join(rest)}]")
-    array, names, _ = static.encode(films.table, config.groups)
+    split = np.where(np.isin(np.arange(len(films)), train_rows), "train", "test")
+    array, names, _ = static.encode(films.table.assign(split=split), config.groups)
     if not names:
         raise UserError("groups: the metadata baseline needs at least one group, e.g. groups=[sex,age,view]")
     return {"avg": array}

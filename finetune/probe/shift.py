@@ -42,18 +42,25 @@ def shift(config: ProbeConfig, films: Films, learn: Learner) -> tuple[pd.DataFra
             groups = source if side == "source" else target
             raise UserError(f"shift: no {split} film with {config.shift.field} {', '.join(groups)}")
     names = {"source": "+".join(source), "target": "+".join(target)}
-    fitted = {side: learn(rows[side, "train"], rows[side, "val"], config.seed) for side in names}
+    fitted = {
+        side: [learn(rows[side, "train"], rows[side, "val"], config.seed + i) for i in range(config.seeds)]
+        for side in names
+    }
     tables, on = [], {}
     for trained, tested in (("source", "source"), ("source", "target"), ("target", "target")):
         test: Rows = rows[tested, "test"]
-        on[trained, tested] = scored(films, test, fitted[trained].predict(test), unit=config.unit)
-        table = score(on[trained, tested], samples=config.samples, seed=config.seed)
+        logits = np.stack([fit.predict(test) for fit in fitted[trained]])
+        on[trained, tested] = scored(films, test, logits, unit=config.unit)
+        table = score(
+            on[trained, tested], samples=config.samples, seed=config.seed, reasons=fitted[trained][0].unlearned
+        )
         tables.append(table.assign(split="test", subset=f"{config.shift.field}: {names[trained]} -> {names[tested]}"))
     across, home = on["source", "target"], on["target", "target"]
     table = paired(
         across.labels,
-        across.probabilities[None],
-        home.probabilities[None],
+        across.runs,
+        home.runs,
+        same_seeds=True,
         groups=across.table["subject_id"].to_numpy(),
         names=films.names,
         samples=config.samples,

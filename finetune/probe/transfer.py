@@ -32,7 +32,13 @@ def save(
     with new_file(folder / "head.safetensors") as part:
         save_file({"weights": fit.head.weights, "bias": fit.head.bias}, part)
     cut = [None if np.isnan(t) else float(t) for t in thresholds]
-    about = {"labels": names, "pools": fit.head.names, "encoder": config.encoder, "encoder_hash": encoder_hash}
+    about: dict[str, Any] = {
+        "labels": names,
+        "pools": fit.head.names,
+        "encoder": config.encoder,
+        "encoder_hash": encoder_hash,
+    }
+    about["unlearned"] = fit.unlearned
     write_json(folder / "head.json", about | {"thresholds": cut})
 
 
@@ -72,15 +78,17 @@ def apply(
     cache = Path(config.cache) if config.cache else folder.parent / "cache"
     features = film_features(frozen, store, films.table["dicom_id"].iloc[rows].tolist(), cache=cache)
     place = [about["labels"].index(name) for name in common]
-    logits = head(features)[:, place]
+    unlearned = {name: why for name, why in about.get("unlearned", {}).items() if name in common}
+    logits = np.where(np.isin(common, list(unlearned)), np.nan, head(features)[:, place])
     here = replace(films, labels=films.labels[common])
     on = scored(here, rows, logits, unit=config.unit)
     cut = np.array([np.nan if about["thresholds"][i] is None else about["thresholds"][i] for i in place])
-    table = score(on, samples=config.samples, seed=config.seed, thresholds=cut).assign(split="test", subset="all")
+    asked: dict[str, Any] = {"samples": config.samples, "seed": config.seed, "thresholds": cut, "reasons": unlearned}
+    table = score(on, **asked).assign(split="test", subset="all")
     more: dict[str, Any] = {"transfer": {"head": config.head, "trained_with": about["encoder"], "labels": common}}
     on.write(folder, "test")
     tables = [table]
     if config.subgroups:
-        rows_, more["gaps"] = subgroups(on, config.subgroups, samples=config.samples, seed=config.seed, thresholds=cut)
+        rows_, more["gaps"] = subgroups(on, config.subgroups, **asked)
         tables.append(rows_.assign(split="test"))
     return pd.concat(tables, ignore_index=True).assign(fraction=1.0), more

@@ -27,7 +27,8 @@ from ehr_features.progress import Bar
 from finetune.encoders import open_encoder, to_be_tuned
 from finetune.labelled import Films
 from finetune.metrics import macro_auroc
-from finetune.probe.methods import Fitted, Learner, Rows
+from finetune.probe.heads import balance
+from finetune.probe.methods import Fitted, Learner, Rows, val_labels
 from pretrain import encoder as encoders
 from pretrain import run
 from pretrain.seen import ancestry, write_seen
@@ -84,10 +85,14 @@ class _Fit:
     def train(self, train: Rows, val: Rows) -> dict[str, Any]:
         """Fit on `train`, keep the epoch that is best on `val`."""
         accelerator, tune = self.accelerator, self.config.tune
-        with torch.no_grad():
+        self.weights = np.ones_like(self.labels)
+        if self.config.class_weights == "balanced":  # the head then starts from even odds
+            self.weights[train] = balance(self.labels[train])
+        else:
             known = ~np.isnan(self.labels[train])
             positive = np.nansum(self.labels[train], axis=0) + 0.5
-            self.net.head.bias.copy_(torch.from_numpy(np.log(positive / (known.sum(0) - positive + 1))))
+            with torch.no_grad():
+                self.net.head.bias.copy_(torch.from_numpy(np.log(positive / (known.sum(0) - positive + 1))))
         optimizer = torch.optim.AdamW(groups(self.net, tune), lr=tune.lr)
         wrapped, optimizer = accelerator.prepare(self.net, optimizer)
         local, rest = divmod(tune.batch_size, accelerator.num_processes)
@@ -120,7 +125,9 @@ class _Fit:
                     if stop.agreed() and step % per_epoch:
                         self._save(optimizer, step, reached, best_epoch, done=False)
                         raise Stopped(run.go_on(self.folder.parents[1], step))
-                auroc = float(macro_auroc(self.films.evaluated(val), self._logits(val)[:, None])[0])
+                auroc = float(
+                    macro_auroc(val_labels(self.films, val, self.labels[train]), self._logits(val)[:, None])[0]
+                )
                 self.log.log({"epoch": epoch, "train/loss": float(np.mean(losses)), "val/auroc/macro": auroc}, step)
                 if auroc > reached:
                     reached, best_epoch = auroc, epoch
@@ -157,7 +164,7 @@ class _Fit:
         generator = torch.Generator().manual_seed(_mix(self.seed, step, accelerator.process_index))
         x = self._input(augment(films.to(accelerator.device), tune, generator))
         target = torch.from_numpy(self.labels[rows]).to(accelerator.device)
-        known = ~target.isnan()
+        known = ~target.isnan() * torch.from_numpy(self.weights[rows]).to(accelerator.device)
         rate = tune.lr * schedule(step, tune.epochs * per_epoch, round(tune.warmup_epochs * per_epoch))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]

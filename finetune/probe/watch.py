@@ -36,6 +36,8 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
     run = Path(folder)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run folder (no config.yaml); start the pretraining first")
+    if config.folds:
+        raise UserError(f"folds={config.folds}: --watch probes on the films' own split; leave folds out")
     films, store = open_films(config)
     check_splits(films)
     films = films.keep((films.table["split"] != "test").to_numpy(), "test films are not looked at")

@@ -7,8 +7,9 @@ is empty, what is damaged is named in a UserError. Nothing is computed here but 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 
 from configs import UserError
 from ehr_features.files import read_json, undamaged
+from finetune.compare import each_training
 from finetune.results import COLUMNS, read_results
 
 MARK = "config.yaml"
@@ -117,6 +119,40 @@ class Run:
     def headline(self, metric: str = "auroc", subset: str = "all", split: str = "test") -> dict[str, Any] | None:
         """The main label's number."""
         return self.row(self.main, metric, subset, split)
+
+
+SEED = re.compile(r"(^|[-_/])s(eed)?[-_=]?\d+(?=$|[-_/])")  # a part of a run's name
+
+
+def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ by their seed alone: by the axes of their grid, or by their names, which hold it.
+
+    A run that was read alone, or whose seed and encoder another of its name has too, is a method by itself.
+    """
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(_method(run), []).append(run)
+    alone: dict[str, list[Run]] = {}
+    for name, group in found.items():
+        trained = {(run.result.get("seed"), (run.result.get("compared_by") or {}).get("hash")) for run in group}
+        same = len({(run.result.get("model"), run.task, run.kind) for run in group}) == 1
+        one = len(group) > 1 and len(trained) == len(group) and same
+        alone |= {name: group} if one else {run.name: [run] for run in group}
+    return alone
+
+
+def _method(run: Run) -> str:
+    """The run's name without its seed."""
+    grid = read_object(run.folder.parent.parent / "grid.json").get("methods", {})
+    if (name := grid.get(run.folder.parent.name)) is not None:
+        return f"{name}/{run.folder.name}"
+    return SEED.sub("", run.name).lstrip("-_/") or run.name
+
+
+def trainings_of(run: Run) -> list[Run]:
+    """The trainings of a run of several seeds, each with its own predictions; else the run."""
+    folders = [folder for folder in each_training([run.folder]) if Path(folder) != run.folder]
+    return [replace(run, folder=Path(f), result={**run.result, **read_results(f)[0]}) for f in folders] or [run]
 
 
 def common_rows(runs: Sequence[Run]) -> pd.Index | None:

@@ -7,7 +7,6 @@ the first where there is none; p is Holm-adjusted over the pairs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -18,7 +17,7 @@ from markupsafe import Markup
 from scipy.special import expit
 
 from finetune.compare import holm, paired, pairs
-from finetune.report.data import Run, common_rows, is_macro
+from finetune.report.data import Run, common_rows, is_macro, methods, trainings_of
 from finetune.report.figures import Row, forest
 from finetune.report.html import both_widths, figure, fixed, frame, interval, join, number, told
 from finetune.report.results import key_of
@@ -28,20 +27,6 @@ ADDED = "auroc_difference"  # rows of results.json by `fuse adds=true`
 LESS = {"context": "no pixels", "another": "another patient's film"}
 LABELS = ["pair", "label", "difference", "p (Holm over labels)", "n"]
 FEWEST = 20  # test rows in common
-SEED = re.compile(r"[-_/]?s(eed)?[-_=]?\d+$")
-
-
-def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by what is left of their name without a seed, where their seeds differ; else each run by itself."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(SEED.sub("", run.name) or run.name, []).append(run)
-    alone: dict[str, list[Run]] = {}
-    for name, group in found.items():
-        seeds = {run.result.get("seed") for run in group}
-        same = len({(run.result.get("model"), run.task) for run in group}) == 1
-        alone |= {name: group} if len(group) > 1 and len(seeds) == len(group) and same else {r.name: [r] for r in group}
-    return alone
 
 
 def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Markup | None:
@@ -127,6 +112,7 @@ def _compare(
     a: Sequence[Run], b: Sequence[Run], samples: int, drawn: dict[bytes, Any] | None = None
 ) -> pd.DataFrame | None:
     """Paired differences of each label on the test rows that all these runs have; None where there are too few."""
+    a, b = ([own for run in side for own in trainings_of(run)] for side in (a, b))
     read = [run.by_row for run in (*a, *b) if run.by_row is not None]
     common = common_rows([*a, *b])
     if common is None:

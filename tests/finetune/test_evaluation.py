@@ -37,16 +37,18 @@ def test_a_fraction_never_splits_a_subject_and_smaller_ones_lie_inside(make_worl
     subject = films.table["subject_id"].to_numpy()
     inside: set[int] = set()
     for fraction in (0.05, 0.1, 0.5, 1.0):
-        rows = fraction_rows(films, fraction, seed=3)
+        rows = fraction_rows(films, films.rows("train"), fraction, 3)
         kept = set(subject[rows])
         assert set(films.table["split"].iloc[rows]) == {"train"}
         assert len(rows) == np.isin(subject[films.rows("train")], list(kept)).sum()  # all films of each
         assert inside <= kept
         assert len(kept) == round(fraction * len(set(subject[films.rows("train")])))
         inside = kept
-    assert set(fraction_rows(films, 0.1, 3)) != set(fraction_rows(films, 0.1, 4))
+    assert set(fraction_rows(films, films.rows("train"), 0.1, 3)) != set(
+        fraction_rows(films, films.rows("train"), 0.1, 4)
+    )
     with pytest.raises(UserError, match="less than one"):
-        fraction_rows(films, 0.001, 0)
+        fraction_rows(films, films.rows("train"), 0.001, 0)
 
 
 def test_fractions_are_repeated_and_averaged(make_world: World) -> None:
