@@ -100,5 +100,6 @@ def _less(ours: tuple[Any, ...], theirs: tuple[Any, ...], config: FuseConfig) ->
     found = found.rename(columns={"difference": "value"})[["label", "value", "low", "high", "n"]]
     positives = {str(name): int((labels[name] == 1).sum()) for name in labels}
     counts = [positives.get(name, sum(positives.values())) for name in found["label"]]
-    reason = np.where(found["value"].isna(), "one class only among these samples, or not learned", None)
+    without = "one class only among these samples, or not learned"
+    reason = [without if missing else None for missing in found["value"].isna()]
     return found.assign(metric=METRIC, positives=counts, reason=reason)
