@@ -101,5 +101,5 @@ def _less(ours: tuple[Any, ...], theirs: tuple[Any, ...], config: FuseConfig) ->
     positives = {str(name): int((labels[name] == 1).sum()) for name in labels}
     counts = [positives.get(name, sum(positives.values())) for name in found["label"]]
     without = "one class only among these samples, or not learned"
-    reason = [without if missing else None for missing in found["value"].isna()]
+    reason = np.array([without if missing else None for missing in found["value"].isna()], dtype=object)
     return found.assign(metric=METRIC, positives=counts, reason=reason)
