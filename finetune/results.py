@@ -223,9 +223,9 @@ TABLES = (".csv", ".md", ".tex")
 
 def check_table(path: str | Path) -> None:
     """That `write_table` can write there. Raises: UserError, OSError."""
+    check_new_file(path)
     if Path(path).suffix not in TABLES:
         raise UserError(f"{path}: wanted a file that ends in {', '.join(TABLES)}: CSV, Markdown or LaTeX")
-    check_new_file(path)
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> None:
