@@ -1,6 +1,7 @@
-"""The ICU stays that count, and what fell out and why.
+"""The ICU stays that count, and what fell out and why; when each person died.
 
-Comes in: icustays, admissions, patients. Goes out: a row per stay of the cohort, and an `Attrition`.
+Comes in: icustays, admissions, patients. Goes out: a row per stay of the cohort, and an `Attrition`; `deaths`, the one
+rule by which the tables' three tellings of a death are reconciled.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import heapq
 from collections.abc import Iterable
 from typing import Any
 
+import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from ibis import _
 
 from configs import UserError
 from ehr_features.raw.engine import hold
@@ -51,6 +54,38 @@ class Attrition:
         return {"exclusions": self.exclusions, "counts": self.counts}
 
 
+def deaths(source: Source) -> ir.Table:
+    """When each person died: subject_id, death_at; only persons of whom some table says so.
+
+    The earliest deathtime of any admission. An admission with hospital_expire_flag and no deathtime counts with its
+    discharge, or with the end of the day `dod` where that is earlier. Where no admission tells, the end of the day
+    `dod`: it is a date, and whoever died on it may have lived until midnight.
+    """
+    persons = source.table("patients").group_by("subject_id").agg(day_over=_.dod.min().cast("timestamp"))
+    persons = persons.mutate(day_over=_.day_over + ibis.interval(days=1))
+    told = source.table("admissions").left_join(persons, "subject_id").drop("subject_id_right")
+    in_time = ibis.cases((_.day_over > _.admittime, _.day_over))
+    flagged = ibis.cases((_.hospital_expire_flag == 1, ibis.least(_.dischtime, in_time)))
+    told = told.group_by("subject_id").agg(death_at=_.deathtime.coalesce(flagged).min())
+    both = told.union(persons.select("subject_id", death_at=ibis.null("timestamp")))
+    both = both.group_by("subject_id").agg(death_at=_.death_at.min()).left_join(persons, "subject_id")
+    dead = both.select("subject_id", death_at=_.death_at.coalesce(_.day_over))
+    return dead.filter(_.subject_id.notnull() & _.death_at.notnull())
+
+
+def outcomes(source: Source) -> ir.Table:
+    """Each admission's end: subject_id, hadm_id, admittime, dischtime, deathtime, death_at (of the person), died.
+
+    died (1, 0, null): flagged, or with a deathtime, or the person was dead when it ended; else what the flag says.
+    """
+    admissions = source.table("admissions").left_join(deaths(source), "subject_id").drop("subject_id_right")
+    dead = (
+        (_.hospital_expire_flag == 1) | _.deathtime.notnull() | (_.death_at <= ibis.greatest(_.admittime, _.dischtime))
+    )
+    died = ibis.cases((dead, 1), (_.hospital_expire_flag.notnull(), 0)).cast("int64")
+    return admissions.mutate(died=died)
+
+
 def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
     """The ICU cohort.
 
@@ -62,6 +97,7 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
     Raises: UserError: nobody is left; an admission or a patient is listed twice.
     """
     frame = _joined(source, attrition)
+    _note_disagreements(source, attrition)
     frame = (_published(frame, attrition) if preset == "medfuse" else _adults(frame, attrition)).sort_values("stay_id")
     if frame.empty:
         rows = attrition.counts["rows of icustays"]
@@ -83,9 +119,8 @@ def _joined(source: Source, attrition: Attrition) -> pd.DataFrame:
     icu = _drop(icu, same, "the same row of icustays twice; one kept", attrition)
     icu = _drop(icu, icu["stay_id"].isna() | icu["subject_id"].isna(), "no stay_id or subject_id", attrition)
     icu = _drop(icu, icu["stay_id"].duplicated(keep=False), "one stay_id in different rows; none kept", attrition)
-    admissions = source.table("admissions").select(
-        "subject_id", "hadm_id", "admittime", "dischtime", "deathtime", "race", "hospital_expire_flag"
-    )
+    columns = ["subject_id", "hadm_id", "admittime", "dischtime", "deathtime", "race", "hospital_expire_flag"]
+    admissions = outcomes(source).select(*columns, person_died_at="death_at", told_died="died")
     held = hold(source.con, "icu_admissions", pa.table({"hadm_id": pa.array(icu["hadm_id"].dropna().astype("int64"))}))
     admissions = admissions.semi_join(held, "hadm_id").to_pandas().drop_duplicates()
     patients = source.table("patients").to_pandas().drop_duplicates()
@@ -100,16 +135,39 @@ def _joined(source: Source, attrition: Attrition) -> pd.DataFrame:
     return joined
 
 
+def _note_disagreements(source: Source, attrition: Attrition) -> None:
+    """Count where dod, deathtime and hospital_expire_flag do not say the same; `deaths` says which of them counts."""
+    dod = source.table("patients").group_by("subject_id").agg(dod=_.dod.min())
+    rows = outcomes(source).mutate(flag=(_.hospital_expire_flag == 1).fill_null(False))
+    rows = rows.select("subject_id", "hadm_id", "admittime", "dischtime", "deathtime", "death_at", "flag").distinct()
+    rows = rows.left_join(dod, "subject_id")
+    first, last, died = rows.admittime.date(), rows.dischtime.date(), rows.deathtime.date()
+    alive = rows.deathtime.isnull() & ~rows.flag
+    found = {
+        "deathtime without hospital_expire_flag": died.notnull() & ~rows.flag,
+        "hospital_expire_flag without deathtime": died.isnull() & rows.flag,
+        "deathtime on a day outside the admission": (died < first) | (died > last),
+        "deathtime later than the person's death by another admission": rows.deathtime > rows.death_at,
+        "deathtime on another day than dod": died != rows.dod,
+        "dod before the day of discharge, alive by flag and deathtime": alive & (rows.dod >= first) & (rows.dod < last),
+        "dod on the day of discharge, alive by flag and deathtime (counts as alive)": alive & (rows.dod == last),
+        "admission that begins after the person's death": rows.admittime >= rows.death_at,
+    }
+    sums = rows.agg(**{f"n{k}": rule.fill_null(False).sum() for k, rule in enumerate(found.values())})
+    counts = [int(n or 0) for n in sums.to_pyarrow().to_pylist()[0].values()]
+    attrition.note("admissions whose death the tables tell differently", dict(zip(found, counts, strict=True)))
+
+
 def _adults(frame: pd.DataFrame, attrition: Attrition) -> pd.DataFrame:
     frame = _drop(frame, frame["intime"].isna() | frame["outtime"].isna(), "no intime or no outtime", attrition)
     frame = _drop(frame, frame["outtime"] <= frame["intime"], "outtime not after intime", attrition)
-    frame = _drop(frame, frame["intime"] >= frame["deathtime"], "intime not before deathtime", attrition)
+    gone = frame["intime"] >= frame["person_died_at"]
+    frame = _drop(frame, gone, "not after death: the person had died by intime", attrition)
     age = frame["anchor_age"] + (frame["intime"].dt.year - frame["anchor_year"])
     frame = frame.assign(age_years=age, los_hours=(frame["outtime"] - frame["intime"]).dt.total_seconds() / 3600)
     frame = _drop(frame, age.isna() | (age < 18), "younger than 18 at intime, or of unknown age", attrition)
-    died = (frame["hospital_expire_flag"] == 1) | frame["deathtime"].notna()
-    death_at = frame["deathtime"].fillna(frame["dischtime"]).where(died)
-    return frame.assign(died=died.astype(bool), death_at=death_at)
+    died = (frame["told_died"] == 1) | (frame["person_died_at"] <= frame["outtime"])
+    return frame.assign(died=died.astype(bool), death_at=frame["person_died_at"].where(died))
 
 
 def _published(frame: pd.DataFrame, attrition: Attrition) -> pd.DataFrame:

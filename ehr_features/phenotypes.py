@@ -1,7 +1,10 @@
 """ICD codes -> the 25 phenotypes (CCS groups).
 
-Comes in: diagnoses of admissions, phenotypes.csv. Goes out: phenotype_2 ... phenotype_249 of each stay's admission, and
-how well the codes were covered.
+Comes in: diagnoses of admissions, phenotypes.csv, icd10_branches.csv. Goes out: phenotype_2 ... phenotype_249 of each
+stay's admission, and how well the codes were covered.
+
+icd10_branches.csv is of AHRQ's CCS for ICD-10-CM (2019.1, 72,446 codes): the shortest prefixes under which all codes
+are of one of the 25 groups, or of none (0). It tells a newer code of a group from an old code of another.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
 
 PHENOTYPES = Path(__file__).with_name("phenotypes.csv")
+BRANCHES = Path(__file__).with_name("icd10_branches.csv")
 VERSIONS = (9, 10)
 
 
@@ -32,34 +36,62 @@ def group_codes(codes: pd.DataFrame, preset: str) -> pd.DataFrame:
 
     Args:
         codes: icd_code, icd_version; distinct.
-        preset: `default`: by code and version; an ICD-10 code that is not in the tables but extends one that is (a
-        newer
-            subdivision) takes its group, if all codes under that one agree. `medfuse`: by code alone, the published
-            list.
-    Returns: icd_code, icd_version, ccs (null: in none of the groups), how (exact | prefix | ambiguous | other).
+        preset: `default`: by code and version; an ICD-10 code that is not in the tables takes the group that all their
+            codes under its longest known prefix share. `medfuse`: by code alone, the published list.
+    Returns: icd_code, icd_version, ccs (null: in none of the groups), how (exact | prefix | other | unmapped: an ICD-10
+        code whose prefix is of several groups, or unknown).
     """
-    table = pd.read_csv(PHENOTYPES, dtype={"icd_code": str})
-    table = table[table["presets"].str.split().map(lambda names: preset in names)]
+    table = _listed(preset)
     codes = codes.astype({"icd_version": "Int64"})
-    codes = codes.assign(plain=codes["icd_code"].str.strip().str.replace(".", "", regex=False).str.upper())
+    codes = codes.assign(plain=_plain(codes["icd_code"]))
     keys = ["plain"] if preset == "medfuse" else ["plain", "icd_version"]
     known = table.rename(columns={"icd_code": "plain"})[[*keys, "ccs"]].drop_duplicates()
     found = codes.merge(known, on=keys, how="left")
     found["how"] = np.where(found["ccs"].notna(), "exact", "other")
     if preset == "medfuse":
         return found.drop(columns="plain")
-    tens = set(known.loc[known["icd_version"] == 10, "plain"])
-    by_code = known[known["icd_version"] == 10].groupby("plain")["ccs"].agg(set).to_dict()
+    branches = pd.read_csv(BRANCHES, index_col="prefix")["ccs"].to_dict()  # 0: none of the 25
+    branches |= known[known["icd_version"] == 10].set_index("plain")["ccs"].to_dict()
     for row in found.index[found["ccs"].isna() & (found["icd_version"] == 10)]:
         code = str(found.at[row, "plain"])
-        parent = next((code[:n] for n in range(len(code) - 1, 2, -1) if code[:n] in tens), None)
-        if parent is None:
-            continue
-        under = set().union(*(ccs for known_code, ccs in by_code.items() if str(known_code).startswith(parent)))
-        found.at[row, "how"] = "prefix" if len(under) == 1 else "ambiguous"
-        if len(under) == 1:
-            found.at[row, "ccs"] = under.pop()
+        group = next((branches[code[:n]] for n in range(len(code), 0, -1) if code[:n] in branches), None)
+        found.at[row, "how"] = "unmapped" if group is None else "prefix" if group else "other"
+        found.at[row, "ccs"] = group or np.nan
     return found.drop(columns="plain")
+
+
+def lost_zeros(source: Source) -> list[str]:
+    """A warning where ICD-9 codes have lost their leading zeros: 389 is unknown, and 0389 is not."""
+    if not source.has("diagnoses_icd"):
+        return []
+    written = source.table("diagnoses_icd").filter(_.icd_version == 9).icd_code.value_counts(name="n").to_pandas()
+    written = written.assign(code=_plain(written["icd_code"])).dropna()
+    table = _listed("default")
+    known = set(table.loc[table["icd_version"] == 9, "icd_code"])
+    kept = set()
+    if source.has("d_icd_diagnoses"):
+        kept = set(_plain(source.table("d_icd_diagnoses").filter(_.icd_version == 9).icd_code.to_pandas()).dropna())
+    if any(code.startswith("0") for code in kept):
+        known |= kept
+    elif written["code"].str.startswith("0").any():  # without a dictionary only a table that lost them all is sure
+        return []
+    lost = ~written["code"].isin(known) & written["code"].map(lambda c: {f"0{c}", f"00{c}"} & known).astype(bool)
+    if not lost.any():
+        return []
+    rows = int(written.loc[lost, "n"].sum())
+    return [
+        f"diagnoses_icd: {rows:,} rows have ICD-9 codes that lost their leading zeros ({lost.sum()} codes; 389 is for "
+        "0389), so that they count for nothing; was the table saved again with icd_code as a number?"
+    ]
+
+
+def _listed(preset: str) -> pd.DataFrame:
+    table = pd.read_csv(PHENOTYPES, dtype={"icd_code": str})
+    return table[table["presets"].str.split().map(lambda names: preset in names)]
+
+
+def _plain(codes: pd.Series) -> pd.Series:
+    return codes.str.strip().str.replace(".", "", regex=False).str.upper()
 
 
 def with_phenotypes(source: Source, stays: ir.Table, preset: str, attrition: Attrition) -> ir.Table:
@@ -73,9 +105,8 @@ def with_phenotypes(source: Source, stays: ir.Table, preset: str, attrition: Att
     told["icd_version"] = told["icd_version"].where(told["icd_version"].isin(VERSIONS))  # no odd value is told
     for (version, how), part in told.groupby(["icd_version", "how"], dropna=False):
         attrition.note(f"ICD-{version} diagnoses, group by {how}", {"codes": len(part), "rows": int(part["n"].sum())})
-    attrition.note(
-        "ICD-10 codes that no group could be told for", sorted(mapped.loc[mapped["how"] == "ambiguous", "icd_code"])
-    )
+    unmapped = told[told["how"] == "unmapped"].sort_values("icd_code")
+    attrition.note("unmapped ICD-10 codes", dict(zip(unmapped["icd_code"], unmapped["n"].tolist(), strict=True)))
     keys = ["icd_code"] if preset == "medfuse" else ["icd_code", "icd_version"]
     known = mapped.dropna(subset="ccs")[[*keys, "ccs"]].drop_duplicates()
     types = {"icd_code": "string", "icd_version": "int64", "ccs": "int64"}

@@ -138,11 +138,22 @@ def test_hourly_tasks_of_a_cohort_in_which_nothing_was_measured_are_empty(sample
     [
         ("4280", 9, 108, "exact"),
         ("I5020", 10, 108, "exact"),
-        ("4280", 10, None, "other"),  # by version: no ICD-10 code
+        ("4280", 10, None, "unmapped"),  # by version: no ICD-10 code
         (" i50.20 ", 10, 108, "exact"),
         ("I4819", 10, 106, "prefix"),  # since 2019; I481 is known
         ("N1831", 10, 158, "prefix"),  # since 2020; N183 is known
+        ("J1282", 10, 122, "prefix"),  # since 2021; J128 is no code, J1281 and J1289 are
+        ("I25112", 10, 101, "prefix"),  # since 2022; I2511 is no code
+        ("K7682", 10, 151, "prefix"),
+        ("J12.82 ", 10, 122, "prefix"),
+        ("I5A", 10, None, "unmapped"),  # under I5 are heart failure and others
+        ("E11A", 10, None, "unmapped"),  # with and without complications
+        ("U071", 10, None, "unmapped"),  # nothing under U is known
         ("J45909", 10, None, "other"),  # asthma, although all known J4 codes are COPD
+        ("D6481", 10, 238, "exact"),
+        ("D649", 10, None, "other"),  # known, of another group, although D6481 is a complication
+        ("D6960", 10, None, "other"),  # newer, under the known D696 of another group
+        ("Z87891", 10, None, "other"),
         ("B009", 10, None, "other"),
         ("Z0000", 10, None, "other"),
     ],
@@ -150,6 +161,38 @@ def test_hourly_tasks_of_a_cohort_in_which_nothing_was_measured_are_empty(sample
 def test_icd_codes_find_their_group(code, version, group, how):
     found = phenotypes.group_codes(pd.DataFrame({"icd_code": [code], "icd_version": [version]}), "default").iloc[0]
     assert (None if pd.isna(found.ccs) else int(found.ccs), found.how) == (group, how)
+
+
+def test_branches_agree_with_the_codes_of_the_groups():
+    codes = pd.read_csv(phenotypes.PHENOTYPES, dtype=str).query(
+        "icd_version == '10' and presets.str.contains('default')"
+    )
+    branches = pd.read_csv(phenotypes.BRANCHES, dtype=str)
+    for prefix, group in branches.itertuples(index=False):
+        assert set(codes.ccs[codes.icd_code.str.startswith(prefix)]) == ({group} - {"0"}), prefix
+
+
+def test_a_code_that_no_group_can_be_told_for_is_counted_by_name(samples, frames):
+    frames["diagnoses_icd"]["icd_version"] = 10
+    frames["diagnoses_icd"]["icd_code"] = ["J1282", "U071", "E11A", "U071", "D649", "I5020", "I25112", "N1831"]
+    got, attrition = samples("phenotypes")
+    assert got.phenotype_122.tolist() == [1] + [0] * 7 and got.phenotype_101.tolist() == [0] * 6 + [1, 0]
+    assert attrition.counts["unmapped ICD-10 codes"] == {"E11A": 1, "U071": 2}
+
+
+@pytest.mark.parametrize("dictionary", [None, ["0389", "3899", "0088", "4280"], ["389", "3899", "88", "4280"]])
+def test_codes_that_lost_their_leading_zeros_are_a_warning_with_the_count(frames, dictionary):
+    """The dictionary is absent, whole, or lost them too."""
+    if dictionary:
+        frames["d_icd_diagnoses"] = pd.DataFrame({"icd_code": dictionary, "icd_version": 9})
+    frames["diagnoses_icd"] = frames["diagnoses_icd"].assign(icd_code="4280", icd_version=9)
+    assert phenotypes.lost_zeros(Source.from_frames(frames)) == []
+    frames["diagnoses_icd"].loc[:3, "icd_code"] = ["389", "3899", "88", "389"]
+    (said,) = phenotypes.lost_zeros(Source.from_frames(frames))
+    assert said.startswith(f"diagnoses_icd: {3 if dictionary and '0389' in dictionary else 2} rows have ICD-9 codes")
+    frames["diagnoses_icd"].loc[:3, "icd_code"] = ["0389", "3899", "0088", "0389"]
+    assert phenotypes.lost_zeros(Source.from_frames(frames)) == []
+    assert phenotypes.lost_zeros(Source.from_frames({})) == []
 
 
 def test_medfuse_groups_ignore_the_icd_version():
