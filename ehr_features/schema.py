@@ -245,10 +245,10 @@ STAY_FILMS: dict[str, Column] = {  # written by linking.py
 }
 
 
-def _link(name: str) -> dict[str, Column]:
+def _link(name: str, named: str = "") -> dict[str, Column]:
     return {
         name: Column(INT, group="link"),
-        f"{name}_link": Column(TEXT, "inside, before, after", "link"),
+        f"{name}_link": Column(TEXT, "inside, before, after" + named, "link"),
         f"{name}_gap_hours": Column(REAL, "hours", "link"),
     }
 
@@ -272,7 +272,7 @@ IMAGES: dict[str, Column] = {  # written by films/
     "view_source": Column(TEXT, "ViewPosition, ViewCodeSequence", "link"),
     "position": Column(TEXT, group="position"),
     "split": Column(TEXT, group="split"),
-    **_link("hadm_id"),
+    **_link("hadm_id", "; icustays, edstays: named there"),
     **_link("stay_id"),
     **_link("ed_stay_id"),
     "sex": Column(TEXT, "M, F", "sex"),

@@ -41,7 +41,8 @@ def link_films(
         ed_tolerance_hours: how far outside an emergency visit a film may lie.
     Returns: dicom_id, study_id, subject_id, path, taken_at, view, view_source, position; hadm_id, stay_id, ed_stay_id,
         each with *_link (inside | before | after | null) and *_gap_hours (0 inside). stay_id may be a stay outside the
-        cohort.
+        cohort. hadm_id_link `icustays` or `edstays`: no admission's times hold the film, and the ICU stay that does, or
+        the emergency visit that does or ended just before, names the admission.
     """
     films = read_films(source, attrition, preset)
     linked = films
@@ -50,7 +51,7 @@ def link_films(
         _note_impossible(key, intervals, attrition)
         found = nearest(films, intervals, key, tolerance_hours=ed_tolerance_hours if key == "ed_stay_id" else 0.0)
         linked = linked.left_join(found, "dicom_id").drop("dicom_id_right")
-    linked = held(source, linked, instead_of=films)
+    linked = held(source, _named(source, linked), instead_of=films)
     _count(linked, attrition)
     note_links(linked, {k: s for k, s in spans.items() if k != "ed_stay_id" or source.has("edstays")}, attrition)
     _repeated_keys(source, attrition)
@@ -97,8 +98,8 @@ def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hou
     Args:
         films: dicom_id, subject_id, taken_at, ...
         intervals: `key`, subject_id, start, end (timestamps; rows that end before they start hold nothing).
-    Returns: dicom_id, KEY, KEY_link (inside | before | after), KEY_gap_hours, KEY_candidates (how many were equally
-        inside, or equally outside but within the tolerance); linked films only.
+    Returns: dicom_id, KEY, KEY_link (inside | before | after), KEY_gap_hours, KEY_candidates (how many have that gap);
+        linked films only.
     """
     films = films.select("dicom_id", "subject_id", at=_.taken_at.epoch_seconds())
     intervals = intervals.select("subject_id", key, start=_.start.epoch_seconds(), end=_.end.epoch_seconds()).filter(
@@ -116,7 +117,7 @@ def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hou
         gap=ibis.greatest(_.start - _.at, _.at - _.end, 0),
         link=ibis.cases((_.at < _.start, "before"), (_.at > _.end, "after"), else_="inside"),
     )
-    pairs = pairs.mutate(candidates=_.count().over(group_by=["dicom_id", _.link == "inside"]))
+    pairs = pairs.mutate(candidates=_.count().over(group_by=["dicom_id", "gap"]))
     best = first(pairs, ["dicom_id"], [_.gap, _.start > _.at, _.start.desc(), _[key].desc()])
     columns = {f"{key}_link": _.link, f"{key}_gap_hours": _.gap / 3600.0, f"{key}_candidates": _.candidates}
     return best.select("dicom_id", key, **columns)
@@ -138,12 +139,42 @@ def _intervals(source: Source) -> dict[str, ibis.Table]:
     return {"hadm_id": admissions, "stay_id": stays, "ed_stay_id": visits}
 
 
+def _named(source: Source, films: ibis.Table) -> ibis.Table:
+    """Link a film that no admission's times hold to the admission that its ICU stay or emergency visit names."""
+    admissions = source.table("admissions").filter(_.hadm_id.notnull())
+    start, end = ibis.least(_.admittime, _.edregtime.coalesce(_.admittime)), _.dischtime
+    admissions = admissions.select("subject_id", "hadm_id", start=start.epoch_seconds(), end=end.epoch_seconds())
+    admissions = first(admissions, ["subject_id", "hadm_id"], [_.start, _.end])
+    at = films.taken_at.epoch_seconds()
+    for key, table in (("stay_id", "icustays"), ("ed_stay_id", "edstays")):
+        if not source.has(table):
+            continue
+        named = source.table(table).select("subject_id", "hadm_id", of="stay_id").join(
+            admissions, ["subject_id", "hadm_id"]
+        )  # fmt: skip
+        named = first(named, ["of"], [_.hadm_id]).select("of", "start", "end", by="hadm_id")
+        films = films.left_join(named, films[key] == named.of)
+        fits = films.hadm_id.isnull() & films.by.notnull() & (films[f"{key}_link"] != "before")
+        outside = ibis.greatest(films.start - at, at - films.end, 0) / 3600.0
+        gap = ibis.cases((films.end >= films.start, outside))
+        films = films.mutate(
+            hadm_id=ibis.ifelse(fits, films.by, films.hadm_id),
+            hadm_id_link=ibis.ifelse(fits, table, films.hadm_id_link),
+            hadm_id_gap_hours=ibis.ifelse(fits, gap, films.hadm_id_gap_hours),
+        ).drop("of", "by", "start", "end")
+    return films
+
+
 def _note_impossible(key: str, intervals: ibis.Table, attrition: Attrition) -> None:
     """Rows that hold no film, because they lack an end or end before they begin."""
     n = intervals.count().execute()
     bad = ids_of(intervals.filter((_.end >= _.start).fill_null(False) == ibis.literal(False))[key])
     attrition.add(
-        KEYS[key], "no begin or no end, or ends before it begins; no film is linked to it", n, n - len(bad), bad
+        KEYS[key],
+        "no begin or no end, or ends before it begins; it holds no film and is no history",
+        n,
+        n - len(bad),
+        bad,
     )
 
 
@@ -151,6 +182,7 @@ def _count(linked: ibis.Table, attrition: Attrition) -> None:
     """What was linked, and what had more than one answer."""
     sums = {f"{key}_linked": _[key].notnull().sum() for key in KEYS}
     sums |= {f"{key}_ambiguous": (_[f"{key}_candidates"] > 1).sum() for key in KEYS}
+    sums |= {f"hadm_id_by_{name}": (_.hadm_id_link == name).sum() for name in ("icustays", "edstays")}
     sums["view_from_ViewCodeSequence"] = (_.view_source == "ViewCodeSequence").sum()
     sums["without_view"] = _["view"].isnull().sum()
     counts = linked.agg(films=_.count(), **sums).to_pyarrow().to_pylist()[0]

@@ -73,11 +73,12 @@ def timestamp(date: ibis.Value, time: ibis.Value) -> ibis.Value:
 def _films(source: Source, preset: str) -> ibis.Table:
     """The metadata table with a path, a time, a view and a position for each film."""
     raw = source.table("cxr_metadata")
-    named = raw.ViewPosition.strip().nullif("")
+    named = raw.ViewPosition.strip().upper().nullif("")
     meaning = raw.ViewCodeSequence_CodeMeaning.strip().lower()
     code = ibis.cases(*((meaning == text, view) for text, view in VIEW_CODES.items()))
     if preset == "medfuse":
         code = ibis.null("string")
+    lying = raw.PatientOrientationCodeSequence_CodeMeaning.strip()
     subject, study = raw.subject_id.cast("string"), raw.study_id.cast("string")
     return raw.select(
         "dicom_id",
@@ -87,7 +88,7 @@ def _films(source: Source, preset: str) -> ibis.Table:
         taken_at=timestamp(raw.StudyDate, raw.StudyTime),
         view=named.coalesce(code),
         view_source=ibis.cases((named.notnull(), "ViewPosition"), (code.notnull(), "ViewCodeSequence")),
-        position=raw.PatientOrientationCodeSequence_CodeMeaning.strip().nullif(""),
+        position=(lying.substr(0, 1).upper() + lying.substr(1).lower()).nullif(""),
     )
 
 

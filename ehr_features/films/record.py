@@ -17,6 +17,7 @@ from ibis import _
 from ibis.util import gen_name
 
 from ehr_features import phenotypes
+from ehr_features.cohort import outcomes
 from ehr_features.films.metadata import first, held, hours, where
 from ehr_features.raw.engine import hold
 from ehr_features.schema import FINDINGS
@@ -69,23 +70,22 @@ def _person(source: Source, films: ibis.Table) -> ibis.Table:
 
 def _stay(source: Source, films: ibis.Table) -> ibis.Table:
     """Who the patient was in hospital, and what became of them."""
-    admissions = source.table("admissions").select(
-        "hadm_id",
-        "race",
-        "insurance",
-        "language",
-        died_in_hospital=_.hospital_expire_flag,
-        arrived=ibis.least(_.admittime, _.edregtime.coalesce(_.admittime)),
-    )
+    columns = ["race", "insurance", "language"]
+    came = ibis.least(_.admittime, _.edregtime.coalesce(_.admittime))
+    admissions = outcomes(source).select("hadm_id", *columns, died_in_hospital=_.died, arrived=came)
     films = _lookup(films, admissions, "hadm_id")
-    films = films.mutate(hours_since_hospital_arrival=hours(_.arrived, _.taken_at)).drop("arrived")
-    stays = source.table("icustays").select("stay_id", "intime", icu_los_days=_.los)
+    if source.has("edstays"):  # edregtime is empty in some releases
+        visits = source.table("edstays").filter(_.hadm_id.notnull()).group_by("hadm_id").agg(came=_.intime.min())
+        films = _lookup(films, visits, "hadm_id").mutate(arrived=ibis.least(_.arrived, _.came)).drop("came")
+    stays = source.table("icustays").select("stay_id", "intime", icu_los_days=_.los, of_hadm=_.hadm_id)
     films = _lookup(films, stays, "stay_id")
     known = films.age_years.notnull()  # a patients row and a time: outside every stay then means not in the ICU
+    arrived = ibis.least(films.arrived, where(films.of_hadm == films.hadm_id, films.intime))
     return films.mutate(
-        hours_since_icu_arrival=hours(_.intime, _.taken_at),
-        in_icu=ibis.cases((_.stay_id.notnull(), 1), (known, 0)).cast("int64"),
-    ).drop("intime")
+        hours_since_hospital_arrival=where(arrived <= films.taken_at, hours(arrived, films.taken_at)),
+        hours_since_icu_arrival=hours(films.intime, films.taken_at),
+        in_icu=ibis.cases((films.stay_id.notnull(), 1), (known, 0)).cast("int64"),
+    ).drop("intime", "of_hadm", "arrived")
 
 
 def _emergency(source: Source, films: ibis.Table) -> ibis.Table:
@@ -131,11 +131,28 @@ def earlier_studies(films: ibis.Table) -> ibis.Table:
     ).drop("previous")
 
 
+def over(source: Source) -> ibis.Table:
+    """When each admission was over, and so became history: subject_id, hadm_id, over_at.
+
+    The latest of its discharge, its death, and the ends of its ICU and emergency stays. An admission that lacks a time
+    or ends before it begins is never history; one in several rows is one, and over when all of them are.
+    """
+    keys = ["subject_id", "hadm_id"]
+    true = (_.dischtime >= _.admittime).fill_null(False).cast("int64")
+    spans = source.table("admissions").select(*keys, true=true, end=ibis.greatest(_.dischtime, _.deathtime))
+    for name in ("icustays", "edstays"):
+        if source.has(name):
+            inside = source.table(name).select(*keys, true=ibis.null("int64"), end=ibis.greatest(_.intime, _.outtime))
+            spans = spans.union(inside)
+    ends = spans.filter(_.subject_id.notnull() & _.hadm_id.notnull()).group_by(keys)
+    return ends.agg(true=_.true.min(), over_at=_.end.max()).filter(_.true == 1).drop("true")
+
+
 def earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
-    """Number and diagnoses of the subject's admissions that had ended when the film was taken."""
-    ended = source.table("admissions").select("subject_id", "hadm_id", "dischtime")
+    """Number and diagnoses of the subject's admissions that were over when the film was taken."""
+    ended = held(source, over(source))
     timed = films.select("dicom_id", "subject_id", "taken_at")
-    pairs = timed.join(ended, [timed.subject_id == ended.subject_id, ended.dischtime < timed.taken_at])
+    pairs = timed.join(ended, [timed.subject_id == ended.subject_id, ended.over_at < timed.taken_at])
     films = _lookup(films, pairs.group_by("dicom_id").agg(n=_.count()), "dicom_id")
     known = films.age_years.notnull()
     films = films.mutate(num_prior_admissions=where(known, _.n.fill_null(0).cast("float64"))).drop("n")
@@ -149,14 +166,14 @@ def earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
 
 
 def _first_coded(source: Source, ended: ibis.Table, groups: Sequence[int]) -> ibis.Table:
-    """subject_id, since_GROUP: the end of the first admission with a diagnosis of each group."""
+    """subject_id, since_GROUP: when the first admission with a diagnosis of each group was over."""
     diagnoses = source.table("diagnoses_icd").select("hadm_id", "icd_code", "icd_version").filter(_.icd_code.notnull())
     codes = phenotypes.group_codes(diagnoses.select("icd_code", "icd_version").distinct().to_pandas(), "default")
     codes = codes.dropna(subset="ccs").astype({"ccs": "int64", "icd_version": "int64", "icd_code": "string"})
     table = pa.Table.from_pandas(codes[["icd_code", "icd_version", "ccs"]], preserve_index=False)
     mapped = diagnoses.join(hold(source.con, gen_name("codes"), table), ["icd_code", "icd_version"])
     coded = mapped.select("hadm_id", "ccs").distinct().join(ended, "hadm_id")
-    return coded.group_by("subject_id").agg(**{f"since_{g}": _.dischtime.min(where=_.ccs == g) for g in groups})
+    return coded.group_by("subject_id").agg(**{f"since_{g}": _.over_at.min(where=_.ccs == g) for g in groups})
 
 
 def _by_date(source: Source, films: ibis.Table) -> ibis.Table:

@@ -25,7 +25,7 @@ from ibis.util import gen_name
 
 from configs import UserError
 from ehr_features.films.metadata import first, held, hours, where
-from ehr_features.films.record import TRIAGE
+from ehr_features.films.record import TRIAGE, over
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
 from ehr_features.series.channels import celsius
@@ -236,32 +236,30 @@ def _listed(films: ir.Table, each: ir.Table, field: str, table: str, key: str = 
 
 
 def _history(source: Source, films: ir.Table) -> ir.Table:
-    """How many admissions had ended, and their diagnoses: the latest admission's first, in their order."""
-    ended = source.table("admissions").select("subject_id", "hadm_id", "dischtime").filter(_.dischtime.notnull())
-    ended = ended.distinct()
+    """How many admissions were over, and their diagnoses: the latest admission's first, in their order."""
+    ended = held(source, over(source))
     timed = films.select("dicom_id", "subject_id", "taken_at")
-    pairs = timed.join(ended, [timed.subject_id == ended.subject_id, ended.dischtime < timed.taken_at])
-    counts = pairs.group_by("dicom_id").agg(n=_.hadm_id.nunique(), last_end=_.dischtime.max())
-    films = _with(films, counts)
+    pairs = timed.join(ended, [timed.subject_id == ended.subject_id, ended.over_at < timed.taken_at])
+    films = _with(films, pairs.group_by("dicom_id").agg(n=_.count(), last_end=_.over_at.max()))
     number = (films["n"].cast("string"), films.last_end, "admissions")
     films = films.mutate(**_known(num_prior_admissions=number)).drop("n")
     if not (source.has("diagnoses_icd") and source.has("d_icd_diagnoses")):
         return _nothing(films.drop("last_end"), "prior_diagnoses")
-    # films between the same two discharges have the same history
+    # films between the same two such ends have the same history
     films = films.mutate(past=films.subject_id.cast("string") + " " + films.last_end.epoch_seconds().cast("string"))
     pasts = films.filter(_.past.notnull()).select("past", "subject_id", "last_end").distinct()
-    earlier = pasts.join(ended, [pasts.subject_id == ended.subject_id, ended.dischtime <= pasts.last_end])
+    earlier = pasts.join(ended, [pasts.subject_id == ended.subject_id, ended.over_at <= pasts.last_end])
     coded = source.table("diagnoses_icd").select(
         "seq_num", "icd_version", of_hadm=_.hadm_id, icd_code=_.icd_code.strip().upper()
     )
-    earlier = earlier.select("past", "dischtime", of_hadm="hadm_id")
+    earlier = earlier.select("past", "over_at", of_hadm="hadm_id")
     rows = earlier.join(coded, "of_hadm")
     titles = source.table("d_icd_diagnoses")
     titles = titles.select("icd_version", icd_code=titles.icd_code.strip().upper(), title=plain(titles.long_title))
     titles = first(titles.filter(_.title.notnull()), ["icd_code", "icd_version"], [_.title])
     rows = rows.join(titles, ["icd_code", "icd_version"])
-    last = ibis.struct({"at": rows.dischtime.epoch_seconds(), "seq": -rows.seq_num.coalesce(9999)}).max()
-    each = rows.group_by("past", "title").agg(last=last, since=rows.dischtime.min())
+    last = ibis.struct({"at": rows.over_at.epoch_seconds(), "seq": -rows.seq_num.coalesce(9999)}).max()
+    each = rows.group_by("past", "title").agg(last=last, since=rows.over_at.min())
     order = (9_999_999_999 - each["last"]["at"]).cast("string").lpad(12, "0") + (
         (-each["last"]["seq"]).cast("string").lpad(4, "0") + each.title.lower()
     )
