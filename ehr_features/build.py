@@ -42,6 +42,7 @@ from ehr_features.files import (
     write_json,
 )
 from ehr_features.films import linking, record
+from ehr_features.phenotypes import lost_zeros
 from ehr_features.raw.engine import batches, hold, named_by_the_engine
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source, mixed, open_source, roots
@@ -101,6 +102,7 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
     declared = channels.read_channels(config.channels)
     absent = channels.check_items(source, declared, config.preset, config.channels)
     attrition.note("itemids that the dictionaries of this release lack", absent)
+    warnings = lost_zeros(source)
     with steps("choosing the stays"):
         stays = cohort.stays(source, config.preset, attrition)
     with steps("reading the events"):
@@ -127,7 +129,7 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
             )
         write_json(part / "schema.json", about)
         write_json(part / "attrition.json", attrition.as_json())
-        write_json(part / "provenance.json", _provenance(config, source, prints, found, part, steps, key))
+        write_json(part / "provenance.json", _provenance(config, source, prints, found, part, steps, key, warnings))
 
 
 def _keep_own_tables(out: Path, part: Path) -> None:
@@ -197,12 +199,13 @@ def _provenance(
     part: Path,
     steps: Steps,
     key: str,
+    warnings: list[str],
 ) -> dict[str, Any]:
     read = [name for name in source.files if name not in found and name not in FOR_NOTES]
     raw = {name: int(source.table(name).count().execute()) for name in read}
     raw |= {name: rows for name, (_table, rows) in found.items()}
-    releases, warnings = check.releases(roots(config), raw, source.layout)
-    warnings += mixed(source.columns)
+    releases, told = check.releases(roots(config), raw, source.layout)
+    warnings = [*warnings, *told, *mixed(source.columns)]
     warnings += [f"{source.files[name]}: has a header and no rows" for name, rows in raw.items() if rows == 0]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

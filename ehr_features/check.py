@@ -13,6 +13,7 @@ import fsspec
 
 from configs import UserError
 from ehr_features.config import FeaturesConfig
+from ehr_features.phenotypes import lost_zeros
 from ehr_features.raw.engine import named_by_the_engine, readable
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import Source, check_columns, mixed, open_source, roots
@@ -68,6 +69,8 @@ def check(config: FeaturesConfig) -> int:
     for root, found in known.items():
         by = " (by the folder's name)" if found["claimed"] else " (by row counts)" if found["release"] else ""
         print(f"release of {root}: {found['release'] or 'unknown'}{by}")
+    if not {"diagnoses_icd", "d_icd_diagnoses"} & faults.keys():
+        warnings += lost_zeros(source)
     for warning in warnings + mixed(source.columns):
         print(f"warning: {warning}")
     for fault in faults.values():

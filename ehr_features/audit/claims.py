@@ -29,6 +29,7 @@ from ehr_features.audit.films import (
     check_stays,
 )
 from ehr_features.audit.notes import audit_notes, is_notes, split_folders
+from ehr_features.audit.people import PEOPLE, PRIOR, check_people, check_prior
 from ehr_features.audit.runs import check_runs
 from ehr_features.audit.series import DECLARED, FITTED, KNOWN, check_carried, check_known, check_series
 from ehr_features.audit.series import READ as RAW_EVENTS
@@ -87,7 +88,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         config = _built_with(features)
     except UserError as error:
-        unsaid = (HOURS, DECLARED, FITTED, KNOWN, ENDS, STAYS, *((RECORD,) if films else ()))
+        unsaid = (HOURS, DECLARED, FITTED, KNOWN, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
         verdicts += [check_carried(features), *(cannot(claim, str(error)) for claim in unsaid)]
         return verdicts + check_runs(runs, subjects.drop_duplicates())
     verdicts.append(check_hours(stays, samples, config))
@@ -95,11 +96,13 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         source = _same_source(features, config)
     except UserError as error:
-        verdicts += [cannot(c, str(error).splitlines()[0]) for c in (KNOWN, ENDS, STAYS, *((RECORD,) if films else ()))]
+        unsaid = (KNOWN, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
+        verdicts += [cannot(c, str(error).splitlines()[0]) for c in unsaid]
     else:
         verdicts += [check_known(features, source, config), check_ends(source, samples, config)]
         verdicts.append(check_stays(source, stays, config))
-        verdicts += [check_record(source, images, config)] if films else []
+        verdicts.append(check_people(source, stays, images, samples.get("mortality"), config.preset))
+        verdicts += [check_record(source, images, config), check_prior(source, images)] if films else []
     return verdicts + check_runs(runs, subjects.drop_duplicates())
 
 

@@ -18,6 +18,7 @@ import ibis
 import pyarrow as pa
 from ibis import _
 
+from ehr_features.cohort import deaths
 from ehr_features.films.metadata import first, held, hours, ids_of, read_films
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def link_films(
         found = nearest(films, intervals, key, tolerance_hours=ed_tolerance_hours if key == "ed_stay_id" else 0.0)
         linked = linked.left_join(found, "dicom_id").drop("dicom_id_right")
     linked = held(source, _named(source, linked), instead_of=films)
-    _count(linked, attrition)
+    _count(source, linked, attrition)
     note_links(linked, {k: s for k, s in spans.items() if k != "ed_stay_id" or source.has("edstays")}, attrition)
     _repeated_keys(source, attrition)
     return linked.drop(*(f"{key}_candidates" for key in KEYS))
@@ -102,9 +103,8 @@ def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hou
         linked films only.
     """
     films = films.select("dicom_id", "subject_id", at=_.taken_at.epoch_seconds())
-    intervals = intervals.select("subject_id", key, start=_.start.epoch_seconds(), end=_.end.epoch_seconds()).filter(
-        _.end >= _.start
-    )
+    intervals = intervals.select("subject_id", key, start=_.start.epoch_seconds(), end=_.end.epoch_seconds())
+    intervals = intervals.filter(_.end >= _.start).distinct()  # a row listed twice is no second answer
     margin = round(tolerance_hours * 3600)
     pairs = films.join(
         intervals,
@@ -169,22 +169,20 @@ def _note_impossible(key: str, intervals: ibis.Table, attrition: Attrition) -> N
     """Rows that hold no film, because they lack an end or end before they begin."""
     n = intervals.count().execute()
     bad = ids_of(intervals.filter((_.end >= _.start).fill_null(False) == ibis.literal(False))[key])
-    attrition.add(
-        KEYS[key],
-        "no begin or no end, or ends before it begins; it holds no film and is no history",
-        n,
-        n - len(bad),
-        bad,
-    )
+    why = "no begin or no end, or ends before it begins; it holds no film"
+    why += " and is no history" if key == "hadm_id" else ""
+    attrition.add(KEYS[key], why, n, n - len(bad), bad)
 
 
-def _count(linked: ibis.Table, attrition: Attrition) -> None:
+def _count(source: Source, linked: ibis.Table, attrition: Attrition) -> None:
     """What was linked, and what had more than one answer."""
     sums = {f"{key}_linked": _[key].notnull().sum() for key in KEYS}
     sums |= {f"{key}_ambiguous": (_[f"{key}_candidates"] > 1).sum() for key in KEYS}
     sums |= {f"hadm_id_by_{name}": (_.hadm_id_link == name).sum() for name in ("icustays", "edstays")}
     sums["view_from_ViewCodeSequence"] = (_.view_source == "ViewCodeSequence").sum()
     sums["without_view"] = _["view"].isnull().sum()
+    sums["taken_after_death"] = (_.taken_at >= _.death_at).sum()
+    linked = linked.left_join(deaths(source), "subject_id")
     counts = linked.agg(films=_.count(), **sums).to_pyarrow().to_pylist()[0]
     attrition.note("linking", {name: int(n or 0) for name, n in counts.items()})
 
@@ -231,13 +229,13 @@ def note_links(linked: ibis.Table, intervals: Mapping[str, ibis.Table], attritio
         left = len(films)
         for why, gone in (
             ("no time of its own", ~timed),
-            (f"the subject has no {name}", timed & ~known_),
+            (f"the subject has no {name}", timed & ~known_ & ~linked_),
             (f"taken outside of every {name} of the subject", timed & known_ & ~linked_),
         ):
             num = int(gone.sum())
             attrition.add(table, why, left, left - num, ids.filter(pa.array(gone)).to_pylist())
             left -= num
-        why = f"ambiguous: several {name}s fit equally; the one that began last is taken"
+        why = f"ambiguous: several {name}s fit equally; one that had begun, the last of them, is taken"
         attrition.add(table, why, left, left, ids.filter(pa.array(several)).to_pylist())
 
 

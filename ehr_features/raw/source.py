@@ -31,6 +31,7 @@ from ehr_features.schema import READ, Raw
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 SINCE_22 = {"admissions": "admit_provider_id", "chartevents": "caregiver_id", "labevents": "order_provider_id"}
+UTC = ("UTC", "GMT", "Z", "+00:00")
 HEAD = 2**16  # bytes read to find a table's header
 EVENTS = ("chartevents", "labevents")  # too large for memory
 _HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
@@ -92,6 +93,7 @@ class Source:
     def _open(self, name: str, items: list[int] | None = None) -> ir.Table:
         raw, path, found = READ[name], self.files[name], self.columns[name]
         check_columns(name, path, found, self.layout)
+        check_zones(name, path)
         if is_url(path) and name not in EVENTS and self.con.name == "duckdb" and self._cache is not None:
             path = cached(path, fingerprint(path), self._cache)
         with explained(path), readable(path):
@@ -122,7 +124,7 @@ def open_source(config: FeaturesConfig) -> Source:
         if root is None:
             absent |= {name: f"table `{name}` is needed here, but the config has no `{key}`" for name in tables}
             continue
-        found = {name: path for name, raw in tables.items() if (path := _find(root, raw))}
+        found = {name: path for name, raw in tables.items() if (path := find_table(root, raw))}
         if not found:
             raise UserError(f"{key}: {_wrong_folder(root, key)}")
         files |= found
@@ -164,7 +166,8 @@ def _exists(path: str) -> bool:
     return exists(path) if is_url(path) else Path(path).is_file()
 
 
-def _find(root: str, raw: Raw) -> str | None:
+def find_table(root: str, raw: Raw) -> str | None:
+    """The file of a table below a folder or URL; None if there is none."""
     root = root.removeprefix("file://").rstrip("/")
     for place in raw.places:
         for suffix in SUFFIXES:
@@ -181,7 +184,7 @@ def _wrong_folder(root: str, key: str) -> str:
             return f"{root}: no such folder; {wanted}"
         below = sorted(Path(p).name for p in filesystem.ls(inner, detail=False))
     tables = [raw for raw in READ.values() if raw.root == key]
-    inside = [name for name in below[:50] if any(_find(f"{root.rstrip('/')}/{name}", raw) for raw in tables)]
+    inside = [name for name in below[:50] if any(find_table(f"{root.rstrip('/')}/{name}", raw) for raw in tables)]
     hint = f"; did you mean {root.rstrip('/')}/{inside[-1]}?" if inside else ""
     return f"{root}: none of its tables is there; found {below[:8]}; {wanted}{hint}"
 
@@ -221,6 +224,27 @@ def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
         raise UserError(
             f"{path}: column `{wanted}` is missing; found {found}. The layout is that of {whose}, whose `{name}` has "
             f"`{wanted}`{also}; is this file `{name}`, and whole?"
+        )
+
+
+def check_zones(name: str, path: str) -> None:
+    """Refuse a Parquet table whose times are in a zone other than UTC.
+
+    MIMIC's times are wall clocks without a zone, as are the films'. UTC stands for that; with another zone nobody can
+    tell whether its wall clock is MIMIC's or was shifted.
+    """
+    if not path.endswith(".parquet"):
+        return  # text says its wall clock; an offset behind it is not read
+    with explained(path), readable(path), fsspec.open(path, "rb") as file:
+        schema = pq.read_schema(file)
+    times = [c for c, to in READ[name].columns.items() if to in ("timestamp", "date") and c in schema.names]
+    zones = {c: str(schema.field(c).type.tz) for c in times if getattr(schema.field(c).type, "tz", None)}
+    if found := {c: zone for c, zone in zones.items() if zone.upper().removeprefix("ETC/") not in UTC}:
+        column, zone = next(iter(found.items()))
+        raise UserError(
+            f"{path}: the times of {', '.join(f'`{c}`' for c in found)} are in the zone {zone}; wanted times without a "
+            "zone, as MIMIC has them. To keep the clock of the zone, write the table again after "
+            f"table['{column}'].dt.tz_localize(None) of pandas"
         )
 
 

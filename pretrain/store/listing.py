@@ -10,14 +10,13 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import UNREADABLE, digest
-from ehr_features.raw.remote import exists, explained, is_url
-from ehr_features.schema import FRONTAL
+from ehr_features.films.metadata import VIEW_CODES
+from ehr_features.raw.remote import explained, is_url
+from ehr_features.raw.source import find_table
+from ehr_features.schema import FRONTAL, READ
 from pretrain.config import ImagesConfig
 from pretrain.draws import within_cap
 from pretrain.store.decode import SUFFIXES
-
-METADATA = "mimic-cxr-2.0.0-metadata"
-CODES = {"antero-posterior": "AP", "postero-anterior": "PA", "lateral": "LATERAL"}
 
 
 def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -50,7 +49,9 @@ def _say(counts: dict[str, int]) -> str:
 def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
     table = _metadata(root)
     view = table.ViewPosition.str.strip().str.upper().replace("", None)
-    view = view.fillna(table.ViewCodeSequence_CodeMeaning.str.strip().str.lower().map(CODES)).fillna("unknown view")
+    view = view.fillna(table.ViewCodeSequence_CodeMeaning.str.strip().str.lower().map(VIEW_CODES)).fillna(
+        "unknown view"
+    )
     keep = view.isin(FRONTAL) if config.views == "frontal" else pd.Series(True, index=table.index)
     capped = pd.Series(False, index=table.index)
     if config.per_subject_cap is not None:
@@ -66,13 +67,11 @@ def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int
 
 def _metadata(root: str) -> pd.DataFrame:
     columns = ["dicom_id", "subject_id", "study_id", "ViewPosition", "ViewCodeSequence_CodeMeaning"]
-    for suffix in (".csv.gz", ".csv", ".parquet"):
-        path = f"{root}/{METADATA}{suffix}"
-        if exists(path) if is_url(path) else Path(path).is_file():
-            break
-    else:
+    path = find_table(root, READ["cxr_metadata"])  # the releases and the file of `features`
+    if path is None:
         raise UserError(
-            f"{root}: no {METADATA}.csv.gz here; mimic_cxr is the folder of MIMIC-CXR-JPG that holds files/"
+            f"{root}: no {' or '.join(READ['cxr_metadata'].places)} (.csv.gz, .csv, .parquet) here; mimic_cxr is the "
+            "folder of MIMIC-CXR-JPG that holds files/"
         )
     table = _read(path)
     if missing := [c for c in columns if c not in table]:

@@ -108,6 +108,23 @@ def write_tables(folder: Path, frames: Frames, layout: str = "2.2", suffix: str 
 
 
 @pytest.fixture
+def apart() -> Callable[..., dict[str, list[dict[str, Any]]]]:
+    """Tables of several cases -> the tables of all, the ids of each case shifted; a film is called by its case."""
+
+    def shifted(cases: dict[str, dict[str, list[dict[str, Any]] | None]]) -> dict[str, list[dict[str, Any]]]:
+        together: dict[str, list[dict[str, Any]]] = {}
+        for number, (case, tables) in enumerate(cases.items()):
+            for table, rows in tables.items():
+                for row in rows or ():
+                    ids = {c: v + 1000 * number for c, v in row.items() if c.endswith("_id") and isinstance(v, int)}
+                    named = {"dicom_id": case} if "dicom_id" in row else {}
+                    together.setdefault(table, []).append(row | ids | named)
+        return together
+
+    return shifted
+
+
+@pytest.fixture
 def frames() -> Frames:
     return tiny_frames()
 

@@ -3,6 +3,7 @@
 import shutil
 from typing import Any
 
+import ibis
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -13,7 +14,9 @@ from ibis.util import gen_name
 from ehr_features import schema
 from ehr_features.cohort import Attrition
 from ehr_features.films import linking
+from ehr_features.films.metadata import held
 from ehr_features.films.record import add_record, earlier_studies
+from ehr_features.notes.facts import facts
 from ehr_features.raw.engine import connect, hold
 from ehr_features.raw.source import Source
 
@@ -73,6 +76,120 @@ def test_record_of_a_film_in_an_icu_stay() -> None:
 def test_emergency_temperatures_charted_in_celsius_are_kept(charted: float, celsius: float | None) -> None:
     got = images([{}], triage=[TABLES["triage"][0] | {"temperature": charted}]).loc["a", "ed_temperature_c"]
     assert pd.isna(got) if celsius is None else got == pytest.approx(celsius)
+
+
+OWN, BEFORE = TABLES["admissions"]
+STAY = TABLES["icustays"][0] | {"hadm_id": 20}
+ENDED = OWN | {"dischtime": "2150-01-02 08:00:00"}  # four hours before the film
+J189 = {"subject_id": 10, "icd_code": "J189", "icd_version": 10}
+HISTORY: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {  # tables -> earlier admissions, their groups
+    "a row listed twice": ({"admissions": [OWN, BEFORE, BEFORE]}, (1, "108")),
+    "one hadm_id in different rows": ({"admissions": [OWN, BEFORE, BEFORE | {"race": "OTHER"}]}, (1, "108")),
+    "the own admission ends before it begins": (
+        {"admissions": [ENDED | {"admittime": "2150-01-02 10:00:00"}, BEFORE], "icustays": [STAY]},
+        (1, "108"),
+    ),
+    "another admission ends before it begins": (
+        {
+            "admissions": [OWN, BEFORE, BEFORE | {"hadm_id": 18, "admittime": "2149-06-05", "dischtime": "2149-06-01"}],
+            "diagnoses_icd": [*TABLES["diagnoses_icd"], J189 | {"hadm_id": 18}],
+        },
+        (1, "108"),
+    ),
+    "one of the two rows of an admission ends before it begins": (
+        {"admissions": [OWN, BEFORE, BEFORE | {"admittime": "2149-02-01"}]},
+        (0, ""),
+    ),
+    "an admission without its begin": ({"admissions": [OWN, BEFORE | {"admittime": None}]}, (0, "")),
+    "an admission without its end": ({"admissions": [OWN, BEFORE | {"dischtime": None}]}, (0, "")),
+    "the own stay outlasts its admission": ({"admissions": [ENDED, BEFORE], "icustays": [STAY]}, (1, "108")),
+    "two stays of one admission, the film in none": (
+        {
+            "admissions": [ENDED, BEFORE],
+            "icustays": [
+                STAY | {"outtime": "2150-01-02 03:00:00"},
+                STAY | {"stay_id": 31, "intime": "2150-01-02 20:00:00"},
+            ],
+        },
+        (1, "108"),
+    ),
+    "the own emergency visit outlasts its admission": (
+        {"admissions": [ENDED, BEFORE], "edstays": [TABLES["edstays"][0] | {"hadm_id": 20, "outtime": "2150-01-03"}]},
+        (1, "108"),
+    ),
+    "discharged on the date of death, at midnight": (
+        {
+            "admissions": [OWN | {"dischtime": "2150-01-02", "deathtime": "2150-01-02 22:00:00"}, BEFORE],
+            "icustays": None,
+        },
+        (1, "108"),
+    ),
+    "an admission that was over a second before": (
+        {"admissions": [ENDED | {"dischtime": "2150-01-02 11:59:59"}, BEFORE], "icustays": None},
+        (2, "108 122"),
+    ),
+    "an admission that ends with the film": (
+        {"admissions": [ENDED | {"dischtime": "2150-01-02 12:00:00"}, BEFORE], "icustays": None},
+        (1, "108"),
+    ),
+    "the stay of another person": (
+        {"admissions": [ENDED, BEFORE], "icustays": [STAY | {"subject_id": 11}]},
+        (2, "108 122"),
+    ),
+}
+
+
+def test_history_is_what_was_over_before_the_film_in_its_row_and_in_its_note(apart: Any) -> None:
+    tables = apart({name: TABLES | {"cxr_metadata": [FILM]} | tables for name, (tables, _) in HISTORY.items()})
+    codes = [{"icd_code": code, "icd_version": v, "long_title": code} for code, v in (("4280", 9), ("J189", 10))]
+    source = Source.from_frames(
+        {n: pd.DataFrame(rows) for n, rows in tables.items()} | {"d_icd_diagnoses": pd.DataFrame(codes)}
+    )
+    films = held(
+        source, add_record(source, linking.link_films(source, Attrition())).mutate(split=ibis.literal("train"))
+    )
+    said = films.to_pandas().set_index("dicom_id")[["num_prior_admissions", "prior_phenotypes"]]
+    assert dict(zip(said.index, said.itertuples(index=False, name=None), strict=True)) == {
+        name: wanted for name, (_, wanted) in HISTORY.items()
+    }
+    notes = facts(source, films, None).to_pandas().fillna({"num_prior_admissions": "0", "prior_diagnoses": ""})
+    titles = {"": "", "108": "4280", "108 122": "J189; 4280"}  # the latest admission's first
+    told = notes.set_index("dicom_id")[["num_prior_admissions", "prior_diagnoses"]].T.to_dict("list")
+    assert told == {name: [str(n), titles[listed]] for name, (_, (n, listed)) in HISTORY.items()}
+
+
+DEATHS: dict[str, tuple[dict[str, Any], str | None, int | None]] = {  # admission, dod -> died_in_hospital
+    "alive": ({}, None, 0),
+    "flag": ({"hospital_expire_flag": 1}, None, 1),
+    "deathtime": ({"deathtime": "2150-01-08 10:00:00"}, None, 1),
+    "dod within the admission": ({}, "2150-01-05", 1),
+    "dod on the day of discharge": ({}, "2150-01-09", 0),
+    "dod later": ({}, "2150-06-01", 0),
+    "dod before the admission": ({}, "2149-06-01", 1),
+    "nothing is said": ({"hospital_expire_flag": None}, None, None),
+}
+
+
+def test_death_in_hospital_is_told_by_flag_deathtime_and_dod_together(apart: Any) -> None:
+    alive = OWN | {"hospital_expire_flag": 0, "deathtime": None}
+    tables = apart(
+        {
+            name: TABLES
+            | {"admissions": [alive | own], "patients": [TABLES["patients"][0] | {"dod": dod}], "cxr_metadata": [FILM]}
+            for name, (own, dod, _) in DEATHS.items()
+        }
+    )
+    source = Source.from_frames({name: pd.DataFrame(rows) for name, rows in tables.items()})
+    told = (
+        add_record(source, linking.link_films(source, Attrition())).to_pandas().set_index("dicom_id").died_in_hospital
+    )
+    assert {n: None if pd.isna(v) else int(v) for n, v in told.items()} == {n: died for n, (*_, died) in DEATHS.items()}
+
+
+def test_arrival_in_hospital_is_that_at_the_emergency_visit_of_the_admission() -> None:
+    visit = TABLES["edstays"][0] | {"hadm_id": 20}
+    assert images([{}], edstays=[visit]).loc["a"].hours_since_hospital_arrival == 30  # admitted six hours after
+    assert images([{}], edstays=[visit | {"hadm_id": 19}]).loc["a"].hours_since_hospital_arrival == 24
 
 
 def test_triage_of_a_visit_that_has_not_begun_is_not_known() -> None:

@@ -125,7 +125,7 @@ def source(films: list[dict[str, Any]], **tables: list[dict[str, Any]]) -> Sourc
         ],
         "icustays": [{"subject_id": 10, "stay_id": 30, "intime": "2150-01-01", "outtime": "2150-01-05", "los": 4.0}],
     }
-    frames |= {"cxr_metadata": [FILM | film for film in films]} | tables
+    frames |= {"cxr_metadata": [FILM | film for film in films], **tables}
     return Source.from_frames({name: pd.DataFrame(rows) for name, rows in frames.items()})
 
 
@@ -248,6 +248,81 @@ def test_emergency_stay_is_found_within_the_tolerance(tolerance: float, link_: s
         assert pd.isna(film.ed_stay_id) and pd.isna(film.ed_stay_id_link)
     else:
         assert (film.ed_stay_id, film.ed_stay_id_link, film.ed_stay_id_gap_hours) == (40, link_, 8.0)
+
+
+VISIT = {
+    "subject_id": 10,
+    "stay_id": 40,
+    "hadm_id": 20,
+    "intime": "2150-01-01 10:00:00",
+    "outtime": "2150-01-01 14:00:00",
+}
+
+
+def test_visits_fit_equally_only_with_the_same_gap(apart: Any) -> None:
+    """Hours from the film to the end of a visit before it (or, below 0, to the begin of one after it)."""
+    noon, hour = pd.Timestamp("2150-01-01 12:00"), pd.Timedelta(hours=1)
+    cases = {}
+    for gaps in ((1, 2), (2, 2), (0, 0), (0, 1), (-1, 1), (-1, 2)):
+        begins = [noon - gap * hour - (2 * hour if gap >= 0 else 0 * hour) for gap in gaps]
+        visits = [VISIT | {"stay_id": 40 + n, "intime": b, "outtime": b + 2 * hour} for n, b in enumerate(begins)]
+        cases[str(gaps)] = {"cxr_metadata": [FILM], "edstays": [*visits, visits[0]]}  # the first is listed twice
+    linked, attrition = link([], **apart(cases))
+    assert excluded(attrition, "several emergency visits fit equally")["ids"] == ["(-1, 1)", "(0, 0)", "(2, 2)"]
+    gaps_of = linked["ed_stay_id_gap_hours"].to_dict()
+    assert gaps_of == {"(1, 2)": 1, "(2, 2)": 2, "(0, 0)": 0, "(0, 1)": 0, "(-1, 1)": 1, "(-1, 2)": 1}
+
+
+NAMED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, float] | None]] = {  # visit, admission -> link, gap
+    "inside the visit": ({}, {}, ("edstays", 2.0)),  # admitted at 14:00, no edregtime
+    "between visit and ward": ({"outtime": "2150-01-01 11:00:00"}, {}, ("edstays", 2.0)),
+    "impossible admission": ({}, {"admittime": "2150-01-09", "dischtime": "2150-01-02"}, ("edstays", -1.0)),
+    "before the visit": ({"intime": "2150-01-01 13:00:00"}, {}, None),
+    "visit without admission": ({"hadm_id": None}, {}, None),
+    "visit of an admission that is not there": ({"hadm_id": 99}, {}, None),
+    "visit of another person": ({"subject_id": 11}, {}, None),
+    "edregtime": ({}, {"edregtime": "2150-01-01 10:00:00"}, ("inside", 0.0)),
+    "times before names": ({"hadm_id": 21}, {"edregtime": "2150-01-01 10:00:00"}, ("inside", 0.0)),
+}
+
+
+def test_emergency_film_finds_the_admission_that_its_visit_names(apart: Any) -> None:
+    cases = {}
+    for name, (visit, admission, _) in NAMED.items():
+        own = {"subject_id": 10, "hadm_id": 20, "admittime": "2150-01-01 14:00:00", "dischtime": "2150-01-09"}
+        both = [own | {"edregtime": None} | admission, own | {"hadm_id": 21}]
+        cases[name] = {"cxr_metadata": [FILM], "edstays": [VISIT | visit], "admissions": both}
+    linked, attrition = link([], **apart(cases))
+    wanted = {name: found for name, (*_, found) in NAMED.items()}
+    told = linked[linked["hadm_id"].notna()].fillna({"hadm_id_gap_hours": -1.0})
+    assert (told["hadm_id"] % 1000 == 20).all() and attrition.counts["linking"]["hadm_id_by_edstays"] == 3
+    links = zip(told.index, zip(told["hadm_id_link"], told["hadm_id_gap_hours"], strict=True), strict=True)
+    assert {name: None for name in NAMED} | dict(links) == wanted
+    outside = [e["ids"] for e in attrition.exclusions if "outside of every hospital admission" in e["why"]]
+    assert outside == [sorted(name for name, found in wanted.items() if not found)]
+
+
+def test_film_in_an_icu_stay_outside_its_admissions_times_finds_it_all_the_same() -> None:
+    stay = {"subject_id": 10, "stay_id": 30, "hadm_id": 20, "intime": "2150-01-01", "outtime": "2150-01-05"}
+    own = {"subject_id": 10, "hadm_id": 20, "admittime": "2149-12-31", "dischtime": "2150-01-01 09:00:00"}
+    film = link([{}], icustays=[stay], admissions=[own])[0].loc["a"]
+    assert (film.hadm_id, film.hadm_id_link, film.hadm_id_gap_hours) == (20, "icustays", 3.0)
+
+
+@pytest.mark.parametrize("preset", ["default", "medfuse"])
+def test_views_and_positions_are_known_in_any_case(preset: str) -> None:
+    said = ["ap", " Pa ", "Lateral", "ll"]
+    films = [{"dicom_id": str(n), "ViewPosition": v} for n, v in enumerate(said)]
+    films[0]["PatientOrientationCodeSequence_CodeMeaning"] = "RECUMBENT"
+    linked, _ = link(films, preset=preset)
+    assert linked["view"].tolist() == ["AP", "PA", "LATERAL", "LL"]
+    assert linked["position"].tolist() == ["Recumbent", "Erect", "Erect", "Erect"]
+
+
+def test_films_after_death_are_counted() -> None:
+    own = {"subject_id": 10, "hadm_id": 20, "admittime": "2149-12-31", "dischtime": "2150-01-09"}
+    for death, n in (("2150-01-01 11:00:00", 1), ("2150-01-01 13:00:00", 0)):
+        assert link([{}], admissions=[own | {"deathtime": death}])[1].counts["linking"]["taken_after_death"] == n
 
 
 def test_patient_listed_twice_links_once_and_is_counted() -> None:

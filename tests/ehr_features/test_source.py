@@ -40,6 +40,40 @@ def test_text_none_is_a_value_and_quoted_commas_stay_in_their_column(tmp_path, f
     assert source.table("labevents").count().execute() == len(frames["labevents"])
 
 
+ZONED = {
+    "icustays": "intime",
+    "chartevents": "charttime",
+    "labevents": "storetime",
+    "admissions": "edregtime",
+    "patients": "dod",
+}
+
+
+@pytest.mark.parametrize(("name", "column"), ZONED.items())
+def test_times_in_another_zone_than_utc_are_refused_in_every_table(tmp_path, frames, write, config, name, column):
+    frames["admissions"]["edregtime"] = frames["admissions"]["admittime"]
+    frames["patients"]["dod"] = pd.Timestamp("2160-01-01")
+    wanted = open_source(config(mimic_iv=str(write(tmp_path / "m", frames)))).table(name).to_pandas()
+    for zone in ("America/New_York", "Asia/Kolkata", "+05:00", "Etc/UTC", "UTC"):
+        zoned = frames[name].assign(**{column: frames[name][column].dt.tz_localize(zone)})
+        root = write(tmp_path / zone.replace("/", "-"), frames | {name: zoned}, suffix={name: ".parquet"})
+        source = open_source(config(mimic_iv=str(root)))
+        if zone.endswith("UTC"):  # the same times, whatever the zone of this machine
+            assert sorted(source.table(name)[column].to_pandas()) == sorted(wanted[column])
+        else:
+            with pytest.raises(
+                UserError, match=rf"{name}\.parquet: the times of `{column}` are in the zone .*{zone[1:]}"
+            ):
+                source.table(name)
+
+
+def test_an_offset_behind_a_time_of_text_leaves_its_clock(tmp_path, frames, write, config):
+    wanted = open_source(config(mimic_iv=str(write(tmp_path / "m", frames)))).table("icustays").to_pandas()
+    frames["icustays"]["intime"] = frames["icustays"]["intime"].dt.tz_localize("America/New_York").astype(str)
+    got = open_source(config(mimic_iv=str(write(tmp_path / "z", frames)))).table("icustays").to_pandas()
+    assert sorted(got["intime"]) == sorted(wanted["intime"])
+
+
 @pytest.mark.parametrize("protocol", ["memory", "file"])
 def test_tables_are_read_from_urls(tmp_path, frames, write, config, protocol):
     root = write(tmp_path / "m", frames, suffix={"chartevents": ".parquet"})

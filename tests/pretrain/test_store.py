@@ -162,6 +162,17 @@ def test_frontal_films_are_known_by_their_view_or_its_code(
     assert len(Store(pack(config(tmp_path / "all", mimic=mimic, views="all")))) == 21
 
 
+@pytest.mark.parametrize("name", ["mimic-cxr-2.0.0-metadata.parquet", "mimic-cxr-2.1.0-metadata.csv"])
+def test_the_metadata_may_be_of_any_release_and_file_that_features_reads(
+    tmp_path: Path, mimic: Path, name: str
+) -> None:
+    table = pd.read_csv(mimic / "mimic-cxr-2.0.0-metadata.csv.gz", dtype=str)
+    table["ViewPosition"] = table["ViewPosition"].str.lower()
+    (mimic / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()
+    table.to_parquet(mimic / name) if name.endswith("parquet") else table.to_csv(mimic / name)
+    assert len(Store(pack(config(tmp_path / "store", mimic=mimic)))) == 9
+
+
 def test_the_cap_draws_films_of_each_subject_by_seed(tmp_path: Path, mimic: Path) -> None:
     drawn = [
         set(Store(pack(config(tmp_path / str(n), mimic=mimic, per_subject_cap=2, seed=seed))).index.dicom_id)
@@ -231,7 +242,7 @@ def test_wrong_lists_are_explained(tmp_path: Path, name: str, text: str | None, 
 
 
 def test_a_folder_that_is_not_mimic_is_explained(tmp_path: Path, films: Path) -> None:
-    with pytest.raises(UserError, match=r"no mimic-cxr-2\.0\.0-metadata\.csv\.gz here"):
+    with pytest.raises(UserError, match=r"no mimic-cxr-2\.0\.0-metadata or mimic-cxr-2\.1\.0-metadata .* here"):
         pack(config(tmp_path / "store", mimic=films))
     (films / "mimic-cxr-2.0.0-metadata.csv").write_text("dicom_id,subject_id\na,1\n")
     with pytest.raises(UserError, match="columns missing: study_id, ViewPosition"):
