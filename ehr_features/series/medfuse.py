@@ -1,6 +1,6 @@
 """Preset `medfuse`: the series of the published extraction, rule for rule, for comparison.
 
-Comes in: events, the published cohort. Goes out: the same as `series.extract`, with 59 value columns.
+Comes in: events, the published cohort. Goes out: the same as `bins.extract`, with 59 value columns.
 Source: nyuad-cai/MedFuse, mimic4extract (from mimic3-benchmarks), re-derived from its rules; no code is taken over.
 
 Kept although wrong: urine and other body fluids among glucose and pH; 226707 in inches; FiO2 always / 100; of the
@@ -65,7 +65,7 @@ def lengths(los_hours: np.ndarray, step_hours: int) -> np.ndarray:
 def extract(
     source: Source, chart: ir.Table, labs: ir.Table, stays: ir.Table, channels: Sequence[Channel], step_hours: int
 ) -> tuple[ir.Table, pd.DataFrame]:
-    """Last values by bin (stay_id, channel, bin, v, mark), and how many events met which fate."""
+    """Last values by bin (stay_id, channel, bin, v, mark, n, unstored), and how many events met which fate."""
     items, codes = _items(source, published(channels)), _codes(source, published(channels))
     events = _validated(chart, labs, stays).join(items, "itemid")
     events = _cleaned(events)

@@ -21,7 +21,7 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.demo import generate as demo
 from ehr_features.files import read_table, tidy
 from ehr_features.raw.source import open_source
-from ehr_features.series import events
+from ehr_features.series import bins, events
 from ehr_features.series.channels import SHIPPED
 
 ALL = ("mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay")
@@ -167,7 +167,7 @@ def test_a_second_run_reads_nothing_and_a_changed_config_only_what_depends_on_it
     monkeypatch.setattr(events, "_write", lambda *a: pytest.fail("an event table was read again"))
     build.build(config(memory="900MB"))
     assert (out / "provenance.json").stat().st_mtime_ns == written
-    monkeypatch.setattr(series, "extract", lambda *a: pytest.fail("the series were binned again"))
+    monkeypatch.setattr(bins, "extract", lambda *a: pytest.fail("the series were binned again"))
     build.build(config(seed=1, landmark_hours=24))
     assert set(read_table(out, "samples/mortality").predict_at_hours) == {24.0}
     monkeypatch.undo()
