@@ -214,7 +214,7 @@ def test_a_truncated_event_table_leaves_no_features(mimic, config):
 def test_a_folder_of_something_else_is_not_overwritten(mimic, config):
     config().out.mkdir()
     (config().out / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds files that are no features"):
+    with pytest.raises(UserError, match="not a features folder; it holds"):
         build.build(config())
 
 

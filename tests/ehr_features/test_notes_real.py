@@ -42,6 +42,7 @@ def test_earlier_diagnoses_are_those_of_admissions_that_had_ended(folders, share
     some = 0
     for row, note in zip(notes.itertuples(), before["note"], strict=True):
         ended = admissions[(admissions["subject_id"] == row.subject_id) & (admissions["dischtime"] < row.taken_at)]
+        ended = ended[(ended["hadm_id"] != row.hadm_id) & (ended["dischtime"] > ended["admittime"])]
         wanted = codes.loc[codes["hadm_id"].isin(ended["hadm_id"]), "long_title"]
         wanted = {re.sub(r"\s+", " ", title).replace(";", ",").strip() for title in wanted}
         listed = re.search(r"Diagnoses of earlier admissions: ([^\n]*)\.$", note, re.MULTILINE)

@@ -140,7 +140,7 @@ def test_ties_go_to_the_latest_storetime_then_the_larger_value():
 
 
 def fates_of(fates: pd.DataFrame, column: str = "n") -> dict[str, int]:
-    return {fate: n for fate, n in zip(fates["fate"], fates[column], strict=True) if n}
+    return {str(fate): int(n) for fate, n in fates.groupby("fate")[column].sum().items() if n}
 
 
 @pytest.mark.parametrize(
