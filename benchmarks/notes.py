@@ -111,7 +111,7 @@ class Reference:
 
     def __init__(self, folder: Path, indexed: bool) -> None:
         text = {"icd_code": str, "pain": str}
-        times = {"admissions": ["admittime", "dischtime", "edregtime"], "edstays": ["intime"]}
+        times = {"admissions": ["admittime", "dischtime", "edregtime", "deathtime"], "edstays": ["intime", "outtime"]}
         read = {
             name: pd.read_csv(
                 folder / place / f"{name}.csv.gz", dtype=text,
@@ -122,7 +122,12 @@ class Reference:
         titles = read.pop("d_icd_diagnoses")
         titles["title"] = titles["long_title"].str.replace(r"\s+", " ", regex=True).str.replace(";", ",").str.strip()
         coded = read["diagnoses_icd"].merge(titles, on=["icd_code", "icd_version"])
-        self.tables = read | {"diagnoses_icd": coded}
+        last = read["edstays"].groupby("hadm_id")["outtime"].max()  # the multiplied tables have no ICU stays
+        came = read["admissions"]
+        came = came[came["dischtime"] >= came["admittime"]]  # another one is never history
+        ends = pd.DataFrame({"a": came["dischtime"], "b": came["deathtime"], "c": came["hadm_id"].map(last)})
+        came = read["admissions"].assign(over_at=ends.max(axis=1))
+        self.tables = read | {"diagnoses_icd": coded, "admissions": came}
         self.groups: dict[tuple[str, str], dict[Any, Any]] = {}
         if indexed:
             wanted = [("edstays", "stay_id"), ("edstays", "hadm_id"), ("admissions", "hadm_id")]
@@ -181,7 +186,8 @@ class Reference:
     @staticmethod
     def signs(row: dict[str, Any]) -> list[str]:
         """Vital signs in words, those that are plausible."""
-        said, celsius = [], (row["temperature"] - 32) / 1.8
+        charted = row["temperature"]
+        said, celsius = [], charted if charted <= 50 else (charted - 32) / 1.8
         low, high = TRIAGE["ed_temperature_c"][1:]
         if low <= celsius <= high:
             said.append(f"temperature {celsius:.1f} C")
@@ -230,7 +236,7 @@ class Reference:
     def history(self, at: pd.Timestamp, subject: int) -> str:
         """Earlier admissions and their diagnoses."""
         ended = self.rows("admissions", "subject_id", subject)
-        ended = ended[ended["dischtime"] < at].sort_values("dischtime", ascending=False)
+        ended = ended[ended["over_at"] < at].sort_values("over_at", ascending=False)
         if ended.empty:
             return ""
         titles: list[str] = []
