@@ -93,7 +93,7 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
         preset: `default`: every adult stay that can be true; `medfuse`: the published cohort.
     Returns: stay_id, hadm_id, subject_id, intime, outtime, los_hours, age_years, age_capped, sex, race,
         anchor_year_group, care_unit (the first);
-        and for the labels admittime, dischtime, death_at (null: left the hospital alive), died.
+        and for the labels admittime, dischtime, death_at (of the person, also after the stay), died (in hospital).
     Raises: UserError: nobody is left; an admission or a patient is listed twice.
     """
     frame = _joined(source, attrition)
@@ -167,7 +167,7 @@ def _adults(frame: pd.DataFrame, attrition: Attrition) -> pd.DataFrame:
     frame = frame.assign(age_years=age, los_hours=(frame["outtime"] - frame["intime"]).dt.total_seconds() / 3600)
     frame = _drop(frame, age.isna() | (age < 18), "younger than 18 at intime, or of unknown age", attrition)
     died = (frame["told_died"] == 1) | (frame["person_died_at"] <= frame["outtime"])
-    return frame.assign(died=died.astype(bool), death_at=frame["person_died_at"].where(died))
+    return frame.assign(died=died.astype(bool), death_at=frame["person_died_at"])
 
 
 def _published(frame: pd.DataFrame, attrition: Attrition) -> pd.DataFrame:

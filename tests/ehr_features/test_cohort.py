@@ -77,14 +77,14 @@ DEATHS = {
     "dod years before, and a deathtime": (("2148-02-27", 30, 1), None, (True, True, 30)),
     "dod on the day of intime may be later that day": (("2150-03-01", None, 0), None, (True, True, 16)),
     "dod during the stay": (("2150-03-02", None, 0), None, (True, True, 40)),
-    "dod on the day of discharge": (("2150-03-04", None, 0), None, (True, False, None)),
-    "dod a year later": (("2151-02-01", None, 0), None, (True, False, None)),
+    "dod on the day of discharge": (("2150-03-04", None, 0), None, (True, False, 88)),
+    "dod a year later": (("2151-02-01", None, 0), None, (True, False, 8104)),
     "deathtime without a flag": ((None, 30, 0), None, (True, True, 30)),
     "flag without a deathtime": ((None, None, 1), None, (True, True, 65)),
     "flag without a deathtime, dod before the discharge": (("2150-03-02", None, 1), None, (True, True, 40)),
     "deathtime counts before dod": (("2150-03-02", 60, 1), None, (True, True, 60)),
     "dead in the stay by another admission": ((None, None, 0), (1, 3, 2, 1), (True, True, 48)),
-    "dead in the admission that follows": ((None, None, 0), (4, 9, 8, 1), (True, False, None)),
+    "dead in the admission that follows": ((None, None, 0), (4, 9, 8, 1), (True, False, 192)),
     "the earlier of two deathtimes": ((None, 60, 1), (1, 3, 2, 1), (True, True, 48)),
 }
 

@@ -70,6 +70,17 @@ def test_decompensation_is_death_within_a_day_every_hour_of_life(samples):
     assert got.sample_id.is_unique and got[got.stay_id == FIRST + 5].predict_at_hours.max() == 20
 
 
+def test_decompensation_is_of_the_person_also_where_another_admission_tells_the_death(samples, frames):
+    admissions, end = frames["admissions"], frames["icustays"].loc[4, "outtime"]  # after 49 hours
+    home = pd.Timedelta(hours=6)
+    again = admissions.iloc[[4]].assign(hadm_id=29, admittime=end + home, dischtime=end + 2 * home)
+    frames["admissions"] = pd.concat([admissions, again.assign(deathtime=end + 2 * home, hospital_expire_flag=1)])
+    got = samples("decompensation")[0]
+    got = got[got.stay_id == FIRST + 4]
+    assert got.predict_at_hours[got.decompensation == 1].tolist() == [float(h) for h in range(37, 50)]
+    assert samples("mortality")[0].set_index("stay_id").mortality[FIRST + 4] == 0
+
+
 def test_length_of_stay_in_hours_and_ten_bins(samples, frames):
     frames["icustays"].loc[0, "outtime"] = frames["icustays"].loc[0, "intime"] + pd.Timedelta(days=16)
     got, _ = samples("length_of_stay")
