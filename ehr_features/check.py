@@ -16,7 +16,7 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.phenotypes import lost_zeros
 from ehr_features.raw.engine import named_by_the_engine, readable
 from ehr_features.raw.remote import fingerprint
-from ehr_features.raw.source import Source, check_columns, mixed, open_source, roots
+from ehr_features.raw.source import Source, check_columns, check_zones, mixed, open_source, roots
 from ehr_features.schema import READ
 from ehr_features.series import channels
 
@@ -58,6 +58,7 @@ def check(config: FeaturesConfig) -> int:
         size = int(fingerprint(path)["bytes"] or 0)
         try:
             check_columns(name, path, source.columns[name], source.layout)
+            check_zones(name, path)
             counted, exact = num_rows(source, name, size)
         except UserError as error:
             faults[name], counted, exact = str(error), 0, False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,8 @@ from ehr_features.schema import READ, Raw
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 SINCE_22 = {"admissions": "admit_provider_id", "chartevents": "caregiver_id", "labevents": "order_provider_id"}
-UTC = ("UTC", "GMT", "Z", "+00:00")
+UTC = ("UTC", "ETC/UTC", "GMT", "Z", "+00:00", "+0000", "+00")
+OFFSET = re.compile(r"\d:\d\d(?::\d\d(?:\.\d+)?)? *(Z|[+-]\d\d(?::?\d\d)?|[A-Z][A-Za-z]+/?\w*)$")
 HEAD = 2**16  # bytes read to find a table's header
 EVENTS = ("chartevents", "labevents")  # too large for memory
 _HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
@@ -195,17 +197,23 @@ def header(path: str) -> list[str]:
         if path.endswith(".parquet"):
             with fsspec.open(path, "rb") as file:
                 return list(pq.read_schema(file).names)
-        with fsspec.open(path, "rb") as file:
-            head = file.read(HEAD)  # one request of a URL
-        if path.endswith(".gz"):
-            unzip = zlib.decompressobj(wbits=31)
-            whole, head = bool(head), unzip.decompress(head)
-            if whole and not unzip.eof and b"\n" not in head:
-                raise EOFError("it ends within its header")
-        line = head.partition(b"\n")[0].decode("utf-8-sig")
+        line = _head(path).partition(b"\n")[0].decode("utf-8-sig")
     if not line.strip():
         raise UserError(f"{path}: the file is empty; download it again")
     return next(csv.reader([line.strip()]))
+
+
+def _head(path: str) -> bytes:
+    """The begin of a CSV file, with the header and some rows."""
+    with fsspec.open(path, "rb") as file:
+        head = bytes(file.read(HEAD))  # one request of a URL
+    if not path.endswith(".gz"):
+        return head
+    unzip = zlib.decompressobj(wbits=31)
+    whole, head = bool(head), unzip.decompress(head)
+    if whole and not unzip.eof and b"\n" not in head:
+        raise EOFError("it ends within its header")
+    return head
 
 
 def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
@@ -228,21 +236,24 @@ def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
 
 
 def check_zones(name: str, path: str) -> None:
-    """Refuse a Parquet table whose times are in a zone other than UTC.
+    """Refuse a table whose times are in a zone other than UTC: of a Parquet column, or in CSV's first rows.
 
     MIMIC's times are wall clocks without a zone, as are the films'. UTC stands for that; with another zone nobody can
     tell whether its wall clock is MIMIC's or was shifted.
     """
-    if not path.endswith(".parquet"):
-        return  # text says its wall clock; an offset behind it is not read
-    with explained(path), readable(path), fsspec.open(path, "rb") as file:
-        schema = pq.read_schema(file)
-    times = [c for c, to in READ[name].columns.items() if to in ("timestamp", "date") and c in schema.names]
-    zones = {c: str(schema.field(c).type.tz) for c in times if getattr(schema.field(c).type, "tz", None)}
-    if found := {c: zone for c, zone in zones.items() if zone.upper().removeprefix("ETC/") not in UTC}:
-        column, zone = next(iter(found.items()))
+    times = [c for c, to in READ[name].columns.items() if to in ("timestamp", "date")]
+    with explained(path), readable(path):
+        if path.endswith(".parquet"):
+            with fsspec.open(path, "rb") as file:
+                types = {field.name: field.type for field in pq.read_schema(file)}
+            zones = {c: [str(types[c].tz)] for c in times if getattr(types.get(c), "tz", None)}
+        else:
+            rows = list(csv.DictReader(_head(path).decode("utf-8-sig", "ignore").splitlines()[:-1])) if times else []
+            zones = {c: [found[1] for row in rows if (found := OFFSET.search(row.get(c) or ""))] for c in times}
+    if bad := {c: odd for c, all_ in zones.items() if (odd := [z for z in all_ if z.upper().strip() not in UTC])}:
+        column, (zone, *_) = next(iter(bad.items()))
         raise UserError(
-            f"{path}: the times of {', '.join(f'`{c}`' for c in found)} are in the zone {zone}; wanted times without a "
+            f"{path}: the times of {', '.join(f'`{c}`' for c in bad)} are in the zone {zone}; wanted times without a "
             "zone, as MIMIC has them. To keep the clock of the zone, write the table again after "
             f"table['{column}'].dt.tz_localize(None) of pandas"
         )
