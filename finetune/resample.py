@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
 from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
 
 Floats = NDArray[np.float64]
 CHUNK = 4_000_000  # rows x resamples held at a time: 32 MB in each temporary array
@@ -249,25 +250,11 @@ def calibrate(y: Floats, probabilities: Floats) -> tuple[float, float]:
     low, high = x[y > 0], x[y <= 0]
     if low.min() >= high.max() or low.max() <= high.min():
         return (np.nan, np.nan)
-    spread = x.std()
-    design = np.stack([np.ones_like(x), x / spread])  # (2, n)
-    beta = np.array([0.0, 0.0])
-
-    def loss(b: Floats) -> float:
-        z = b @ design
-        return float((np.logaddexp(0, z) - y * z).mean())
-
-    for _ in range(100):
-        mu = expit(beta @ design)
-        gradient = design @ (y - mu)
-        step = np.linalg.solve((design * mu * (1 - mu)) @ design.T, gradient)
-        size = 1.0
-        while size > 1e-6 and loss(beta + size * step) > loss(beta):
-            size /= 2
-        beta = beta + size * step
-        if np.abs(size * step).max() < 1e-10:
-            break
-    return (float(beta[0]), float(beta[1] / spread))
+    centre, deviation = x.mean(), x.std()
+    design = ((x - centre) / deviation)[:, None]
+    fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(design, y)
+    slope = float(fit.coef_[0, 0] / deviation)
+    return float(fit.intercept_[0] - slope * centre), slope
 
 
 def _bins(probabilities: Floats) -> NDArray[np.intp]:

@@ -31,6 +31,7 @@ from finetune.probe.heads import balance
 from finetune.probe.methods import Fitted, Learner, Rows, val_labels
 from pretrain import encoder as encoders
 from pretrain import run
+from pretrain.schedule import warmup_cosine
 from pretrain.seen import ancestry, write_seen
 
 if TYPE_CHECKING:
@@ -165,7 +166,9 @@ class _Fit:
         x = self._input(augment(films.to(accelerator.device), tune, generator))
         target = torch.from_numpy(self.labels[rows]).to(accelerator.device)
         known = ~target.isnan() * torch.from_numpy(self.weights[rows]).to(accelerator.device)
-        rate = tune.lr * schedule(step, tune.epochs * per_epoch, round(tune.warmup_epochs * per_epoch))
+        warmup = round(tune.warmup_epochs * per_epoch)
+        start = tune.lr / (warmup + 1)
+        rate = warmup_cosine(step, tune.epochs * per_epoch, warmup=warmup, start=start, peak=tune.lr, end=0)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         wrapped.train()
@@ -220,7 +223,7 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(list(numbers)).generate_state(1)[0])
 
 
-# ---- What `tune` trains: a head on an encoder, its parameter groups, how films are changed, how lr goes.
+# ---- What `tune` trains: a head on an encoder, its parameter groups, how films are changed.
 
 
 class Tuned(nn.Module):
@@ -288,10 +291,3 @@ def augment(films: Tensor, config: TuneConfig, generator: torch.Generator) -> Te
     pixels = F.grid_sample(pixels, grid, align_corners=False)
     middle = pixels.mean(dim=(1, 2, 3), keepdim=True)
     return ((pixels - middle) * (1 + draw[4] * config.contrast).view(-1, 1, 1, 1) + middle).clamp(0, 1)
-
-
-def schedule(step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine to 0; of the largest lr."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from finetune.fusion import findings
@@ -30,6 +31,17 @@ def test_films_of_other_subjects_get_the_head_of_all_train_films() -> None:
     layer, logits, about = findings.fit((x, y), world(2, 400)[:2], subjects, new, others)
     torch.testing.assert_close(logits, layer(new), rtol=1e-4, atol=1e-4)
     assert about["penalty"] in findings.PENALTIES
+
+
+def test_heads_are_the_minimum_that_scikit_learn_finds() -> None:
+    x, y, _ = world(1, 300, width=20)
+    y[::7] = np.nan
+    known = ~np.isnan(y[:, 0])
+    for penalty in (0.01, 0.3):
+        weight, bias = findings._logistic(x, torch.from_numpy(y), penalty)
+        theirs = LogisticRegression(C=1 / (2 * penalty * known.sum()), tol=1e-8, max_iter=1000)
+        theirs.fit(x.numpy()[known].astype(np.float64), y[known, 0])
+        np.testing.assert_allclose((x @ weight.T + bias)[:, 0], theirs.decision_function(x), atol=2e-3)
 
 
 def test_all_films_of_a_subject_are_in_one_fold() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightly.utils.benchmarking.knn import knn_predict
 from sklearn.metrics import roc_auc_score
 
 from configs import UserError, load
@@ -171,22 +172,25 @@ def test_the_heads_of_the_grid_do_not_touch_each_other() -> None:
     np.testing.assert_allclose(alone(x), predict(x), atol=1e-5)
 
 
-def test_a_linear_head_is_adamw_on_the_mean_cross_entropy() -> None:
+@pytest.mark.parametrize(("lr", "decay"), [(0.05, 0.1), (0.3, 0.0), (0.003, 1.0)])
+def test_a_linear_head_is_torchs_adamw_on_the_mean_cross_entropy(lr: float, decay: float) -> None:
     rng = np.random.default_rng(1)
     x = {"avg": rng.normal(size=(32, 4)).astype(np.float32)}
     y = (x["avg"] @ np.array([[1.0], [0.5], [0], [-1]]) + rng.normal(size=(32, 1)) > 0).astype(np.float32)
     data = heads.Data(x, y)
-    predict, _ = heads.linear(
-        data, data, pools=["avg"], lrs=[0.05], weight_decays=[0.1], epochs=1, patience=1, batch_size=32, seed=0
-    )
+    more = {"epochs": 40, "patience": 40, "batch_size": 32, "seed": 0}
+    predict, chosen = heads.linear(data, data, pools=["avg"], lrs=[lr], weight_decays=[decay], **more)
     scaled = torch.from_numpy(heads.Scale(x)(x))
     layer = torch.nn.Linear(4, 1)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    groups = [{"params": [layer.weight], "weight_decay": 0.1}, {"params": [layer.bias], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.05)
-    torch.nn.functional.binary_cross_entropy_with_logits(layer(scaled), torch.from_numpy(y)).backward()
-    optimizer.step()
+    groups = [{"params": [layer.weight], "weight_decay": decay}, {"params": [layer.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    for _ in range(chosen["epoch"]):
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(layer(scaled), torch.from_numpy(y)).backward()
+        optimizer.step()
+    assert chosen["epoch"] > 1, "one step cannot show the moments"
     np.testing.assert_allclose(predict(x), layer(scaled).detach().numpy(), atol=1e-5)
 
 
@@ -211,6 +215,16 @@ def test_knn_votes_of_a_hand_worked_table() -> None:
     near, half = 1.0, np.exp(-0.5 / 0.5)
     got = classic._vote(similar, labels, 2, 0.5, np.array([0.1, 0.2]))
     np.testing.assert_allclose(got, [[near / (near + half), 0.2]])
+
+
+def test_knn_votes_are_lightlys_where_a_film_has_one_label() -> None:
+    rng = np.random.default_rng(0)
+    bank, query = (classic._unit(rng.normal(size=(n, 8)).astype(np.float32)) for n in (60, 40))
+    labels = (rng.random(60) < 0.4).astype(np.float32)
+    ours = classic._vote(query @ bank.T, labels[:, None], 7, 0.07, np.zeros(1))[:, 0]
+    tensors = torch.from_numpy(query), torch.from_numpy(bank.T.copy()), torch.from_numpy(labels).long()
+    theirs = knn_predict(*tensors, num_classes=2, knn_k=7, knn_t=0.07)[:, 0]
+    np.testing.assert_array_equal(ours > 0.5, theirs.numpy() == 1)
 
 
 def test_what_uncertain_and_empty_findings_become() -> None:

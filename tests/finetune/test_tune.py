@@ -1,10 +1,8 @@
 """Training through the encoder."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -127,12 +125,6 @@ def test_augmentation_of_strength_zero_changes_nothing_and_never_flips() -> None
     moved = tune_net.augment(left, TuneConfig.model_validate({}), torch.Generator().manual_seed(1))
     assert (moved[:, 0, :, :16].mean((1, 2)) > moved[:, 0, :, 16:].mean((1, 2))).all()
     assert moved.min() >= 0 and moved.max() <= 1 and (moved[0] != moved[1]).any()
-
-
-def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    values = [tune_net.schedule(step, 100, 10) for step in range(100)]
-    assert values[0] < values[5] < values[10] == 1.0 and np.argmax(values) == 10
-    assert values[-1] < 1e-3 and all(a >= b for a, b in itertools.pairwise(values[10:]))
 
 
 def test_a_convolutional_encoder_is_tuned_too(make_world: World) -> None:

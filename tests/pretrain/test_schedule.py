@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lightly.utils.scheduler import CosineWarmupScheduler
 
 from pretrain.config import OptimConfig
 from pretrain.schedule import Schedule, cosine, linear, warmup_cosine
@@ -12,6 +13,13 @@ from pretrain.schedule import Schedule, cosine, linear, warmup_cosine
 def test_warmup_then_cosine_to_the_end():
     at = [warmup_cosine(s, 100, warmup=10, start=0.2, peak=1.0, end=0.1) for s in (0, 5, 10, 55, 100)]
     assert at == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1])
+
+
+def test_the_warmup_is_lightlys_without_the_skip_of_its_first_step():
+    own = [warmup_cosine(s, 100, warmup=10, start=0.2, peak=1.0, end=0.1) for s in range(101)]
+    theirs = CosineWarmupScheduler(torch.optim.SGD([torch.zeros(1)]), 10, 101, -1, 1.0, 0.1, None, 0.2).scale_lr
+    assert own[0] == 0.2 and own[1:10] == pytest.approx([theirs(s) for s in range(9)])
+    assert own[10:] == pytest.approx([theirs(s) for s in range(10, 101)])
 
 
 @pytest.mark.parametrize("total", [1, 2, 49])
