@@ -311,7 +311,8 @@ class FuseConfig(Settings):
     )
     part_weight: float = Field(default=0.5, ge=0, description="Weight in the loss of each branch's own prediction.")
     record_weights: str | None = Field(
-        default=None, description="A finished record_lstm run whose weights the record branch takes."
+        default=None,
+        description="A finished record_lstm run whose weights the record branch takes; unused by record-only models.",
     )
     film_weights: str | None = Field(
         default=None, description="A finished film_only run whose head the film branch takes."
@@ -366,8 +367,7 @@ class FuseConfig(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> FuseConfig:
-        film = not self.model.startswith(("record_", "note_"))
-        if film and (self.store is None or self.encoder is None):
+        if (self.store is None or self.encoder is None) and self._sees_films():
             missing = " and ".join(key for key in ("store", "encoder") if getattr(self, key) is None)
             raise ValueError(f"`{missing}` missing: model={self.model} looks at films; model=record_lstm needs neither")
         if self.lr_range[0] > self.lr_range[1] or self.lr_range[0] <= 0:
@@ -376,20 +376,25 @@ class FuseConfig(Settings):
             raise ValueError("`unfreeze_after` needs freeze=false: it says when tuning begins")
         if self.freeze_record and self.record_weights is None:
             raise ValueError("`freeze_record` needs `record_weights`: a record branch that never learned says nothing")
-        if self.record_weights is not None and self.model in ("film_only", "record_transformer", "record_gbm"):
+        if self.record_weights is not None and self.model == "film_only":
             raise ValueError(f"`record_weights` {self.record_weights}: model={self.model} has no LSTM to take them")
         if self.freeze_record and self.model == "record_lstm":
             raise ValueError("`freeze_record` with model=record_lstm leaves nothing to train")
-        if self.film_weights is not None and not film:
+        if self.film_weights is not None and not self._sees_films():
             raise ValueError(f"`film_weights` {self.film_weights}: model={self.model} has no film branch")
-        if self.control != "none" and not (film and self.freeze):
+        if self.control != "none" and not (self.freeze and self._sees_films()):
             raise ValueError("`control` needs a model with a film and freeze=true")
-        if self.adds and (not film or self.model == "film_only" or not self.freeze or self.control != "none"):
+        alone = self.model == "film_only" or not self.freeze or self.control != "none"
+        if self.adds and (alone or not self._sees_films()):
             raise ValueError("`adds` needs a model of record and film, freeze=true and control=none")
-        if not film and not self.freeze:
-            raise ValueError(f"`freeze` false: model={self.model} has no film encoder to tune")
         self._text()
         return self
+
+    def _sees_films(self) -> bool:
+        """Whether the model's class reads films; imports torch, so that it is asked only where the answer decides."""
+        from finetune.fusion.cross_attention import KINDS
+
+        return bool(getattr(KINDS.get(self.model), "uses_film", True))
 
     def _text(self) -> None:
         """Notes and an encoder for them go together, with the models that read them."""

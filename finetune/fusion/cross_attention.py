@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.fusion.gbm import RecordGBM
 from finetune.fusion.models import MODELS, Output, Sizes, within
 
 
@@ -100,7 +101,7 @@ TOKEN_MODELS: dict[str, type[nn.Module]] = {
     "film_tokens": FilmTokens,
     "note_tokens": NoteTokens,
 }
-KINDS = MODELS | TOKEN_MODELS
+KINDS: dict[str, Any] = {**MODELS, **TOKEN_MODELS, "record_gbm": RecordGBM}  # every model that `fuse` trains
 
 
 def _layer(sizes: Sizes, cross: bool) -> nn.Module:

@@ -5,8 +5,6 @@ Comes in: samples. Goes out: a prediction function. Each label has its own 200 t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
@@ -34,35 +32,39 @@ def statistics(samples: Samples, rows: NDArray[np.int64]) -> NDArray[np.float32]
     return out
 
 
-def train(samples: Samples, rows: NDArray[np.int64], seed: int) -> Callable[[Samples, NDArray[np.int64]], Predictions]:
-    """Fit on the rows.
+class RecordGBM:
+    """Boosted trees for each label, fitted on the rows.
 
-    Returns: samples, rows -> log-odds. A label with one class gets the clipped log-odds of its prevalence.
+    A label with one class gets the clipped log-odds of its prevalence.
     """
-    table, fitted = statistics(samples, rows), []
-    for label in range(len(samples.names)):
-        y = samples.labels[rows, label]
-        known = ~np.isnan(y)
-        if len(np.unique(y[known])) < 2:
-            fitted.append(float(logit((y[known].sum() + 0.5) / (known.sum() + 1))))
-            continue
-        trees = HistGradientBoostingClassifier(
-            learning_rate=0.05,
-            max_iter=200,
-            max_leaf_nodes=8,
-            l2_regularization=1.0,
-            early_stopping=False,
-            random_state=seed,
-        )
-        fitted.append(trees.fit(table[known], y[known]))
 
-    def predict(samples: Samples, rows: NDArray[np.int64]) -> Predictions:
+    uses_film = False
+
+    def __init__(self, samples: Samples, rows: NDArray[np.int64], seed: int) -> None:
         table = statistics(samples, rows)
-        columns = [np.full(len(rows), f) if isinstance(f, float) else f.decision_function(table) for f in fitted]
+        self.fitted: list[float | HistGradientBoostingClassifier] = []
+        for label in range(len(samples.names)):
+            y = samples.labels[rows, label]
+            known = ~np.isnan(y)
+            if len(np.unique(y[known])) < 2:
+                self.fitted.append(float(logit((y[known].sum() + 0.5) / (known.sum() + 1))))
+                continue
+            trees = HistGradientBoostingClassifier(
+                learning_rate=0.05,
+                max_iter=200,
+                max_leaf_nodes=8,
+                l2_regularization=1.0,
+                early_stopping=False,
+                random_state=seed,
+            )
+            self.fitted.append(trees.fit(table[known], y[known]))
+
+    def __call__(self, samples: Samples, rows: NDArray[np.int64]) -> Predictions:
+        """Log-odds of other rows."""
+        table = statistics(samples, rows)
+        columns = [np.full(len(rows), f) if isinstance(f, float) else f.decision_function(table) for f in self.fitted]
         logits = np.stack(columns, axis=1).astype(np.float64)
         if samples.hours_left is not None:  # exactly one of the ten bins is true
             chances = expit(logits)
             logits = logit(np.clip(chances / chances.sum(1, keepdims=True), 1e-9, 1 - 1e-9))
         return Predictions(rows, logits, None)
-
-    return predict

@@ -32,12 +32,16 @@ from pretrain.text.notes import Notes, note_tokens, note_vectors, read_notes
 
 def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, FilmBranch | None, dict[str, Any]]:
     """Read, check and fit. Raises: UserError: no such model or task, an encoder that saw val or test subjects."""
-    if config.model not in KINDS and config.model != "record_gbm":
-        raise UserError(f"model={config.model}: no such model; there are record_gbm, {', '.join(KINDS)}")
     about: dict[str, Any] = {"warnings": [], "encoder": config.encoder, "supervision": "none", "films_seen": "none"}
-    kind = KINDS.get(config.model)
-    tokens = getattr(kind, "reads_tokens", False)
-    store = None if config.store is None else Store(config.store)
+    kind = KINDS[config.model]
+    tokens, sees_films = getattr(kind, "reads_tokens", False), getattr(kind, "uses_film", True)
+    store = None
+    try:
+        store = None if config.store is None else Store(config.store)
+    except UserError:
+        if sees_films or Path(str(config.store)).exists():
+            raise
+        about["warnings"].append(f"{config.store}: no store there; every film of a stay counts as present")
     films = config.films if getattr(kind, "many_films", False) else 1
     samples = load(config.features, config.task, readable=store, films=films, max_hours=config.max_hours)
     lost = int((samples.table["dicom_id"].notna().to_numpy() & ~samples.has_image).sum())
@@ -51,7 +55,7 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
     if config.notes is not None and config.model != "film_tokens":
         with accelerator.main_process_first():
             samples, about["text"] = read(config, samples, _cache(config), tokens)
-    if kind is None or not getattr(kind, "uses_film", True):
+    if not sees_films:
         return samples, None, about | {"encoder": None}
     assert store is not None and config.encoder is not None, "checked by the config"
     frozen = open_encoder(config.encoder, seed=config.seed, device=accelerator.device, weights=config.weights)

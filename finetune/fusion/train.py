@@ -26,9 +26,10 @@ from configs.loader import Given
 from ehr_features.files import new_file, read_json, write_json
 from ehr_features.schema import HELD_OUT
 from finetune.config import FuseConfig
-from finetune.fusion import gbm, outputs
+from finetune.fusion import outputs
 from finetune.fusion.cross_attention import KINDS
 from finetune.fusion.film_gain import adds
+from finetune.fusion.gbm import RecordGBM
 from finetune.fusion.inputs import prepare
 from finetune.fusion.loop import Scores, predict, train
 from finetune.fusion.models import Sizes
@@ -51,6 +52,9 @@ def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> 
         SIGTERM came, and the same command goes on.
     """
     config = load(FuseConfig, config)
+    config, unused = read_by_model(config)
+    if unused and run.is_main():
+        print(f"model={config.model} reads no films; not used: {', '.join(unused)}")
     uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may hold no film
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
     samples, films, about = prepare(config, accelerator)
@@ -79,8 +83,8 @@ def _fuse(
     for seed in range(config.seed, config.seed + config.seeds):
         own = config.model_copy(update={"seed": seed})
         place = folder if config.seeds == 1 else folder / f"seed_{seed}"
-        if config.model == "record_gbm":
-            model: Callable[[Samples, NDArray[np.int64]], Predictions] = gbm.train(samples, rows["train"], seed)
+        if KINDS[config.model] is RecordGBM:
+            model: Callable[[Samples, NDArray[np.int64]], Predictions] = RecordGBM(samples, rows["train"], seed)
         else:
             net, trials = search(own, samples, films, rows, accelerator, log, place)
             model = partial(_say, net, own, accelerator)
@@ -97,9 +101,25 @@ def _fuse(
     run.finish(folder)
 
 
+def read_by_model(config: FuseConfig) -> tuple[FuseConfig, list[str]]:
+    """The config without what only models of films read, so that any config of `fuse` serves a model of the record.
+
+    Returns: the config; `key=value` of what was taken out.
+    Raises: UserError: no such model.
+    """
+    if config.model not in KINDS:
+        raise UserError(f"model={config.model}: no such model; there are {', '.join(KINDS)}")
+    if getattr(KINDS[config.model], "uses_film", True):
+        return config, []
+    alone: dict[str, Any] = {"encoder": None, "weights": None, "freeze": True, "unfreeze_after": None}
+    alone |= {"record_weights": None}  # they come from such a model
+    unused = [f"{key}={getattr(config, key)}" for key, value in alone.items() if getattr(config, key) != value]
+    return config.model_copy(update=alone), unused
+
+
 def choose_rows(config: FuseConfig, samples: Samples) -> Rows:
     """Row numbers of each split; a model that needs a film, or pairing=paired, takes those with one."""
-    needs = "paired" if getattr(KINDS.get(config.model), "needs_film", False) else None
+    needs = "paired" if getattr(KINDS[config.model], "needs_film", False) else None
     given = {"train": None, "val": config.val_pairing, "test": config.test_pairing}
     rows = {split: samples.rows(split, needs or own or config.pairing) for split, own in given.items()}
     if config.unpaired_share < 1:
@@ -194,12 +214,13 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
                 f"and model={config.model} predicts by it; train it on {config.task}, or leave film_weights out"
             )
     net = Net(copy.deepcopy(films), KINDS[config.model](sizes))
+    model: Any = net.model
     if config.record_weights is not None:
-        load_branch(getattr(net.model, "record", net.model), config.record_weights, "record_lstm")
+        load_branch(model.record, config.record_weights, "record_lstm")
     if config.film_weights is not None:
-        load_branch(getattr(net.model, "film", net.model), config.film_weights, "film_only")
+        load_branch(getattr(model, "film", model), config.film_weights, "film_only")
     if config.freeze_record:
-        net.model.record.requires_grad_(False)
+        model.record.requires_grad_(False)
     return net
 
 

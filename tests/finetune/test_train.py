@@ -16,10 +16,11 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from configs import UserError
+from configs import UserError, load
 from configs.signals import Stopped
 from finetune.config import FuseConfig
 from finetune.fusion import loop
+from finetune.fusion.cross_attention import KINDS
 from finetune.fusion.models import MODELS
 from finetune.fusion.train import fuse
 from finetune.guard import check_encoder
@@ -29,6 +30,7 @@ from pretrain.encoder import read_meta
 from pretrain.run import stopping
 
 Make = Callable[..., Path]
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def config(folder: Path, **changes: Any) -> FuseConfig:
@@ -195,6 +197,40 @@ def test_mistakes_are_named(make_icu: Make) -> None:
     with pytest.raises(ValueError, match="looks at films"):
         config(folder, encoder=None)
     fuse(config(folder, model="record_lstm", encoder=None, store=None, epochs=1))
+
+
+@pytest.mark.parametrize("model", ["record_lstm", "record_transformer", "record_gbm"])
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.rglob("fuse_*.yaml") if "demo" not in p.parts))
+def test_a_model_of_the_record_needs_no_film_store_or_encoder_in_any_shipped_config(
+    tmp_path: Path, make_icu: Make, monkeypatch: pytest.MonkeyPatch, name: str, model: str
+) -> None:
+    folder = make_icu(stays=60)
+    monkeypatch.undo()  # the real Store: there is none
+    monkeypatch.chdir(tmp_path)
+    words = [
+        f"model={model}",
+        f"features={folder / 'features'}",
+        "out=run",
+        "hidden=8",
+        "layers=1",
+        "epochs=1",
+        "samples=0",
+    ]
+    run = fuse(load(FuseConfig, CONFIGS / f"{name}.yaml", words))
+    about, rows = read_results(run)
+    assert about["encoder"] is None and len(rows) and "no store there" in about["warnings"][0]
+    assert load(FuseConfig, run / "config.yaml").encoder is None
+    with pytest.raises(UserError, match=r"no store|not a store"):
+        fuse(load(FuseConfig, CONFIGS / f"{name}.yaml", ["model=medfuse", *words[1:], "record_weights=null"]))
+
+
+def test_a_models_class_says_whether_it_sees_films(make_icu: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_icu(stays=24)
+    monkeypatch.setitem(KINDS, "plain_lstm", KINDS["record_lstm"])
+    fuse(config(folder, model="plain_lstm", encoder=None, store=None, epochs=1))
+    monkeypatch.setitem(KINDS, "record_medfuse", KINDS["medfuse"])
+    with pytest.raises(ValueError, match="looks at films"):
+        config(folder, model="record_medfuse", encoder=None)
 
 
 def test_several_seeds_leave_each_training_and_their_mean(make_icu: Make) -> None:
