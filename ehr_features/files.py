@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 
 from configs import UserError
 from configs.commands import command_line
+from ehr_features.schema import view_names
 
 PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of the disk or the mount, not of the program
@@ -226,7 +227,8 @@ def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = No
         have = pq.read_schema(path).names
         if missing := [c for c in columns or () if c not in have]:
             raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}")
-        return pd.read_parquet(path, columns=list(columns) if columns is not None else None)
+        table = pd.read_parquet(path, columns=list(columns) if columns is not None else None)
+    return table.assign(view=view_names(table["view"])) if "view" in table else table
 
 
 def provenance(config: Mapping[str, Any], sources: Sequence[str | Path] = (), **more: Any) -> dict[str, Any]:

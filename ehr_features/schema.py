@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 INT, TEXT, REAL, TIME, DATE = "int64", "string", "float64", "timestamp", "date"
 
@@ -29,6 +32,7 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT = ("val", "test")  # what no encoder may have been trained on
 FRONTAL = ("AP", "PA")  # the views that `views: frontal` keeps
+VIEW_CODES = {"ANTERO-POSTERIOR": "AP", "POSTERO-ANTERIOR": "PA", "LATERAL": "LATERAL"}  # a code's meaning -> view
 FINDINGS = (
     "Atelectasis",
     "Cardiomegaly",
@@ -45,6 +49,21 @@ FINDINGS = (
     "Pneumothorax",
     "Support Devices",
 )
+
+
+def view_names(views: pd.Series, meanings: pd.Series | None = None) -> pd.Series:
+    """Views in one spelling, whatever table names them: AP, PA, LATERAL, LL, ...; None where there is none.
+
+    Args:
+        meanings: of the views' codes (ViewCodeSequence_CodeMeaning), for films whose view is not named.
+    """
+    names = views.astype("string").str.strip().str.upper()
+    names = names.mask(names == "").replace(VIEW_CODES)
+    if meanings is not None:
+        names = names.fillna(meanings.astype("string").str.strip().str.upper().map(VIEW_CODES))
+    return names.astype(object).where(names.notna(), None)
+
+
 _IDS = {"subject_id": INT, "hadm_id": INT, "stay_id": INT}
 _EVENT = {"charttime": TIME, "storetime": TIME, "itemid": INT, "value": TEXT, "valuenum": REAL}
 _VITALS = {name: REAL for name in ("temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp")}

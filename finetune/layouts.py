@@ -17,7 +17,7 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import UNREADABLE, digest, new_file
-from ehr_features.schema import FINDINGS, FRONTAL, SPLITS
+from ehr_features.schema import FINDINGS, FRONTAL, SPLITS, view_names
 from ehr_features.splits import by_hash
 from finetune.config import TableConfig
 from finetune.labelled import Films, read_films
@@ -79,6 +79,7 @@ def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 
     Raises: UserError: columns or files missing, an unknown label, no film found.
     """
     table, found, warnings = {"nih": _nih, "chexpert": _chexpert, "csv": _csv}[config.layout](config, seed)
+    table["view"] = view_names(table["view"])
     if "Support Devices" in found:
         table["support_devices"] = found["Support Devices"] == 1
     if config.names == "chexpert" and config.layout == "nih":

@@ -15,6 +15,7 @@ from ibis import _
 from ibis.util import gen_name
 
 from ehr_features.raw.engine import hold
+from ehr_features.schema import VIEW_CODES
 
 if TYPE_CHECKING:
     from ehr_features.cohort import Attrition
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 YEARS = (1950, 2300)  # shifted MIMIC dates lie in 2100-2215, the films of others in their own decades
 AGES = (0, 120)
-VIEW_CODES = {"antero-posterior": "AP", "postero-anterior": "PA", "lateral": "LATERAL"}
 
 
 def read_films(source: Source, attrition: Attrition, preset: str) -> ibis.Table:
@@ -73,8 +73,8 @@ def timestamp(date: ibis.Value, time: ibis.Value) -> ibis.Value:
 def _films(source: Source, preset: str) -> ibis.Table:
     """The metadata table with a path, a time, a view and a position for each film."""
     raw = source.table("cxr_metadata")
-    named = raw.ViewPosition.strip().upper().nullif("")
-    meaning = raw.ViewCodeSequence_CodeMeaning.strip().lower()
+    named = raw.ViewPosition.strip().upper().nullif("")  # as schema.view_names, on the engine
+    meaning = raw.ViewCodeSequence_CodeMeaning.strip().upper()
     code = ibis.cases(*((meaning == text, view) for text, view in VIEW_CODES.items()))
     if preset == "medfuse":
         code = ibis.null("string")

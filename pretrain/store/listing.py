@@ -10,10 +10,9 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import UNREADABLE, digest
-from ehr_features.films.metadata import VIEW_CODES
 from ehr_features.raw.remote import explained, is_url
 from ehr_features.raw.source import find_table
-from ehr_features.schema import FRONTAL, READ
+from ehr_features.schema import FRONTAL, READ, view_names
 from pretrain.config import ImagesConfig
 from pretrain.draws import within_cap
 from pretrain.store.decode import SUFFIXES
@@ -48,10 +47,7 @@ def _say(counts: dict[str, int]) -> str:
 
 def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
     table = _metadata(root)
-    view = table.ViewPosition.str.strip().str.upper().replace("", None)
-    view = view.fillna(table.ViewCodeSequence_CodeMeaning.str.strip().str.lower().map(VIEW_CODES)).fillna(
-        "unknown view"
-    )
+    view = view_names(table.ViewPosition, table.ViewCodeSequence_CodeMeaning).fillna("unknown view")
     keep = view.isin(FRONTAL) if config.views == "frontal" else pd.Series(True, index=table.index)
     capped = pd.Series(False, index=table.index)
     if config.per_subject_cap is not None:
