@@ -23,7 +23,7 @@ from finetune.config import TableConfig
 from finetune.labelled import Films, read_films
 from pretrain.config import ImagesConfig
 from pretrain.store import Store, pack
-from pretrain.store.decode import SUFFIXES
+from pretrain.store.listing import by_stem, located
 
 if TYPE_CHECKING:
     from finetune.config import ProbeConfig
@@ -240,18 +240,10 @@ def _paths(table: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; `images` is the folder of the films of {config.table}")
     if "file" in table:
-        found = pd.Series(None, index=table.index, dtype=object)
-        inside = table["file"].str.split("/", n=1).str[-1]  # CheXpert's own folder leads its paths
-        for folder, files in ((root, table["file"]), (root, inside), (Path(config.table).parent, table["file"])):
-            missing = found.isna()  # a folder is asked once for each film: there may be 224,000 on a slow disk
-            tried = files[missing].map(lambda name, at=folder: at / name)
-            found[missing] = tried.map(lambda path: path.as_posix() if path.is_file() else None)
+        found = located(table["file"], [root, Path(config.table).parent])
         if found.notna().any():
             return found, why
-    paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES]
-    stems = pd.DataFrame({"stem": [p.stem for p in paths], "path": [p.as_posix() for p in paths]}, dtype=str)
-    stems = stems.drop_duplicates("stem", keep=False)  # no guess between two
-    return table["dicom_id"].map(stems.set_index("stem")["path"]), why
+    return by_stem(table["dicom_id"], root), why
 
 
 def _years(raw: pd.DataFrame, column: str) -> pd.Series:

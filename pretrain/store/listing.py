@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
@@ -57,7 +59,8 @@ def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int
     if capped.any():
         counts[f"left out by per_subject_cap: {config.per_subject_cap}"] = int(capped.sum())
     films = table[keep & ~capped].sort_values(["subject_id", "study_id", "dicom_id"])
-    folder = "files/p" + films.subject_id.str[:2] + "/p" + films.subject_id + "/s" + films.study_id + "/"
+    inside = "" if not is_url(root) and Path(root, f"p{films.subject_id.str[:2].min()}").is_dir() else "files/"
+    folder = inside + "p" + films.subject_id.str[:2] + "/p" + films.subject_id + "/s" + films.study_id + "/"
     return pd.DataFrame({"dicom_id": films.dicom_id, "path": f"{root}/" + folder + films.dicom_id + ".jpg"}), counts
 
 
@@ -93,7 +96,7 @@ def _folder_or_list(place: str) -> pd.DataFrame:
         if empty := int((table[column].fillna("").str.strip() == "").sum()):
             raise UserError(f"{place}: {empty} rows have no {column}")
     ids = table.dicom_id if "dicom_id" in table else table.path.map(lambda p: Path(p).stem)
-    return pd.DataFrame({"dicom_id": ids, "path": table.path.map(lambda p: _beside(place, p))})
+    return pd.DataFrame({"dicom_id": ids, "path": _places(place, table.path)})
 
 
 def _films_below(place: str) -> list[str] | None:
@@ -123,6 +126,34 @@ def _beside(place: str, path: str) -> str:
     if is_url(place) and not is_url(path):
         return f"{place.rpartition('/')[0]}/{path}"
     return path if is_url(path) else (Path(place).parent / path).as_posix()
+
+
+def _places(place: str, paths: pd.Series) -> pd.Series:
+    """Where the films of a list are: beside it, else below the working folder, else by their names below the list's."""
+    beside = paths.map(lambda path: _beside(place, path))
+    if beside.head(100).map(lambda path: is_url(path) or os.path.exists(path)).any():
+        return beside
+    folder = Path(place).parent
+    found = located(paths, [folder, Path()])
+    return (by_stem(paths.map(lambda path: Path(path).stem), folder) if found.isna().all() else found).fillna(beside)
+
+
+def located(files: pd.Series, roots: Sequence[Path]) -> pd.Series:
+    """The file of each film by its relative path below a root, with its first folder or without; None: absent."""
+    found = pd.Series(None, index=files.index, dtype=object)
+    inside = files.str.split("/", n=1).str[-1]  # CheXpert's own folder leads its paths
+    for root, names in ((root, names) for root in roots for names in (files, inside)):
+        missing = found.isna()  # a folder is asked once for each film: there may be 224,000 on a slow disk
+        tried = names[missing].map(lambda name, at=root: at / name)
+        found[missing] = tried.map(lambda path: path.as_posix() if path.is_file() else None)
+    return found
+
+
+def by_stem(stems: pd.Series, root: Path) -> pd.Series:
+    """The file of each film anywhere below a folder, by its name without suffix; None: absent, or there are several."""
+    paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES]
+    there = pd.DataFrame({"stem": [p.stem for p in paths], "path": [p.as_posix() for p in paths]}, dtype=str)
+    return stems.map(there.drop_duplicates("stem", keep=False).set_index("stem")["path"]).astype(object)
 
 
 def _read(path: str) -> pd.DataFrame:

@@ -17,6 +17,18 @@ import pytest
 from configs import UserError
 from ehr_features import files
 from ehr_features.files import alone, check_new_file, new_file, new_folder, read_json, undamaged
+from ehr_features.schema import view_names
+
+
+def test_a_view_has_one_spelling_whoever_wrote_it(tmp_path: Path) -> None:
+    given = ["ap", " Pa", "LATERAL", "ll ", "Antero-Posterior", "", None, "xtable lateral"]
+    wanted = ["AP", "PA", "LATERAL", "LL", "AP", None, None, "XTABLE LATERAL"]
+    assert view_names(pd.Series(given)).tolist() == wanted
+    meanings = pd.Series(["lateral"] * 5 + ["Postero-Anterior", "oblique", "lateral"])
+    assert view_names(pd.Series(given), meanings).tolist() == [*wanted[:5], "PA", None, wanted[7]]
+    (tmp_path / "provenance.json").write_text("{}")
+    pd.DataFrame({"view": given}).to_parquet(tmp_path / "images.parquet")
+    assert files.read_table(tmp_path, "images")["view"].tolist() == wanted
 
 
 def test_a_folder_behind_a_symbolic_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:

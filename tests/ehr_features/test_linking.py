@@ -220,7 +220,7 @@ def test_intervals_that_end_before_they_begin_hold_no_film_and_are_listed() -> N
 def test_empty_view_is_resolved_from_its_code_where_it_can_be() -> None:
     codes = {"a": "postero-anterior", "b": "Lateral", "c": "oblique", "d": None}
     films = [{"dicom_id": d, "ViewPosition": None, "ViewCodeSequence_CodeMeaning": c} for d, c in codes.items()]
-    films.append({"dicom_id": "e", "ViewPosition": "LL", "ViewCodeSequence_CodeMeaning": "lateral"})
+    films.append({"dicom_id": "e", "ViewPosition": " ll", "ViewCodeSequence_CodeMeaning": "lateral"})
     linked, attrition = link(films)
     assert linked["view"].fillna("").to_dict() == {"a": "PA", "b": "LATERAL", "c": "", "d": "", "e": "LL"}
     assert linked["view_source"].fillna("").tolist() == ["ViewCodeSequence"] * 2 + ["", "", "ViewPosition"]

@@ -69,6 +69,19 @@ def test_nih_keeps_its_official_split_and_carves_val_by_subject(tmp_path: Path) 
     assert {t["split"][0] for t in splits.values()} == {"train", "val"}
 
 
+def test_views_are_known_in_any_case(tmp_path: Path) -> None:
+    nih(tmp_path)
+    table_ = pd.read_csv(tmp_path / "Data_Entry_2017.csv")
+    table_.assign(**{"View Position": ["pa", " AP", "Pa", "ap"]}).to_csv(tmp_path / "Data_Entry_2017.csv", index=False)
+    given = {"table": str(tmp_path / "Data_Entry_2017.csv"), "images": str(tmp_path)}
+    assert read_layout(table(layout="nih", **given)).table["view"].tolist() == ["PA", "AP", "PA", "AP"]
+    rows = {"path": [f"images_001/images/0000000{i}.jpg" for i in (1, 2)], "sick": [0, 1], "side": ["Lateral", "ap"]}
+    pd.DataFrame(rows).to_csv(tmp_path / "my.csv", index=False)
+    films(tmp_path, rows["path"])
+    mine = table(layout="csv", columns=["sick"], view="side", **given | {"table": str(tmp_path / "my.csv")})
+    assert read_layout(mine).table["view"].tolist() == ["LATERAL", "AP"]
+
+
 def test_nih_labels_under_chexperts_names(tmp_path: Path) -> None:
     found = read_layout(nih(tmp_path).model_copy(update={"names": "chexpert"}))
     assert set(found.names) < set(FINDINGS)

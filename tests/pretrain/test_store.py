@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,46 @@ def test_the_metadata_may_be_of_any_release_and_file_that_features_reads(
     (mimic / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()
     table.to_parquet(mimic / name) if name.endswith("parquet") else table.to_csv(mimic / name)
     assert len(Store(pack(config(tmp_path / "store", mimic=mimic)))) == 9
+
+
+@pytest.mark.parametrize("case", [str.lower, str.title, "  {} ".format], ids=["lower", "title", "spaces"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_views_in_any_case_and_films_beside_the_table_or_under_files(
+    tmp_path: Path, mimic: Path, case: Callable[[str], str], beside: bool
+) -> None:
+    path = mimic / "mimic-cxr-2.0.0-metadata.csv.gz"
+    table = pd.read_csv(path, dtype=str).fillna("")
+    for column in ("ViewPosition", "ViewCodeSequence_CodeMeaning"):
+        table[column] = table[column].map(case)
+    table.to_csv(path, index=False)
+    if beside:
+        for folder in (mimic / "files").iterdir():
+            folder.rename(mimic / folder.name)
+    store = Store(pack(config(tmp_path / "store", mimic=mimic)))
+    assert sorted(store.index.dicom_id.str[-1].unique()) == ["0", "1", "3"] and len(store) == 9
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"),
+    [
+        ("a.csv", "films/s0/film0.jpg"),
+        ("lists/a.txt", "films/s0/film0.jpg"),  # from the working folder
+        ("a.parquet", "theirs/films/s0/film0.jpg"),
+        ("films/a.parquet", "film0.jpg"),
+        ("films/a.csv", "/elsewhere/s0/film0.png"),
+    ],
+)
+def test_a_list_finds_its_films_beside_it_below_the_working_folder_or_by_name(
+    tmp_path: Path, films: Path, monkeypatch: pytest.MonkeyPatch, listed: str, name: str
+) -> None:
+    path, table = tmp_path / listed, pd.DataFrame({"path": [name]})
+    path.parent.mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False, header=path.suffix == ".csv")
+    assert set(whole(pack(config(tmp_path / "store", path)))) == {"film0"}
 
 
 def test_the_cap_draws_films_of_each_subject_by_seed(tmp_path: Path, mimic: Path) -> None:
