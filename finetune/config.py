@@ -367,9 +367,6 @@ class FuseConfig(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> FuseConfig:
-        if (self.store is None or self.encoder is None) and self._sees_films():
-            missing = " and ".join(key for key in ("store", "encoder") if getattr(self, key) is None)
-            raise ValueError(f"`{missing}` missing: model={self.model} looks at films; model=record_lstm needs neither")
         if self.lr_range[0] > self.lr_range[1] or self.lr_range[0] <= 0:
             raise ValueError("`lr_range` is [lowest, highest], both above 0")
         if self.unfreeze_after is not None and self.freeze:
@@ -378,23 +375,12 @@ class FuseConfig(Settings):
             raise ValueError("`freeze_record` needs `record_weights`: a record branch that never learned says nothing")
         if self.record_weights is not None and self.model == "film_only":
             raise ValueError(f"`record_weights` {self.record_weights}: model={self.model} has no LSTM to take them")
-        if self.freeze_record and self.model == "record_lstm":
-            raise ValueError("`freeze_record` with model=record_lstm leaves nothing to train")
-        if self.film_weights is not None and not self._sees_films():
-            raise ValueError(f"`film_weights` {self.film_weights}: model={self.model} has no film branch")
-        if self.control != "none" and not (self.freeze and self._sees_films()):
-            raise ValueError("`control` needs a model with a film and freeze=true")
-        alone = self.model == "film_only" or not self.freeze or self.control != "none"
-        if self.adds and (alone or not self._sees_films()):
+        if self.control != "none" and not self.freeze:
+            raise ValueError("`control` needs freeze=true")
+        if self.adds and (self.model == "film_only" or not self.freeze or self.control != "none"):
             raise ValueError("`adds` needs a model of record and film, freeze=true and control=none")
         self._text()
         return self
-
-    def _sees_films(self) -> bool:
-        """Whether the model's class reads films; imports torch, so that it is asked only where the answer decides."""
-        from finetune.fusion.cross_attention import KINDS
-
-        return bool(getattr(KINDS.get(self.model), "uses_film", True))
 
     def _text(self) -> None:
         """Notes and an encoder for them go together, with the models that read them."""

@@ -57,7 +57,7 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
             samples, about["text"] = read(config, samples, _cache(config), tokens)
     if not sees_films:
         return samples, None, about | {"encoder": None}
-    assert store is not None and config.encoder is not None, "checked by the config"
+    assert store is not None and config.encoder is not None, "checked by read_by_model"
     frozen = open_encoder(config.encoder, seed=config.seed, device=accelerator.device, weights=config.weights)
     if frozen.folder is not None:
         subjects = samples.table[["subject_id", "split"]].drop_duplicates()
@@ -140,7 +140,7 @@ def read(config: FuseConfig, samples: Samples, cache: Path, tokens: bool) -> tup
     Returns: samples; what results.json says.
     Raises: UserError: no notes, one from after its film, none of these films.
     """
-    assert config.notes is not None and config.text_encoder is not None, "checked by the config"
+    assert config.notes is not None and config.text_encoder is not None, "checked by read_by_model"
     images = read_table(config.features, "images")
     taken = images.set_index("dicom_id")["taken_at"] if "taken_at" in images else None
     notes = read_notes(config.notes, taken)

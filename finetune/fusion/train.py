@@ -105,14 +105,21 @@ def read_by_model(config: FuseConfig) -> tuple[FuseConfig, list[str]]:
     """The config without what only models of films read, so that any config of `fuse` serves a model of the record.
 
     Returns: the config; `key=value` of what was taken out.
-    Raises: UserError: no such model.
+    Raises: UserError: no such model, no films for a model of films, or what only such a model can do.
     """
     if config.model not in KINDS:
         raise UserError(f"model={config.model}: no such model; there are {', '.join(KINDS)}")
     if getattr(KINDS[config.model], "uses_film", True):
+        if missing := " and ".join(key for key in ("store", "encoder") if getattr(config, key) is None):
+            raise UserError(
+                f"`{missing}` missing: model={config.model} looks at films; model=record_lstm needs neither"
+            )
         return config, []
+    for key, off in {"film_weights": None, "control": "none", "adds": False}.items():
+        if (value := getattr(config, key)) != off:
+            raise UserError(f"`{key}` {value}: model={config.model} looks at no film; choose a model of films")
     alone: dict[str, Any] = {"encoder": None, "weights": None, "freeze": True, "unfreeze_after": None}
-    alone |= {"record_weights": None}  # they come from such a model
+    alone |= {"record_weights": None, "freeze_record": False}  # such a model is what they come from
     unused = [f"{key}={getattr(config, key)}" for key, value in alone.items() if getattr(config, key) != value]
     return config.model_copy(update=alone), unused
 

@@ -194,8 +194,8 @@ def test_mistakes_are_named(make_icu: Make) -> None:
     folder = make_icu(stays=24)
     with pytest.raises(UserError, match="no such model; there are"):
         fuse(config(folder, model="medfus"))
-    with pytest.raises(ValueError, match="looks at films"):
-        config(folder, encoder=None)
+    with pytest.raises(UserError, match="`encoder` missing: model=medfuse looks at films"):
+        fuse(config(folder, encoder=None))
     fuse(config(folder, model="record_lstm", encoder=None, store=None, epochs=1))
 
 
@@ -215,13 +215,14 @@ def test_a_model_of_the_record_needs_no_film_store_or_encoder_in_any_shipped_con
         "layers=1",
         "epochs=1",
         "samples=0",
+        *["freeze_record=true", "record_weights=elsewhere"][: 2 * (name == "fuse_mortality")],
     ]
     run = fuse(load(FuseConfig, CONFIGS / f"{name}.yaml", words))
     about, rows = read_results(run)
     assert about["encoder"] is None and len(rows) and "no store there" in about["warnings"][0]
     assert load(FuseConfig, run / "config.yaml").encoder is None
     with pytest.raises(UserError, match=r"no store|not a store"):
-        fuse(load(FuseConfig, CONFIGS / f"{name}.yaml", ["model=medfuse", *words[1:], "record_weights=null"]))
+        fuse(load(FuseConfig, CONFIGS / f"{name}.yaml", ["model=medfuse", *words[1:7], "record_weights=null"]))
 
 
 def test_a_models_class_says_whether_it_sees_films(make_icu: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +230,11 @@ def test_a_models_class_says_whether_it_sees_films(make_icu: Make, monkeypatch: 
     monkeypatch.setitem(KINDS, "plain_lstm", KINDS["record_lstm"])
     fuse(config(folder, model="plain_lstm", encoder=None, store=None, epochs=1))
     monkeypatch.setitem(KINDS, "record_medfuse", KINDS["medfuse"])
-    with pytest.raises(ValueError, match="looks at films"):
-        config(folder, model="record_medfuse", encoder=None)
+    with pytest.raises(UserError, match="`store and encoder` missing: model=record_medfuse looks at films"):
+        fuse(config(folder, model="record_medfuse", encoder=None, store=None))
+    for key, value in {"film_weights": "run", "control": "another", "adds": True}.items():
+        with pytest.raises(UserError, match=f"`{key}` .*model=plain_lstm looks at no film"):
+            fuse(config(folder, model="plain_lstm", **{key: value}))
 
 
 def test_several_seeds_leave_each_training_and_their_mean(make_icu: Make) -> None:
