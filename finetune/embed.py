@@ -21,7 +21,8 @@ from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
 from finetune.encoders import Frozen, open_encoder
 from pretrain import encoder as encoders
-from pretrain.store.decode import SUFFIXES, BadFilm
+from pretrain.store.decode import SUFFIXES, BadFilm, film_id
+from pretrain.store.listing import films_of
 
 
 def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_size: int = 64) -> Path:
@@ -33,36 +34,35 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
     """
     check_new_file(out)
     frozen, made = _opened(encoder)
-    paths = film_paths(films)
-    print(f"{len(paths):,} films by {encoder}")
+    listed = _films(films)
+    print(f"{len(listed):,} films by {encoder}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kept: list[Path] = []
-    bad: list[tuple[Path, str]] = []
+    kept: list[int] = []
+    bad: list[tuple[str, str]] = []
     parts: list[np.ndarray] = []
-    with Bar("embedding", len(paths), "films") as bar:
-        for start in range(0, len(paths), batch_size):
+    with Bar("embedding", len(listed), "films") as bar:
+        for start in range(0, len(listed), batch_size):
             batch = []
-            for path in paths[start : start + batch_size]:
+            for row, path in enumerate(listed["path"][start : start + batch_size], start):
                 try:
                     batch.append(made.preprocess.read(path))
-                    kept.append(path)
+                    kept.append(row)
                 except BadFilm as error:
                     bad.append((path, str(error)))
             if batch:
-                names = [str(path) for path in kept[-len(batch) :]]
+                names = listed["path"].iloc[kept[-len(batch) :]].tolist()
                 found = encoders.embed(made, batch, pool=pool, batch_size=batch_size, device=device, names=names)
                 parts.append(found.numpy())
-            bar.advance(len(paths[start : start + batch_size]))
+            bar.advance(len(listed[start : start + batch_size]))
     for path, why in bad[:10]:
         print(f"left out: {path}: {why}")
     if not kept:
-        raise UserError(f"{films}: none of {len(paths)} films can be read; the first: {bad[0][0]}: {bad[0][1]}")
+        raise UserError(f"{films}: none of {len(listed)} films can be read; the first: {bad[0][0]}: {bad[0][1]}")
     features = np.concatenate(parts)
     about = {"encoder": encoder, "key": frozen.key, "pool": pool or made.meta["pool"], "left_out": len(bad)}
     table = pa.table(
         {
-            "dicom_id": [path.stem for path in kept],
-            "path": [path.as_posix() for path in kept],
+            **{name: listed[name].iloc[kept].tolist() for name in ("dicom_id", "path")},
             **{f"f{i}": features[:, i] for i in range(features.shape[1])},
         },
         metadata={"ehr_msn": json.dumps(about)},
@@ -70,7 +70,7 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
     with new_file(out) as part:
         pq.write_table(table, part)
     print(f"wrote {out}: {len(kept):,} films x {features.shape[1]} features" + f", {len(bad)} left out" * bool(bad))
-    print(f"next: {command_line('nearest', out, kept[0])}")
+    print(f"next: {command_line('nearest', out, listed['path'].iloc[kept[0]])}")
     return Path(out)
 
 
@@ -84,25 +84,17 @@ def _opened(encoder: str) -> tuple[Frozen, encoders.Encoder]:
     return frozen, frozen.encoder
 
 
-def film_paths(films: str) -> list[Path]:
-    """The films that a folder, a list or a path stands for. Raises: UserError: none."""
-    path = Path(films)
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    elif not path.is_file():
-        raise UserError(f"{films}: no such folder, list or film")
-    elif path.suffix == ".txt":
-        found = [path.parent / line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif path.suffix == ".csv":
-        table = pd.read_csv(path)
-        if "path" not in table:
-            raise UserError(f"{films}: no column `path`; found {', '.join(map(str, table.columns))}")
-        found = [path.parent / str(p) for p in table["path"]]
-    else:
-        found = [path]
-    if not found:
-        raise UserError(f"{films}: no film here (wanted {', '.join(SUFFIXES)})")
-    return found
+def _films(place: str) -> pd.DataFrame:
+    """A row a film (dicom_id, path) of a folder, a list, or a film. Raises: UserError: none."""
+    path = Path(place)
+    if path.is_file() and path.suffix not in (".txt", ".csv", ".parquet"):
+        return pd.DataFrame({"dicom_id": [film_id(path)], "path": [place]})
+    films, others = films_of(place)
+    for what, number in others.items():
+        print(f"{number:,} {what}")
+    if films.empty:
+        raise UserError(f"{place}: no film here (wanted {', '.join(SUFFIXES)}, or files with such content)")
+    return films.reset_index(drop=True)
 
 
 def nearest(embeddings: str, film: str, *, number: int = 10, encoder: str | None = None) -> pd.DataFrame:

@@ -8,6 +8,7 @@ official split all subjects go 70 / 10 / 20 by hash, with a warning.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +17,15 @@ import numpy as np
 import pandas as pd
 
 from configs import UserError
-from ehr_features.files import UNREADABLE, digest, new_file
+from ehr_features.files import UNREADABLE, digest, new_file, whole_numbers
 from ehr_features.schema import FINDINGS, FRONTAL, SPLITS, view_names
 from ehr_features.splits import by_hash
 from finetune.config import TableConfig
 from finetune.labelled import Films, read_films
 from pretrain.config import ImagesConfig
 from pretrain.store import Store, pack
-from pretrain.store.listing import by_stem, located
+from pretrain.store.decode import film_id
+from pretrain.store.listing import by_id, located
 
 if TYPE_CHECKING:
     from finetune.config import ProbeConfig
@@ -66,8 +68,9 @@ AS_CHEXPERT = {"Airspace Opacity": "Lung Opacity"}  # so called in MIMIC-CXR-JPG
 AGE = r"^\s*0*(?P<number>\d+(?:\.\d+)?)(?P<unit>[YMD]?)"
 
 
-# A row a film (dicom_id, study_id, subject_id, split, view, ...), its labels, what a reader of the results must know.
-Read = tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]
+# A row a film (dicom_id, study_id, subject_id, split, view, ...), its labels, warnings for a reader of the results, and
+# how many rows were left out because an id is missing.
+Read = tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...], dict[str, int]]
 
 
 def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 0) -> Films:
@@ -78,7 +81,7 @@ def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 
         seed: of the hash split.
     Raises: UserError: columns or files missing, an unknown label, no film found.
     """
-    table, found, warnings = {"nih": _nih, "chexpert": _chexpert, "csv": _csv}[config.layout](config, seed)
+    table, found, warnings, left_out = {"nih": _nih, "chexpert": _chexpert, "csv": _csv}[config.layout](config, seed)
     table["view"] = view_names(table["view"])
     if "Support Devices" in found:
         table["support_devices"] = found["Support Devices"] == 1
@@ -101,7 +104,7 @@ def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 
         twice = table["dicom_id"][table["dicom_id"].duplicated()]
         raise UserError(f"{config.table}: {twice.nunique()} films have more than one row, e.g. {twice.iloc[0]}")
     table["path"], why = _paths(table, config)
-    films = Films(table, found.astype(np.float64).reset_index(drop=True), {}, warnings, empty)
+    films = Films(table, found.astype(np.float64).reset_index(drop=True), left_out, warnings, empty)
     here = table["path"].notna().to_numpy()
     films = films.keep(here, why)
     if not len(films):
@@ -119,13 +122,14 @@ def to_chexpert(labels: pd.DataFrame) -> pd.DataFrame:
 
 def _nih(config: TableConfig, seed: int) -> Read:
     """Data_Entry_2017(_v2020).csv; train_val_list.txt and test_list.txt beside it are the official split."""
-    raw = read(config.table, ["Image Index", "Finding Labels", "Patient ID", "View Position"])
+    columns = ["Image Index", "Finding Labels", "Patient ID", "View Position"]
+    raw, left_out = read(config.table, columns, ["Image Index", "Patient ID"])
     findings = raw["Finding Labels"].str.split("|").apply(set)
     labels = pd.DataFrame({name: findings.map(lambda s, name=name: float(name in s)) for name in NIH})
     table = pd.DataFrame(
         {
-            "dicom_id": raw["Image Index"].map(lambda name: Path(name).stem),
-            "study_id": raw["Image Index"].map(lambda name: Path(name).stem),  # each film is an exam of its own
+            "dicom_id": raw["Image Index"].map(film_id),
+            "study_id": raw["Image Index"].map(film_id),  # each film is an exam of its own
             "subject_id": _ids(raw["Patient ID"], config.table),
             "view": raw["View Position"],
             "sex": raw.get("Patient Gender"),
@@ -141,12 +145,12 @@ def _nih(config: TableConfig, seed: int) -> Read:
         says = (
             f"no {' and no '.join(absent)} beside {config.table}: split by hash, not comparable with published numbers"
         )
-        return table, labels, (says,)
-    official = {Path(line).stem: split for split, path in lists.items() for line in path.read_text().split()}
+        return table, labels, (says,), left_out
+    official = {film_id(line): split for split, path in lists.items() for line in path.read_text().split()}
     table["split"] = table["dicom_id"].map(official)
     if table["split"].isna().any():
         raise UserError(f"{config.table}: {table['split'].isna().sum()} films are in neither of the lists beside it")
-    return _carve(table, seed), labels, ()
+    return _carve(table, seed), labels, (), left_out
 
 
 def _chexpert(config: TableConfig, seed: int) -> Read:
@@ -164,7 +168,9 @@ def _chexpert(config: TableConfig, seed: int) -> Read:
     elif test is None:
         parts |= {"val": None, "test": valid}
         warnings.append(f"no {' or '.join(CHEXPERT_TESTS)} beside {given}: {valid.name} is the test split")
-    frames = [read(path, ["Path"]).assign(split=split) for split, path in parts.items() if path is not None]
+    found = {split: read(path, ["Path"], ["Path"]) for split, path in parts.items() if path is not None}
+    frames = [frame.assign(split=split) for split, (frame, _) in found.items()]
+    left_out = sum((Counter(dropped) for _, dropped in found.values()), Counter())
     raw = pd.concat([frame.rename(columns=AS_CHEXPERT) for frame in frames], ignore_index=True)
     if missing := [name for name in FINDINGS if name not in raw]:
         raise UserError(f"{given}: columns missing: {', '.join(missing)}; found {', '.join(map(str, frames[0]))}")
@@ -190,18 +196,18 @@ def _chexpert(config: TableConfig, seed: int) -> Read:
         }
     )
     table = _carve(table, seed) if parts.get("val", valid) is None else table
-    return table, raw[list(FINDINGS)].apply(pd.to_numeric, errors="coerce"), tuple(warnings)
+    return table, raw[list(FINDINGS)].apply(pd.to_numeric, errors="coerce"), tuple(warnings), dict(left_out)
 
 
 def _csv(config: TableConfig, seed: int) -> Read:
     """A row a film: path, labels, and whatever of subject, study, split, view, sex, age it has."""
     asked = {"subject_id": config.subject, "study_id": config.study, "split": config.split, "view": config.view}
-    raw = read(config.table, [config.path, *config.columns, *(c for c in asked.values() if c)])
-    if raw[config.path].isna().any():
-        raise UserError(f"{config.table}: {raw[config.path].isna().sum()} rows have no `{config.path}`")
-    stem = raw[config.path].map(lambda name: Path(str(name)).stem)
+    keys = [c for c in (config.path, config.subject) if c]
+    wanted = [config.path, *config.columns, *(c for c in asked.values() if c)]
+    raw, left_out = read(config.table, wanted, keys, [c for c in (config.study,) if c])
+    stem = raw[config.path].map(film_id)
     if stem.duplicated().any():  # as view1_frontal of every patient
-        stem = raw[config.path].map(lambda name: Path(str(name)).with_suffix("").as_posix())
+        stem = raw[config.path].map(lambda name: (Path(name).parent / film_id(name)).as_posix())
     table = pd.DataFrame({"dicom_id": stem, "file": raw[config.path]})
     table["subject_id"] = _ids(raw[config.subject] if config.subject else stem, config.table)
     table["study_id"] = raw[config.study] if config.study else stem
@@ -219,7 +225,7 @@ def _csv(config: TableConfig, seed: int) -> Read:
     else:
         table["split"] = [by_hash(subject, seed) for subject in table["subject_id"]]
     try:
-        return table, raw[config.columns].astype(np.float64), ()
+        return table, raw[config.columns].astype(np.float64), (), left_out
     except (TypeError, ValueError) as error:
         raise UserError(f"{config.table}: labels are 1, 0, -1 (uncertain) or empty; {error}") from None
 
@@ -235,7 +241,7 @@ def _carve(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def _paths(table: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
-    """The file of each film: below `images` by its relative path, else anywhere there by its stem."""
+    """The file of each film: below `images` by its relative path, else anywhere there by its id."""
     root, why = Path(config.images), f"no file below {config.images}"
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; `images` is the folder of the films of {config.table}")
@@ -243,7 +249,7 @@ def _paths(table: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
         found = located(table["file"], [root, Path(config.table).parent])
         if found.notna().any():
             return found, why
-    return by_stem(table["dicom_id"], root), why
+    return by_id(table["dicom_id"], root), why
 
 
 def _years(raw: pd.DataFrame, column: str) -> pd.Series:
@@ -254,18 +260,26 @@ def _years(raw: pd.DataFrame, column: str) -> pd.Series:
 
 def _ids(values: pd.Series, path: str) -> pd.Series:
     """Subjects as whole numbers; text ones by the order of their names."""
-    if values.isna().any():
-        raise UserError(f"{path}: {values.isna().sum()} rows have no subject in `{values.name}`")
-    numbers = pd.to_numeric(values, errors="coerce")
-    if numbers.notna().all() and (numbers == numbers.round()).all():
+    numbers = whole_numbers(values)
+    if numbers.notna().all():
         return numbers.astype(np.int64)
     return pd.Series(pd.factorize(values, sort=True)[0], index=values.index)
 
 
-def read(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """A table (.csv, .csv.gz, .parquet) with at least `columns`. Raises: UserError."""
+def read(
+    path: str | Path, columns: Sequence[str] = (), keys: Sequence[str] = (), texts: Sequence[str] = ()
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Read a table (.csv, .csv.gz, .parquet) with at least `columns`.
+
+    Args:
+        keys: ids and paths, which stay text (`00000001`); a row without one, as is a repeated header, is left out.
+        texts: other columns that stay text.
+    Returns: the table, and how many rows were left out, by reason.
+    Raises: UserError.
+    """
+    as_text = dict.fromkeys([*keys, *texts], str)
     try:
-        table = pd.read_parquet(path) if str(path).endswith(".parquet") else pd.read_csv(path)
+        table = pd.read_parquet(path) if str(path).endswith(".parquet") else pd.read_csv(path, dtype=as_text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such table") from None
     except UNREADABLE as error:
@@ -274,9 +288,15 @@ def read(path: str | Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         ) from None
     if missing := [c for c in columns if c not in table]:
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(map(str, table.columns))}")
+    left_out = {}
+    for key in keys:
+        text = table[key].astype("string").str.strip().fillna("")
+        if missing_ids := int((named := ~text.isin(["", key])).size - named.sum()):
+            left_out[f"row without {key}"] = missing_ids
+        table = table.assign(**{key: text.astype(object)})[named]
     if table.empty:
         raise UserError(f"{path}: no rows")
-    return table
+    return table.reset_index(drop=True), left_out
 
 
 # ---- Open the labelled films that a config names, and the store of their pixels.
@@ -328,8 +348,9 @@ def radiologists(path: str, films: Films) -> Films:
 
     Raises: UserError: another file, or none of its studies is among the test films.
     """
-    theirs = read(path).rename(columns=AS_CHEXPERT)
-    if "study_id" not in theirs or not set(films.names) & set(theirs):
+    theirs, left_out = read(path, ["study_id"], ["study_id"])
+    theirs = theirs.rename(columns=AS_CHEXPERT).assign(study_id=whole_numbers(theirs["study_id"]))
+    if not set(films.names) & set(theirs):
         raise UserError(
             f"{path}: wanted study_id and findings, found {', '.join(map(str, theirs.columns))}; "
             "it is mimic-cxr-2.1.0-test-set-labeled.csv of MIMIC-CXR-JPG 2.1.0"
@@ -343,4 +364,4 @@ def radiologists(path: str, films: Films) -> Films:
     table = films.table.iloc[rows].reset_index(drop=True).assign(row=rows)
     common = [name for name in films.names if name in theirs]
     labels = theirs.set_index("study_id")[common].loc[table["study_id"]].reset_index(drop=True)
-    return Films(table, labels.astype(np.float64), {})
+    return Films(table, labels.astype(np.float64), left_out)

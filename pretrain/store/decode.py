@@ -6,6 +6,7 @@ No crop anywhere: the costophrenic angles lie at the border of the film.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -24,10 +25,31 @@ MIN_SIDE = 8
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 QUALITY = 95  # of a store of JPEGs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
+MARK = re.compile(
+    rb"\xff[^\x00\xd0-\xd7\xff]"
+)  # of JPEG; behind 0xff, 0 is a value of a scan and 0xd0 to 0xd7 restarts it
+HEAD = 132  # bytes that tell what a file is
 
 
 class BadFilm(ValueError):
     """This film cannot be used; the message is the reason, in a few words, and holds no patient's values."""
+
+
+def film_id(path: str | Path) -> str:
+    """A film's id outside MIMIC: its file's name without a film's suffix; a DICOM UID keeps all its parts."""
+    name = Path(path).name
+    return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s) and len(name) > len(s)), name)
+
+
+def film_kind(head: bytes) -> Literal["JPEG", "PNG", "DICOM"] | None:
+    """What a file is by its first `HEAD` bytes; None: no film."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    # The magic word behind the preamble, or no preamble and an element of group 2 or 8, its VR written out or not
+    bare = re.match(rb"[\x02\x08]\0.\0(UL|CS|UI|SH|OB|DA|[^\0][\0-\x03]\0\0)", head, re.DOTALL)
+    return "DICOM" if head[128:132] == b"DICM" or bare else None
 
 
 def decode(
@@ -41,7 +63,7 @@ def decode(
         near: the film may come smaller than it is (JPEG decodes faster so), its longer side at least `near` px.
         data: the file's content, where it has been read already (from a URL).
     Returns: (H, W) uint8; air is dark, bone is bright. More than 8 bits are scaled from the film's lowest to its
-        highest value; transparent pixels are black; colours become luminance.
+        highest value; padding and transparent pixels are black and count in no scale; colours become luminance.
     Raises: BadFilm: absent, empty, truncated, of another kind, without content; UserError: DICOM without pydicom.
     """
     path = Path(path)
@@ -56,10 +78,11 @@ def decode(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # decoders warn of oddities that do no harm
-            if data[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom"):
-                film = _dicom(data, dicom)
-            elif data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
-                film = _picture(data, near)
+            kind = film_kind(data[:HEAD])
+            if kind == "DICOM" or (kind is None and path.suffix.lower() in (".dcm", ".dicom")):
+                film, image = _dicom(data, dicom)
+            elif kind is not None:
+                film, image = _picture(data, near)
             else:
                 raise BadFilm("not a JPEG, PNG or DICOM file")
     except (BadFilm, UserError):
@@ -69,10 +92,11 @@ def decode(
         words = ("truncated", "unexpected end", "less than expected")
         truncated = isinstance(error, EOFError) or any(word in says.lower() for word in words)
         raise BadFilm("truncated" if truncated else f"damaged ({type(error).__name__})") from None
-    low, high = int(film.min()), int(film.max())
+    shown = film if image is None else film[image]
+    low, high = int(shown.min()), int(shown.max())
     if low == high:
         raise BadFilm(f"blank: every pixel is {low}")
-    return film
+    return film if image is None else np.where(image, film, np.uint8(0))
 
 
 def fit(film: np.ndarray, size: int) -> np.ndarray:
@@ -171,45 +195,78 @@ def _check_sides(height: int, width: int) -> None:
 
 
 # ---- JPEG and PNG ---------------------------------------------------------------------------------------------------
-def _picture(data: bytes, near: int | None) -> np.ndarray:
-    if fault := _png_fault(data) if data.startswith(b"\x89PNG") else _jpeg_fault(data):
+def _picture(data: bytes, near: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """The film, and which of its pixels are image (None: all)."""
+    if data.startswith(b"\x89PNG") and (fault := _png_fault(data)):
         raise BadFilm(fault)
+    if data.startswith(b"\xff\xd8") and _jpeg_end(data) is None:
+        raise BadFilm("truncated")
+    image = _opened(data, near)
+    colour_key = image.info.get("transparency")
+    if image.format == "PNG" and data[24] == 16 and (data[25] in (2, 4, 6) or colour_key is not None):
+        return _deep_colour(data, colour_key)
+    if image.format == "JPEG" and _cut_inside(image, data, near):
+        raise BadFilm("truncated")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(np.asarray(image)), None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.array(image.convert("L")), None
+
+
+def _opened(data: bytes, near: int | None) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
     except Image.DecompressionBombError:
         raise BadFilm(f"more than {MAX_PIXELS // 1_000_000} million px") from None
     _check_sides(image.height, image.width)
-    if data.startswith(b"\x89PNG") and data[24] == 16 and data[25] in (2, 4, 6):
-        return _deep_colour(data)
     if near is not None and max(image.size) > near:
         scale = near / max(image.size)
-        image.draft("L", (round(image.width * scale), round(image.height * scale)))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        return _eight_bits(np.asarray(image))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return np.array(image.convert("L"))
+        image.draft("L", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    return image
 
 
-def _deep_colour(data: bytes) -> np.ndarray:
+def _deep_colour(data: bytes, key: int | tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray | None]:
     """A PNG of 16 bits with colour or transparency, of which Pillow reads 8 (a 12-bit film would be black)."""
     import torch
     from torchvision.io import decode_image
 
     planes = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8)).numpy().astype(np.float64)
     grey = planes[0] if len(planes) < 3 else np.tensordot(LUMINANCE, planes[:3], 1)
-    return _eight_bits(grey * (planes[-1] / 65535) if len(planes) in (2, 4) else grey)
+    if len(planes) in (2, 4):
+        image = planes[-1] > 0
+        return (_eight_bits(grey, image) * (planes[-1] / 65535)).astype(np.uint8), image
+    image = None if key is None else (planes != np.reshape(key, (-1, 1, 1))).any(0)
+    return _eight_bits(grey, image), image
 
 
-def _jpeg_fault(data: bytes) -> str | None:
-    """`truncated` if the end mark, which cannot occur inside a scan, does not follow the last scan.
+def _jpeg_end(data: bytes) -> int | None:
+    """Where the end mark of the first picture stands, which may be followed by more; None: there is none.
 
-    libjpeg fills what is missing with grey, without a word if the end of the file is zeros. (Damage in the middle of a
-    scan cannot be told: JPEG has no check sums.)
+    libjpeg fills what is missing with grey, without a word if the end of the file is zeros.
     """
-    return None if data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") else "truncated"
+    at = 2
+    while (mark := MARK.search(data, at)) is not None:
+        at, kind = mark.end(), mark[0][-1]
+        if kind == 0xD9:
+            return mark.start()
+        at += 0 if kind in (0x01, 0xD8) else int.from_bytes(data[at : at + 2])
+    return None
+
+
+def _cut_inside(image: Image.Image, data: bytes, near: int | None) -> bool:
+    """Whether a scan ends before the picture does although the end mark follows.
+
+    libjpeg then fills the rest with grey. What follows the scan is read only where something is missing: more of it
+    changes the picture. (Damage in the middle of a scan cannot be told: JPEG has no check sums.)
+    """
+    pixels, end = np.asarray(image), _jpeg_end(data)
+    if (pixels[-1, -1] != 128).any():
+        return False
+    longer = _opened(data[:end] + bytes(range(1, 129)) + data[end:], near)
+    return not np.array_equal(np.asarray(longer), pixels)
 
 
 def _png_fault(data: bytes) -> str | None:
@@ -228,26 +285,33 @@ def _png_fault(data: bytes) -> str | None:
     return None
 
 
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Scale from the lowest to the highest value to 0..255, truncated."""
+def _eight_bits(values: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
+    """Scale from the lowest to the highest value (of the image) to 0..255, truncated."""
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise BadFilm("not a number in a pixel")
-    values -= values.min()
-    return (values / (values.max() or 1.0) * 255).astype(np.uint8)
+    shown = values if image is None else values[image]
+    low, high = (shown.min(), shown.max()) if shown.size else (0.0, 0.0)
+    return ((values.clip(low, high) - low) / ((high - low) or 1.0) * 255).astype(np.uint8)
 
 
 # ---- DICOM ----------------------------------------------------------------------------------------------------------
-def _dicom(data: bytes, mode: Dicom) -> np.ndarray:
+def _dicom(data: bytes, mode: Dicom) -> tuple[np.ndarray, np.ndarray | None]:
+    """The film, and which of its pixels are image (None: all)."""
     try:
         import pydicom
-        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+        from pydicom.pixels import apply_color_lut, pixel_array
     except ImportError:
         raise UserError("DICOM films need pydicom: pip install 'ehr-msn[dicom]'") from None
     try:
         ds = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")
     except Exception as error:
         raise BadFilm(f"not a whole DICOM file ({type(error).__name__})") from None
+    if "TransferSyntaxUID" not in ds.file_meta:  # a file without meta information, as old archives hold them
+        implicit = ds.original_encoding[0]
+        ds.file_meta.TransferSyntaxUID = (
+            pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+        )
     if "PixelData" not in ds or "Rows" not in ds or "Columns" not in ds:
         raise BadFilm("DICOM without pixels")
     if int(ds.get("NumberOfFrames") or 1) > 1:
@@ -268,19 +332,55 @@ def _dicom(data: bytes, mode: Dicom) -> np.ndarray:
     for name in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"):
         if name in ds and ds[name].is_empty:  # many archives write the tag and leave it empty: as good as absent
             del ds[name]
-    if mode == "mimic-jpg":
-        film = _eight_bits(pixels)
-        return equalise(255 - film if kind == "MONOCHROME1" else film)
-    film = _window(apply_modality_lut(pixels, ds) if kind.startswith("MONO") else pixels, ds)
-    return 255 - film if kind == "MONOCHROME1" else film
+    image = None
+    if kind.startswith("MONO"):
+        image = _not_padding(pixels, ds)
+        pixels = _modality(pixels, ds)
+    film = _eight_bits(pixels, image) if mode == "mimic-jpg" else _window(pixels, ds, image)
+    film = 255 - film if kind == "MONOCHROME1" else film
+    return (equalise(film, image) if mode == "mimic-jpg" else film), image
 
 
-def _window(values: np.ndarray, ds: Any) -> np.ndarray:
+def _not_padding(pixels: np.ndarray, ds: Any) -> np.ndarray | None:
+    """Which pixels are image (DICOM PS3.3, C.7.5.1.1.2); None: all, or the file names no padding."""
+    first = ds.get("PixelPaddingValue")
+    if first is None or first == "":
+        return None
+    last = ds.get("PixelPaddingRangeLimit")
+    ends = [int(first), int(first if last is None or last == "" else last)]
+    if ds.get("PixelRepresentation"):  # written as an unsigned number by some
+        ends = [end - 2**16 if end >= 2**15 else end for end in ends]
+    padding = (pixels >= min(ends)) & (pixels <= max(ends))
+    if padding.all():
+        raise BadFilm("blank: every pixel is padding")
+    return ~padding if padding.any() else None
+
+
+def _modality(pixels: np.ndarray, ds: Any) -> np.ndarray:
+    """Stored values -> the values that the window is of (DICOM PS3.3, C.11.1)."""
+    if ds.get("ModalityLUTSequence"):
+        return _looked_up(pixels, ds, "ModalityLUTSequence")
+    slope, intercept = float(ds.get("RescaleSlope", 1)), float(ds.get("RescaleIntercept", 0))
+    return pixels if (slope, intercept) == (1, 0) else pixels * slope + intercept
+
+
+def _looked_up(values: np.ndarray, ds: Any, sequence: str) -> np.ndarray:
+    """Values by a table of the file; pydicom's own takes 8 or 16 bits an entry alone, where files have 10 to 16."""
+    item = ds[sequence][0]
+    entries, first, _bits = item.LUTDescriptor
+    table, entries = item.LUTData, int(entries) or 2**16
+    if isinstance(table, bytes):  # of two bytes an entry, or of one
+        order = "<" if ds.original_encoding[1] else ">"
+        table = np.frombuffer(table, np.uint8 if len(table) < 2 * entries else f"{order}u2")
+    if len(table) < entries:
+        raise BadFilm("its table of grey values is cut short")
+    return np.asarray(table)[(np.round(values).astype(np.int64) - int(first)).clip(0, entries - 1)]
+
+
+def _window(values: np.ndarray, ds: Any, image: np.ndarray | None) -> np.ndarray:
     """The grey window of the file (DICOM PS3.3, C.11.2), else a table of it, else lowest to highest value."""
     if "WindowCenter" not in ds or "WindowWidth" not in ds:
-        from pydicom.pixels import apply_voi_lut
-
-        return _eight_bits(apply_voi_lut(values, ds) if "VOILUTSequence" in ds else values)
+        return _eight_bits(_looked_up(values, ds, "VOILUTSequence") if ds.get("VOILUTSequence") else values, image)
     first = [
         v[0] if isinstance(v, (list, tuple)) or hasattr(v, "append") else v for v in (ds.WindowCenter, ds.WindowWidth)
     ]
@@ -298,11 +398,15 @@ def _window(values: np.ndarray, ds: Any) -> np.ndarray:
     return (np.clip(part, 0, 1) * 255).round().astype(np.uint8)
 
 
-def equalise(film: np.ndarray) -> np.ndarray:
-    """Histogram equalisation as OpenCV's equalizeHist does it, which MIMIC-CXR-JPG was made with (uint8 -> uint8)."""
-    counts = np.bincount(film.ravel(), minlength=256)
+def equalise(film: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
+    """Histogram equalisation as OpenCV's equalizeHist does it, which MIMIC-CXR-JPG was made with (uint8 -> uint8).
+
+    Args:
+        image: which pixels count; None: all.
+    """
+    counts = np.bincount(film.ravel() if image is None else film[image], minlength=256)
     first = int(np.flatnonzero(counts)[0])
-    rest = film.size - int(counts[first])
+    rest = int(counts.sum() - counts[first])
     if rest == 0:
         return film.copy()
     counts[first] = 0  # the lowest value becomes 0

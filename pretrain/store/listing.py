@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import fsspec
 import pandas as pd
 
 from configs import UserError
-from ehr_features.files import UNREADABLE, digest
+from ehr_features.files import UNREADABLE, digest, whole_numbers
 from ehr_features.raw.remote import explained, is_url
 from ehr_features.raw.source import find_table
 from ehr_features.schema import FRONTAL, READ, view_names
 from pretrain.config import ImagesConfig
 from pretrain.draws import within_cap
-from pretrain.store.decode import SUFFIXES
+from pretrain.store.decode import HEAD, SUFFIXES, film_id, film_kind
 
 
 def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -29,8 +31,8 @@ def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
     if config.mimic_cxr is not None:
         films, counts = _mimic(config.mimic_cxr.removeprefix("file://").rstrip("/"), config)
     else:
-        films = _folder_or_list(str(config.films).removeprefix("file://"))
-        counts = {"packed": len(films)}
+        films, others = films_of(str(config.films).removeprefix("file://"))
+        counts = {"packed": len(films)} | others
     if films.empty:
         raise UserError(f"{config.mimic_cxr or config.films}: no film to pack ({_say(counts)})")
     twice = films[films.dicom_id.duplicated(keep=False)].sort_values("dicom_id", kind="stable")
@@ -38,7 +40,7 @@ def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
         first, second = twice.path.iloc[0], twice.path.iloc[1]
         raise UserError(
             f"{twice.dicom_id.nunique()} dicom_ids stand for more than one film, e.g. {twice.dicom_id.iloc[0]}: "
-            f"{first} and {second}; a film's id is its file's stem: rename one, or give a list with a column dicom_id"
+            f"{first} and {second}; a film's id is its file's name: rename one, or give a list with a column dicom_id"
         )
     return films.reset_index(drop=True), counts
 
@@ -48,7 +50,7 @@ def _say(counts: dict[str, int]) -> str:
 
 
 def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
-    table = _metadata(root)
+    table, nameless = _with_ids(_metadata(root))
     view = view_names(table.ViewPosition, table.ViewCodeSequence_CodeMeaning).fillna("unknown view")
     keep = view.isin(FRONTAL) if config.views == "frontal" else pd.Series(True, index=table.index)
     capped = pd.Series(False, index=table.index)
@@ -58,6 +60,8 @@ def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int
     counts |= {f"left out {name} (views: frontal)": int(n) for name, n in view[~keep].value_counts().items()}
     if capped.any():
         counts[f"left out by per_subject_cap: {config.per_subject_cap}"] = int(capped.sum())
+    if nameless:
+        counts["left out (row without dicom_id, subject_id or study_id)"] = nameless
     films = table[keep & ~capped].sort_values(["subject_id", "study_id", "dicom_id"])
     inside = "" if not is_url(root) and Path(root, f"p{films.subject_id.str[:2].min()}").is_dir() else "files/"
     folder = inside + "p" + films.subject_id.str[:2] + "/p" + films.subject_id + "/s" + films.study_id + "/"
@@ -80,10 +84,25 @@ def _metadata(root: str) -> pd.DataFrame:
     return table[columns].fillna("")
 
 
-def _folder_or_list(place: str) -> pd.DataFrame:
-    paths = _films_below(place)
-    if paths is not None:
-        return pd.DataFrame({"dicom_id": [Path(p).stem for p in paths], "path": paths}, dtype=str)
+def _with_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The rows with all ids, which become text without blanks or decimals, and how many rows lack one."""
+    ids = {name: whole_numbers(table[name]).astype("string") for name in ("subject_id", "study_id")}
+    ids["dicom_id"] = table.dicom_id.str.strip().replace("", None)
+    table = table.assign(**ids)
+    named = table[list(ids)].notna().all(axis=1)
+    return table[named].astype(object), int((~named).sum())
+
+
+def films_of(place: str) -> tuple[pd.DataFrame, dict[str, int]]:
+    """The films of a folder or of a list (.txt, .csv, .parquet; its paths are relative to where it lies).
+
+    Returns: a row a film (dicom_id, path), and how many files or rows were left out, by what they are.
+    Raises: UserError: no such folder or list, no column `path`.
+    """
+    found = _files_below(place)
+    if found is not None:
+        paths, others = films_among(found)
+        return pd.DataFrame({"dicom_id": [film_id(p) for p in paths], "path": paths}, dtype=str), others
     if place.endswith(".txt"):
         with explained(place), fsspec.open(place, "rt", encoding="utf-8") as file:
             lines = file.read().splitlines()
@@ -92,33 +111,67 @@ def _folder_or_list(place: str) -> pd.DataFrame:
         table = _read(place)
     if "path" not in table:
         raise UserError(f"{place}: no column `path`; found {', '.join(table.columns)}")
-    for column in table.columns.intersection(["path", "dicom_id"]):
-        if empty := int((table[column].fillna("").str.strip() == "").sum()):
-            raise UserError(f"{place}: {empty} rows have no {column}")
-    ids = table.dicom_id if "dicom_id" in table else table.path.map(lambda p: Path(p).stem)
-    return pd.DataFrame({"dicom_id": ids, "path": _places(place, table.path)})
+    asked = table.columns.intersection(["path", "dicom_id"])
+    named = pd.concat([table[c].fillna("").str.strip().replace(c, "") != "" for c in asked], axis=1).all(axis=1)
+    table, nameless = table[named], int((~named).sum())  # a header in the middle names nothing either
+    ids = table.dicom_id if "dicom_id" in table else table.path.map(film_id)
+    films = pd.DataFrame({"dicom_id": ids, "path": _places(place, table.path)})
+    return films, {f"left out (row without {' or '.join(asked)})": nameless} if nameless else {}
 
 
-def _films_below(place: str) -> list[str] | None:
-    """The films of a folder, sorted; None: it is a file. Raises: UserError: neither."""
+def films_among(files: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    """The films among files, sorted, and how many others there are of each kind.
+
+    A file is a film by its suffix, or, without one of a film's, by its content.
+    """
+    names = {path: Path(path).name for path in sorted(files)}
+    odd = [p for p, n in names.items() if not n.lower().endswith(SUFFIXES) and n[0] != "." and n.upper() != "DICOMDIR"]
+    heads = dict(zip(odd, _heads(odd), strict=True))
+    others: Counter[str] = Counter()
+    films = []
+    for path, name in names.items():
+        if name[0] != "." and (name.lower().endswith(SUFFIXES) or film_kind(heads.get(path, b"")) is not None):
+            films.append(path)
+            continue
+        suffix = Path(name).suffix.lower()
+        kind = "hidden file" if name[0] == "." else suffix if suffix[1:2].isalpha() else "file without a suffix"
+        others[f"left out {'DICOMDIR' if name.upper() == 'DICOMDIR' else kind} (no film)"] += 1
+    return films, dict(others)
+
+
+def _heads(paths: list[str]) -> list[bytes]:
+    """The first bytes of files; none of one that cannot be read."""
+    if paths and is_url(paths[0]):
+        filesystem = fsspec.url_to_fs(paths[0])[0]
+        found = filesystem.cat_ranges(paths, [0] * len(paths), [HEAD] * len(paths), on_error="return")
+        return [head if isinstance(head, bytes) else b"" for head in found]
+    heads = []
+    for path in paths:
+        try:
+            with open(path, "rb") if os.path.isfile(path) else io.BytesIO() as file:  # a pipe would wait
+                heads.append(file.read(HEAD))
+        except OSError:
+            heads.append(b"")
+    return heads
+
+
+def _files_below(place: str) -> list[str] | None:
+    """The files of a folder; None: it is a file. Raises: UserError: neither."""
     if is_url(place):
         with explained(place):
             filesystem, inner = fsspec.url_to_fs(place)
             if filesystem.isfile(inner):
                 return None
             found = [filesystem.unstrip_protocol(p) for p in filesystem.find(inner)]
-    elif Path(place).is_dir():
-        found = [p.as_posix() for p in Path(place).rglob("*")]
     elif Path(place).is_file():
         return None
     else:
-        found = []
-    paths = sorted(p for p in found if p.lower().endswith(SUFFIXES) and not Path(p).name.startswith("."))
+        found = [Path(folder, name).as_posix() for folder, _, names in os.walk(place) for name in names]
     if not found and not Path(place).is_dir():
         raise UserError(
             f"{place}: no such folder or file; films is a folder of films, or a list (.txt, .csv, .parquet)"
         )
-    return paths
+    return found
 
 
 def _beside(place: str, path: str) -> str:
@@ -135,7 +188,7 @@ def _places(place: str, paths: pd.Series) -> pd.Series:
         return beside
     folder = Path(place).parent
     found = located(paths, [folder, Path()])
-    return (by_stem(paths.map(lambda path: Path(path).stem), folder) if found.isna().all() else found).fillna(beside)
+    return (by_id(paths.map(film_id), folder) if found.isna().all() else found).fillna(beside)
 
 
 def located(files: pd.Series, roots: Sequence[Path]) -> pd.Series:
@@ -149,11 +202,10 @@ def located(files: pd.Series, roots: Sequence[Path]) -> pd.Series:
     return found
 
 
-def by_stem(stems: pd.Series, root: Path) -> pd.Series:
-    """The file of each film anywhere below a folder, by its name without suffix; None: absent, or there are several."""
-    paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES]
-    there = pd.DataFrame({"stem": [p.stem for p in paths], "path": [p.as_posix() for p in paths]}, dtype=str)
-    return stems.map(there.drop_duplicates("stem", keep=False).set_index("stem")["path"]).astype(object)
+def by_id(ids: pd.Series, root: Path) -> pd.Series:
+    """The file of each film anywhere below a folder, by its id; None: absent, or there are several."""
+    there = films_of(root.as_posix())[0].drop_duplicates("dicom_id", keep=False)  # no guess between two
+    return ids.map(there.set_index("dicom_id")["path"]).astype(object)
 
 
 def _read(path: str) -> pd.DataFrame:

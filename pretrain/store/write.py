@@ -30,7 +30,7 @@ from ehr_features.files import check_ours, digest, lock, new_file, provenance, r
 from ehr_features.progress import Bar
 from ehr_features.raw.remote import configure, fetch, is_url
 from pretrain.config import ImagesConfig
-from pretrain.store.decode import SUFFIXES, BadFilm, Square
+from pretrain.store.decode import SUFFIXES, BadFilm, Square, film_id
 from pretrain.store.listing import films_digest, list_films
 from pretrain.store.read import FORMAT, frame_hash, shard_name
 
@@ -245,8 +245,12 @@ def _existing(path: str) -> str:
     """The path, or the same film as .dcm or .png beside where it should be (MIMIC-CXR has .dcm, MIMIC-CXR-JPG .jpg)."""
     if os.path.exists(path):
         return path
-    others = (os.path.splitext(path)[0] + suffix for suffix in SUFFIXES)
-    return next((other for other in others if os.path.exists(other)), path)
+    return next((other for other in _twins(path) if os.path.exists(other)), path)
+
+
+def _twins(path: str) -> list[str]:
+    """The path with each suffix of a film."""
+    return [os.path.join(os.path.dirname(path), film_id(path) + suffix) for suffix in SUFFIXES]
 
 
 def streamed(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
@@ -269,10 +273,9 @@ def _fetched(jobs: Sequence[Job]) -> list[Job]:
     contents: dict[str, bytes | None] = dict(
         zip((job[1] for job in jobs), fetch([job[1] for job in jobs]), strict=True)
     )
-    for suffix in SUFFIXES:
+    for number in range(len(SUFFIXES)):
         absent = [path for path, content in contents.items() if content is None]
-        others = [os.path.splitext(path)[0] + suffix for path in absent]
-        contents |= dict(zip(absent, fetch(others), strict=True))
+        contents |= dict(zip(absent, fetch([_twins(path)[number] for path in absent]), strict=True))
     return [(*job[:3], contents[job[1]]) for job in jobs]
 
 

@@ -208,6 +208,50 @@ def test_films_of_equal_names_in_other_folders_are_not_mixed_up(tmp_path: Path) 
     assert read_layout(config).left_out == {f"no file below {tmp_path}": 1}
 
 
+@pytest.mark.parametrize("suffix", ["", ".png", ".PNG"])
+@pytest.mark.parametrize("names", [["00000001", "00000002"], ["1.2.840.3.0", "1.2.840.3.1"], ["007", "a.b.7"]])
+def test_numeric_ids_and_paths_stay_text_and_films_are_found_whatever_their_suffix(
+    tmp_path: Path, names: list[str], suffix: str
+) -> None:
+    for n, name in enumerate(names):
+        films(tmp_path / "films", [f"{n}.png"])
+        (tmp_path / "films" / f"{n}.png").rename(tmp_path / "films" / f"{name}{suffix}")
+    rows = pd.DataFrame({"path": names, "sick": [1, 0], "who": ["0012", "0013"], "exam": ["01", "02"]})
+    rows.to_csv(tmp_path / "my.csv", index=False)
+    given = {"layout": "csv", "table": str(tmp_path / "my.csv"), "images": str(tmp_path / "films"), "columns": ["sick"]}
+    found = read_layout(table(**given, subject="who", study="exam")).table
+    assert found["dicom_id"].tolist() == names and found["study_id"].tolist() == ["01", "02"]
+    assert [Path(p).name for p in found["path"]] == [name + suffix for name in names]
+    assert found["subject_id"].tolist() == [12, 13]
+
+
+JUNK = {"blank": lambda columns: [None] * len(columns), "header": list}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("layout", ["nih", "chexpert", "csv"])
+def test_rows_without_an_id_and_repeated_headers_are_left_out_and_counted(
+    tmp_path: Path, layout: str, junk: str
+) -> None:
+    if layout == "csv":
+        films(tmp_path, [f"{i}.png" for i in range(4)])
+        rows = pd.DataFrame({"path": [f"{i}.png" for i in range(4)], "sick": [1, 0, 1, 0], "who": list("abcd")})
+        rows.to_csv(tmp_path / "my.csv", index=False)
+        given = {"table": str(tmp_path / "my.csv"), "images": str(tmp_path), "columns": ["sick"], "subject": "who"}
+        config, key = table(layout="csv", **given), "path"
+    else:
+        config = nih(tmp_path) if layout == "nih" else chexpert(tmp_path, test="test.csv")
+        key = "Image Index" if layout == "nih" else "Path"
+    clean = read_layout(config)
+    raw = pd.read_csv(config.table, dtype=str)
+    middle = pd.DataFrame([JUNK[junk](raw.columns)], columns=raw.columns)
+    pd.concat([raw[:2], middle, raw[2:]]).to_csv(config.table, index=False)
+    found = read_layout(config)
+    pd.testing.assert_frame_equal(found.table, clean.table, check_dtype=False)
+    pd.testing.assert_frame_equal(found.labels, clean.labels)
+    assert found.left_out == {**clean.left_out, f"row without {key}": 1}
+
+
 @pytest.mark.parametrize(
     ("values", "says"), [([1, 0, 2, 0], r"1 values of `sick` are not 1, 0, -1.* row 2"), (list("ynyn"), "1, 0, -1")]
 )

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.store.decode import BadFilm, decode, equalise, fit
+from pretrain.store.decode import BadFilm, decode, equalise, film_id, film_kind, fit
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -71,13 +71,7 @@ def test_sixteen_bits_with_colour_or_transparency_keep_their_depth(tmp_path: Pat
     deep = np.repeat((100 + GREY.astype(np.uint16) * 3)[..., None], planes, axis=2).astype(">u2")  # 10 bits in 16
     if kind in (4, 6):
         deep[..., -1] = 65535
-    rows = b"".join(b"\0" + row.tobytes() for row in deep)
-    header = struct.pack(">IIBBBBB", GREY.shape[1], GREY.shape[0], 16, kind, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks
-    )
-    film = read(tmp_path, data)
+    film = read(tmp_path, png(deep, kind))
     spread = (GREY.astype(float) - GREY.min()) / (GREY.max() - GREY.min()) * 255
     assert np.abs(film - spread).max() <= 1
 
@@ -101,6 +95,40 @@ def test_reading_near_a_size_is_like_reading_whole(tmp_path: Path) -> None:
     near = read(tmp_path, data, near=128)
     assert 128 <= max(near.shape) < 512  # decoded small
     assert np.abs(fit(near, 64).astype(int) - fit(read(tmp_path, data), 64)).max() <= 3
+
+
+@pytest.mark.parametrize("near", [None, 4000, 96, 16])
+@pytest.mark.parametrize("shape", [(8, 2000), (2000, 8), (16, 4000), (1100, 8), (9, 700)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_film_of_extreme_shape_is_read(tmp_path: Path, shape: tuple[int, int], near: int, kind: str) -> None:
+    film = np.linspace(0, 255, max(shape)).astype(np.uint8)[None].repeat(min(shape), 0)
+    film = film if shape[0] < shape[1] else film.T
+    found = fit(
+        read(tmp_path, saved(Image.fromarray(film), kind, **({"quality": 95} if kind == "JPEG" else {})), near=near), 48
+    )
+    line = found.max(axis=0 if shape[0] < shape[1] else 1)
+    assert found.shape == (48, 48) and np.abs(line - np.linspace(2, 252, 48)).max() < 12
+
+
+def png(values: np.ndarray, kind: int, *more: tuple[bytes, bytes]) -> bytes:
+    """A PNG of 16 bits; `kind`: 0 grey, 2 RGB, 4 grey + alpha, 6 RGBA."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", *values.shape[1::-1], 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), *more, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+
+
+@pytest.mark.parametrize("kind", [0, 2, 4, 6])
+def test_what_is_transparent_in_sixteen_bits_is_black_and_in_no_scale(tmp_path: Path, kind: int) -> None:
+    deep = 900 + GREY.astype(np.uint16) * 9
+    clear = X < 10
+    planes = np.repeat(np.where(clear, 60_000, deep)[..., None], {0: 1, 2: 3, 4: 2, 6: 4}[kind], axis=2)
+    if kind in (4, 6):
+        planes[..., -1] = np.where(clear, 0, 65_535)
+    key = [(b"tRNS", struct.pack(">H", 60_000) * planes.shape[2])] if kind in (0, 2) else []
+    film, seen = read(tmp_path, png(planes, kind, *key)), GREY[:, 10:].astype(float)
+    assert (film[:, :10] == 0).all()
+    assert np.abs(film[:, 10:] - (seen - seen.min()) / np.ptp(seen) * 255).max() <= 1
 
 
 # ---- fit ------------------------------------------------------------------------------------------------------------
@@ -167,6 +195,31 @@ def test_a_truncated_film_is_never_read_half(tmp_path: Path, kind: str, tail: st
         with pytest.raises(BadFilm):
             read(tmp_path, data[:length] + rest)
     assert reason(tmp_path, data[: len(data) // 2]) == "truncated"
+
+
+@pytest.mark.parametrize("near", [None, 24])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_scan_that_ends_early_is_truncated_although_the_end_mark_follows(
+    tmp_path: Path, mode: str, near: int
+) -> None:
+    big = Image.fromarray(GREY).resize((240, 300))
+    data = saved(big.convert(mode), "JPEG", quality=90)
+    scan = data.rindex(b"\xff\xda")
+    for part in (0.1, 0.5, 0.9):
+        with pytest.raises(BadFilm, match=r"^truncated$"):
+            read(tmp_path, data[: scan + int(part * (len(data) - scan))].rstrip(b"\xff") + b"\xff\xd9", near=near)
+    grey = np.pad(np.asarray(big), 16, constant_values=128)  # as libjpeg fills what is missing
+    whole = saved(Image.fromarray(grey).convert(mode), "JPEG", quality=90)
+    assert np.abs(read(tmp_path, whole).astype(int) - grey).mean() < 2
+
+
+def test_what_follows_the_first_picture_is_not_looked_at(tmp_path: Path) -> None:
+    data = ENCODED["baseline"]
+    thumbnail = b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data  # a whole picture within a segment
+    for more in (data[: len(data) // 2], data, b"\0" * 9, b"text"):
+        assert (read(tmp_path, data + more) == read(tmp_path, data)).all()
+    assert (read(tmp_path, data[:2] + thumbnail + data[2:]) == read(tmp_path, data)).all()
+    assert reason(tmp_path, data[:2] + thumbnail + data[2 : len(data) // 2]) == "truncated"
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -284,6 +337,119 @@ def test_a_window_or_slope_that_is_no_number_is_told(tmp_path: Path, name: str) 
         decode(path, dicom="window")
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(("slope", "intercept"), [(-1, 4095), (-1, None), (-0.5, 0), (2, -1000), (None, 7), (1, 0)])
+@pytest.mark.parametrize("mode", ["mimic-jpg", "window"])
+def test_the_sign_of_the_slope_counts(
+    tmp_path: Path, mode: str, slope: float | None, intercept: float | None, photometric: str
+) -> None:
+    given = {"RescaleSlope": slope, "RescaleIntercept": intercept}
+    given = {name: value for name, value in given.items() if value is not None}
+    inverse = photometric == "MONOCHROME1"
+    values = DEEP.astype(float) * (slope or 1)
+    film = read(tmp_path, dicom(DEEP, photometric, **given), dicom=mode)
+    if mode == "mimic-jpg":
+        assert np.abs(film.astype(int) - as_mimic(values, inverse)).max() <= 6  # a value of 255 more or less
+    else:
+        spread = (values - values.min()) / np.ptp(values) * 255
+        assert np.abs(film - (255 - spread if inverse else spread)).max() <= 1
+
+
+PADDING = {  # padding in the stored values -> the elements that tell of it
+    "above": (4095, {"PixelPaddingValue": 4095}),
+    "below": (0, {"PixelPaddingValue": 0}),
+    "range": ((3900, 4095), {"PixelPaddingValue": 4095, "PixelPaddingRangeLimit": 3900}),
+    "range upwards": ((0, 150), {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 150}),
+    "signed": (-2000, {"PixelPaddingValue": -2000}),
+    "signed range": ((-2000, -1500), {"PixelPaddingValue": -2000, "PixelPaddingRangeLimit": -1500}),
+}
+TABLE = {"entries": 4096, "first": 0, "bits": 12}
+
+
+def table_of(values: np.ndarray, first: int = 0, bits: int = 12, form: str = "OW") -> Any:
+    """A sequence of one table of grey values."""
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(values) % 2**16, first, bits])
+    data = (
+        values.astype("<u2").tobytes()
+        if form == "OW"
+        else values.astype(np.uint8).tobytes()
+        if form == "OB"
+        else values.tolist()
+    )
+    item.add_new("LUTData", "OW" if form == "OB" else form, data)
+    return pydicom.Sequence([item])
+
+
+WAYS = {  # how the file says that its values are shown
+    "plain": {},
+    "rescaled": {"RescaleSlope": 2, "RescaleIntercept": -1000},
+    "negative": {"RescaleSlope": -1, "RescaleIntercept": 4095},
+    "window": {"WindowCenter": 1500, "WindowWidth": 2500},
+    "VOI table": {"VOILUTSequence": table_of(np.sqrt(np.arange(4096) * 4095))},
+    "modality table": {"ModalityLUTSequence": table_of(np.arange(4096)[::-1])},
+}
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("mode", ["mimic-jpg", "window"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", PADDING)
+def test_padding_is_no_image(tmp_path: Path, where: str, way: str, mode: str, photometric: str) -> None:
+    padding, said = PADDING[where]
+    ends, signed = np.atleast_1d(padding), where.startswith("signed")
+    inside = X >= 9
+    values = np.where(inside, DEEP, np.linspace(ends[0], ends[-1], X.size).reshape(X.shape).round())
+    film = read(
+        tmp_path,
+        dicom(values.astype(np.int16 if signed else np.uint16), photometric, 16 if signed else 12, **said, **WAYS[way]),
+        dicom=mode,
+    )
+    alone = read(
+        tmp_path,
+        dicom(DEEP[:, 9:].astype(np.int16 if signed else np.uint16), photometric, 16 if signed else 12, **WAYS[way]),
+        dicom=mode,
+    )
+    assert (film[:, :9] == 0).all() and (film[:, 9:] == alone).all()
+    if way != "window" or mode == "mimic-jpg":
+        assert (film[:, 9:].min(), film[:, 9:].max()) == (0, 255)
+
+
+def test_a_film_of_padding_alone_or_of_nothing_beside_it_is_blank(tmp_path: Path) -> None:
+    flat = np.full_like(DEEP, 4095)
+    assert reason(tmp_path, dicom(flat, PixelPaddingValue=4095)) == "blank: every pixel is padding"
+    flat[:, 9:] = 700
+    assert reason(tmp_path, dicom(flat, PixelPaddingValue=4095)).startswith("blank")
+    assert (read(tmp_path, dicom(DEEP, PixelPaddingValue=4095)) == read(tmp_path, dicom(DEEP))).all()  # none is there
+
+
+@pytest.mark.parametrize("mode", ["mimic-jpg", "window"])
+@pytest.mark.parametrize("form", ["OW", "US", "OB"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_a_table_of_any_depth_shows_the_film(tmp_path: Path, bits: int, form: str, mode: str) -> None:
+    if form == "OB" and bits > 8:
+        pytest.skip("an entry of more than 8 bits takes two bytes")
+    film = (np.arange(4096)[::-1] * (2**bits - 1) / 4095).astype(np.uint16)
+    found = read(tmp_path, dicom(DEEP, ModalityLUTSequence=table_of(film, 0, bits, form)), dicom=mode)
+    wanted = read(tmp_path, dicom(film[DEEP], bits=16), dicom=mode)
+    assert (found == wanted).all() and found[0, 0] > found[-1, -1]  # the table is an inverse one
+    voi = read(tmp_path, dicom(DEEP, VOILUTSequence=table_of(film, 0, bits, form)), dicom="window")
+    assert (voi == read(tmp_path, dicom(film[DEEP], bits=16), dicom="window")).all()
+
+
+@pytest.mark.parametrize("first", [-300, 0, 250])
+def test_tables_agree_with_pydicoms_own_where_those_are_right(tmp_path: Path, first: int) -> None:
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    rng = np.random.default_rng(0)
+    item = table_of(rng.integers(0, 2**16, 1500), first, 16)
+    for name, apply in (("ModalityLUTSequence", apply_modality_lut), ("VOILUTSequence", apply_voi_lut)):
+        data = dicom(DEEP.astype(np.int16), bits=16, **{name: item})
+        values = apply(DEEP.astype(np.int32), pydicom.dcmread(io.BytesIO(data))).astype(float)
+        spread = (values - values.min()) / np.ptp(values) * 255
+        assert np.abs(read(tmp_path, data, dicom="window") - spread).max() <= 1
+
+
 def test_signed_pixels_and_files_without_a_window(tmp_path: Path) -> None:
     signed = DEEP.astype(np.int16) - 1500
     spread = (DEEP - DEEP.min()) / (DEEP.max() - DEEP.min()) * 255
@@ -318,6 +484,42 @@ def test_dicom_that_is_no_single_film_is_refused(tmp_path: Path) -> None:
     for length in range(132, len(whole) - 1, 97):
         with pytest.raises(BadFilm):
             read(tmp_path, whole[:length])
+
+
+@pytest.mark.parametrize("name", ["1.2.840.113619.2.55.3.0", "00000001", "film.dcm", "film.img"])
+def test_dicom_is_known_by_its_content(tmp_path: Path, name: str) -> None:
+    whole = dicom(DEEP)
+    for data in (whole, whole[132:], bare(implicit=True), bare(implicit=False)):
+        assert film_kind(data[:132]) == "DICOM"
+        assert (read(tmp_path, data, name) == read(tmp_path, whole)).all()
+    for head in (b"", b"\x02\x08", b"\x08\0", b"text, and more of it", b"PK\x03\x04", b"\0" * 132, b"GIF89a"):
+        assert film_kind(head) is None
+
+
+def bare(implicit: bool) -> bytes:
+    """A DICOM file without preamble and meta information, as old archives hold them."""
+    ds = pydicom.dcmread(io.BytesIO(dicom(DEEP)))
+    del ds.file_meta
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, ds, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("1.2.840.113619.2.55.3.0", "1.2.840.113619.2.55.3.0"),
+        ("a/1.2.3.dcm", "1.2.3"),
+        ("1.2.3.DICOM", "1.2.3"),
+        ("00000001", "00000001"),
+        ("s/00000001_000.png", "00000001_000"),
+        ("film.JPEG", "film"),
+        ("a.b.jpg", "a.b"),
+        (".jpg", ".jpg"),
+    ],
+)
+def test_a_films_id_is_its_name_without_a_films_suffix(name: str, says: str) -> None:
+    assert film_id(name) == film_id(Path(name)) == says
 
 
 # ---- real files -----------------------------------------------------------------------------------------------------

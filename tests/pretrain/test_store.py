@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -30,6 +31,7 @@ from pretrain.data import select_films
 from pretrain.store import Store, pack
 from pretrain.store import write as packing
 from pretrain.store.decode import decode, fit
+from pretrain.store.listing import films_of, list_films
 from pretrain.store.write import workers
 
 
@@ -214,6 +216,20 @@ def test_a_list_finds_its_films_beside_it_below_the_working_folder_or_by_name(
     assert set(whole(pack(config(tmp_path / "store", path)))) == {"film0"}
 
 
+@pytest.mark.parametrize("form", ["{}.0", " {} ", "{}"])
+def test_ids_of_the_metadata_in_any_form_and_rows_without_one(tmp_path: Path, mimic: Path, form: str) -> None:
+    path = mimic / "mimic-cxr-2.0.0-metadata.csv.gz"
+    table = pd.read_csv(path, dtype=str)
+    wanted, counts = list_films(config(tmp_path / "store", mimic=mimic))
+    for name in ("subject_id", "study_id"):
+        table[name] = table[name].map(form.format)
+    junk = pd.DataFrame([[None] * len(table.columns), list(table.columns)], columns=table.columns)
+    pd.concat([table[:3], junk, table[3:]]).to_csv(path, index=False)
+    found, told = list_films(config(tmp_path / "store", mimic=mimic))
+    pd.testing.assert_frame_equal(found, wanted)
+    assert told == counts | {"left out (row without dicom_id, subject_id or study_id)": 2}
+
+
 def test_the_cap_draws_films_of_each_subject_by_seed(tmp_path: Path, mimic: Path) -> None:
     drawn = [
         set(Store(pack(config(tmp_path / str(n), mimic=mimic, per_subject_cap=2, seed=seed))).index.dicom_id)
@@ -255,6 +271,56 @@ def test_lists_of_films(tmp_path: Path, films: Path) -> None:
     assert set(whole(pack(config(tmp_path / "b", tmp_path / "list.csv")))) == {"mine"}
 
 
+@pytest.mark.parametrize("columns", [["path", "dicom_id"], ["dicom_id", "path", "site"], ["path"]])
+def test_rows_of_a_list_without_an_id_and_repeated_headers_are_counted(tmp_path: Path, columns: list[str]) -> None:
+    rows = pd.DataFrame({"path": ["00000001", "", "path", "2/00000001.png"], "dicom_id": ["07", "x", "dicom_id", "7"]})
+    rows.assign(site=["", "", "site", "3"])[columns].to_csv(tmp_path / "list.csv", index=False)
+    films, others = films_of(str(tmp_path / "list.csv"))
+    assert films.path.tolist() == [f"{tmp_path}/{name}" for name in ("00000001", "2/00000001.png")]
+    assert films.dicom_id.tolist() == (["07", "7"] if "dicom_id" in columns else ["00000001"] * 2)
+    named = " or ".join(c for c in columns if c != "site")
+    assert others == {f"left out (row without {named})": 2}
+
+
+UID = "1.2.840.113619.2.55.3"
+
+
+@pytest.mark.parametrize("protocol", ["", "memory://"])
+def test_films_are_found_by_content_and_others_counted_by_kind(tmp_path: Path, films: Path, protocol: str) -> None:
+    folder = tmp_path / "in"
+    content = {"jpg": (films / "s0/film0.jpg").read_bytes(), "png": (films / "s1/film1.png").read_bytes()}
+    named = {f"{UID}.0": "jpg", f"{UID}.1": "png", f"{UID}.2.JPG": "jpg", "00000001": "png", "a.b.png": "png"}
+    named |= {"scan.img": "jpg", "deep/x.7": "png"}
+    for name, kind in named.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content[kind])
+    for name in ("list.txt", "more.TXT", "README", ".DS_Store", "._a.b.png", "DICOMDIR", f"{UID}.9", "page.html"):
+        (folder / name).write_bytes(b"\0" * 128 + b"DICM" if name == "DICOMDIR" else b"no film")
+    place = str(folder)
+    if protocol:
+        place = protocol + "uids"
+        fsspec.filesystem("memory").put(str(folder), "/uids", recursive=True)
+    found, others = films_of(place)
+    ids = [f"{UID}.0", f"{UID}.1", f"{UID}.2", "00000001", "a.b", "scan.img", "x.7"]
+    assert sorted(found.dicom_id) == sorted(ids)
+    kinds = {".txt": 2, "file without a suffix": 2, "hidden file": 2, "DICOMDIR": 1, ".html": 1}
+    assert others == {f"left out {kind} (no film)": n for kind, n in kinds.items()}
+    store = pack(ImagesConfig.model_validate({"out": str(tmp_path / "s"), "size": 32, "workers": 1, "films": place}))
+    assert sorted(Store(store).index.dicom_id) == sorted(ids)
+    assert read_json(store / "store.json")["counts"] == {"packed": 7} | others
+    if protocol:
+        fsspec.filesystem("memory").rm("/uids", recursive=True)
+
+
+def test_a_uid_without_its_file_is_not_taken_for_another(tmp_path: Path) -> None:
+    draw(tmp_path / f"{UID}.jpg", 0)
+    draw(tmp_path / f"{UID}.8.png", 1)
+    (tmp_path / "list.txt").write_text(f"{UID}.7\n{UID}.8\n")
+    out = pack(config(tmp_path / "store", tmp_path / "list.txt"))
+    assert list(Store(out).index.dicom_id) == [f"{UID}.8"]
+    assert pd.read_parquet(out / "rejected.parquet")[["dicom_id", "reason"]].values.tolist() == [[f"{UID}.7", "absent"]]
+
+
 def test_two_films_of_one_id_are_refused_with_both_paths(tmp_path: Path, films: Path) -> None:
     draw(films / "other/film3.jpg", 1)
     with pytest.raises(UserError, match=r"film3: \S*other/film3\.jpg and \S*s0/film3\.png"):
@@ -268,8 +334,11 @@ def test_two_films_of_one_id_are_refused_with_both_paths(tmp_path: Path, films: 
         ("absent", None, "no such folder or file"),
         ("a.csv", "file\nx.jpg\n", "no column `path`; found file"),
         ("a.csv", "", "cannot be read as a table"),
-        ("a.csv", "path,dicom_id\nx.jpg,\n", "1 rows have no dicom_id"),
-        ("a.csv", "path,site\nx.jpg,1\n,2\n", "1 rows have no path"),
+        (
+            "a.csv",
+            "path,dicom_id\nx.jpg,\n",
+            r"no film to pack \(0 packed, 1 left out \(row without path or dicom_id\)\)",
+        ),
         ("a.txt", "", "no film to pack"),
         ("a.txt", "x.jpg\ny.jpg\n", "none of 2 films could be read: 2 absent"),
     ],
@@ -293,8 +362,6 @@ def test_a_folder_that_is_not_mimic_is_explained(tmp_path: Path, films: Path) ->
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 400), changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=5))
 def test_a_damaged_table_gives_a_message(tmp_path: Path, mimic: Path, cut: int, changes: list[tuple[int, int]]) -> None:
-    from pretrain.store.listing import list_films
-
     path = mimic / "mimic-cxr-2.0.0-metadata.csv.gz"
     keep = path.read_bytes()
     data = bytearray(keep[: max(0, len(keep) - cut)])
