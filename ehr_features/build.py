@@ -45,9 +45,9 @@ from ehr_features.films import linking, record
 from ehr_features.phenotypes import lost_zeros
 from ehr_features.raw.engine import batches, hold, named_by_the_engine
 from ehr_features.raw.remote import fingerprint
-from ehr_features.raw.source import EVENTS, Source, mixed, open_source, roots
+from ehr_features.raw.source import EVENTS, Source, mixed, open_source, roots, without_ids
 from ehr_features.schema import FOR_NOTES, Column
-from ehr_features.series import bins, channels, events, medfuse
+from ehr_features.series import bins, channels, coverage, events, medfuse
 from ehr_features.series import file as series_file
 
 NO_EFFECT = {"out", "cache", "memory", "threads", "storage"}  # keys that change no result
@@ -109,6 +109,8 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
         found = events.selected(source, declared, config.cache_folder)
     with steps("binning the series"):
         binned, fates = series_file.cached(source, found, stays, declared, config)
+    charted_in = coverage.charted_stays(source, found["chartevents"][0], stays, declared, config.preset)
+    warnings += coverage.check(binned, declared, config.preset, fates, charted_in)
     columns = medfuse.layout(declared) if config.preset == "medfuse" else bins.layout(declared)
     with new_folder(config.out) as part:
         with steps("linking the films"):
@@ -128,8 +130,9 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
                 part / "series.json", series_file.about(part / "series.safetensors", stays, columns, config, fates)
             )
         write_json(part / "schema.json", about)
+        rows = _rows(source, found, attrition)
         write_json(part / "attrition.json", attrition.as_json())
-        write_json(part / "provenance.json", _provenance(config, source, prints, found, part, steps, key, warnings))
+        write_json(part / "provenance.json", _provenance(config, source, prints, rows, part, steps, key, warnings))
 
 
 def _keep_own_tables(out: Path, part: Path) -> None:
@@ -191,21 +194,33 @@ def _split(source: Source, stays: ir.Table, films: ir.Table | None, config: Feat
     )
 
 
+def _rows(source: Source, found: Mapping[str, tuple[ir.Table, int]], attrition: cohort.Attrition) -> dict[str, int]:
+    """Count the rows of each raw table that was read, and the rows dropped because an id is missing."""
+    read = [name for name in source.files if name not in found and name not in FOR_NOTES]
+    rows = {name: source.rows(name) for name in read} | {name: n for name, (_table, n) in found.items()}
+    note_dropped(source, {name: n for name, n in rows.items() if name != "icustays"}, attrition)  # cohort.py counts it
+    return rows
+
+
+def note_dropped(source: Source, rows: Mapping[str, int], attrition: cohort.Attrition) -> None:
+    """Put down the rows of each raw table that were dropped because an id is missing."""
+    for name, n in rows.items():
+        if source.dropped[name]:
+            attrition.add(name, without_ids(name), n, n - source.dropped[name])
+
+
 def _provenance(
     config: FeaturesConfig,
     source: Source,
     prints: Mapping[str, Any],
-    found: Mapping[str, tuple[ir.Table, int]],
+    raw: Mapping[str, int],
     part: Path,
     steps: Steps,
     key: str,
     warnings: list[str],
 ) -> dict[str, Any]:
-    read = [name for name in source.files if name not in found and name not in FOR_NOTES]
-    raw = {name: int(source.table(name).count().execute()) for name in read}
-    raw |= {name: rows for name, (_table, rows) in found.items()}
     releases, told = check.releases(roots(config), raw, source.layout)
-    warnings = [*warnings, *told, *mixed(source.columns)]
+    warnings = [*warnings, *told, *mixed(source.columns), *check.dropped_rows(source)]
     warnings += [f"{source.files[name]}: has a header and no rows" for name, rows in raw.items() if rows == 0]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -16,9 +16,9 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.phenotypes import lost_zeros
 from ehr_features.raw.engine import named_by_the_engine, readable
 from ehr_features.raw.remote import fingerprint
-from ehr_features.raw.source import Source, check_columns, check_zones, mixed, open_source, roots
+from ehr_features.raw.source import Source, check_columns, check_zones, mixed, open_source, roots, without_ids
 from ehr_features.schema import READ
-from ehr_features.series import channels
+from ehr_features.series import channels, coverage
 
 COUNTED = 30_000_000  # bytes; a larger CSV file's rows are estimated
 SAMPLED = 4_000_000
@@ -72,7 +72,7 @@ def check(config: FeaturesConfig) -> int:
         print(f"release of {root}: {found['release'] or 'unknown'}{by}")
     if not {"diagnoses_icd", "d_icd_diagnoses"} & faults.keys():
         warnings += lost_zeros(source)
-    for warning in warnings + mixed(source.columns):
+    for warning in warnings + mixed(source.columns) + dropped_rows(source):
         print(f"warning: {warning}")
     for fault in faults.values():
         print(f"fault: {fault}")
@@ -81,6 +81,13 @@ def check(config: FeaturesConfig) -> int:
         declared = channels.read_channels(config.channels)
         if absent := channels.check_items(source, declared, config.preset, config.channels):
             print(f"itemids of channels.yaml that this release's dictionaries lack: {absent}")
+        if not {"chartevents", "icustays"} & faults.keys() and source.has("chartevents") and source.has("icustays"):
+            seen = coverage.look(source, declared, config.preset)
+            print(seen.words)
+            for kind, said in (("warning", seen.warnings), ("fault", seen.faults)):
+                for line in said:
+                    print(f"{kind}: {line}")
+            faults |= dict.fromkeys(["chartevents"] if seen.faults else [], "")
     return _steps(source, config, faults)
 
 
@@ -88,8 +95,10 @@ def num_rows(source: Source, name: str, size: int) -> tuple[int, bool]:
     """Rows of a table, and whether they were counted (else estimated)."""
     path = source.files[name]
     with readable(path):
-        if path.endswith(".parquet") or size <= COUNTED:
-            return int(source.table(name).count().execute()), True
+        if size <= COUNTED:
+            return source.rows(name), True
+        if path.endswith(".parquet"):
+            return int(source.con.read_parquet(path).count().execute()), True
         with fsspec.open(path, "rb") as file:
             head = file.read(SAMPLED)
     text = zlib.decompressobj(wbits=31).decompress(head) if path.endswith(".gz") else head
@@ -163,6 +172,16 @@ def recognised(rows: Mapping[str, int], root: str = "mimic_iv") -> str | None:
     shared = {r: [name for name, counts in known.items() if r in counts] for counts in known.values() for r in counts}
     fits = sorted(r for r, names in shared.items() if all(known[name][r] == rows[name] for name in names))
     return " or ".join(fits) or None
+
+
+def dropped_rows(source: Source) -> list[str]:
+    """A warning for each counted table of which rows were dropped because an id is missing."""
+    return [
+        f"{source.files.get(name, name)}: {n:,} rows dropped: {without_ids(name)} (an empty row, a repeated header, an "
+        "id that is no whole number)"
+        for name, n in source.dropped.items()
+        if n
+    ]
 
 
 def releases(

@@ -19,7 +19,7 @@ from ibis import _
 
 from configs import UserError
 from ehr_features.raw.engine import hold
-from ehr_features.raw.source import Source
+from ehr_features.raw.source import Source, without_ids
 
 LISTED = 1000  # ids listed for one reason
 
@@ -107,6 +107,7 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
     columns += ["gender", "race", "anchor_year_group", "first_careunit", "admittime", "dischtime", "death_at", "died"]
     frame = frame[columns].rename(columns={"gender": "sex", "first_careunit": "care_unit"}).reset_index(drop=True)
     texts = dict.fromkeys(["sex", "race", "anchor_year_group", "care_unit"], "string") | {"age_years": "Int64"}
+    texts |= dict.fromkeys(["stay_id", "hadm_id", "subject_id"], "int64")  # floats where a row that is gone had none
     table = pa.Table.from_pandas(frame.astype(texts), preserve_index=False)
     return hold(source.con, f"cohort_{preset}", table)
 
@@ -114,10 +115,11 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
 def _joined(source: Source, attrition: Attrition) -> pd.DataFrame:
     """icustays with their admission and patient; a row each."""
     icu = source.table("icustays").to_pandas()
-    attrition.note("rows of icustays", len(icu))
+    rows = source.rows("icustays")
+    attrition.note("rows of icustays", rows)
+    attrition.add("stays", without_ids("icustays"), rows, len(icu))
     same = icu.duplicated()
     icu = _drop(icu, same, "the same row of icustays twice; one kept", attrition)
-    icu = _drop(icu, icu["stay_id"].isna() | icu["subject_id"].isna(), "no stay_id or subject_id", attrition)
     icu = _drop(icu, icu["stay_id"].duplicated(keep=False), "one stay_id in different rows; none kept", attrition)
     columns = ["subject_id", "hadm_id", "admittime", "dischtime", "deathtime", "race", "hospital_expire_flag"]
     admissions = outcomes(source).select(*columns, person_died_at="death_at", told_died="died")

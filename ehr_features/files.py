@@ -205,6 +205,12 @@ def undamaged(path: str | Path, advice: str) -> Iterator[None]:
         raise UserError(f"{path}: damaged {kind} file ({why}); {advice}") from None
 
 
+def whole_numbers(column: pd.Series) -> pd.Series:
+    """Whole numbers in any form (`1`, ` 1`, `1.0`) as nullable Int64; a value that is no whole number becomes NA."""
+    number = pd.to_numeric(column.astype("string").str.strip(), errors="coerce").astype("Float64")
+    return number.where((number == number.round()) & (number.abs() < 2**53)).astype("Int64")
+
+
 def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a table of a features/ folder.
 

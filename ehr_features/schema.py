@@ -18,11 +18,16 @@ INT, TEXT, REAL, TIME, DATE = "int64", "string", "float64", "timestamp", "date"
 
 @dataclass(frozen=True)
 class Raw:
-    """A raw table. `places`: paths without suffix below its root, newest layout first."""
+    """A raw table.
+
+    Attributes:
+        places: paths without suffix below its root, newest layout first. keys: ids without which a row is dropped.
+    """
 
     root: Literal["mimic_iv", "mimic_ed", "mimic_cxr"]
     places: tuple[str, ...]
     columns: Mapping[str, str]
+    keys: tuple[str, ...] = ()  # none for cxr_metadata: films/metadata.py drops its rows and lists their ids
     optional: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)  # our name -> name in MIMIC-IV 1.0
     rows: Mapping[str, int] = field(default_factory=dict)  # known row counts by release
@@ -94,6 +99,7 @@ READ: dict[str, Raw] = {
             "anchor_year_group": TEXT,
             "dod": DATE,
         },
+        ("subject_id",),
         rows=_rows(None, 299_712, 364_627, 100),
     ),
     "admissions": Raw(
@@ -114,6 +120,7 @@ READ: dict[str, Raw] = {
             "edouttime": TIME,
             "hospital_expire_flag": INT,
         },
+        ("hadm_id", "subject_id"),
         optional=frozenset({"admission_type", "discharge_location", "insurance", "language"}),
         renamed={"race": "ethnicity"},
         rows=_rows(None, 431_231, 546_028, 275),
@@ -122,30 +129,35 @@ READ: dict[str, Raw] = {
         "mimic_iv",
         ("icu/icustays",),
         {**_IDS, "first_careunit": TEXT, "last_careunit": TEXT, "intime": TIME, "outtime": TIME, "los": REAL},
+        ("stay_id", "subject_id"),
         rows=_rows(76_540, 73_181, 94_458, 140),
     ),
     "diagnoses_icd": Raw(
         "mimic_iv",
         ("hosp/diagnoses_icd",),
         {"subject_id": INT, "hadm_id": INT, "seq_num": INT, "icd_code": TEXT, "icd_version": INT},
+        ("hadm_id", "icd_code"),
         rows=_rows(5_280_351, 4_756_326, 6_364_488, 4_506),
     ),
     "d_icd_diagnoses": Raw(
         "mimic_iv",
         ("hosp/d_icd_diagnoses",),
         {"icd_code": TEXT, "icd_version": INT, "long_title": TEXT},
+        ("icd_code",),
         rows=_rows(None, 109_775, 112_107, 109_775),
     ),
     "chartevents": Raw(
         "mimic_iv",
         ("icu/chartevents",),
         {**_IDS, **_EVENT},
+        ("itemid", "subject_id"),
         rows=_rows(329_499_788, 313_645_063, 432_997_491, 668_862),
     ),
     "labevents": Raw(
         "mimic_iv",
         ("hosp/labevents",),
         {"subject_id": INT, "hadm_id": INT, "specimen_id": INT, **_EVENT},
+        ("itemid", "subject_id"),
         optional=frozenset({"specimen_id"}),
         rows=_rows(122_103_667, 118_171_367, 158_374_764, 107_727),
     ),
@@ -153,6 +165,7 @@ READ: dict[str, Raw] = {
         "mimic_iv",
         ("icu/d_items",),
         {"itemid": INT, "label": TEXT, "category": TEXT},
+        ("itemid",),
         optional=frozenset({"category"}),
         rows=_rows(None, 4_014, 4_095, 4_014),
     ),
@@ -160,6 +173,7 @@ READ: dict[str, Raw] = {
         "mimic_iv",
         ("hosp/d_labitems",),
         {"itemid": INT, "label": TEXT, "fluid": TEXT},
+        ("itemid",),
         optional=frozenset({"fluid"}),
         rows=_rows(1_630, 1_622, 1_650, 1_622),
     ),
@@ -167,6 +181,7 @@ READ: dict[str, Raw] = {
         "mimic_ed",
         _ed("edstays"),
         {**_IDS, "intime": TIME, "outtime": TIME, "gender": TEXT, "arrival_transport": TEXT},
+        ("stay_id", "subject_id"),
         optional=frozenset({"gender", "arrival_transport"}),  # since MIMIC-IV-ED 2.0
         rows=_rows(None, 425_087, None, None),
     ),
@@ -174,24 +189,28 @@ READ: dict[str, Raw] = {
         "mimic_ed",
         _ed("triage"),
         {"subject_id": INT, "stay_id": INT, **_VITALS, "pain": TEXT, "acuity": REAL, "chiefcomplaint": TEXT},
+        ("stay_id",),
         rows=_rows(None, 425_087, None, None),
     ),
     "vitalsign": Raw(
         "mimic_ed",
         _ed("vitalsign"),
         {"subject_id": INT, "stay_id": INT, "charttime": TIME, **_VITALS},
+        ("stay_id",),
         rows=_rows(None, 1_564_610, None, None),
     ),
     "medrecon": Raw(
         "mimic_ed",
         _ed("medrecon"),
         {"subject_id": INT, "stay_id": INT, "charttime": TIME, "name": TEXT},
+        ("stay_id",),
         rows=_rows(None, 2_987_342, None, None),
     ),
     "pyxis": Raw(
         "mimic_ed",
         _ed("pyxis"),
         {"subject_id": INT, "stay_id": INT, "charttime": TIME, "name": TEXT},
+        ("stay_id",),
         rows=_rows(None, 1_586_053, None, None),
     ),
     "cxr_metadata": Raw(
@@ -217,12 +236,14 @@ READ: dict[str, Raw] = {
         "mimic_cxr",
         ("mimic-cxr-2.0.0-split", "mimic-cxr-2.1.0-split"),
         {"dicom_id": TEXT, "study_id": INT, "subject_id": INT, "split": TEXT},
+        ("subject_id",),
         rows={"2.0.0": 377_110, "2.1.0": 377_110},
     ),
     "cxr_chexpert": Raw(
         "mimic_cxr",
         ("mimic-cxr-2.0.0-chexpert", "mimic-cxr-2.1.0-chexpert"),
         {"subject_id": INT, "study_id": INT, **dict.fromkeys(FINDINGS, REAL)},
+        ("study_id",),
         rows={"2.0.0": 227_827, "2.1.0": 227_827},
     ),
 }

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from configs import UserError
-from ehr_features.files import UNREADABLE
+from ehr_features.files import UNREADABLE, whole_numbers
 from ehr_features.schema import SPLITS
 
 METHODS = ("hash", "official", "temporal")  # or the path of a file of subject_id, split
@@ -96,18 +97,22 @@ def _temporal(subjects: pd.DataFrame, ids: pd.Index) -> pd.Series:
 def _from_file(path: Path, ids: pd.Index) -> pd.Series:
     check(str(path))
     try:
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={"subject_id": str})
     except UNREADABLE as error:
         raise UserError(
             f"{path}: cannot be read as a split file ({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from None
     if missing := {"subject_id", "split"} - set(frame):
         raise UserError(f"{path}: column {sorted(missing)} missing; found {list(frame)}; wanted subject_id, split")
+    text = frame["subject_id"].astype("string").str.strip().fillna("")
+    nobody = text.isin(["", "subject_id"])  # an empty row, a repeated header
+    if nobody.any():
+        print(f"warning: {path}: {nobody.sum()} rows without subject_id were dropped", file=sys.stderr)
+    frame = frame.assign(subject_id=whole_numbers(text))[~nobody]
+    if frame["subject_id"].isna().any():
+        raise UserError(f"{path}: subject_id must be whole numbers")
     split = _one_each(frame.assign(split=_names(frame["split"], OFFICIAL | {"val": "val"}, str(path))), str(path))
-    try:
-        split.index = split.index.astype("int64")
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: subject_id must be whole numbers") from None
+    split.index = split.index.astype("int64")
     if missing := set(ids) - set(split.index):
         some = sorted(missing)[:3]
         raise UserError(f"{path}: {len(missing)} of {len(ids)} subjects have no row there, e.g. {some}; add them")

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from configs import UserError
 from ehr_features import schema
+from ehr_features.audit.events import COVERED, check_covered
 from ehr_features.audit.films import (
     RECORD,
     SLACK_HOURS,
@@ -88,7 +89,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         config = _built_with(features)
     except UserError as error:
-        unsaid = (HOURS, DECLARED, FITTED, KNOWN, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
+        unsaid = (HOURS, DECLARED, FITTED, KNOWN, COVERED, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
         verdicts += [check_carried(features), *(cannot(claim, str(error)) for claim in unsaid)]
         return verdicts + check_runs(runs, subjects.drop_duplicates())
     verdicts.append(check_hours(stays, samples, config))
@@ -96,10 +97,11 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         source = _same_source(features, config)
     except UserError as error:
-        unsaid = (KNOWN, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
+        unsaid = (KNOWN, COVERED, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
         verdicts += [cannot(c, str(error).splitlines()[0]) for c in unsaid]
     else:
-        verdicts += [check_known(features, source, config), check_ends(source, samples, config)]
+        verdicts += [check_known(features, source, config), check_covered(features, source, config)]
+        verdicts.append(check_ends(source, samples, config))
         verdicts.append(check_stays(source, stays, config))
         verdicts.append(check_people(source, stays, images, samples.get("mortality"), config.preset))
         verdicts += [check_record(source, images, config), check_prior(source, images)] if films else []

@@ -5,8 +5,8 @@ laboratory result, reported in it; and of a specimen that the variable takes. A 
 one before it, or the normal value. channels.yaml gives units, ranges and specimens; what is a laboratory result, and
 when it was known, is read from the raw tables and their dictionary by queries of this file.
 
-Differs for preset `medfuse`: it counts a laboratory value from its draw, so this claim is refuted there, with the
-count.
+Differs for preset `medfuse`: by its published rule a laboratory value counts from its draw. The audit judges by that
+rule, and says how many values are from before their report.
 """
 
 from __future__ import annotations
@@ -125,7 +125,10 @@ def check_known(features: Path, source: Source, config: FeaturesConfig) -> Verdi
         bad[WHY[name]] = int((rest & cells).sum())
         rest &= ~cells
     bad[WHY["known"]] = int(rest.sum())
-    return decide(KNOWN, bad, f"{int(observed.sum())} observed values of {len(stay_ids)} stays")
+    counts = f"{int(observed.sum())} observed values of {len(stay_ids)} stays"
+    if config.preset == "medfuse":
+        counts += f"; laboratory values from their draw, as published: {bad.pop(WHY['early'])} from before their report"
+    return decide(KNOWN, bad, counts)
 
 
 RANGE = ("stay_id", "channel", "bin", "low", "high", "why")
@@ -182,7 +185,7 @@ def _dated(
     """
     texts = channels.text_table(source.con, declared)
     labels = source.table("d_items").distinct()
-    labs_, chart_ = _numbers(labs, items, texts), _numbers(chart, items, texts)
+    labs_, chart_ = read_numbers(labs, items, texts), read_numbers(chart, items, texts)
     types = labs.filter(_.itemid == SPECIMEN_TYPE).select("specimen_id", kind=_.value.upper().replace(".", "").strip())
     allowed = channels.specimen_table(source.con, declared).rename(of="channel", which="kind")
     labs_ = labs_.left_join(types.distinct(), "specimen_id").mutate(kind=_.kind.coalesce("UNKNOWN"))
@@ -201,7 +204,7 @@ def _dated(
     return chart_.select(*columns).union(labs_.mutate(stay_id=ibis.null("int64")).select(*columns))
 
 
-def _numbers(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
+def read_numbers(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
     """The events of the items with v (in the declared unit), drawn, and report: stored, but not before drawn."""
     rows = table.join(items, "itemid").mutate(word=_.value.lower().strip())
     texts = texts.rename(text_of="channel")

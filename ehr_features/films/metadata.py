@@ -79,12 +79,12 @@ def _films(source: Source, preset: str) -> ibis.Table:
     if preset == "medfuse":
         code = ibis.null("string")
     lying = raw.PatientOrientationCodeSequence_CodeMeaning.strip()
-    subject, study = raw.subject_id.cast("string"), raw.study_id.cast("string")
+    subject, study, film = raw.subject_id.cast("string"), raw.study_id.cast("string"), raw.dicom_id.strip()
     return raw.select(
-        "dicom_id",
         "study_id",
         "subject_id",
-        path="files/p" + subject.substr(0, 2) + "/p" + subject + "/s" + study + "/" + raw.dicom_id + ".jpg",
+        dicom_id=film.nullif(""),
+        path="files/p" + subject.substr(0, 2) + "/p" + subject + "/s" + study + "/" + film + ".jpg",
         taken_at=timestamp(raw.StudyDate, raw.StudyTime),
         view=named.coalesce(code),
         view_source=ibis.cases((named.notnull(), "ViewPosition"), (code.notnull(), "ViewCodeSequence")),

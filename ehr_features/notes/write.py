@@ -26,7 +26,7 @@ from ibis.util import gen_name
 from configs import UserError
 from configs.commands import command_line
 from ehr_features import schema
-from ehr_features.build import NO_EFFECT, Steps, is_current
+from ehr_features.build import NO_EFFECT, Steps, is_current, note_dropped
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig, NotesConfig
 from ehr_features.files import (
@@ -47,7 +47,7 @@ from ehr_features.notes.facts import FIELDS, complaints, facts, latest, read_abb
 from ehr_features.notes.template import Template, fields_of, read_template, render
 from ehr_features.raw.engine import hold, named_by_the_engine
 from ehr_features.raw.remote import fingerprint
-from ehr_features.raw.source import Source, open_source
+from ehr_features.raw.source import EVENTS, Source, open_source
 
 CHUNK = 100_000  # films at a time
 READ = ("admissions", "diagnoses_icd", "d_icd_diagnoses", "edstays", "triage", "vitalsign", "medrecon", "pyxis")
@@ -100,6 +100,7 @@ def write_notes(config: NotesConfig) -> Path:
     with alone(out), new_folder(out) as part:
         with steps("writing the notes"):
             written = _write(source, films, template, abbreviations, config, part, attrition)
+        note_dropped(source, {name: source.rows(name) for name in used if name not in EVENTS}, attrition)
         write_json(part / "schema.json", {"notes": schema.described(schema.NOTES)})
         write_json(part / "attrition.json", attrition.as_json())
         rows = {"notes": written}

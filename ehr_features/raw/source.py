@@ -3,7 +3,8 @@
 Comes in: the root folders of a FeaturesConfig. Goes out: a `Source` whose `table(name)` is an ibis expression with the
 columns of `schema.READ`, selected and cast by name. CSV columns are read as text by their header, so that an inserted
 column shifts nothing and the text "None" stays a value. Text that cannot be cast becomes null; each step counts the
-rows that it drops for it.
+rows that it drops for it. Whole numbers are read in any form: `220045`, ` 220045` and `220045.0` of CSV, integers and
+floats of Parquet; 220045.5 is null. Rows without an id that they need are dropped and counted, as is a repeated header.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import ibis.expr.types as ir
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ibis import _
 
 from configs import UserError
 from ehr_features.config import FeaturesConfig
@@ -45,11 +47,13 @@ class Source:
     Attributes:
         con: the ibis backend. files: table name -> path or URL. columns: table name -> columns found there.
         layout: `1.0` (core/, ethnicity), `2.0` (hosp/, race), `2.2` (also caregiver_id; 2.2 to 3.1).
+        dropped: table name -> rows without an id that they need, for tables whose rows have been counted.
     """
 
     def __init__(self, con: Any, files: Mapping[str, str], columns: Mapping[str, list[str]], layout: str) -> None:
         self.con, self.files, self.columns, self.layout = con, dict(files), dict(columns), layout
-        self._tables: dict[str, ir.Table] = {}
+        self.dropped: dict[str, int] = {}
+        self._tables: dict[str, ir.Table] = {}  # all rows, also those to be dropped
         self._absent: dict[str, str] = {}
         self._cache: Path | None = None  # folder for copies of remote tables
 
@@ -64,11 +68,7 @@ class Source:
                 if pa.types.is_null(f.type):
                     table = table.set_column(at, f.name, table[f.name].cast(pa.string()))
             opened = hold(source.con, f"raw_{name}", table)
-            cast = {
-                c: _cast(opened[c] if c in table.column_names else ibis.null("string"), t)
-                for c, t in raw.columns.items()
-            }
-            source._tables[name] = opened.select(**cast)
+            source._tables[name] = opened.select(**_cast(opened, raw, {c: c for c in raw.columns}))
         return source
 
     def has(self, name: str) -> bool:
@@ -84,12 +84,19 @@ class Source:
             if name not in self.files:
                 raise UserError(self._absent.get(name, f"table `{name}` is not there"))
             self._tables[name] = self._open(name)
-        return self._tables[name]
+        return self._tables[name].filter(named(name, self._tables[name]))
+
+    def rows(self, name: str) -> int:
+        """Count the rows in the file of a table; `dropped` then holds how many of them lack an id."""
+        kept, everything = self.table(name).count(), self._tables[name].count()
+        rows = int(everything.execute())
+        self.dropped[name] = rows - int(kept.execute())
+        return rows
 
     def events(self, name: str, items: list[int]) -> ir.Table:
-        """Rows of an event table with given itemids, compared as text, since casting all rows first is slow."""
+        """Rows of an event table with given itemids, or without an itemid."""
         if name in self._tables:
-            return self._tables[name].filter(self._tables[name].itemid.isin(items))
+            return self._tables[name].filter(_.itemid.isin(items) | _.itemid.isnull())
         return self._open(name, items)
 
     def _open(self, name: str, items: list[int] | None = None) -> ir.Table:
@@ -100,17 +107,28 @@ class Source:
             path = cached(path, fingerprint(path), self._cache)
         with explained(path), readable(path):
             opened = read(self.con, path, found)
-        if items is not None:
-            text = opened.itemid.type().is_string()
-            opened = opened.filter(opened.itemid.isin([str(i) for i in items] if text else items))
+        if items is not None and opened.itemid.type().is_string():  # casting every row would be slow
+            plain = opened.itemid.re_search(r"^[1-9][0-9]*$").fill_null(False)
+            opened = opened.filter(opened.itemid.isin([str(i) for i in items]) | ~plain)
         names = {c: (raw.renamed.get(c, c) if self.layout == "1.0" else c) for c in raw.columns}
-        cast = {c: _cast(opened[names[c]] if names[c] in found else ibis.null("string"), raw.columns[c]) for c in names}
-        table = opened.select(**cast)
+        table = opened.select(**_cast(opened, raw, names))
+        table = table if items is None else table.filter(_.itemid.isin(items) | _.itemid.isnull())
         if name in EVENTS or self.con.name != "duckdb":
             return table
         with readable(path):  # a table read by several steps is parsed once, and damage is reported with its file
             self.con.con.execute(f"CREATE TEMP TABLE opened_{name} AS {ibis.to_sql(table, dialect='duckdb')}")
         return self.con.table(f"opened_{name}")
+
+
+def named(name: str, table: ir.Table) -> ir.Value:
+    """Whether a row of a raw table has the ids that it needs."""
+    return ibis.and_(*(table[key].notnull() for key in READ[name].keys))
+
+
+def without_ids(name: str) -> str:
+    """The reason for which `table` drops rows of a raw table."""
+    *others, last = READ[name].keys
+    return f"no {', '.join(others)} or {last}" if others else f"no {last}"
 
 
 def open_source(config: FeaturesConfig) -> Source:
@@ -154,10 +172,34 @@ def roots(config: FeaturesConfig) -> dict[str, str | None]:
     return {"mimic_iv": config.mimic_iv, "mimic_ed": config.mimic_ed, "mimic_cxr": config.mimic_cxr}
 
 
-def _cast(column: ir.Value, to: str) -> ir.Value:
-    """Cast; a value that cannot be cast becomes null."""
+def whole(column: ir.Value) -> ir.Value:
+    """Whole numbers in any form as int64; a value that is no whole number becomes null."""
+    if column.type().is_integer():
+        return column.cast("int64")
+    number = (column.strip() if column.type().is_string() else column).try_cast("float64")
+    is_whole = (number == number.floor()) & (number.abs() < 2**53)  # false for NaN and infinity
+    return ibis.cases((is_whole, number)).try_cast("int64")
+
+
+def _cast(table: ir.Table, raw: Raw, names: Mapping[str, str]) -> dict[str, ir.Value]:
+    """The columns of a raw table, cast to their types; a value that cannot be cast becomes null.
+
+    Args:
+        names: our name -> the name in the file.
+    """
+    nothing = ibis.null("string")
+    return {
+        ours: _cast_one(table[name] if name in table.columns else nothing, raw.columns[ours], name, ours in raw.keys)
+        for ours, name in names.items()
+    }
+
+
+def _cast_one(column: ir.Value, to: str, name: str, is_key: bool) -> ir.Value:
     if to == "string":
-        return column.cast("string").nullif("")
+        text = column.cast("string")
+        return text.strip().nullif("").nullif(name) if is_key else text.nullif("")  # `name`: a repeated header
+    if to == "int64":
+        return whole(column)
     if str(column.type()) == to:
         return column
     # DuckDB 2.0 pushes a bare try_cast into the CSV reader as the column's type, and stops at the first bad value

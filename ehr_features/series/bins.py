@@ -206,6 +206,7 @@ def extract(
 
     Returns: stay_id, channel, bin, v, mark, n, unstored; and a small table of counts: channel, fate, n, unstored.
     """
+    chart = chart.filter(_.stay_id.notnull())  # the others are counted by `coverage.without_stay`
     events = with_fate(of_stays(known_events(source.con, chart, labs, channels), stays), step_hours)
     counts = events.group_by("channel", "fate").agg(n=_.count(), unstored=_.unstored.cast("int64").sum()).to_pandas()
     used = events.filter(_.fate == "used")

@@ -73,6 +73,7 @@ class Channel(Settings):
     text: dict[str, float] = {}
     mark: dict[str, str] = {}
     sum_of: tuple[str, ...] = ()
+    stays_observed: Annotated[float, Field(gt=0, le=1)] | None = None
     medfuse: Published | None = None
 
     @model_validator(mode="after")

@@ -15,16 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
 from ehr_features.files import digest, new_file, new_folder, write_json
 from ehr_features.raw.engine import hold, readable
 from ehr_features.raw.remote import explained, fingerprint
-from ehr_features.raw.source import EVENTS, Source
+from ehr_features.raw.source import EVENTS, Source, named
 from ehr_features.schema import READ
 from ehr_features.series.channels import SPECIMEN_TYPE, Channel, item_ids
 
+NOBODY = -1
 CODE_STATUS = (223758, 228687)
 
 
@@ -50,7 +52,9 @@ def cached(
 
 def _one(source: Source, name: str, items: list[int], subjects: list[int], folder: Path) -> tuple[ir.Table, int]:
     if name not in source.files:  # held in memory
-        return _kept(source, name, items, subjects), int(source.table(name).count().execute())
+        rows = source.rows(name)
+        kept = _kept(source, name, items, subjects)
+        return kept.filter(named(name, kept)), rows
     path_, read = source.files[name], READ[name].columns
     key = digest([name, path_, fingerprint(path_), dict(read), source.layout, items, subjects, source.con.name])
     path, facts = folder / f"{name}-{key}.parquet", folder / f"{name}-{key}.json"
@@ -58,13 +62,20 @@ def _one(source: Source, name: str, items: list[int], subjects: list[int], folde
         table = _kept(source, name, items, subjects)
         with explained(path_), readable(path_), progress(source.con, f"reading {name} (once)"):
             rows = _write(source, table, path)
-        write_json(facts, {"rows_read": rows})
-    return source.con.read_parquet(str(path)), json.loads(facts.read_text())["rows_read"]
+        written = source.con.read_parquet(str(path))
+        dropped = int(written.filter(~named(name, written)).count().execute())
+        write_json(facts, {"rows_read": rows, "dropped": dropped})
+    found, kept = json.loads(facts.read_text()), source.con.read_parquet(str(path))
+    source.dropped[name] = found["dropped"]
+    return kept.filter(named(name, kept)), found["rows_read"]
 
 
 def _kept(source: Source, name: str, items: list[int], subjects: list[int]) -> ir.Table:
-    who = hold(source.con, "event_subjects", pa.table({"subject_id": pa.array(subjects, pa.int64())}))
-    return source.events(name, items).semi_join(who, "subject_id")
+    """The events of some items and subjects; rows without their ids too, empty, to be counted."""
+    who = hold(source.con, "event_subjects", pa.table({"subject_id": pa.array([NOBODY, *subjects], pa.int64())}))
+    table = source.events(name, items)
+    table = table.select(**{c: ibis.cases((named(name, table), table[c])) for c in table.columns})
+    return table.semi_join(who, [table.subject_id.fill_null(NOBODY) == who.subject_id])
 
 
 def _write(source: Source, table: ir.Table, path: Path) -> int:
@@ -73,7 +84,7 @@ def _write(source: Source, table: ir.Table, path: Path) -> int:
         with new_folder(path) as part:
             part.rmdir()  # Spark makes it
             table.to_parquet(str(part))
-        return int(source.table(path.name.partition("-")[0]).count().execute())
+        return source.rows(path.name.partition("-")[0])
     con = source.con.con
     con.execute("PRAGMA enable_profiling = 'no_output'")
     try:

@@ -20,7 +20,7 @@ from ehr_features.files import code_digest, digest, new_file, read_json, undamag
 from ehr_features.raw.engine import batches
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source
-from ehr_features.series import bins, channels, events, medfuse
+from ehr_features.series import bins, channels, coverage, events, medfuse
 from ehr_features.series.bins import Layout
 
 BINS = ("stay_id", "channel", "bin", "v", "mark", "n", "unstored")
@@ -45,7 +45,7 @@ def cached(
     prints = [fingerprint(source.files[name]) for name in EVENTS if name in source.files]
     said = [channel.model_dump(mode="json") for channel in declared]
     preset = medfuse if config.preset == "medfuse" else bins
-    key = digest([prints, who, said, config.preset, config.step_hours, config.engine, code_digest(preset)])
+    key = digest([prints, who, said, config.preset, config.step_hours, config.engine, code_digest(preset, coverage)])
     path = config.cache_folder / f"series-{key}.safetensors"
     facts = path.with_suffix(".json")
     if not (path.is_file() and facts.is_file()):
@@ -56,7 +56,8 @@ def cached(
         with events.progress(source.con, "binning the series"):
             ordered = batches(source.con, binned.select(*BINS).order_by("stay_id"))
             standing = write(path, ordered, frame["stay_id"].to_numpy(), lengths, preset.layout(declared))
-        counts = fates(counts, standing, exact=preset is bins)
+        lost = coverage.without_stay(source, found["chartevents"][0], stays, declared, config.preset)
+        counts = pd.concat([fates(counts, standing, exact=preset is bins), lost], ignore_index=True)
         names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
         counts["channel"] = [names[i] for i in counts["channel"]]
         write_json(facts, counts.sort_values(["channel", "fate"]).to_dict("records"))

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,21 @@ def _placed(table: str, item: int, when: str, kind: str | None = None) -> Callab
     return change_series(place)
 
 
+def _forgotten(names: Sequence[str], share: float) -> Callable[[Path, dict[str, np.ndarray]], None]:
+    """Take variables (all if none is named) out of a share of the stays: normal values stand in their place."""
+
+    def leak(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+        about = json.loads((folder / "series.json").read_text())
+        masks = [c.removeprefix("mask->") for c in about["columns"][about["num_values"] :]]
+        rows = slice(0, int(arrays["offsets"][int(share * len(arrays["stay_id"]))]))
+        gone = [n for n, name in enumerate(masks) if name in names or not names]
+        columns = [f for f, of in enumerate(about["observed_of"]) if of in gone]
+        arrays["observed"][rows, gone] = 0
+        arrays["values"][rows, columns] = np.array(about["imputation"]["normal"], np.float32)[columns]
+
+    return leak
+
+
 def _label_in_the_series(about: dict[str, Any]) -> None:
     about["columns"][3] = "mortality"
 
@@ -253,6 +268,10 @@ LEAKS: dict[str, tuple[Callable[[Path], None], str]] = {
         audit.claims.ENDS,
     ),
     "a sample from after death": (change("samples/decompensation", _hours_later), audit.claims.ENDS),
+    "series of normal values": (change_series(_forgotten([], 1)), audit.events.COVERED),
+    "half the stays without a value": (change_series(_forgotten([], 0.5)), audit.events.COVERED),
+    "a variable that was not read": (change_series(_forgotten(["heart_rate"], 1)), audit.events.COVERED),
+    "a text variable lost in some stays": (change_series(_forgotten(["gcs_eye"], 0.1)), audit.events.COVERED),
     "a label in the series": (change_json("series.json", _label_in_the_series), "no finding, phenotype or outcome"),
     "an outcome said to be known": (change_json("schema.json", _outcome_said_to_be_known), "no finding, phenotype or"),
     "a normaliser fitted on all": (_fitted_on_all, "the normaliser is fitted on train only"),

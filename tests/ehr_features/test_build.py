@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,59 @@ def with_films(tmp_path_factory):
     roots = {key: str(root / "raw" / name) for key, name in FOLDERS.items()}
     tasks = (*ALL, "findings")
     return root / "raw", build.build(FeaturesConfig(**roots, out=root / "features", memory="800MB", tasks=tasks))
+
+
+IDS = ("subject_id", "hadm_id", "stay_id", "study_id", "specimen_id", "itemid", "anchor_age")
+
+
+def damaged(table: pd.DataFrame, form: str) -> pd.DataFrame:
+    """A raw table, read as text, as other programs save it: ids in other forms, and rows without ids in the middle."""
+    half = len(table) // 2
+    junk = {"blank": [""] * len(table.columns), "header": list(table.columns), "words": ["?"] * len(table.columns)}
+    ids = [c for c in table if c in IDS]
+    table = table.copy()
+    for c in ids:
+        other = {"blanks": lambda i: f" 0{i} ", "floats": lambda i: f"{i}.0", "exponents": lambda i: f"{int(i):.9e}"}
+        if form in other:
+            table[c] = table[c].map(lambda i, write=other[form]: i and write(i))
+    added = ["blank"] if form == "numbers" else list(junk)
+    rows = pd.DataFrame([junk[kind] for kind in added], columns=table.columns)
+    table = pd.concat([table[:half], rows, table[half:]], ignore_index=True)
+    if form == "numbers":  # of Parquet, floats where one is empty
+        table[ids] = table[ids].apply(pd.to_numeric)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"), [("blanks", ".csv"), ("floats", ".csv.gz"), ("exponents", ".csv"), ("numbers", ".parquet")]
+)
+def test_ids_in_any_form_give_the_same_and_rows_without_them_are_counted(tmp_path, with_films, form, suffix, capsys):
+    raw, one = with_films
+    for path in raw.rglob("*.csv.gz"):
+        table = damaged(pd.read_csv(path, dtype=str, keep_default_na=False), form)
+        to = tmp_path / path.relative_to(raw).with_name(path.name.replace(".csv.gz", suffix))
+        to.parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(to) if suffix == ".parquet" else table.to_csv(to, index=False)
+    roots = {key: str(tmp_path / name) for key, name in FOLDERS.items()}
+    config = FeaturesConfig(**roots, out=tmp_path / "two", memory="800MB", tasks=(*ALL, "findings"))
+    same(one, build.build(config))
+    told = json.loads((tmp_path / "two/attrition.json").read_text())["exclusions"]
+    lacking = re.compile(r"no (\w+_id|itemid|icd_code)( or |, |$)")
+    dropped = {e["table"]: e["before"] - e["after"] for e in told if lacking.match(e["why"])}
+    read = {name for name in schema.READ if name not in schema.FOR_NOTES and name not in ("icustays", "cxr_metadata")}
+    wanted = dict.fromkeys({*read, "stays", "films"}, 1 if form == "numbers" else 3)
+    wanted["d_icd_diagnoses"] = min(2, wanted["stays"])  # of which `?` may be a code
+    assert {name: dropped.get(name) for name in wanted} == wanted
+    rows = json.loads((tmp_path / "two/provenance.json").read_text())["rows_read"]
+    first = json.loads((one / "provenance.json").read_text())["rows_read"]
+    assert rows == {name: n + wanted["stays"] for name, n in first.items()}  # those of the files
+    capsys.readouterr()
+    assert check(config) == 0
+    said = capsys.readouterr().out
+    assert all(
+        f"/{name}{suffix}: {wanted['stays']} rows dropped: no " in said
+        for name in ("icustays", "chartevents", "triage", "pyxis")
+    )
 
 
 @pytest.mark.parametrize("protocol", ["memory", "file"])

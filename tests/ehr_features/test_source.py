@@ -171,11 +171,11 @@ def test_truncated_gz_and_empty_file_are_named(tmp_path, frames, write, config):
 
 def test_unreadable_text_becomes_null_and_not_another_value():
     source = Source.from_frames(
-        {"labevents": pd.DataFrame({"valuenum": ["___", "7.4", ""], "itemid": ["1", "2", "x"]})}
+        {"labevents": pd.DataFrame({"valuenum": ["___", "7.4", ""], "itemid": ["1", "2", "x"], "subject_id": 1})}
     )
-    got = source.table("labevents").to_pandas()
-    assert got["valuenum"].tolist()[1] == 7.4 and got["valuenum"].isna().sum() == 2
-    assert got["itemid"].isna().sum() == 1
+    got = source.table("labevents").order_by("itemid").to_pandas()
+    assert got["valuenum"].tolist()[1] == 7.4 and got["valuenum"].isna().sum() == 1
+    assert got["itemid"].tolist() == [1, 2] and source.rows("labevents") == 3 and source.dropped["labevents"] == 1
 
 
 def test_a_time_or_number_that_is_none_costs_that_value_and_not_the_table(tmp_path, frames, write, config):

@@ -66,6 +66,15 @@ def test_temporal_split_tests_on_the_latest_years() -> None:
     assert splits.assign(subjects, method="temporal")["split"].tolist() == ["train", "train", "val", "test", "train"]
 
 
+@pytest.mark.parametrize("ids", [["7", "8"], ["7.0", " 8 "], ["007", "8.00"]])
+def test_a_split_file_with_ids_in_any_form_and_rows_without_one(tmp_path, ids, capsys):
+    rows = [(ids[0], "train"), ("", ""), ("subject_id", "split"), (ids[1], "test")]
+    pd.DataFrame(rows, columns=["subject_id", "split"]).to_csv(tmp_path / "mine.csv", index=False)
+    got = splits.assign(pd.DataFrame({"subject_id": [7, 8]}), method=str(tmp_path / "mine.csv"))
+    assert got["split"].tolist() == ["train", "test"]
+    assert "mine.csv: 2 rows without subject_id were dropped" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["split.csv", "split.csv.gz", "split.parquet"])
 def test_users_file_is_followed(tmp_path: Path, name: str) -> None:
     frame = pd.DataFrame({"subject_id": [7, 8, 9, 99], "split": ["test", "validate", "train", "val"]})

@@ -1,0 +1,96 @@
+"""The part of the audit that looks for what the series lack: charted values of the raw table that stand in no hour.
+
+chartevents is read again, by a query that reads its ids in its own way, and each row is placed by its stay_id or, where
+icustays has no such stay, by its subject and time. Variables that a laboratory reports are left to `check_known`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ibis
+import ibis.expr.types as ir
+import numpy as np
+from ibis import _
+from safetensors import safe_open
+
+from ehr_features import cohort
+from ehr_features.audit.series import read_numbers
+from ehr_features.audit.verdict import Verdict, decide
+from ehr_features.config import FeaturesConfig
+from ehr_features.raw.engine import read
+from ehr_features.raw.source import Source
+from ehr_features.series import channels, coverage
+
+COVERED = "charted values of the stays are in the series"
+
+
+def check_covered(features: Path, source: Source, config: FeaturesConfig) -> Verdict:
+    """Each hour with a charted value is observed; no more than a few values have no stay; most stays have one."""
+    declared = channels.read_channels(config.channels)
+    of = coverage.variables(declared, config.preset)
+    path = features / "series.safetensors"
+    charted = [n for n, (_name, _share, items) in enumerate(of) if coverage.is_charted(items)]
+    seen = coverage.observed_stays(path)
+    empty = int(coverage.bare(seen, of).sum())
+    rows = _placed(source, config, declared)
+    total, lost = (int(n or 0) for n in rows.agg(n=_.count(), lost=_.lost.sum()).to_pyarrow().to_pylist()[0].values())
+    bad = {
+        "stays of which nothing charted is observed": empty if 2 * empty > len(seen) else 0,
+        "charted values without a stay of icustays": lost if lost > coverage.STAYLESS * total else 0,
+    }
+    if config.preset == "default":
+        bad["hours with a charted value that the series do not have"] = _unseen(path, rows, charted, config.step_hours)
+    few = [f"{name} {ours:.0%} ({share:.0%})" for name, (ours, share) in coverage.rare(seen, of).items()]
+    said = f"; in far fewer stays than in the MIMIC-IV demo: {', '.join(few)}" if few else ""
+    return decide(COVERED, bad, f"{total:,} charted values of {len(seen)} stays, {lost:,} without a stay{said}")
+
+
+def _placed(source: Source, config: FeaturesConfig, declared: tuple[channels.Channel, ...]) -> ir.Table:
+    """Charted values in their range: channel, stay_id, seconds (since intime), lost (no such stay in icustays)."""
+    items, texts = channels.item_table(source.con, declared), channels.text_table(source.con, declared)
+    charted = [item for c in declared if coverage.is_charted(tuple(c.items)) for item in c.items]
+    rows = read_numbers(_chart(source).filter(_.itemid.isin(charted)), items, texts)
+    rows = rows.filter(_.v.between(_.low, _.high)).select("channel", "stay_id", "subject_id", "drawn")
+    stays = cohort.stays(source, config.preset, cohort.Attrition())
+    times = {"begins": _.intime.epoch_seconds(), "ends": _.outtime.epoch_seconds(), "dies": _.death_at.epoch_seconds()}
+    window = stays.select("stay_id", "subject_id", **times)
+    known = source.table("icustays").select(known="stay_id").distinct()
+    rows = rows.left_join(known, rows.stay_id == known.known).mutate(lost=_.known.isnull())
+    own = rows.join(window.drop("subject_id"), "stay_id")
+    strays = rows.filter(_.lost).drop("stay_id")
+    strays = strays.left_join(
+        window,
+        [strays.subject_id == window.subject_id, strays.drawn >= window.begins, strays.drawn <= window.ends],
+    ).drop("subject_id_right")
+    both = own.union(strays.select(*own.columns))
+    alive = (_.drawn <= _.dies).fill_null(True)
+    inside = (_.drawn >= _.begins) & (_.drawn <= _.ends) & alive
+    return both.filter(_.lost | inside).select("channel", "stay_id", "lost", seconds=_.drawn - _.begins)
+
+
+def _chart(source: Source) -> ir.Table:
+    """chartevents as it lies on the disk."""
+    raw = read(source.con, source.files["chartevents"], source.columns["chartevents"])
+
+    def number(name: str) -> ir.Value:
+        written = raw[name].cast("string").strip().try_cast("float64")
+        return ibis.cases((written % 1 == 0, written)).try_cast("int64")
+
+    times = {name: raw[name].try_cast("timestamp") for name in ("charttime", "storetime")}
+    ids = {name: number(name) for name in ("subject_id", "stay_id", "itemid")}
+    value = raw["value"].cast("string").nullif("")
+    return raw.select(**ids, **times, value=value, valuenum=raw["valuenum"].try_cast("float64"))
+
+
+def _unseen(path: Path, rows: ir.Table, charted: list[int], step_hours: int) -> int:
+    """How many hours with a charted value are not observed."""
+    cells = rows.filter(_.stay_id.notnull() & _.channel.isin(charted))
+    cells = cells.select("stay_id", "channel", bin=(_.seconds // (3600 * step_hours)).cast("int64")).distinct()
+    found = cells.to_pyarrow()
+    stay, channel, at = (found[name].to_numpy() for name in ("stay_id", "channel", "bin"))
+    with safe_open(path, "numpy") as file:
+        stay_ids, offsets, observed = (file.get_tensor(name) for name in ("stay_id", "offsets", "observed"))
+    place = np.searchsorted(stay_ids, stay)
+    inside = at < np.diff(offsets)[place]
+    return int((observed[(offsets[place] + at)[inside], channel[inside]] == 0).sum())
