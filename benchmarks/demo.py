@@ -1,6 +1,6 @@
 """The demo over several seeds: what each run measured, and the mean.
 
-    python -m benchmarks.demo OUT --seeds 12 13 14
+    ./launch.sh python -m benchmarks.demo OUT --seeds 12 13 14
 
 runs `./launch.sh demo OUT/seed_N --seed N` for each seed that is not there yet, then prints a Markdown table. The
 recipe was chosen on seeds 1 to 3; report on others.

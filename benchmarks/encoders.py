@@ -1,6 +1,6 @@
 """What pretraining is worth on the demo's planted findings, over training seeds.
 
-    python -m benchmarks.encoders OUT [--what resnet densenet record] [--seeds 0 1 2]
+    ./launch.sh python -m benchmarks.encoders OUT [--what resnet densenet record] [--seeds 0 1 2]
 
 draws a synthetic hospital, pretrains, probes the frozen encoders, and prints tables of the macro AUROC on its test
 split beside the paired difference to the first row (95% interval over seeds and subjects). `resnet`, `densenet`: a

@@ -1,6 +1,6 @@
 """Time and memory of the full extraction on the MIMIC-IV demo multiplied k-fold, from csv.gz.
 
-python -m benchmarks.features DEMO [--k 1 5 20] [--scratch FOLDER] [--json FILE]
+./launch.sh python -m benchmarks.features DEMO [--k 1 5 20] [--scratch FOLDER] [--json FILE]
 
 DEMO is the open MIMIC-IV demo (hosp/, icu/). Each k gets a copy of it with subjects, admissions and stays renumbered k
 times; `python -m ehr_features build` then runs in a process of its own with an empty cache (preset default, tasks

@@ -1,6 +1,6 @@
 """Feeding stays to the fusion models: gathering from features/ against parsing and discretising a CSV at each access.
 
-python -m benchmarks.fusion FEATURES [--k 20] [--task mortality] [--epochs 1] [--json FILE]
+./launch.sh python -m benchmarks.fusion FEATURES [--k 20] [--task mortality] [--epochs 1] [--json FILE]
 
 FEATURES is a features/ folder (of the demo, or of the open MIMIC-IV demo); its stays are taken k times. Reference: the
 way of mimic3-benchmarks and MedFuse, written anew from its description: a stay's CSV (a row an hour, 17 columns of

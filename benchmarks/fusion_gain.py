@@ -1,6 +1,6 @@
 """What fusion gains on the synthetic hospital, beside the best that is possible; and two checks that it is real.
 
-    python -m benchmarks.fusion_gain OUT [--seeds 10 11 12 13 14] [--subjects 3000] [--encoder pixels]
+    ./launch.sh python -m benchmarks.fusion_gain OUT [--seeds 10 11 12 13 14] [--subjects 3000] [--encoder pixels]
 
 For each seed three hospitals are drawn, and every model is trained TRAININGS times on death in hospital:
 

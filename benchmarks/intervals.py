@@ -1,6 +1,6 @@
 """Are intervals and p right? Trainings and subjects are simulated, so that the truth is known.
 
-    python -m benchmarks.intervals [--replicates 1000] [--what seeds subjects]
+    ./launch.sh python -m benchmarks.intervals [--replicates 1000] [--what seeds subjects]
 
 `seeds`: two methods of n trainings each, whose AUROC (mean 0.80) varies between trainings; 30% of the subjects are
 positive, and the scores of any two trainings correlate by 0.93. Of what they do not share, a part is the method's own

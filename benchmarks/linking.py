@@ -1,6 +1,6 @@
 """Time and memory of linking every film of MIMIC-CXR to admissions, ICU stays and emergency stays.
 
-python -m benchmarks.linking [--films 377110] [--scratch FOLDER] [--json FILE]
+./launch.sh python -m benchmarks.linking [--films 377110] [--scratch FOLDER] [--json FILE]
 
 Tables of the real sizes (MIMIC-IV 3.1, MIMIC-IV-ED 2.2, MIMIC-CXR 2.1.0) are drawn at random, written as csv.gz, opened
 as a user's are, and linked in a process of their own. Reference: a merge on subject_id and a filter in pandas, on the

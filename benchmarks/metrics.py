@@ -1,6 +1,6 @@
 """Speed of the intervals: `evaluate` against a loop of scikit-learn over the same resamples.
 
-    python -m benchmarks.metrics [--rows 12000] [--labels 25] [--samples 1000] [--loop 4]
+    ./launch.sh python -m benchmarks.metrics [--rows 12000] [--labels 25] [--samples 1000] [--loop 4]
 
 The loop computes AUROC and AUPRC only, on `--loop` resamples, and its time is scaled to `--samples`; `evaluate` does
 all its metrics.

@@ -1,8 +1,8 @@
 """Notes a second on a synthetic hospital multiplied k-fold, from csv.gz.
 
-    python -m benchmarks.notes [--k 70] [--subjects 800] [--reference 300] [--scratch FOLDER] [--json FILE]
+    ./launch.sh python -m benchmarks.notes [--k 70] [--subjects 800] [--reference 300] [--scratch FOLDER] [--json FILE]
 
-The hospital of `python -m ehr_features demo` is written k times with other ids; `python -m ehr_features notes` then
+The hospital of `ehr-msn hospital` is written k times with other ids; `ehr-msn notes` then
 runs in a process of its own, start-up and reading included. Reference: the published pipeline's way, one film after
 the other in pandas: rows are picked by comparing a whole column, text is put together in Python, and sentences that
 name a finding are dropped; reading is not counted. A second reference picks the rows by an index that was made before.

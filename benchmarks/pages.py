@@ -1,4 +1,4 @@
-"""Write what is generated from the code: `python -m benchmarks.pages`.
+"""Write what is generated from the code: `./launch.sh python -m benchmarks.pages`.
 
 The table of columns in docs/features.md (between `<!-- features -->` and `<!-- end -->`), docs/config.md, and the JSON
 Schemas in configs/schemas/ that editors read.
@@ -35,7 +35,7 @@ Each command reads a YAML file and `key=value` words on the command line, which 
 sections (`encoder.arch=...`). `./launch.sh COMMAND --keys` prints these tables, `--print-config` the resolved config.
 The shipped files in configs/ hold only what differs from the defaults here. An editor with a YAML language server
 completes and checks keys by the first line of a file, e.g. `# yaml-language-server: $schema=schemas/probe.json`.
-This page is written by `python -m benchmarks.pages` from the schemas in the code.
+This page is written by `./launch.sh python -m benchmarks.pages` from the schemas in the code.
 """
 
 

@@ -1,4 +1,4 @@
-"""Speed of pretraining, each number beside a named reference, all in one run: `python -m benchmarks.pretrain`.
+"""Speed of pretraining, each number beside a named reference: `./launch.sh python -m benchmarks.pretrain`.
 
 (a) cutting 12 views of a 512-px film: ours, against lightly's MSNTransform on Pillow images of the same film;
 (b) a training step of ViT-Tiny/16 (batch 8, 12 views, equal masking, fp32): ours, against the published model's, built
@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import encoder as encoders
 from pretrain.build import keep_freed_memory
+from pretrain.config import ViewsConfig
 from pretrain.data import Cutter
 from pretrain.draws import film_keys
 from pretrain.encoder.preprocess import Preprocess
@@ -132,11 +133,11 @@ def seconds(sides: Sequence[str], batch_size: int, repeats: int) -> tuple[list[f
 
 def cutter() -> Cutter:
     """The published views: 2 of 224 px and 10 of 96 px, masked alike."""
-    scale = {"flip": 0.5}
+    like = ViewsConfig(flip=0.5, brightness=0, contrast=0)
     return Cutter(
-        target=Views(1, 224, (0.3, 1.0), **scale),
-        random=Views(1, 224, (0.3, 1.0), **scale),
-        focal=Views(10, 96, (0.05, 0.3), **scale),
+        target=Views(1, 224, (0.3, 1.0), like),
+        random=Views(1, 224, (0.3, 1.0), like),
+        focal=Views(10, 96, (0.05, 0.3), like),
         preprocess=Preprocess(224, "dataset", 0.449, 0.226),
         patch=16, is_vit=True, mask_ratio=0.15, mask_focal=True, fill="noise", seed=0,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """A smoke test on real films: a short vanilla pretraining, then sex, view and findings from the frozen features.
 
-    python -m benchmarks.real_films OUT --mimic-cxr DIR --nih DIR --mimic-iv DIR [--seeds 0 1 2] [--folds 3]
+    ./launch.sh python -m benchmarks.real_films OUT --mimic-cxr DIR --nih DIR --mimic-iv DIR [--seeds 0 1 2] [--folds 3]
 
 `--mimic-cxr`: films in MIMIC-CXR-JPG's layout that are NIH's under other names, as their subjects' sex and persons are
 known from NIH's table only (`--nih`: Data_Entry*.csv and the same image files). Persons are held out: each film is

@@ -1,6 +1,6 @@
 """All benchmarks, one table.
 
-    python -m benchmarks.run [DEMO] [--only NAME ...] [--write]
+    ./launch.sh python -m benchmarks.run [DEMO] [--only NAME ...] [--write]
 
 DEMO is the open MIMIC-IV demo (hosp/, icu/); without it what needs it is left out, and said so. Each benchmark runs in
 a process of its own, one after the other, both sides of a ratio in one run. Goes out: a Markdown table (what, ours, the

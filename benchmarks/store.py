@@ -1,6 +1,6 @@
 """Reading films from the store against opening the JPEG files, and how fast films are packed.
 
-python -m benchmarks.store [FOLDER of JPEG films] [--json FILE]
+./launch.sh python -m benchmarks.store [FOLDER of JPEG films] [--json FILE]
 
 Films come in random order, CPU time of one thread, files and shards in the page cache (so this is work,
 not disk, and other work on the machine matters less).

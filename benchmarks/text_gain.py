@@ -1,6 +1,6 @@
 """What a film's note adds to record and film on the synthetic hospital whose notes tell of frailty.
 
-    python -m benchmarks.text_gain OUT --text-encoder FOLDER [--seeds 20 21 ...] [--subjects 3000] [--trainings 3]
+    ./launch.sh python -m benchmarks.text_gain OUT --text-encoder FOLDER [--seeds 20] [--subjects 3000] [--trainings 3]
 
 For each seed a hospital is drawn in which frailty, told by complaints and home drugs alone, moves death
 (`ehr_features demo --text-signal 2`). The same fusion is trained on death in hospital without and with the note as one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -14,6 +14,20 @@ Task = Literal["mortality", "phenotypes", "phenotypes_early", "decompensation", 
 Filter = Literal["none", "standard", "aggressive"]
 Uncertain = Literal["zeros", "ones", "ignore"]
 Empty = Literal["zeros", "ignore"]
+
+
+class Policy(NamedTuple):
+    """What -1 (uncertain) and an empty finding become; `ignore` leaves the label out."""
+
+    uncertain: Uncertain
+    empty: Empty
+
+
+SAMPLES = Policy("zeros", "zeros")  # train rows of samples/findings, unless `features` is told otherwise
+TRAINING = Policy("ignore", "zeros")  # `probe` (unless its table's layout has another `empty`), `fuse`, `Records`
+EVALUATION = Policy("ignore", "zeros")  # val and test, everywhere
+
+TEXT_GROUP = "text"  # the EHR group that pretraining reads from a film's note (pretrain/text/notes.py)
 
 
 def _memory(text: str) -> str:
@@ -42,15 +56,19 @@ class Findings(Settings):
     """How CheXpert's -1 (uncertain) and empty (not mentioned) become the labels of samples/findings."""
 
     uncertain: Uncertain = Field(
-        default="zeros",
+        default=SAMPLES.uncertain,
         description="What -1 becomes in training: ignore leaves the label out, zeros and ones make it 0 or 1.",
     )
     empty: Empty = Field(
-        default="zeros",
+        default=SAMPLES.empty,
         description="What an empty finding becomes in training: ignore leaves it out, zeros makes it 0.",
     )
-    eval_uncertain: Uncertain = Field(default="ignore", description="What -1 becomes in the val and test splits.")
-    eval_empty: Empty = Field(default="zeros", description="What an empty finding becomes in the val and test splits.")
+    eval_uncertain: Uncertain = Field(
+        default=EVALUATION.uncertain, description="What -1 becomes in the val and test splits."
+    )
+    eval_empty: Empty = Field(
+        default=EVALUATION.empty, description="What an empty finding becomes in the val and test splits."
+    )
 
 
 class FeaturesConfig(Settings):

@@ -215,7 +215,7 @@ def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = No
     """Read a table of a features/ folder.
 
     Args:
-        folder: a folder that `python -m ehr_features build` wrote.
+        folder: a folder that `ehr-msn features` wrote.
         name: `images`, `stays`, `stay_films`, `samples/TASK`.
         columns: those to read; all if None.
     Raises: UserError: no features folder, no such table or column.

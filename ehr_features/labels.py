@@ -20,7 +20,7 @@ import pyarrow as pa
 from ibis import _
 
 from ehr_features.cohort import Attrition
-from ehr_features.config import FeaturesConfig, Findings
+from ehr_features.config import FeaturesConfig, Findings, Policy
 from ehr_features.phenotypes import groups, with_phenotypes
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
@@ -155,28 +155,24 @@ def _hourly(cohort: Cohort, attrition: Attrition, task: str) -> ir.Table:
     )
 
 
-def findings(images: pd.DataFrame, uncertain: str = "zeros", empty: str = "zeros") -> pd.DataFrame:
-    """The 14 findings as labels.
+def as_labels(findings: pd.DataFrame, policy: Policy) -> pd.DataFrame:
+    """Findings as the source has them, 1, 0, -1 (uncertain), empty -> labels 1, 0, missing, float."""
+    becomes: Any = {"zeros": 0.0, "ones": 1.0, "ignore": np.nan}
+    raw = findings.astype("float64")
+    return raw.mask(raw == -1, becomes[policy.uncertain]).mask(raw.isna(), becomes[policy.empty])
 
-    Args:
-        images: the finding columns as in the source: 1, 0, -1 (uncertain), null (not mentioned).
-        uncertain: what -1 becomes: `zeros`, `ones`, `ignore` (null). empty: what null becomes: `zeros`, `ignore`.
-    Returns: the same columns, Int64. A study that has no row in the findings table at all stays null.
-    """
-    raw = images[list(FINDINGS)].astype("Float64")
-    labelled = raw.notna().any(axis=1)
-    uncertain_is: Any = {"zeros": 0.0, "ones": 1.0, "ignore": pd.NA}[uncertain]
-    labels = raw.mask(raw == -1, uncertain_is)
-    if empty == "zeros":
-        labels = labels.mask(raw.isna() & labelled.to_numpy()[:, None], 0.0)
-    return labels.astype("Int64")
+
+def findings(images: pd.DataFrame, policy: Policy) -> pd.DataFrame:
+    """The 14 findings of films as labels, Int64; a study without a row in the findings table stays null."""
+    raw = images[list(FINDINGS)].astype("float64")
+    return as_labels(raw, policy).where(raw.notna().any(axis=1)).astype("Int64")
 
 
 def finding_samples(images: pd.DataFrame, policy: Findings, attrition: Attrition) -> pd.DataFrame:
     """A sample per film that has findings; val and test follow the evaluation's policy, whatever training's is."""
     train = (images["split"] == "train").to_numpy()
-    labels = findings(images, policy.eval_uncertain, policy.eval_empty)
-    labels[train] = findings(images[train], policy.uncertain, policy.empty)
+    labels = findings(images, Policy(policy.eval_uncertain, policy.eval_empty))
+    labels[train] = findings(images[train], Policy(policy.uncertain, policy.empty))
     about = images[["dicom_id", "stay_id", "subject_id", "split"]].reset_index(drop=True)
     about = about.assign(sample_id=about["dicom_id"], predict_at_hours=np.nan, code_status=None)
     about = about.astype({"code_status": "string"})[list(SAMPLES)]

@@ -11,18 +11,21 @@ a subject who has no record (there, the film is dropped).
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from configs import UserError
 from ehr_features import schema
+from ehr_features.config import TEXT_GROUP
 from ehr_features.phenotypes import groups as phenotype_groups
 
-TEXT = "text"  # the film's note as a vector: a group of pretraining, read by a text encoder (pretrain/text/notes.py)
 REPORTING_ONLY = ("race", "insurance", "language", "code_status", "anchor_year_group", "care_unit")
 
 
@@ -33,7 +36,7 @@ def encode(
 
     Args:
         images: N rows of images.parquet (any index); `split` is needed when fitting.
-        groups: names of `READS`, in the order wanted; with preset `msn` also the names of published sets (`MSN_SETS`).
+        groups: names of `READS`, in the order wanted; with preset `msn` also the names of published sets (`msn_sets`).
         preset: `default`, or `msn` for the published columns.
         fitted: what an earlier call gave back; None fits on the rows of split train only.
     Returns: (N, S) float32, S names, fitted (JSON can hold it). All rows are encoded, whatever their split.
@@ -68,15 +71,15 @@ def resolve(groups: Sequence[str], preset: str = "default") -> list[str]:
         raise UserError(f"groups: wanted a list, got the text {groups!r}; write [{groups}]")
     if preset not in ("default", "msn"):
         raise UserError(f"ehr preset {preset!r}: wanted default or msn")
-    known = MSN_READS if preset == "msn" else READS
+    known, sets = (MSN_READS, msn_sets()) if preset == "msn" else (READS, {})
     names: list[str] = []
     for group in groups:
-        if preset == "msn" and group in MSN_SETS:
-            names += MSN_SETS[group]
+        if group in sets:
+            names += sets[group]
         elif group in known:
             names.append(group)
         else:
-            raise UserError(_refusal(group, [*known, *(MSN_SETS if preset == "msn" else ())], preset))
+            raise UserError(_refusal(group, [*known, *sets], preset))
     return list(dict.fromkeys(names))
 
 
@@ -87,18 +90,18 @@ def available_at(groups: Sequence[str], preset: str = "default") -> dict[str, st
     """
     reads, order = (MSN_READS if preset == "msn" else READS), ("study", "admission", "discharge")
     when = {name: column.available_at for name, column in schema.IMAGES.items()}
-    known: dict[str, str] = {
-        g: max((when[c] for c in reads[g]), key=order.index) for g in resolve(_columns_of(groups), preset)
-    }
-    return known | ({TEXT: "study"} if TEXT in groups else {})
+    columns = resolve(without_text(groups), preset)
+    known: dict[str, str] = {g: max((when[c] for c in reads[g]), key=order.index) for g in columns}
+    return known | ({TEXT_GROUP: "study"} if TEXT_GROUP in groups else {})
 
 
-def _columns_of(groups: Sequence[str]) -> list[str]:
-    return [group for group in groups if group != TEXT]
+def without_text(groups: Sequence[str]) -> list[str]:
+    """The groups that images.parquet gives."""
+    return [group for group in groups if group != TEXT_GROUP]
 
 
 def _refusal(group: str, known: Sequence[str], preset: str) -> str:
-    if group == TEXT:
+    if group == TEXT_GROUP:
         return "group `text` is no column: it goes with pretraining's ehr.notes and ehr.text_encoder"
     if group in REPORTING_ONLY:
         return f"group `{group}` serves subgroup reporting only and cannot be an input; take it out of the groups"
@@ -146,32 +149,20 @@ MSN_READS = {name: READS[name] for name in ("sex", "age", "age5", "age10", "posi
     "mortality": ("sex", "msn_died"),
     "icu": ("sex", "msn_in_icu"),
 }
-_META, _CLINICAL = ("view", "position"), ("mortality", "icu")
-MSN_SETS: dict[str, tuple[str, ...]] = {
-    "meta-gender-only": ("sex",),
-    "meta-age-norm-only": ("age",),
-    "meta-age5-only": ("age5",),
-    "meta-age10-only": ("age10",),
-    "meta-view-only": ("view",),
-    "meta-orientation-only": ("position",),
-    "meta-mortality-only": ("mortality",),
-    "meta-icu-only": ("icu",),
-    "socio-norm": ("sex", "age"),
-    "socio-age5": ("sex", "age5"),
-    "socio-age10": ("sex", "age10"),
-    "image_meta": _META,
-    "clinical": _CLINICAL,
-    "socio-age-norm-image-meta": ("sex", "age", *_META),
-    "socio-age-norm-clinical": ("sex", "age", *_CLINICAL),
-    "socio-age-5-image-meta": ("sex", "age5", *_META),
-    "socio-age-5-clinical": ("sex", "age5", *_CLINICAL),
-    "socio-age-10-image-meta": ("sex", "age10", *_META),
-    "socio-age-10-clinical": ("sex", "age10", *_CLINICAL),
-    "image-meta-clinical": (*_META, *_CLINICAL),
-    "all-age-norm": ("sex", "age", *_META, *_CLINICAL),
-    "all-age-5": ("sex", "age5", *_META, *_CLINICAL),
-    "all-age-10": ("sex", "age10", *_META, *_CLINICAL),
-}
+
+
+@functools.cache
+def msn_sets() -> dict[str, list[str]]:
+    """The published sets: name -> groups of preset `msn`."""
+    given: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("msn_sets.yaml").read_text(encoding="utf-8"))
+    return given
+
+
+def fit_scale(values: np.ndarray, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation (D,) of (N, D); the deviation of a constant column is infinite: scaled, it is 0."""
+    mean, deviation = values.mean(0, dtype=dtype), values.std(0, dtype=dtype)
+    constant = deviation < 1e-6 * (1 + np.abs(mean))
+    return mean, np.where(constant, np.array(np.inf, deviation.dtype), deviation)
 
 
 class Scale:

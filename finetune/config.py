@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from configs import Settings
 from configs.commands import command_line
-from ehr_features.config import Empty, Uncertain
+from ehr_features.config import TRAINING, Empty, Uncertain
 from pretrain.config import Precision, ViewChoice
 
 Positive = Annotated[float, Field(gt=0)]
@@ -144,7 +144,7 @@ class ProbeConfig(Settings):
         default="study", description="What is scored: a film, or a study by the mean of its films' probabilities."
     )
     uncertain: Uncertain = Field(
-        default="ignore",
+        default=TRAINING.uncertain,
         description="What -1 becomes in training: ignore leaves it out, zeros and ones make it 0 or 1.",
     )
     empty: Empty | None = Field(

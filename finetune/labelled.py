@@ -19,7 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from configs import UserError
+from ehr_features.config import EVALUATION, TRAINING, Empty, Policy, Uncertain
 from ehr_features.files import read_table
+from ehr_features.labels import as_labels
 from ehr_features.schema import FINDINGS, FRONTAL, SPLITS
 
 KEYS = ["dicom_id", "study_id", "subject_id", "split", "view"]
@@ -41,7 +43,7 @@ class Films:
     labels: pd.DataFrame
     left_out: dict[str, int]
     warnings: tuple[str, ...] = ()
-    empty: str = "zeros"
+    empty: Empty = EVALUATION.empty
 
     def __len__(self) -> int:
         return len(self.table)
@@ -53,13 +55,13 @@ class Films:
     def rows(self, split: str) -> NDArray[np.intp]:
         return np.flatnonzero(self.table["split"].to_numpy() == split)
 
-    def trained(self, rows: NDArray[np.intp], uncertain: str, missing: str | None) -> NDArray[np.float32]:
-        """Labels (len(rows), L) to train on; see `training_labels`."""
-        return training_labels(self.labels.iloc[rows], uncertain=uncertain, missing=missing or self.empty)
+    def trained(self, rows: NDArray[np.intp], uncertain: Uncertain, empty: Empty | None) -> NDArray[np.float32]:
+        """Labels (len(rows), L) to train on; `empty` None: as in evaluation."""
+        return training_labels(self.labels.iloc[rows], Policy(uncertain, empty or self.empty))
 
     def evaluated(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
         """Labels (len(rows), L) to evaluate on: uncertain is left out, empty is as `empty` says."""
-        return training_labels(self.labels.iloc[rows], uncertain="ignore", missing=self.empty)
+        return training_labels(self.labels.iloc[rows], EVALUATION._replace(empty=self.empty))
 
     def keep(self, wanted: NDArray[np.bool_], why: str) -> Films:
         """Only the films wanted; the others are counted under `why`."""
@@ -186,19 +188,11 @@ def fraction_rows(films: Films, rows: NDArray[np.intp], fraction: float, seed: i
     return rows[np.isin(subjects, kept)]
 
 
-def training_labels(labels: pd.DataFrame, *, uncertain: str = "ignore", missing: str = "zeros") -> NDArray[np.float32]:
-    """(N, L) 1, 0, NaN (not counted in the loss).
-
-    Args:
-        uncertain: what -1 becomes: `ignore` (NaN), `zeros`, `ones`.
-        missing: what an empty label becomes: `zeros`, `ignore`.
-    """
-    values = labels.to_numpy(np.float32)
-    doubt, empty = values == -1, np.isnan(values)
-    values = np.where(doubt, {"ignore": np.nan, "zeros": 0.0, "ones": 1.0}[uncertain], values)
-    return np.where(empty, {"ignore": np.nan, "zeros": 0.0}[missing], values).astype(np.float32)
+def training_labels(labels: pd.DataFrame, policy: Policy = TRAINING) -> NDArray[np.float32]:
+    """(N, L) 1, 0, NaN (not counted in the loss)."""
+    return as_labels(labels, policy).to_numpy(np.float32, copy=True)
 
 
 def evaluation_labels(labels: pd.DataFrame) -> NDArray[np.float32]:
     """(N, L) 1, 0, NaN: uncertain is left out, empty is negative; the same for every run."""
-    return training_labels(labels, uncertain="ignore", missing="zeros")
+    return training_labels(labels, EVALUATION)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from configs import UserError
+from ehr_features.config import Empty
 from ehr_features.files import UNREADABLE, digest, new_file, whole_numbers
 from ehr_features.schema import FINDINGS, FRONTAL, SPLITS, view_names
 from ehr_features.splits import by_hash
@@ -89,7 +90,7 @@ def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 
         found = to_chexpert(found)
     if unknown := [name for name in labels if name not in found]:
         raise UserError(f"{config.table}: no label `{unknown[0]}`; there are {', '.join(map(str, found.columns))}")
-    empty = "ignore" if config.layout == "csv" else "zeros"
+    empty: Empty = "ignore" if config.layout == "csv" else "zeros"
     wanted = found[list(labels)] if labels else found
     known = (found if empty == "zeros" else wanted).notna().any(axis=1).to_numpy()
     found = wanted

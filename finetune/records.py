@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from configs import UserError
 from ehr_features import series, static
 from ehr_features import splits as by_subject
+from ehr_features.config import TRAINING, Empty, Policy, Uncertain
 from ehr_features.files import file_digest, new_file, read_json, read_table, undamaged
 from ehr_features.schema import SPLITS
 from ehr_features.series import bins
@@ -34,7 +35,7 @@ from pretrain.text.notes import check_notes
 if TYPE_CHECKING:
     from collections.abc import Container
 
-CHOICES = {"views": ("frontal", "all"), "uncertain": ("ignore", "zeros", "ones"), "missing": ("zeros", "ignore")}
+CHOICES = {"views": ("frontal", "all"), "uncertain": get_args(Uncertain), "empty": get_args(Empty)}
 FRACTIONS = (0.7, 0.15, 0.15)
 Item = dict[str, Any]
 
@@ -67,7 +68,7 @@ class Records(torch.utils.data.Dataset[Item]):
             a row for each prediction.
         groups: EHR groups of the static vector (ehr_features.static); fitted on the train rows.
         views: of `findings`: frontal or all.
-        uncertain, missing: what -1 and empty findings become: ignore (NaN), zeros, ones; ignore, zeros. Val and test
+        uncertain, empty: what -1 and empty findings become: ignore (NaN), zeros, ones; ignore, zeros. Val and test
             rows always have `ignore` and `zeros`, as everywhere in finetune/.
         tokenizer: text -> token ids: a Hugging Face tokenizer, or any callable that gives a list.
         max_tokens: longer notes are cut.
@@ -91,16 +92,19 @@ class Records(torch.utils.data.Dataset[Item]):
         labels: str = "findings",
         groups: Sequence[str] = ("sex", "age"),
         views: Literal["frontal", "all"] = "frontal",
-        uncertain: Literal["ignore", "zeros", "ones"] = "ignore",
-        missing: Literal["zeros", "ignore"] = "zeros",
+        uncertain: Uncertain = TRAINING.uncertain,
+        empty: Empty = TRAINING.empty,
         tokenizer: Callable[..., Any] | None = None,
         max_tokens: int = 512,
         max_hours: int | None = None,
         cache: str | Path | None = None,
+        missing: None = None,
     ) -> None:
+        if missing is not None:
+            raise UserError(f"missing={missing}: this argument is now called `empty`")
         if split not in (None, *SPLITS) or splits not in ("features", "70/15/15"):
             raise UserError(f"split={split}, splits={splits}: wanted {', '.join(SPLITS)} or None; features or 70/15/15")
-        for name, value in {"views": views, "uncertain": uncertain, "missing": missing}.items():
+        for name, value in {"views": views, "uncertain": uncertain, "empty": empty}.items():
             if value not in CHOICES[name]:
                 raise UserError(f"{name}={value}: wanted {' or '.join(CHOICES[name])}")
         folder = Path(features)
@@ -116,7 +120,7 @@ class Records(torch.utils.data.Dataset[Item]):
         self.table, values = table[keep].reset_index(drop=True), values[keep].reset_index(drop=True)
         self.films: list[str | None] = self.table["dicom_id"].tolist()
         self.subjects = self.table["subject_id"].to_numpy(np.int64)
-        self.labels = _labels(self.table, values, labels, uncertain, missing)
+        self.labels = _labels(self.table, values, labels, Policy(uncertain, empty))
         self.static, self.columns = _static(folder, images, self.table, groups)
         taken = images.set_index("dicom_id")["taken_at"]
         self.series = MappedSeries.open(folder, self.table, max_hours, subjects)
@@ -241,14 +245,12 @@ def _static(
     return out, names
 
 
-def _labels(
-    table: pd.DataFrame, values: pd.DataFrame, labels: str, uncertain: str, missing: str
-) -> NDArray[np.float32]:
+def _labels(table: pd.DataFrame, values: pd.DataFrame, labels: str, policy: Policy) -> NDArray[np.float32]:
     """(N, L) 1, 0, NaN."""
     if labels not in ("findings", "radiology"):
         return values.to_numpy(np.float32, na_value=np.nan)
     train = (table["split"] == "train").to_numpy()[:, None]
-    return np.where(train, training_labels(values, uncertain=uncertain, missing=missing), evaluation_labels(values))
+    return np.where(train, training_labels(values, policy), evaluation_labels(values))
 
 
 # ---- Memory-mapped series and notes, opened in each process

@@ -167,11 +167,8 @@ def read(folder: str | Path) -> Tables:
         folder: runs/X/.
     Raises: UserError: no results there, or a file is damaged.
     """
-    predictions = {}
-    for path in sorted((Path(folder) / "predictions").glob("*.parquet")):
-        with undamaged(path, "evaluate the run again"):
-            predictions[path.stem] = pd.read_parquet(path)
-    return Tables(*read_results(folder), predictions)
+    paths = sorted((Path(folder) / "predictions").glob("*.parquet"))
+    return Tables(*read_results(folder), {path.stem: predictions(folder, path.stem) for path in paths})
 
 
 def _always(run: Run) -> dict[str, Any]:
@@ -202,17 +199,26 @@ def write_predictions(
     return path
 
 
-def read_predictions(folder: str | Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Read FOLDER/predictions/SPLIT.parquet: ids, labels (N, L), logits (N, L), named by label. Raises: UserError."""
+def predictions(folder: str | Path, split: str) -> pd.DataFrame:
+    """FOLDER/predictions/SPLIT.parquet: ids, label_*, logit_*. Raises: UserError: absent, or damaged."""
     path = Path(folder) / "predictions" / f"{split}.parquet"
     if not path.is_file():
         raise UserError(f"{path}: no such predictions; a finished probe or fusion run has them")
     with undamaged(path, "evaluate the run again"):
         table = pd.read_parquet(path)
+    values = [str(c) for c in table if str(c).startswith(("label_", "logit_"))]
+    if missing := [c for c in values if c.replace("label_", "logit_", 1) not in table]:
+        raise UserError(f"{path}: column `{missing[0].replace('label_', 'logit_', 1)}` is missing")
+    if odd := [c for c in values if not pd.api.types.is_numeric_dtype(table[c])]:
+        raise UserError(f"{path}: column `{odd[0]}` holds no numbers; evaluate the run again")
+    return table
+
+
+def read_predictions(folder: str | Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """`predictions` in three: ids, labels (N, L), logits (N, L), named by label."""
+    table = predictions(folder, split)
     columns = [str(c) for c in table.columns]
     names = [c.removeprefix("label_") for c in columns if c.startswith("label_")]
-    if missing := [name for name in names if f"logit_{name}" not in table]:
-        raise UserError(f"{path}: column `logit_{missing[0]}` is missing")
     ids = table[[c for c in columns if not c.startswith(("label_", "logit_"))]]
     labels, logits = (table[[f"{kind}_{n}" for n in names]].set_axis(names, axis=1) for kind in ("label", "logit"))
     return ids, labels, logits

@@ -15,7 +15,7 @@ from timm.layers import convert_sync_batchnorm
 from configs import UserError
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.config import PretrainConfig, ViewsConfig
+from pretrain.config import PretrainConfig
 from pretrain.data import Cutter, Films, Partners, Steps
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.encoder.weights import load_weights
@@ -81,9 +81,9 @@ def steps(config: PretrainConfig, films: Films, store: Store, encoder: encoders.
     world, positives = accelerator.num_processes, config.films.positives
     _fit(config, store, encoder, world)
     cutter = Cutter(
-        target=_views(v, 1, size, v.target_scale),
-        random=_views(v, v.num_random, size, v.random_scale),
-        focal=_views(v, v.num_focal, v.focal_size, v.focal_scale),
+        target=Views(1, size, v.target_scale, v),
+        random=Views(v.num_random, size, v.random_scale, v),
+        focal=Views(v.num_focal, v.focal_size, v.focal_scale, v),
         preprocess=encoder.preprocess,
         patch=patch,
         is_vit=encoder.is_vit,
@@ -103,10 +103,6 @@ def steps(config: PretrainConfig, films: Films, store: Store, encoder: encoders.
         dropout=config.ehr.dropout,
         cut_here=accelerator.device.type == "cpu",
     )
-
-
-def _views(v: ViewsConfig, count: int, size: int, scale: tuple[float, float]) -> Views:
-    return Views(count, size, scale, v.ratio, v.flip, v.brightness, v.contrast, v.gamma)
 
 
 def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world: int) -> None:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from configs import Settings
 from configs.loader import fragment
-from ehr_features.config import Storage
+from ehr_features.config import TEXT_GROUP, Storage
 from ehr_features.schema import Split
 
 # Collapse, as a run and its report tell it: effective rank of the features, share of the prototypes in use.
@@ -147,7 +147,7 @@ class EhrConfig(Settings):
 
     @model_validator(mode="after")
     def _text(self) -> Self:
-        wanted, given = "text" in self.groups, [self.notes is not None, self.text_encoder is not None]
+        wanted, given = TEXT_GROUP in self.groups, [self.notes is not None, self.text_encoder is not None]
         if wanted and not all(given):
             raise ValueError("the group `text` needs ehr.notes (a folder of notes) and ehr.text_encoder (its reader)")
         if any(given) and not wanted:

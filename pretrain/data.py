@@ -22,6 +22,7 @@ from configs import UserError
 from configs.signals import held
 from ehr_features import files as lock
 from ehr_features import static
+from ehr_features.config import TEXT_GROUP
 from ehr_features.files import read_table
 from ehr_features.schema import FRONTAL
 from pretrain.config import FilmsConfig
@@ -82,7 +83,7 @@ def select_films(
         groups: names of ehr_features.static, and `text`, which is read from `text`.
     Raises: UserError: no film is left, or an EHR group or column does not exist.
     """
-    groups = static.resolve([group for group in groups if group != static.TEXT], preset)
+    groups = static.resolve(static.without_text(groups), preset)
     reads = static.MSN_READS if preset == "msn" else static.READS
     columns = ["dicom_id", "study_id", "subject_id", "taken_at", "split", "view"]
     columns += sorted({c for group in groups for c in reads[group]} - set(columns))
@@ -96,7 +97,7 @@ def select_films(
     about = None
     if text is not None:
         values, names, about = text_columns(text, table, keep)
-        groups, encoded = [*groups, static.TEXT], [*encoded, (values, names)]
+        groups, encoded = [*groups, TEXT_GROUP], [*encoded, (values, names)]
     array = np.concatenate([e[0] for e in encoded], axis=1) if encoded else np.zeros((len(table), 0), np.float32)
     return Films(
         table=table.loc[keep, ["dicom_id", "study_id", "subject_id", "taken_at", "split"]].reset_index(drop=True),

@@ -19,8 +19,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from configs import UserError
+from ehr_features.config import TEXT_GROUP
 from ehr_features.files import digest, file_digest, new_folder, read_json, write_json
-from ehr_features.static import TEXT
 from pretrain import encoder as encoders
 from pretrain.config import PretrainConfig
 from pretrain.data import Films
@@ -103,7 +103,7 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
             r2 = 1 - (wanted - guess[:, i]).square().mean().item() / spread
             out[name] = {"metric": "r2", "value": r2, "chance": 0.0}
     groups = dict(zip(films.columns, films.column_groups, strict=True))
-    vector = [name for name in out if groups[name] == TEXT and out[name]["metric"] == "r2"]
+    vector = [name for name in out if groups[name] == TEXT_GROUP and out[name]["metric"] == "r2"]
     if vector:
         mean = float(np.mean([out.pop(name)["value"] for name in vector]))
         out["text (mean over its columns)"] = {"metric": "r2", "value": mean, "chance": 0.0}

@@ -11,36 +11,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.config import ViewsConfig
 from pretrain.draws import uniforms
 
 
-@dataclasses.dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """How one kind of view is drawn.
 
     Args:
         count: views a film.
         size: pixels of a side.
         scale: range of the share of the film's area.
-        ratio: range of width / height.
-        flip: probability of a left-right flip; 0 by default, as the heart is on the left.
-        brightness, contrast, gamma: largest relative change; 0 is none.
+        like: ratio, flip, brightness, contrast and gamma, which all kinds share.
     """
 
     count: int
     size: int
     scale: tuple[float, float]
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    gamma: float = 0.0
+    like: ViewsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +64,16 @@ def draw(views: Views, keys: np.ndarray, side: int, seed: int, epoch: int, purpo
     """Boxes and changes of `views.count` views of each film of side `side`."""
     u = uniforms(keys, 8 * views.count, seed, epoch, purpose).reshape(len(keys), views.count, 8).transpose(1, 0, 2)
     area = views.scale[0] + u[..., 0] * (views.scale[1] - views.scale[0])
-    low, high = np.log(views.ratio)
+    low, high = np.log(views.like.ratio)
     ratio = np.exp(low + u[..., 1] * (high - low))
     width = np.clip(np.rint(np.sqrt(area * ratio) * side), 1, side)
     height = np.clip(np.rint(np.sqrt(area / ratio) * side), 1, side)
     top, left = np.floor(u[..., 2] * (side - height + 1)), np.floor(u[..., 3] * (side - width + 1))
     boxes = torch.from_numpy(np.stack([top, left, height, width], -1)).float()
-    most = np.array([views.brightness, views.contrast, views.gamma])
+    most = np.array([views.like.brightness, views.like.contrast, views.like.gamma])
     changes = torch.from_numpy([0, 1, 1] + (2 * u[..., 5:] - 1) * most).float() if most.any() else None
-    flip = u[..., 4] < views.flip
-    return Plan(views.size, bool(flip.any()), views.gamma > 0, boxes, torch.from_numpy(flip), changes)
+    flip = u[..., 4] < views.like.flip
+    return Plan(views.size, bool(flip.any()), views.like.gamma > 0, boxes, torch.from_numpy(flip), changes)
 
 
 def draw_keep(

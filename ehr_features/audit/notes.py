@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 
 from configs import UserError
 from ehr_features.audit.verdict import Verdict, cannot, decide
+from ehr_features.config import EVALUATION
 from ehr_features.files import read_json, read_table
 from ehr_features.labels import findings
 from ehr_features.notes import leak_filter
@@ -121,7 +122,7 @@ def table(films: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, mode: 
     Args:
         films: dicom_id, subject_id, split and the 14 findings. before, after: dicom_id, note.
     """
-    labels = findings(films, uncertain="ignore", empty="zeros")
+    labels = findings(films, EVALUATION)
     texts = {
         name: films["dicom_id"].map(notes.drop_duplicates("dicom_id").set_index("dicom_id")["note"]).fillna("")
         for name, notes in (("before", before), ("after", after))

@@ -43,7 +43,7 @@ class Plan:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `python -m ehr_features demo`."""
+    """The command line of `ehr-msn hospital`."""
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--subjects", type=int, default=Plan.subjects, metavar="N", help="default %(default)s")
     parser.add_argument("--seed", type=int, default=Plan.seed, metavar="S", help="default %(default)s")

@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from configs import UserError
+from ehr_features.static import fit_scale
 from finetune.encoders import Features
 from finetune.metrics import macro_auroc
 
@@ -71,8 +72,7 @@ class Scale:
 
     def __init__(self, features: Features) -> None:
         self.names = list(features)
-        self.mean = {k: v.mean(0, dtype=np.float64) for k, v in features.items()}
-        self.deviation = {k: v.std(0, dtype=np.float64) for k, v in features.items()}
+        self.fitted = {name: fit_scale(values, np.float64) for name, values in features.items()}
 
     def __call__(self, features: Features, names: Sequence[str] | None = None) -> NDArray[np.float32]:
         """(N, D of the blocks named, side by side)."""
@@ -82,8 +82,8 @@ class Scale:
 
     def columns(self, names: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and deviation (D,) of the blocks named; the deviation of a constant column is infinite."""
-        mean, spread = (np.concatenate([of[name] for name in names]) for of in (self.mean, self.deviation))
-        return mean, np.where(spread < 1e-6 * (1 + np.abs(mean)), np.inf, spread)
+        mean, deviation = (np.concatenate([self.fitted[name][i] for name in names]) for i in (0, 1))
+        return mean, deviation
 
 
 def linear(

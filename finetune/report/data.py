@@ -18,9 +18,9 @@ import pandas as pd
 import yaml
 
 from configs import UserError
-from ehr_features.files import read_json, undamaged
+from ehr_features.files import read_json
 from finetune.compare import each_training
-from finetune.results import COLUMNS, read_results
+from finetune.results import COLUMNS, predictions, read_results
 
 MARK = "config.yaml"
 
@@ -77,15 +77,8 @@ class Run:
     @cached_property
     def predictions(self) -> pd.DataFrame | None:
         """The run's test predictions: id, subject_id, label_*, logit_*; None where there are none."""
-        path = self.folder / "predictions" / "test.parquet"
-        if not path.is_file():
-            return None
-        with undamaged(path, "run the evaluation again"):
-            table = pd.read_parquet(path)
-        values = table[[c for c in table if str(c).startswith(("label_", "logit_"))]]
-        if odd := [c for c in values if not pd.api.types.is_numeric_dtype(values[c])]:
-            raise UserError(f"{path}: column `{odd[0]}` holds no numbers; run the evaluation again")
-        return table
+        there = (self.folder / "predictions" / "test.parquet").is_file()
+        return predictions(self.folder, "test") if there else None
 
     @cached_property
     def by_row(self) -> pd.DataFrame | None:

@@ -1,4 +1,4 @@
-"""Notes of films (`python -m ehr_features notes`) -> a vector, or token states, for each film.
+"""Notes of films (`ehr-msn notes`) -> a vector, or token states, for each film.
 
 Comes in: a folder with notes.parquet and a text encoder's folder. Goes out: rows as the films asked for; a film without
 a note has a row of zeros and False in the mask. A note written after its film stops the run.
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features.files import file_digest, undamaged
+from ehr_features.static import fit_scale
 from pretrain.text.encoder import TextEncoder, Tokens, embed, embed_tokens
 
 COLUMNS = ("dicom_id", "available_at")
@@ -155,9 +156,8 @@ def text_columns(
     vectors, has, about = note_vectors(notes, source.encoder, wanted, source.cache)
     if not (train & has).any():
         raise UserError(f"{source.notes}: no train film has a note, so the group `text` cannot be fitted")
-    mean, std = vectors[train & has].mean(0), vectors[train & has].std(0)
-    tells = std > 1e-6  # two of MiniLM's columns hold 0 and values about 1e-33, whose squares underflow
-    scaled = np.where(has[:, None] & tells, (vectors - mean) / np.where(tells, std, 1), 0)
+    mean, std = fit_scale(vectors[train & has])  # two of MiniLM's columns hold 0 and values about 1e-33: constant
+    scaled = np.where(has[:, None], (vectors - mean) / std, 0)
     array = np.concatenate([scaled, ~has[:, None]], axis=1).astype(np.float32)
     names = [*(f"text_{i}" for i in range(vectors.shape[1])), "text_missing"]
     of = notes.rows(films["dicom_id"][used])

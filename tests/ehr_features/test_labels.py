@@ -8,7 +8,7 @@ import pytest
 
 from ehr_features import labels, phenotypes
 from ehr_features.cohort import Attrition, stays
-from ehr_features.config import FeaturesConfig, Findings
+from ehr_features.config import FeaturesConfig, Findings, Policy
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
 from ehr_features.schema import FINDINGS
@@ -217,7 +217,7 @@ def test_medfuse_groups_ignore_the_icd_version():
 )
 def test_finding_policies(uncertain, empty, wanted):
     raw = pd.DataFrame([[1.0, 0.0, -1.0] + [None] * 11], columns=list(FINDINGS))
-    got = labels.findings(raw, uncertain, empty).iloc[0, :4].tolist()
+    got = labels.findings(raw, Policy(uncertain, empty)).iloc[0, :4].tolist()
     assert [None if pd.isna(v) else v for v in got] == wanted
 
 

@@ -12,6 +12,7 @@ from lightly.utils.benchmarking.knn import knn_predict
 from sklearn.metrics import roc_auc_score
 
 from configs import UserError, load
+from ehr_features.config import Policy
 from ehr_features.files import write_json
 from finetune import layouts as sources
 from finetune import results
@@ -230,12 +231,12 @@ def test_knn_votes_are_lightlys_where_a_film_has_one_label() -> None:
 def test_what_uncertain_and_empty_findings_become() -> None:
     raw = pd.DataFrame({"Edema": [1.0, 0.0, -1.0, np.nan]})
     nan = np.nan
-    for uncertain, missing, wanted in (
+    for uncertain, empty, wanted in (
         ("ignore", "zeros", [1, 0, nan, 0]),
         ("zeros", "ignore", [1, 0, 0, nan]),
         ("ones", "zeros", [1, 0, 1, 0]),
     ):
-        np.testing.assert_array_equal(training_labels(raw, uncertain=uncertain, missing=missing)[:, 0], wanted)
+        np.testing.assert_array_equal(training_labels(raw, Policy(uncertain, empty))[:, 0], wanted)
     np.testing.assert_array_equal(evaluation_labels(raw)[:, 0], [1, 0, nan, 0])
 
 

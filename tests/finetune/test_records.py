@@ -203,9 +203,11 @@ def test_outcomes_are_no_inputs_and_late_notes_are_refused(world: tuple[Path, An
         Records(features, groups=["mortality"])
     with pytest.raises(UserError, match="wanted train, val, test"):
         Records(features, split="validate")
-    for wrong in ({"views": "side"}, {"uncertain": "maybe"}, {"missing": "ones"}):
+    for wrong in ({"views": "side"}, {"uncertain": "maybe"}, {"empty": "ones"}):
         with pytest.raises(UserError, match=r"=\w+: wanted \w+ or"):
             Records(features, **wrong)
+    with pytest.raises(UserError, match=r"missing=zeros: .* now called `empty`"):
+        Records(features, missing="zeros")  # type: ignore[arg-type]
     film = pd.read_parquet(features / "images.parquet")["dicom_id"].iat[0]
     late = write_notes({film: "later"}, START + pd.Timedelta(days=9), name="late")
     with pytest.raises(UserError, match="known only after their film"):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain import views as vw
+from pretrain.config import ViewsConfig
 from pretrain.data import Cutter
 from pretrain.draws import film_keys, uniforms
 from pretrain.encoder.preprocess import Preprocess
@@ -19,23 +20,28 @@ def films(side: int = 80, number: int = 6) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (number, side, side), dtype=np.uint8))
 
 
+def views(count: int, size: int, scale: tuple[float, float], **like: object) -> vw.Views:
+    """Views without changes of intensity, unless asked for."""
+    return vw.Views(count, size, scale, ViewsConfig.model_validate({"brightness": 0, "contrast": 0, **like}))
+
+
 @given(low=st.floats(0.05, 1), high=st.floats(0.05, 1), side=st.integers(16, 300), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_boxes_lie_in_the_film(low, high, side, seed):
-    plan = vw.draw(vw.Views(3, 8, (min(low, high), max(low, high))), KEYS, side, seed, 0, "x")
+    plan = vw.draw(views(3, 8, (min(low, high), max(low, high))), KEYS, side, seed, 0, "x")
     top, left, height, width = plan.boxes.unbind(-1)
     assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
     assert (top + height <= side).all() and (left + width <= side).all()
 
 
 def test_area_is_drawn_in_the_range():
-    plan = vw.draw(vw.Views(200, 8, (0.3, 0.5), ratio=(1, 1)), KEYS, 400, 0, 0, "x")
+    plan = vw.draw(views(200, 8, (0.3, 0.5), ratio=(1, 1)), KEYS, 400, 0, 0, "x")
     share = plan.boxes[..., 2] * plan.boxes[..., 3] / 400**2
     assert 0.29 < share.min() < 0.32 and 0.48 < share.max() < 0.51
 
 
 def test_a_films_views_do_not_depend_on_its_batch():
-    kind = vw.Views(2, 16, (0.3, 1.0), flip=0.5, brightness=0.2, contrast=0.2)
+    kind = views(2, 16, (0.3, 1.0), flip=0.5, brightness=0.2, contrast=0.2)
     whole = vw.draw(kind, KEYS, 80, 7, 3, "random")
     alone = vw.draw(kind, KEYS[4:5], 80, 7, 3, "random")
     torch.testing.assert_close(whole.boxes[:, 4:5], alone.boxes)
@@ -45,7 +51,7 @@ def test_a_films_views_do_not_depend_on_its_batch():
 @pytest.mark.parametrize("change", [{"seed": 8}, {"epoch": 4}, {"purpose": "focal"}])
 def test_seed_epoch_and_purpose_change_views(change):
     given_ = {"seed": 7, "epoch": 3, "purpose": "random"}
-    kind = vw.Views(2, 16, (0.3, 1.0))
+    kind = views(2, 16, (0.3, 1.0))
     assert not torch.equal(vw.draw(kind, KEYS, 80, **given_).boxes, vw.draw(kind, KEYS, 80, **given_ | change).boxes)
 
 
@@ -56,7 +62,7 @@ def test_uniforms_are_uniform_and_uncorrelated():
 
 
 def test_boxes_are_resized_as_pillow_does():
-    plan = vw.draw(vw.Views(2, 24, (0.1, 1.0)), KEYS, 80, 0, 0, "x")
+    plan = vw.draw(views(2, 24, (0.1, 1.0)), KEYS, 80, 0, 0, "x")
     ours = vw.cut(films(), plan)
     for v in range(2):
         for b in range(6):
@@ -68,7 +74,7 @@ def test_boxes_are_resized_as_pillow_does():
 
 def test_matrix_products_cut_what_boxes_cut():
     """What a GPU does, against what a CPU does."""
-    kind = vw.Views(3, 24, (0.1, 1.0), flip=0.5)
+    kind = views(3, 24, (0.1, 1.0), flip=0.5)
     plan = vw.draw(kind, KEYS, 80, 0, 0, "x")
     assert plan.flips
     torch.testing.assert_close(
@@ -79,7 +85,7 @@ def test_matrix_products_cut_what_boxes_cut():
 @pytest.mark.parametrize("side, size", [(80, 24), (81, 17), (16, 30), (96, 96), (515, 98)])
 def test_rows_in_place_of_channels_change_no_pixel(side, size):
     """Against torch's kernel on each box by itself, also where four divides neither the film nor the view."""
-    plan = vw.draw(vw.Views(4, size, (0.01, 1.0), flip=0.5), KEYS, side, 0, 0, "x")
+    plan = vw.draw(views(4, size, (0.01, 1.0), flip=0.5), KEYS, side, 0, 0, "x")
     ours = vw._cut_one_by_one(vw.turn(films(side)), plan).unflatten(0, (4, 6))
     for v in range(4):
         for b, film in enumerate(films(side)):
@@ -90,18 +96,18 @@ def test_rows_in_place_of_channels_change_no_pixel(side, size):
 
 
 def test_intensities_change_as_written():
-    kind = vw.Views(2, 16, (0.3, 1.0), brightness=0.2, contrast=0.2, gamma=0.3)
+    kind = views(2, 16, (0.3, 1.0), brightness=0.2, contrast=0.2, gamma=0.3)
     plan = vw.draw(kind, KEYS, 80, 0, 0, "x")
-    plain = vw.cut(films(), vw.draw(vw.Views(2, 16, (0.3, 1.0)), KEYS, 80, 0, 0, "x"))
+    plain = vw.cut(films(), vw.draw(views(2, 16, (0.3, 1.0)), KEYS, 80, 0, 0, "x"))
     brightness, contrast, gamma = plan.changes.flatten(0, 1).T[:, :, None, None, None]
     mean = plain.mean(dim=(2, 3), keepdim=True)
     wanted = ((plain - mean) * contrast + mean + brightness).clamp(0, 1) ** gamma
     torch.testing.assert_close(vw.cut(films(), plan), wanted)
-    assert not vw.draw(vw.Views(2, 16, (0.3, 1.0), contrast=0.2), KEYS, 80, 0, 0, "x").bends
+    assert not vw.draw(views(2, 16, (0.3, 1.0), contrast=0.2), KEYS, 80, 0, 0, "x").bends
 
 
 def test_flips_are_off_by_default():
-    assert not vw.draw(vw.Views(50, 8, (0.3, 1.0)), KEYS, 80, 0, 0, "x").flips
+    assert not vw.draw(views(50, 8, (0.3, 1.0)), KEYS, 80, 0, 0, "x").flips
 
 
 def test_every_patch_can_be_dropped_and_none_always_is():
@@ -136,9 +142,9 @@ def test_noise_is_normal_and_each_films_own():
 
 @pytest.mark.parametrize("fill", ["noise", "mean", "film"])
 def test_every_fill_of_a_convolutional_net(fill):
-    crop = vw.Views(1, 64, (1.0, 1.0), ratio=(1.0, 1.0))
+    crop = views(1, 64, (1.0, 1.0), ratio=(1.0, 1.0))
     preprocess = Preprocess(64, "dataset", 0.0, 1.0)
-    cutter = Cutter(crop, crop, vw.Views(0, 32, (1, 1)), preprocess, 32, False, 0.5, False, fill, 0)
+    cutter = Cutter(crop, crop, views(0, 32, (1, 1)), preprocess, 32, False, 0.5, False, fill, 0)
     flat = torch.arange(10, 70, 10, dtype=torch.uint8)[:, None, None].expand(6, 64, 64).contiguous()
     batch = cutter.cut({"films": flat, "plans": cutter.plan(KEYS, 64, 0), "keys": KEYS, "epoch": 0})
     cells = batch.anchors[0].unflatten(2, (2, 32)).unflatten(4, (2, 32)).mean(dim=(1, 3, 5)).flatten(1)  # (B, 4)
@@ -153,10 +159,10 @@ def test_every_fill_of_a_convolutional_net(fill):
 
 
 def test_black_films_stay_finite():
-    plan = vw.draw(vw.Views(2, 16, (0.3, 1.0), brightness=0.2, contrast=0.2, gamma=0.2), KEYS, 80, 0, 0, "x")
+    plan = vw.draw(views(2, 16, (0.3, 1.0), brightness=0.2, contrast=0.2, gamma=0.2), KEYS, 80, 0, 0, "x")
     assert torch.isfinite(vw.cut(torch.zeros(6, 80, 80, dtype=torch.uint8), plan)).all()
 
 
 def test_a_plan_moves_whole():
-    plan = vw.draw(vw.Views(2, 16, (0.3, 1.0), flip=0.5, contrast=0.1), KEYS, 80, 0, 0, "x")
+    plan = vw.draw(views(2, 16, (0.3, 1.0), flip=0.5, contrast=0.1), KEYS, 80, 0, 0, "x")
     torch.testing.assert_close(vw.cut(films(), plan.to("cpu")), vw.cut(films(), plan))
