@@ -1,0 +1,129 @@
+"""Which films a run trains on, their pairs, their record, and their batches."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from configs import UserError
+from pretrain import build, train
+from pretrain import data as bt
+from pretrain import data as loader
+from pretrain import encoder as enc
+from pretrain.data import Partners
+from pretrain.store import Store
+from tests.pretrain.small import SMALL, config
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def test_films_of_other_splits_and_views_are_left_out_and_counted(data):
+    settings = config(data, data / "y").films
+    films = bt.select_films(data / "features", Store(data / "store"), settings, ["sex"], "default", 0)
+    assert set(films.table["subject_id"]) <= set(range(5)) and len(films) == 15
+    assert films.left_out["not of split train"] == 9
+    capped = settings.model_copy(update={"per_subject_cap": 1})
+    films = bt.select_films(data / "features", Store(data / "store"), capped, [], "default", 0)
+    assert films.table["subject_id"].is_unique and films.left_out["over per_subject_cap"] == 10
+
+
+def test_partners_are_of_the_same_study_or_subject_in_time():
+    table = pd.DataFrame(
+        {
+            "split": "train",
+            "study_id": [1, 1, 2, 3, 4],
+            "subject_id": [1, 1, 1, 1, 2],
+            "taken_at": pd.to_datetime(["2150-01-01", "2150-01-01", "2150-01-03", "2151-01-01", "2150-01-01"]),
+        }
+    )
+    rows = np.arange(5)
+    for u in np.linspace(0, 0.999, 7):
+        draws = np.full(5, u)
+        assert Partners(table, "study", None)(rows, draws).tolist() == [1, 0, 2, 3, 4]
+        near = Partners(table, "patient", 7)(rows, draws)
+        assert near[0] in (1, 2) and near[2] in (0, 1) and near[3] == 3 and near[4] == 4
+        assert Partners(table, "patient", None)(rows, draws)[3] in (0, 1, 2)
+
+
+@pytest.mark.parametrize("positives", ["study", "patient"])
+def test_other_positives_train(data, tmp_path, positives):
+    train.train(config(data, tmp_path / "x", "optim.steps=2", f"films.positives={positives}"))
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "resnet34"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_films_cut_on_the_device_give_the_same_batches(data, tmp_path, arch, workers):
+    """As on a GPU: workers read films and plans, the views are cut where the model is."""
+    network = {"arch": arch, "image_size": 32, "model_args": SMALL["encoder"]["model_args"] if "vit" in arch else {}}
+    settings = config(data, tmp_path / "x", "mask.ratio=0.5", "mask.cell=16", encoder=network)
+    store = Store(data / "store")
+    films = bt.select_films(data / "features", store, settings.films, ["sex"], "default", 0)
+    accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
+    encoder = enc.create(arch, image_size=32, model_args=network["model_args"])
+    steps = build.steps(settings, films, store, encoder, accelerator)
+    here = [steps[i] for i in range(2)]
+    steps.cut_here = False
+    for mine, other in zip(here, loader.batches(steps, 0, 2, workers, torch.device("cpu")), strict=True):
+        for a, b in zip(
+            [mine.target, mine.static, *mine.anchors], [other.target, other.static, *other.anchors], strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_blanked_groups_are_zero_as_a_whole(data, tmp_path):
+    store = Store(data / "store")
+    films = bt.select_films(data / "features", store, config(data, tmp_path / "x").films, ["sex", "age"], "default", 0)
+    accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
+    settings = config(data, tmp_path / "x", "ehr.dropout=0.5")
+    steps = build.steps(settings, films, store, build.method(settings, 5).anchor, accelerator)
+    drawn = torch.cat([steps[i].static for i in range(40)])
+    sex = drawn[:, :3].abs().sum(dim=1)
+    assert set(sex.tolist()) == {0.0, 1.0} and 0.35 < sex.mean() < 0.65
+
+
+def test_the_permuted_record_is_somebody_elses(data, tmp_path, monkeypatch):
+    seen = {}
+    make = build.steps
+
+    def keep(config, films, *rest):
+        seen[config.ehr.permuted] = films.static.copy()
+        return make(config, films, *rest)
+
+    monkeypatch.setattr(build, "steps", keep)
+    for permuted in ("false", "true"):
+        settings = config(data, tmp_path / permuted, "ehr.groups=[age]", "optim.steps=1", f"ehr.permuted={permuted}")
+        train.train(settings)
+    assert (seen[True][:, 0] != seen[False][:, 0]).mean() > 0.7
+    assert sorted(seen[True][:, 0]) == sorted(seen[False][:, 0])
+
+
+def test_pairs_never_cross_splits_and_are_counted(data, tmp_path):
+    table = pd.DataFrame({"split": ["train", "val", "train"], "study_id": 1, "subject_id": 1, "taken_at": "2150-01-01"})
+    for by in ("study", "patient"):
+        partners = Partners(table, by, None)
+        assert partners(np.arange(3), np.full(3, 0.5)).tolist() == [2, 1, 0] and partners.count() == 2
+    folder = train.train(config(data, tmp_path / "x", "optim.steps=1", "films.positives=patient", "films.max_days=8"))
+    assert "pairs: 15 of 15 films have another of their patient" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.assign(age_years="old"), "EHR group `age` holds values of another type"),
+        (lambda t: pd.concat([t, t.head(3)]), "3 dicom_ids stand twice"),
+        (lambda t: t.drop(columns="age_years"), "columns missing: age_years"),
+        (lambda t: t.assign(subject_id=None), "films have no subject_id"),
+        (lambda t: t.assign(age_years=np.nan), None),
+    ],
+)
+def test_odd_tables_are_named(data, tmp_path, change, says):
+    shutil.copytree(data / "features", tmp_path / "features")
+    change(pd.read_parquet(data / "features/images.parquet")).to_parquet(tmp_path / "features/images.parquet")
+    settings = config(data, tmp_path / "x", "ehr.groups=[sex,age]", "optim.steps=1", f"features={tmp_path}/features")
+    if says is None:
+        assert "warning: of EHR group age all films have the same" in (train.train(settings) / "log.txt").read_text()
+    else:
+        with pytest.raises(UserError, match=says):
+            train.train(settings)
