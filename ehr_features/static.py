@@ -158,11 +158,14 @@ def msn_sets() -> dict[str, list[str]]:
     return given
 
 
-def fit_scale(values: np.ndarray, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation (D,) of (N, D); the deviation of a constant column is infinite: scaled, it is 0."""
+def fit_scale(values: np.ndarray, *, constant: float = np.inf, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation (D,) of (N, D).
+
+    Args:
+        constant: the deviation given to a constant column; infinite: scaled, the column is 0.
+    """
     mean, deviation = values.mean(0, dtype=dtype), values.std(0, dtype=dtype)
-    constant = deviation < 1e-6 * (1 + np.abs(mean))
-    return mean, np.where(constant, np.array(np.inf, deviation.dtype), deviation)
+    return mean, np.where(deviation < 1e-6 * (1 + np.abs(mean)), deviation.dtype.type(constant), deviation)
 
 
 class Scale:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features.files import read_table
+from ehr_features.static import fit_scale
 from finetune import guard
 from finetune.config import FuseConfig
 from finetune.encoders import Features, Frozen, film_features, open_encoder, store_warnings, to_be_tuned
 from finetune.fusion import findings
 from finetune.fusion.cross_attention import KINDS
 from finetune.fusion.film_tokens import film_tokens
-from finetune.fusion.net import FilmBranch, fit_scale
+from finetune.fusion.net import FilmBranch
 from finetune.fusion.samples import Samples, another_film, load
 from finetune.labelled import evaluation_labels, read_films, training_labels
 from pretrain.store import Store
@@ -89,7 +90,7 @@ def _films(
         return replace(samples, store=store), FilmBranch(nothing, nothing, keep=False), {}
     features = pool(film_features(frozen, store, samples.film_ids, cache=cache), name)
     width = features.shape[1]
-    mean, deviation = fit_scale(features[rows]) if config.standardise else (torch.zeros(width), torch.ones(width))
+    mean, deviation = _scale(features[rows]) if config.standardise else (torch.zeros(width), torch.ones(width))
     head, more = None, dict[str, float]()
     if config.film != "features":
         labelled = findings.labelled_films(config.features, frozen, store, cache)
@@ -111,6 +112,11 @@ def _films(
     samples = replace(samples, features=features, store=store)
     samples = another_film(samples, config.seed) if config.control == "another" else samples
     return samples, branch, {"findings_head": more} if more else {}
+
+
+def _scale(features: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, deviation = fit_scale(features, constant=1)  # a tuned encoder may give life to a constant column
+    return torch.from_numpy(mean), torch.from_numpy(deviation)
 
 
 def _cache(config: FuseConfig) -> Path:
@@ -156,7 +162,7 @@ def read(config: FuseConfig, samples: Samples, cache: Path, tokens: bool) -> tup
     train = train[train >= 0]
     if not len(train):
         raise UserError(f"{config.notes}: no train sample of {config.task} has a note")
-    mean, deviation = fit_scale(vectors[train])
+    mean, deviation = _scale(vectors[train])
     parts = [(torch.from_numpy(vectors) - mean) / deviation] if config.text != "findings" else []
     if config.text != "features":
         logits, more = _findings(config, notes, distinct, vectors, samples, rows, cache)
@@ -186,7 +192,7 @@ def _findings(
     val = np.intersect1d(labelled.rows("val"), np.flatnonzero(has))
     if not len(train) or not len(val):
         raise UserError(f"{config.notes}: no labelled train or val film has a note; set text=features")
-    mean, deviation = fit_scale(every[train])
+    mean, deviation = _scale(every[train])
     scaled = (torch.from_numpy(every) - mean) / deviation
     own = np.zeros(len(films), np.int64)
     known = rows >= 0

@@ -9,9 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -132,11 +130,3 @@ def read_branch(folder: str | Path, model: str) -> dict[str, Tensor]:
     with undamaged(path, "train it again"):
         state = load_file(path)
     return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-
-
-def fit_scale(features: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of (M, D) train films; a constant column keeps deviation 1."""
-    deviation = features.std(0)
-    return torch.from_numpy(features.mean(0)), torch.from_numpy(
-        np.where(deviation > 1e-6, deviation, 1).astype(np.float32)
-    )

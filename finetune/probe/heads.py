@@ -72,7 +72,7 @@ class Scale:
 
     def __init__(self, features: Features) -> None:
         self.names = list(features)
-        self.fitted = {name: fit_scale(values, np.float64) for name, values in features.items()}
+        self.fitted = {name: fit_scale(values, dtype=np.float64) for name, values in features.items()}
 
     def __call__(self, features: Features, names: Sequence[str] | None = None) -> NDArray[np.float32]:
         """(N, D of the blocks named, side by side)."""
