@@ -14,6 +14,7 @@ import pandas as pd
 from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.special import expit
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from finetune.report.data import Run, common_rows
 from finetune.report.figures import Frame, Series, legend, panels
@@ -124,22 +125,14 @@ def _block(label: str, scored: Sequence[Scored], opened: bool) -> Markup:
 
 def roc(s: Scored) -> tuple[Floats, Floats]:
     """1 - specificity and sensitivity at each distinct score, from (0, 0) to (1, 1)."""
-    true, false = _counts(s)
-    return np.append(0.0, false / false[-1]), np.append(0.0, true / true[-1])
+    false, true, _ = roc_curve(s.y, s.p, drop_intermediate=False)
+    return false, true
 
 
 def precision_recall(s: Scored) -> tuple[Floats, Floats]:
-    """Recall and precision at each distinct score."""
-    true, false = _counts(s)
-    return true / true[-1], true / (true + false)
-
-
-def _counts(s: Scored) -> tuple[Floats, Floats]:
-    """True and false positives at or above each distinct score, from high to low."""
-    order = np.argsort(-s.p, kind="stable")
-    last = np.append(np.diff(s.p[order]) != 0, True)
-    true = np.cumsum(s.y[order])[last]
-    return true, np.flatnonzero(last) + 1.0 - true
+    """Recall and precision at each distinct score, from the highest."""
+    precision, recall, _ = precision_recall_curve(s.y, s.p)
+    return recall[-2::-1], precision[-2::-1]
 
 
 def net_benefit(s: Scored, thresholds: Floats) -> Floats:
