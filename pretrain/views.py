@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,8 @@ from pretrain.config import ViewsConfig
 from pretrain.draws import uniforms
 
 
-class Views(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Views:
     """How one kind of view is drawn.
 
     Args:
