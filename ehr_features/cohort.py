@@ -1,7 +1,7 @@
-"""The ICU stays that count, and what fell out and why; when each person died.
+"""The cohort of ICU stays, the excluded rows with their reasons, and each subject's time of death.
 
-Comes in: icustays, admissions, patients. Goes out: a row per stay of the cohort, and an `Attrition`; `deaths`, the one
-rule by which the tables' three tellings of a death are reconciled.
+Input: icustays, admissions, patients. Output: one row per stay of the cohort, and an `Attrition`. `deaths` has the one
+rule that reconciles deathtime, hospital_expire_flag and dod.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from configs import UserError
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source, without_ids
 
-LISTED = 1000  # ids listed for one reason
+LISTED = 1000  # ids listed per reason
 
 
 class Attrition:
-    """Counts of what was excluded, in order, with ids and never values."""
+    """Counts of excluded rows, in order, with ids but no other values."""
 
     def __init__(self) -> None:
         self.exclusions: list[dict[str, Any]] = []
@@ -35,7 +35,7 @@ class Attrition:
         """Record that rows of a table were left out.
 
         Args:
-            table: what the rows are of. why: the reason, for a reader. ids: of the rows that fell out.
+            table: the table of the rows. why: the reason, for a reader. ids: of the excluded rows.
         """
         gone = {i.item() if isinstance(i, np.generic) else i for i in ids}
         entry = {"table": table, "why": why, "before": int(before), "after": int(after), "num_ids": len(gone)}
@@ -46,7 +46,7 @@ class Attrition:
         self.counts[what] = value.item() if isinstance(value, np.generic) else value
 
     def extend(self, found: dict[str, Any]) -> None:
-        """Add what another one counted, as its `as_json` gives it."""
+        """Add the counts of another one, in the form of its `as_json`."""
         self.exclusions += found["exclusions"]
         self.counts |= found["counts"]
 
@@ -55,11 +55,12 @@ class Attrition:
 
 
 def deaths(source: Source) -> ir.Table:
-    """When each person died: subject_id, death_at; only persons of whom some table says so.
+    """The time of death of each subject with a recorded death: subject_id, death_at.
 
-    The earliest deathtime of any admission. An admission with hospital_expire_flag and no deathtime counts with its
-    discharge, or with the end of the day `dod` where that is earlier. Where no admission tells, the end of the day
-    `dod`: it is a date, and whoever died on it may have lived until midnight.
+    The earliest deathtime of any admission. An admission with hospital_expire_flag but no deathtime contributes its
+    discharge, or the end of the day `dod` if that is earlier. If no admission records a death, the end of the day
+    `dod`:
+    dod is a date, and the subject may have lived until midnight.
     """
     persons = source.table("patients").group_by("subject_id").agg(day_over=_.dod.min().cast("timestamp"))
     persons = persons.mutate(day_over=_.day_over + ibis.interval(days=1))
@@ -74,9 +75,10 @@ def deaths(source: Source) -> ir.Table:
 
 
 def outcomes(source: Source) -> ir.Table:
-    """Each admission's end: subject_id, hadm_id, admittime, dischtime, deathtime, death_at (of the person), died.
+    """The end of each admission: subject_id, hadm_id, admittime, dischtime, deathtime, death_at (of the subject), died.
 
-    died (1, 0, null): flagged, or with a deathtime, or the person was dead when it ended; else what the flag says.
+    died is 1 with a flag, a deathtime, or a death of the subject by the end of the admission; else the flag (0 or
+    null).
     """
     admissions = source.table("admissions").left_join(deaths(source), "subject_id").drop("subject_id_right")
     dead = (
@@ -90,11 +92,13 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
     """The ICU cohort.
 
     Args:
-        preset: `default`: every adult stay that can be true; `medfuse`: the published cohort.
+        preset: `default`: every adult stay with possible times; `medfuse`: the published cohort.
     Returns: stay_id, hadm_id, subject_id, intime, outtime, los_hours, age_years, age_capped, sex, race,
-        anchor_year_group, care_unit (the first);
-        and for the labels admittime, dischtime, death_at (of the person, also after the stay), died (in hospital).
-    Raises: UserError: nobody is left; an admission or a patient is listed twice.
+        anchor_year_group,
+        care_unit (the first); and for the labels admittime, dischtime, death_at (of the subject, also after the stay),
+        died
+        (in hospital).
+    Raises: UserError: no stay is left; an admission or a patient has two different rows.
     """
     frame = _joined(source, attrition)
     _note_disagreements(source, attrition)
@@ -113,7 +117,7 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
 
 
 def _joined(source: Source, attrition: Attrition) -> pd.DataFrame:
-    """icustays with their admission and patient; a row each."""
+    """icustays joined with admission and patient; one row per stay."""
     icu = source.table("icustays").to_pandas()
     rows = source.rows("icustays")
     attrition.note("rows of icustays", rows)
@@ -138,7 +142,7 @@ def _joined(source: Source, attrition: Attrition) -> pd.DataFrame:
 
 
 def _note_disagreements(source: Source, attrition: Attrition) -> None:
-    """Count where dod, deathtime and hospital_expire_flag do not say the same; `deaths` says which of them counts."""
+    """Count where dod, deathtime and hospital_expire_flag disagree; `deaths` has the rule that decides."""
     dod = source.table("patients").group_by("subject_id").agg(dod=_.dod.min())
     rows = outcomes(source).mutate(flag=(_.hospital_expire_flag == 1).fill_null(False))
     rows = rows.select("subject_id", "hadm_id", "admittime", "dischtime", "deathtime", "death_at", "flag").distinct()

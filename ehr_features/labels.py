@@ -1,7 +1,7 @@
-"""Tasks: who is predicted when, and what came of it.
+"""Tasks: which stays are predicted at which hour, and their labels.
 
-Comes in: the cohort (with deaths), the films of stays, diagnoses, code status. Goes out: an ibis table per task, with
-the columns of schema.SAMPLES and its labels. A sample sees nothing from after `predict_at_hours`.
+Input: the cohort (with deaths), the films of stays, diagnoses, code status. Output: an ibis table per task, with the
+columns of schema.SAMPLES and its labels. A sample uses nothing from after `predict_at_hours`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from ehr_features.schema import FINDINGS, SAMPLES, Column
 from ehr_features.series.events import CODE_STATUS
 
 FIRST_HOUR = 5  # decompensation and length of stay begin after four hours
-WITHIN_HOURS = 24  # decompensation: death within a day
+WITHIN_HOURS = 24  # decompensation: death within 24 hours
 LOS_DAYS = (1, 2, 3, 4, 5, 6, 7, 8, 14)  # inner edges of the ten bins
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What the tasks read. stays: as cohort.stays gives, with split; observed: stay_id, first_hour of any
-    measurement."""
+    """The tables that the tasks read. stays: the result of cohort.stays, with split; observed: stay_id, first_hour (of
+    any
+    measurement).
+    """
 
     source: Source
     stays: ir.Table
@@ -44,7 +46,7 @@ class Cohort:
 
 
 def mortality(cohort: Cohort, attrition: Attrition) -> ir.Table:
-    """Death in hospital, from the first hours of a stay whose patient is then alive and in the ICU."""
+    """Death in hospital, predicted after the first hours of a stay whose patient is then alive and in the ICU."""
     config, at = cohort.config, float(cohort.config.landmark_hours)
     name = f"mortality ({config.landmark_hours} h)"
     if config.preset == "medfuse":
@@ -67,7 +69,7 @@ def phenotypes(cohort: Cohort, attrition: Attrition) -> ir.Table:
 
 
 def phenotypes_early(cohort: Cohort, attrition: Attrition) -> ir.Table:
-    """25 groups of diagnoses, from the first hours of stays that are as long."""
+    """25 groups of diagnoses, from the first hours of stays of at least that length."""
     at = float(cohort.config.landmark_hours)
     stays = _keep(_with_end(cohort), _.end_hours >= at, attrition, "phenotypes_early", f"shorter than {at:.0f} h")
     stays = _coded(cohort, stays, attrition, "phenotypes_early")
@@ -76,14 +78,14 @@ def phenotypes_early(cohort: Cohort, attrition: Attrition) -> ir.Table:
 
 
 def decompensation(cohort: Cohort, attrition: Attrition) -> ir.Table:
-    """Death within 24 hours, every hour."""
+    """Death within 24 hours, predicted every hour."""
     hourly = _hourly(cohort, attrition, "decompensation")
     left = _.death_hours - _.predict_at_hours
     return hourly.mutate(decompensation=(left <= WITHIN_HOURS).fill_null(False).cast("int64"))
 
 
 def length_of_stay(cohort: Cohort, attrition: Attrition) -> ir.Table:
-    """Hours left in the ICU, every hour; `los_bin` 0-9: under a day, seven bins of a day, 8-14 days, more."""
+    """Hours left in the ICU, predicted every hour; `los_bin` 0-9: under a day, seven bins of a day, 8-14 days, more."""
     hourly = _hourly(cohort, attrition, "length_of_stay").mutate(los_remaining_hours=_.end_hours - _.predict_at_hours)
     passed = [(hourly.los_remaining_hours >= 24 * day).cast("int64") for day in LOS_DAYS]
     return hourly.mutate(los_bin=functools.reduce(operator.add, passed))
@@ -125,8 +127,8 @@ def _keep(
 
 
 def _coded(cohort: Cohort, stays: ir.Table, attrition: Attrition, task: str) -> ir.Table:
-    """Stays whose admission has diagnoses: without any, none of the phenotypes is known to be absent."""
-    if cohort.config.preset == "medfuse":  # there they are
+    """Keep stays whose admission has diagnoses; without any, no phenotype is known to be absent."""
+    if cohort.config.preset == "medfuse":  # as published: absent diagnoses are negative
         return stays
     diagnoses = cohort.source.table("diagnoses_icd")
     coded = stays.semi_join(diagnoses.filter(_.icd_code.notnull()), "hadm_id")
@@ -134,13 +136,13 @@ def _coded(cohort: Cohort, stays: ir.Table, attrition: Attrition, task: str) -> 
 
 
 def _with_end(cohort: Cohort) -> ir.Table:
-    """The stays with `end_hours`: they end at death, with preset `medfuse` at outtime."""
+    """The stays with `end_hours`: death or outtime; with preset `medfuse` outtime."""
     end = ibis.least(_.los_hours, _.death_hours.coalesce(_.los_hours))
     return cohort.stays.mutate(end_hours=_.los_hours if cohort.config.preset == "medfuse" else end)
 
 
 def _hourly(cohort: Cohort, attrition: Attrition, task: str) -> ir.Table:
-    """A row for each whole hour from FIRST_HOUR on, up to the end of the stay or death, after the first measurement."""
+    """One row per whole hour from FIRST_HOUR to the end of the stay or death, after the first measurement."""
     stays = _with_end(cohort).join(cohort.observed, "stay_id")
     stays = stays.mutate(lived=ibis.least(_.end_hours, _.death_hours.coalesce(_.end_hours)))
     stays = _keep(stays, None, attrition, task, "nothing measured", before=cohort.stays)
@@ -156,7 +158,7 @@ def _hourly(cohort: Cohort, attrition: Attrition, task: str) -> ir.Table:
 
 
 def as_labels(findings: pd.DataFrame, policy: Policy) -> pd.DataFrame:
-    """Findings as the source has them, 1, 0, -1 (uncertain), empty -> labels 1, 0, missing, float."""
+    """Turn findings of the source, 1, 0, -1 (uncertain) or empty, into labels 1, 0 or missing (float)."""
     becomes: Any = {"zeros": 0.0, "ones": 1.0, "ignore": np.nan}
     raw = findings.astype("float64")
     return raw.mask(raw == -1, becomes[policy.uncertain]).mask(raw.isna(), becomes[policy.empty])
@@ -169,7 +171,7 @@ def findings(images: pd.DataFrame, policy: Policy) -> pd.DataFrame:
 
 
 def finding_samples(images: pd.DataFrame, policy: Findings, attrition: Attrition) -> pd.DataFrame:
-    """A sample per film that has findings; val and test follow the evaluation's policy, whatever training's is."""
+    """One sample per film that has findings; val and test use the evaluation policy, whatever the training policy."""
     train = (images["split"] == "train").to_numpy()
     labels = findings(images, Policy(policy.eval_uncertain, policy.eval_empty))
     labels[train] = findings(images[train], Policy(policy.uncertain, policy.empty))
@@ -192,7 +194,7 @@ def code_status(events: ir.Table, stays: ir.Table) -> ir.Table:
 
 
 def latest(samples: ir.Table, facts: ir.Table, column: str) -> ir.Table:
-    """Add the last of some timed facts of a stay at or before each prediction (null if there is none).
+    """Add the last value of a timed column at or before each prediction (null if there is none).
 
     Args:
         samples: sample_id, stay_id, predict_at_hours, ... facts: stay_id, hours, and `column`.

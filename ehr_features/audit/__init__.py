@@ -1,4 +1,4 @@
-"""Claims about leaks and values, proved or refuted from the raw tables by other code than made them."""
+"""Prove or refute claims about leaks and values from the raw tables, independently of the extraction code."""
 
 from ehr_features.audit.claims import audit
 

@@ -1,11 +1,10 @@
-"""`ehr-msn audit FEATURES [RUN | NOTES ...]`: does anything leak? Proved or refuted, with counts.
+"""`ehr-msn audit FEATURES [RUN | NOTES ...]`: check for leaks, with counts.
 
-Comes in: a features/ folder and the runs and notes that were made from it; or notes alone, which name their features.
-Goes out: a line for each claim, `proved`, `refuted` or `cannot be proved`, and for notes how much of each finding they
-tell. Exit 0 if all are proved, 2 otherwise.
+Input: a features/ folder and the runs and notes made from it; or notes alone, whose config names their features.
+Output: for each claim a line `proved`, `refuted` or `cannot be proved`; for notes also how well they predict each
+finding. Exit 0 if all claims are proved, else 2.
 
-Splits, film times, inputs and runs are checked on what was written, the series against the raw events
-(audit_series.py).
+Splits, film times, inputs and runs are checked on the written files, the series against the raw events (series.py).
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ from ehr_features.series import channels
 LABEL_GROUPS = ("finding", "phenotype", "outcome")
 ORDER = ("study", "admission", "discharge")
 RAW = (*RAW_EVENTS, "icustays")
-HOURS = "samples are predicted when their task says"
-ENDS = "no sample is from after death, and what remains of a stay ends there"
+HOURS = "every sample is predicted at the hour of its task"
+ENDS = "no sample is from after death, and remaining hours end with the stay"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,35 +108,35 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
 
 
 def _built_with(features: Path) -> FeaturesConfig:
-    """The config that a folder was built with. Raises: UserError: it is not said, or not valid."""
+    """The config of the build. Raises: UserError: it is missing or invalid."""
     try:
         config = FeaturesConfig(**read_json(features / "provenance.json")["config"])
         channels.read_channels(config.channels)
         return config
     except (KeyError, TypeError, ValueError) as error:
-        why = f"provenance.json does not say how the folder was built ({str(error).splitlines()[0]})"
+        why = f"provenance.json has no valid config of the build ({str(error).splitlines()[0]})"
         raise UserError(why) from None
 
 
 def _same_source(features: Path, config: FeaturesConfig) -> Source:
-    """The raw tables, if they are still those of the build. Raises: UserError: they are not."""
+    """The raw tables. Raises: UserError: they changed since the build."""
     source = open_source(config)
     held = {one["table"]: one for one in read_json(features / "provenance.json")["sources"].values()}
     for name in {*held, *RAW}:
         now = fingerprint(source.files[name]) if name in source.files else {}
         if not now or any(held.get(name, {}).get(key) != value for key, value in now.items()):
-            raise UserError(f"{source.files.get(name, name)} is not the file that the features were built from")
+            raise UserError(f"{source.files.get(name, name)} is not the file from which the features were built")
     return source
 
 
 def _has_ids(table: pd.DataFrame) -> bool:
-    """Whether a table of samples can be held against stays and films; a user's own may lack the columns for it."""
+    """Whether a table of samples has the columns to be checked; a user's own table may lack them."""
     ids = table.reindex(columns=["stay_id", "subject_id", "predict_at_hours"]).convert_dtypes()
     return {"split", "dicom_id"} <= set(table) and all(map(pd.api.types.is_numeric_dtype, ids.dtypes))
 
 
 def check_hours(stays: pd.DataFrame, samples: dict[str, pd.DataFrame], config: FeaturesConfig) -> Verdict:
-    """Each sample is predicted when its task says, and while its stay lasts."""
+    """Each sample is predicted at the hour of its task, within its stay."""
     bad, rows = {}, 0
     for name, table in samples.items():
         timed = table.loc[table["predict_at_hours"].notna(), ["stay_id", "predict_at_hours"]].merge(
@@ -147,7 +146,7 @@ def check_hours(stays: pd.DataFrame, samples: dict[str, pd.DataFrame], config: F
         late = ~(at <= timed["los_hours"] + 10 * SLACK_HOURS)
         if name in ("mortality", "phenotypes_early"):
             late |= at != config.landmark_hours
-        bad[f"samples of {name} that are predicted at another hour"] = int(late.sum())
+        bad[f"samples of {name} predicted at another hour"] = int(late.sum())
     return decide(HOURS, bad, f"{rows} samples with a prediction time")
 
 
@@ -170,8 +169,8 @@ def check_ends(source: Source, samples: dict[str, pd.DataFrame], config: Feature
             missed = int((dies.between(SLACK_HOURS, 24) & (table["decompensation"] != 1)).sum())
     bad = {
         "samples from after death": after,
-        "hours that remain beyond the end of the stay": beyond,
-        "samples of the last day of life without decompensation": missed,
+        "remaining hours beyond the end of the stay": beyond,
+        "samples of the last 24 hours of life without decompensation": missed,
     }
     return decide(ENDS, bad, f"{rows} samples")
 
@@ -182,7 +181,7 @@ def _no_images() -> pd.DataFrame:
 
 
 def check_splits(tables: dict[str, pd.DataFrame]) -> Verdict:
-    """No subject in two splits, in all tables together."""
+    """No subject is in two splits, over all tables."""
     both = pd.concat([t[["subject_id", "split"]] for t in tables.values()]).drop_duplicates()
     bad = {
         "subjects in two splits": int(both["subject_id"].duplicated().sum()),
@@ -194,7 +193,7 @@ def check_splits(tables: dict[str, pd.DataFrame]) -> Verdict:
 
 
 def check_inputs(features: Path) -> Verdict:
-    """No label among the columns that models read, and no column said to be known earlier than it is."""
+    """No label is among the input columns, and no column is declared as known earlier than it is."""
     described = read_json(features / "schema.json")
     ours = {"stays": schema.STAYS, "images": schema.IMAGES, "stay_films": schema.STAY_FILMS}
     early = moved = unknown = undeclared = columns = 0
@@ -208,7 +207,7 @@ def check_inputs(features: Path) -> Verdict:
             if name in known:
                 moved += about["group"] != known[name].group
                 early += ORDER.index(about["available_at"]) < ORDER.index(known[name].available_at)
-            else:  # a label of a task
+            else:  # label of a task
                 unknown += about["group"] not in LABEL_GROUPS
     for path in sorted(features.rglob("*.parquet")):
         table = path.relative_to(features).with_suffix("").as_posix()
@@ -221,14 +220,14 @@ def check_inputs(features: Path) -> Verdict:
     series = read_json(features / "series.json")["columns"]
     bad = {
         "labels among the columns of the series": len(labels & {c.removeprefix("mask->") for c in series}),
-        "columns said to be known earlier than they are": int(early),
-        "columns said to be of another group than they are": int(moved),
+        "columns declared as known earlier than they are": int(early),
+        "columns declared with the wrong group": int(moved),
         "columns that are neither declared nor labels of a task": int(unknown),
-        "columns of the tables that schema.json does not have, or has alone": undeclared,
+        "columns that are only in a table or only in schema.json": undeclared,
     }
     late = {c for said in described.values() for c, about in said.items() if about["available_at"] == "discharge"}
     listed = ", ".join(sorted(late - labels))
     proof = f"{len(series)} series columns, {columns} table columns; known at discharge: {listed}"
     if foreign:
-        proof += f"; not written by this toolkit and not judged: {', '.join(foreign)}"
+        proof += f"; not written by this toolkit, not checked: {', '.join(foreign)}"
     return decide("no finding, phenotype or outcome is among the inputs", bad, proof)

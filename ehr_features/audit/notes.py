@@ -1,8 +1,8 @@
-"""The audit of notes: leaks, and how well each finding is predicted from the notes alone.
+"""The audit of notes: leaks, and how well the notes alone predict each finding.
 
-Comes in: a folder of notes and the features that they were made from. Goes out: verdicts on what can be proved, and a
-table: for each finding the AUROC of a bag of words on the test split, before the leak filter and after it, with the
-words of largest weight. That complaints or home drugs predict a finding is no leak; a word that names the finding is.
+Input: a folder of notes and their features. Output: verdicts, and a table: for each finding the AUROC of a bag of words
+on the test split, before and after the leak filter, with the words of largest weight. Words such as complaints or home
+drugs that predict a finding are no leak; a word that names the finding is one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ehr_features.notes import leak_filter
 from ehr_features.schema import FINDINGS
 
 SAMPLES = 300  # resamples of the test subjects
-WORDS = 5  # words listed for a finding
-TOKEN = r"(?u)\b[^\W\d_][\w'\-]*\b"  # words; bare numbers are left out
+WORDS = 5  # words listed per finding
+TOKEN = r"(?u)\b[^\W\d_][\w'\-]*\b"  # words; bare numbers are excluded
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """How well notes predict a finding on test films: AUROC with its interval, and the weightiest words."""
+    """How well notes predict a finding on test films: AUROC with its interval, and the words of largest weight."""
 
     auroc: float
     low: float
@@ -47,7 +47,7 @@ def is_notes(folder: Path) -> bool:
 
 
 def features_of(folder: Path) -> Path:
-    """The features that notes were made from, as their config names them."""
+    """The features of a folder of notes, from its config."""
     return Path(str(read_json(folder / "provenance.json")["config"]["features"]))
 
 
@@ -55,9 +55,9 @@ def audit_notes(folder: Path, features: Path) -> tuple[list[Verdict], list[str]]
     """Check a folder of notes.
 
     Args:
-        folder: with notes.parquet. features: the folder that they were made from.
-    Returns: verdicts, and the lines of the table of what can be predicted.
-    Raises: UserError: a folder that is neither, a damaged table.
+        folder: with notes.parquet. features: the folder from which they were made.
+    Returns: verdicts, and the lines of the prediction table.
+    Raises: UserError: not such a folder, or a damaged table.
     """
     config = read_json(folder / "provenance.json").get("config") or {}
     notes = read_table(folder, "notes", ["dicom_id", "subject_id", "split", "note", "available_at"])
@@ -76,20 +76,20 @@ def audit_notes(folder: Path, features: Path) -> tuple[list[Verdict], list[str]]
 
 
 def check_times(folder: Path, notes: pd.DataFrame, images: pd.DataFrame) -> Verdict:
-    """One note a film, of its own subject and split, known when the film was taken."""
+    """Each film has one note, of its own subject and split, known when the film was taken."""
     at = notes.merge(
         images[["dicom_id", "subject_id", "split", "taken_at"]], "left", "dicom_id", suffixes=("", "_film")
     )
     known = at["taken_at"].notna()
     bad = {
         "films with two notes": int(notes["dicom_id"].duplicated().sum()),
-        "notes of films that the features do not have, or without a time": int((~known).sum()),
+        "notes of films that are not in the features, or without a time": int((~known).sum()),
         "notes with facts from after their film": int((at["available_at"] > at["taken_at"]).sum()),
         "notes without a time": int(at["available_at"].isna().sum()),
         "notes of another subject than their film": int((known & (at["subject_id"] != at["subject_id_film"])).sum()),
         "notes in another split than their film": int((known & (at["split"] != at["split_film"])).sum()),
     }
-    return decide(f"{folder}: every note is of its film, and from before it", bad, f"{len(notes)} notes")
+    return decide(f"{folder}: every note belongs to its film and has no later fact", bad, f"{len(notes)} notes")
 
 
 def check_names(folder: Path, notes: pd.Series) -> Verdict:
@@ -101,14 +101,14 @@ def check_names(folder: Path, notes: pd.Series) -> Verdict:
 
 
 def check_filter(folder: Path, notes: pd.DataFrame, before: pd.DataFrame | None, mode: str) -> Verdict:
-    """The filter used each note alone: filtering the unfiltered notes again gives the same bytes."""
-    claim = f"{folder}: what the leak filter took out follows from each note alone"
+    """The filter depends on each note alone: filtering the unfiltered notes again gives the same bytes."""
+    claim = f"{folder}: the leak filter depends on each note alone"
     if before is None:
-        return cannot(claim, "unfiltered.parquet is not there")
+        return cannot(claim, "unfiltered.parquet is missing")
     again = _filtered(before, mode)
     both = notes[["dicom_id", "note"]].merge(again, "outer", "dicom_id", suffixes=("", "_again"))
     different = int((both["note"].fillna("") != both["note_again"].fillna("")).sum())
-    return decide(claim, {"notes that filtering again makes different": different}, f"{len(before)} notes, {mode}")
+    return decide(claim, {"notes that change when they are filtered again": different}, f"{len(before)} notes, {mode}")
 
 
 def _filtered(notes: pd.DataFrame, mode: str) -> pd.DataFrame:
@@ -131,7 +131,7 @@ def table(films: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, mode: 
     told = {name: predictions(text, labels, films["subject_id"], train, test, seed) for name, text in texts.items()}
     named = "standard, not applied to these notes" if mode == "none" else mode
     lines = [  # a line for each finding follows
-        "what notes alone tell of the findings",
+        "findings predicted from notes alone",
         "  a bag of words, fitted on train films; AUROC on test films, 95% interval over subjects",
         f"  before and after the leak filter ({named}); * names a finding or imaging",
         f"{'finding':<28}{'films':>7}{'with':>7}  {'before':<22}{'after':<22}words",
@@ -157,17 +157,16 @@ def _words(p: Predicted) -> str:
 def predictions(
     texts: pd.Series, labels: pd.DataFrame, subjects: pd.Series, train: np.ndarray, test: np.ndarray, seed: int
 ) -> dict[str, Predicted | str]:
-    """Each finding from texts alone.
+    """Predict each finding from texts alone.
 
     Args:
-        texts: (N,). labels: (N, 14), null where unknown. subjects: (N,) whom the intervals resample. train, test: (N,)
-            masks.
+        texts: (N,). labels: (N, 14), null if unknown. subjects: (N,), the units of resampling. train, test: (N,) masks.
     Returns: finding -> its prediction, or the reason why there is none.
     """
     words = CountVectorizer(binary=True, min_df=3, max_features=20_000, token_pattern=TOKEN)
     try:
         counts = words.fit(texts[train]).transform(texts)
-    except ValueError:  # no word occurs often enough
+    except ValueError:  # no word is frequent enough
         return {str(name): "too few words" for name in labels}
     weights = _resamples(subjects.to_numpy()[test], seed)
     out: dict[str, Predicted | str] = {}
@@ -198,7 +197,7 @@ def _resamples(subjects: np.ndarray, seed: int) -> list[np.ndarray]:
 
 
 def weighted_auroc(score: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float | None:
-    """AUROC of rows that count `weight` times; None with one class only."""
+    """AUROC with row weights; None with one class only."""
     _, place = np.unique(score, return_inverse=True)
     positive, negative = np.bincount(place, weight * label), np.bincount(place, weight * (1 - label))
     total = positive.sum() * negative.sum()
@@ -206,14 +205,12 @@ def weighted_auroc(score: np.ndarray, label: np.ndarray, weight: np.ndarray) -> 
 
 
 def split_folders(folders: Sequence[Path]) -> tuple[Path, list[Path], list[Path]]:
-    """FEATURES, runs and folders of notes out of the audit's arguments; the first may be notes, which name theirs."""
+    """Sort the audit's arguments into FEATURES, runs and notes; notes in the first place imply their features."""
     notes = [folder for folder in folders if is_notes(folder)]
     others = [folder for folder in folders if not is_notes(folder)]
     if others and others[0] == folders[0]:
         return others[0], others[1:], notes
     features = features_of(notes[0])
     if not (features / "images.parquet").is_file():
-        raise UserError(
-            f"{notes[0]}: made from {features}, which is not here; name it first: audit FEATURES {notes[0]}"
-        )
+        raise UserError(f"{notes[0]}: its features {features} do not exist; name them first: audit FEATURES {notes[0]}")
     return features, others, notes

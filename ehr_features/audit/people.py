@@ -1,7 +1,7 @@
-"""The part of the audit that looks at persons: deaths across admissions, and what was history when a film was taken.
+"""The audit of subjects: deaths, and which admissions were history when a film was taken.
 
-Comes in: the tables of a features/ folder and the raw tables. The truth is told by SQL on the raw tables alone: nothing
-that makes the columns is imported.
+Input: the tables of a features/ folder and the raw tables. The expected values come from SQL on the raw tables alone;
+no code of the extraction is imported.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ehr_features.raw.engine import connect
 from ehr_features.raw.source import Source
 from ehr_features.schema import READ
 
-PEOPLE = "nobody is in the cohort after death, and nobody who died in hospital counts as a survivor"
-PRIOR = "earlier admissions and their diagnoses were over when the film was taken"
+PEOPLE = "no stay begins after death, and no death in hospital is labelled as survival"
+PRIOR = "earlier admissions and their diagnoses ended before the film"
 KEYS = ("subject_id", "hadm_id")
 TABLES = {
     "patients": ("subject_id", "anchor_age", "anchor_year", "dod"),
@@ -106,28 +106,28 @@ FROM written w JOIN told t USING (dicom_id) LEFT JOIN own o USING (dicom_id)
 def check_people(
     source: Source, stays: pd.DataFrame, images: pd.DataFrame | None, mortality: pd.DataFrame | None, preset: str
 ) -> Verdict:
-    """Who was dead, by dod, the deathtime of any admission and hospital_expire_flag, and what stands of it.
+    """Recompute who died when, from dod, deathtime and hospital_expire_flag, and compare the written tables.
 
     Args:
-        images, mortality: images.parquet and samples/mortality.parquet, where they are there.
-        preset: the cohort and the deaths of `medfuse` are the published ones, so that only its films are looked at.
+        images, mortality: images.parquet and samples/mortality.parquet, if present.
+        preset: `medfuse` uses the published cohort and deaths, so only its films are checked.
     """
     con = _opened(source, stays=stays, images=images, mortality=mortality)
     con.execute(DEATHS)
     bad, dying = {}, 0
     if preset != "medfuse":
-        bad["stays that begin after the person's death"], dying = _numbers(con, LATE)
+        bad["stays that begin after the subject's death"], dying = _numbers(con, LATE)
         if mortality is not None:
-            names = ("mortality samples of the dead", "mortality labels that say otherwise than the raw tables")
+            names = ("mortality samples after death", "mortality labels that differ from the raw tables")
             bad |= dict(zip(names, _numbers(con, SAMPLES), strict=True))
     if images is not None:
-        (bad["films whose died_in_hospital says otherwise than the raw tables"],) = _numbers(con, FILMS)
+        (bad["films whose died_in_hospital differs from the raw tables"],) = _numbers(con, FILMS)
     (dead,) = _numbers(con, "SELECT count(death_at) FROM deaths")
-    return decide(PEOPLE, bad, f"{len(stays)} stays, {dying} of them to death; {dead} persons with a death")
+    return decide(PEOPLE, bad, f"{len(stays)} stays, {dying} of them with a death; {dead} subjects with a death")
 
 
 def check_prior(source: Source, images: pd.DataFrame) -> Verdict:
-    """num_prior_admissions and prior_phenotypes told again, and no code of the film's own admission among them."""
+    """Recompute num_prior_admissions and prior_phenotypes; no code of the film's own admission may be among them."""
     con = _opened(source, images=images)
     for name in ("phenotypes", "icd10_branches"):
         path = resources("ehr_features") / f"{name}.csv"
@@ -144,7 +144,7 @@ def check_prior(source: Source, images: pd.DataFrame) -> Verdict:
 
 
 def _opened(source: Source, **written: pd.DataFrame | None) -> Any:
-    """A DuckDB connection with the raw tables and what was written; a raw table that is absent is empty."""
+    """A DuckDB connection with the raw and the written tables; a missing raw table is empty."""
     con = connect("duckdb").con
     for name, columns in TABLES.items():
         if source.has(name):

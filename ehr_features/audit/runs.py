@@ -1,4 +1,4 @@
-"""The audit of runs: the subjects that their pretraining used, and the columns that they read."""
+"""The audit of runs: the subjects used for pretraining, and the columns used as inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_runs(runs: list[Path], subjects: pd.DataFrame) -> list[Verdict]:
 
     Args:
         runs: folders of pretrain, probe or fuse. subjects: subject_id, split of the features.
-    Raises: UserError: a folder that is no run.
+    Raises: UserError: a folder is not a run.
     """
     held_out = set(subjects.loc[subjects["split"].isin(HELD_OUT), "subject_id"].astype(int))
     verdicts = []
@@ -48,11 +48,11 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _seen(run: Path, config: dict[str, Any], held_out: set[int]) -> Verdict:
-    """No val or test subject was used to train the weights of a run, or the weights that it started from."""
+    """No val or test subject was used to train the weights of a run or the weights from which it started."""
     claim = f"{run}: its pretraining saw no val or test subject"
     seen: set[int] = set()
     folder, looked, visited = run, [], {run.resolve()}
-    while True:  # follow the chain of runs that the weights come from
+    while True:  # follow the chain of runs from which the weights come
         listed = folder / "seen_subjects.parquet"
         if listed.is_file():
             seen |= _ids(listed)
@@ -64,7 +64,7 @@ def _seen(run: Path, config: dict[str, Any], held_out: set[int]) -> Verdict:
             break
         parent = next((p for p in (Path(source), Path(source).parent) if (p / "config.yaml").is_file()), None)
         if parent is None:
-            return cannot(claim, f"{folder} starts from {source}, whose films are unknown (no run folder there)")
+            return cannot(claim, f"{folder} starts from {source}, whose train films are unknown (not a run folder)")
         if parent.resolve() in visited:
             return cannot(claim, f"{parent} starts from itself")
         visited.add(parent.resolve())
@@ -75,7 +75,7 @@ def _seen(run: Path, config: dict[str, Any], held_out: set[int]) -> Verdict:
 
 
 def _starts_from(config: dict[str, Any]) -> str | None:
-    """The folder or file whose weights a run starts from; None for random weights."""
+    """The folder or file with the initial weights of a run; None for random weights."""
     encoder = config.get("encoder")
     if isinstance(encoder, dict):
         return encoder.get("init")
@@ -92,7 +92,7 @@ def _ids(path: Path) -> set[int]:
 
 
 def _inputs(run: Path, config: dict[str, Any]) -> Verdict:
-    """The EHR groups that a run reads are declared; discharge groups are listed, and allowed in pretraining only."""
+    """The EHR groups of a run are declared; groups known at discharge are listed, and allowed in pretraining only."""
     claim = f"{run}: no label is among its inputs"
     ehr = config.get("ehr") or {}
     baseline = config.get("groups") if config.get("encoder") == "metadata" else None  # other probes ignore them
@@ -108,16 +108,16 @@ def _inputs(run: Path, config: dict[str, Any]) -> Verdict:
     pretraining = isinstance(config.get("encoder"), dict)
     hidden = [g for g in late if g in told and told[g] != "discharge"]
     bad = {
-        f"inputs that are no EHR groups ({', '.join(refused)})": len(refused),
+        f"inputs that are not EHR groups ({', '.join(refused)})": len(refused),
         f"inputs known only at discharge ({', '.join(late)})": 0 if pretraining else len(late),
-        f"groups whose encoder.json hides that they are known only at discharge ({', '.join(hidden)})": len(hidden),
+        f"groups known only at discharge, contrary to encoder.json ({', '.join(hidden)})": len(hidden),
     }
     listed = ", ".join(dict.fromkeys(late)) or "none"
     return decide(claim, bad, f"{len(groups)} EHR groups; known only at discharge (pretraining only): {listed}")
 
 
 def _predictions(run: Path, subjects: pd.DataFrame) -> Verdict:
-    """The files val and test of predictions/ hold val and test subjects only."""
+    """The val and test files in predictions/ hold only val and test subjects."""
     bad: dict[str, int] = {}
     rows = 0
     for path in sorted((run / "predictions").glob("*.parquet")):

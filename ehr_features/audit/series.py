@@ -1,12 +1,12 @@
-"""The part of the audit that holds the series against the raw events.
+"""The audit of the series: compare them with the raw events.
 
-An observed value must be that of an event of this stay and hour which was known by then: charted in it, or, for a
-laboratory result, reported in it; and of a specimen that the variable takes. A value that was not observed must be the
-one before it, or the normal value. channels.yaml gives units, ranges and specimens; what is a laboratory result, and
-when it was known, is read from the raw tables and their dictionary by queries of this file.
+An observed value must be that of an event in this stay and hour, charted or, for a laboratory result, reported by the
+end of the hour, and of a specimen that the variable allows. A value that was not observed must equal the one before it,
+or the normal value. channels.yaml gives units, ranges and specimens. Queries in this file derive from the raw tables
+and d_items what is a laboratory result and when it was known.
 
-Differs for preset `medfuse`: by its published rule a laboratory value counts from its draw. The audit judges by that
-rule, and says how many values are from before their report.
+Differs for preset `medfuse`: its published rule counts a laboratory value from its draw. The audit checks that rule and
+counts the values from before their report.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ehr_features.series.file import fit
 
 KNOWN = "no vital sign or laboratory value is from after its hour"
 FILLED = "values that were not observed are carried forward, never back"
-DECLARED = "the series are of the declared variables, and of nothing else"
+DECLARED = "the series has the declared variables only"
 FITTED = "the normaliser is fitted on train only"
 ODD = "series.safetensors has other columns than declared"
 READ = ("chartevents", "labevents")
@@ -70,7 +70,7 @@ def _layout(config: FeaturesConfig) -> bins.Layout:
 
 
 def check_carried(features: Path, chunk: int = 2_000) -> Verdict:
-    """What was not observed is the value before it, or the normal value."""
+    """A value that was not observed equals the value before it, or the normal value."""
     path, about = _file(features), read_json(features / "series.json")
     normal, of = np.array(about["imputation"]["normal"], np.float32), np.array(about["observed_of"])
     if len(normal) != len(of) or _widths(path)[0] != len(of) or of.max() >= _widths(path)[1]:
@@ -86,7 +86,7 @@ def check_carried(features: Path, chunk: int = 2_000) -> Verdict:
             before[starts] = normal
             wrong += int(((v != before) & ~seen).sum())
             cells += int((~seen).sum())
-    return decide(FILLED, {"values that stand before they were observed": wrong}, f"{cells} values not observed")
+    return decide(FILLED, {"values used before they were observed": wrong}, f"{cells} values not observed")
 
 
 def _fitted(path: Path, about: dict[str, Any], layout: bins.Layout, stays: pd.DataFrame) -> Verdict:
@@ -96,11 +96,13 @@ def _fitted(path: Path, about: dict[str, Any], layout: bins.Layout, stays: pd.Da
         for ours, theirs in zip(wanted[key], about["normaliser"][key], strict=True):
             same = ours is theirs if ours is None or theirs is None else bool(np.isclose(ours, theirs, rtol=1e-5))
             bad += not same
-    return decide(FITTED, {"means or deviations that are not those of train": bad}, f"{int(train.sum())} train stays")
+    return decide(
+        FITTED, {"means or deviations that differ from those of train": bad}, f"{int(train.sum())} train stays"
+    )
 
 
 def check_known(features: Path, source: Source, config: FeaturesConfig) -> Verdict:
-    """Every observed value has its event, known by the end of its hour and of a specimen that counts."""
+    """Every observed value has an event that was known by the end of its hour and has an allowed specimen."""
     path, layout, declared = _file(features), _layout(config), channels.read_channels(config.channels)
     if _widths(path) != (len(layout.values), len(layout.observed)):
         return cannot(KNOWN, ODD)
@@ -132,9 +134,9 @@ def check_known(features: Path, source: Source, config: FeaturesConfig) -> Verdi
 
 
 RANGE = ("stay_id", "channel", "bin", "low", "high", "why")
-WHY = {  # what a value in the series is, if no better event explains it
+WHY = {  # what an observed value is, if no other event explains it
     "known": "observed values without an event that was known by then",
-    "specimen": "observed values of another specimen than the variable's",
+    "specimen": "observed values of a specimen that the variable does not allow",
     "early": "observed values from before their source was reported",
 }
 
@@ -142,7 +144,7 @@ WHY = {  # what a value in the series is, if no better event explains it
 def _ranges(
     source: Source, config: FeaturesConfig, declared: tuple[channels.Channel, ...], stay_ids: np.ndarray
 ) -> ir.Table:
-    """stay_id, channel, bin, low, high, why: the range of the values of each hour, by what they are (`WHY`)."""
+    """stay_id, channel, bin, low, high, why: the range of the values of each hour, by their kind (`WHY`)."""
     mine = hold(source.con, "audited", pa.table({"stay_id": stay_ids}))
     stays = source.table("icustays").semi_join(mine, "stay_id").distinct()
     window = stays.select("stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds())
@@ -178,10 +180,11 @@ def _published_items(con: object, declared: tuple[channels.Channel, ...]) -> ir.
 def _dated(
     source: Source, chart: ir.Table, labs: ir.Table, items: ir.Table, declared: tuple[channels.Channel, ...]
 ) -> ir.Table:
-    """Every event with v, drawn, known (null: nobody knows when) and counts (whether its specimen does).
+    """Every event with v, drawn, known (null: never) and counts (whether its specimen is allowed).
 
-    Which chart items are laboratory results is read from d_items (category Labs, finger sticks apart), and which
-    result an item without storetime repeats from the variable's laboratory rows; channels.yaml is asked for neither.
+    Chart items are laboratory results if their category in d_items is Labs (except finger sticks). A chart value
+    without
+    storetime is matched to the variable's laboratory rows. channels.yaml is used for neither.
     """
     texts = channels.text_table(source.con, declared)
     labels = source.table("d_items").distinct()
@@ -205,7 +208,7 @@ def _dated(
 
 
 def read_numbers(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
-    """The events of the items with v (in the declared unit), drawn, and report: stored, but not before drawn."""
+    """The events of the items with v (in the declared unit), drawn, and report (the storetime, at least drawn)."""
     rows = table.join(items, "itemid").mutate(word=_.value.lower().strip())
     texts = texts.rename(text_of="channel")
     rows = rows.left_join(texts, [rows.channel == texts.text_of, rows.word == texts.text])
@@ -220,7 +223,7 @@ def read_numbers(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
 
 
 def _sums(cells: ir.Table, declared: tuple[channels.Channel, ...], channel: int) -> ir.Table:
-    """The sums of a variable's parts where all of them were charted at one time."""
+    """The sums of a variable's parts at times when all of them were charted."""
     parts = [n for n, c in enumerate(declared) if c.name in declared[channel].sum_of]
     each = cells.filter(_.channel.isin(parts) & (_.why == "known")).group_by("stay_id", "seconds", "channel")
     each = each.agg(low=_.low.min(), high=_.high.max()).group_by("stay_id", "seconds")

@@ -27,5 +27,5 @@ def decide(claim: str, bad: dict[str, int], proof: str) -> Verdict:
 
 
 def cannot(claim: str, why: str) -> Verdict:
-    """Unknown: a file that the claim needs is missing."""
+    """The verdict `cannot be proved`: a file that the claim needs is missing."""
     return Verdict(claim, UNKNOWN, why)

@@ -24,7 +24,7 @@ DRAWN = {
     "Enlarged Cardiomediastinum": "mediastinum", "Lung Lesion": "lesion", "Pleural Effusion": "effusion",
     "Pneumothorax": "pneumothorax", "Support Devices": "device",
 }  # fmt: skip
-NOT_DRAWN = {"Fracture": 0.04, "Pleural Other": 0.03}  # no film shows them: best possible AUROC .5
+NOT_DRAWN = {"Fracture": 0.04, "Pleural Other": 0.03}  # not drawn into any film: best possible AUROC .5
 METADATA = columns(
     "dicom_id subject_id study_id PerformedProcedureStepDescription ViewPosition Rows Columns StudyDate StudyTime "
     "ProcedureCodeSequence_CodeMeaning ViewCodeSequence_CodeMeaning PatientOrientationCodeSequence_CodeMeaning"
@@ -34,8 +34,12 @@ PRESENT, ABSENT = (0.90, 0.05, 0.01), (0.01, 0.02, 0.22)
 
 
 def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd.DataFrame, dict[str, Array]]:
-    """Write everything; returns row counts, the films table (with what was drawn), and P(finding), (studies, 14), of
-    one who knows everything (`true`), the film, film and note (`film_text`), and a score of the note alone (`text`)."""
+    """Write everything.
+
+    Returns: row counts, the films table (with what was drawn), and P(finding), (studies, 14), as computed from all
+        latents
+        (`true`), from the film, from film and note (`film_text`), and a score of the note alone (`text`).
+    """
     rng = np.random.default_rng([plan.seed, 5])
     studies = people.studies
     shown = amounts(studies[[f"x_{name}" for name in NAMES]].to_numpy(float))
@@ -84,7 +88,7 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
 def present(shown: Array, frail: Array) -> Array:
     """P(finding | drawn amounts, frailty x signal), (studies, 14): 0 or 1 for drawn findings, else a prevalence.
 
-    In frail patients a consolidation is labelled pneumonia more often, and fractures occur that no film shows.
+    In frail patients a consolidation is labelled pneumonia more often, and there are fractures that no film shows.
     """
     there = pd.DataFrame(shown > 0, columns=NAMES).astype(float)
     table = pd.DataFrame({name: there[drawn] for name, drawn in DRAWN.items()})
@@ -106,7 +110,7 @@ def written(probability: Array) -> tuple[Array, Array]:
 
 
 def best_auroc(films: pd.DataFrame, true: Array, reader: Array) -> dict[str, float | None]:
-    """Expected AUROC of a reader: 1 against 0 and empty, -1 left out, a row a frontal film.
+    """Expected AUROC of a reader over frontal films: 1 against 0 and empty; -1 is left out.
 
     Args:
         true, reader: (studies, 14): P(finding), and the reader's score of it.
@@ -134,7 +138,8 @@ def _labels(rng: np.random.Generator, true: Array) -> Array:
 
 
 def _films(rng: np.random.Generator, people: People, plan: Plan) -> pd.DataFrame:
-    """A row a film: the frontal of each study, a lateral beside most PA and some AP outside the ICU, a few repeats."""
+    """One row per film: the frontal of each study, a lateral with most PA and some AP films outside the ICU, a few
+    repeats."""
     studies = people.studies.assign(study=np.arange(len(people.studies)), order=0)
     inside = studies["stay_id"].notna().to_numpy()
     lateral = studies[~inside & (rng.random(len(studies)) < np.where(studies["view"] == "PA", 0.8, 0.25))]
@@ -169,7 +174,7 @@ def _films(rng: np.random.Generator, people: People, plan: Plan) -> pd.DataFrame
 # ---- Films, batch by batch: anatomy (thorax.py), exposure and burnt-in marks
 
 KINDS = {"AP": "frontal", "PA": "frontal", "LATERAL": "lateral", "LL": "lateral"}
-# height and width as parts of the size; a wide film is turned, of AP more than of PA films
+# height and width relative to the size; wide films are rotated, AP films more often than PA films
 SHAPES = {("frontal", False): (1.0, 0.86), ("frontal", True): (0.86, 1.0), ("lateral", False): (1.0, 0.80)}
 WIDE = {"AP": 0.55, "PA": 0.15, "LATERAL": 0.0, "LL": 0.0}
 
@@ -196,7 +201,8 @@ def draw(films: pd.DataFrame, size: int, rng: np.random.Generator, batch: int = 
 
 
 def expose(canvas: Canvas, density: Array) -> Array:
-    """Turn density, about 0 (air) to 1.2 (bone), into uint8 films: exposure, gamma, noise, black edges, the letter."""
+    """Turn density, about 0 (air) to 1.2 (bone), into uint8 films: exposure, gamma, noise, black edges, the side
+    marker."""
     density = density * (1 + canvas.normal(0.05)) + canvas.normal(0.03)
     tilt = canvas.normal(0.03) * canvas.x + canvas.normal(0.03) * canvas.y
     image = np.clip((density + tilt * (density > 0.05)) / 1.12, 0, 1.2) ** np.exp(canvas.normal(0.16))
@@ -213,7 +219,7 @@ def expose(canvas: Canvas, density: Array) -> Array:
 
 
 def boxes(film: Array, white: Array, size: int) -> None:
-    """Burn in a strip of boxes near the lower edge, white or black; at one place whatever the film's shape.
+    """Burn in a strip of white or black boxes near the lower edge, at the same place for films of any shape.
 
     Args:
         white: (K,) bool, from left to right.
@@ -227,7 +233,7 @@ def boxes(film: Array, white: Array, size: int) -> None:
 
 
 def _mark(film: Array, rng: np.random.Generator) -> None:
-    """Burn in the technician's letter: L near the image's right upper edge, R near the left."""
+    """Burn in the side marker: L near the image's right upper edge, R near the left."""
     scale = max(film.shape[0] // 64, 1)
     letter = "L" if rng.random() < 0.7 else "R"
     rows = {"L": ("100", "100", "100", "100", "111"), "R": ("110", "101", "110", "110", "101")}[letter]

@@ -26,7 +26,7 @@ VITALS = {
 
 
 class _Rows:
-    """Chart rows collected a column at a time; `hours` may be fractions."""
+    """Chart rows, collected column by column; `hours` may be fractions."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Array, Array, Array, Array]] = []

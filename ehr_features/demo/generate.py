@@ -25,7 +25,9 @@ from ehr_features.demo.truth import NAMES, PHENOTYPES, Outcomes, auroc, sigmoid
 from ehr_features.demo.visits import write_ed
 from ehr_features.files import alone, check_ours, new_folder, write_json
 
-GENERATOR_VERSION = 3  # raised with any change of the output; recipes are tuned on seeds 1-3 and reported on 10 and up
+GENERATOR_VERSION = (
+    3  # raise it with any change of the output; hyper-parameters are chosen on seeds 1-3 and reported on 10 and up
+)
 
 Truth = dict[str, Any]
 NOTES = [
@@ -76,7 +78,7 @@ def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the demo data, say what was written and what the next command is."""
+    """Write the demo data; print what was written and the next command."""
     keys = ("subjects", "seed", "film_size", "shuffled", "risk", "view_shortcut", "ed_text", "text_signal", "leak")
     out = Path(args.out)
     print(f"writing a synthetic MIMIC of {args.subjects} subjects (seed {args.seed}) to {out}", flush=True)
@@ -112,7 +114,8 @@ def _check(out: Path, plan: Plan) -> None:
 
 
 def _stays_truth(everyone: People, films: pd.DataFrame, outcomes: Outcomes) -> pd.DataFrame:
-    """A row per ICU stay: who counts for 48-h mortality, the record part, and P(death), P(phenotype) of each reader."""
+    """One row per ICU stay: whether it has a 48-h mortality sample, the record part, and P(death), P(phenotype) per
+    reader."""
     stays, place = everyone.stays, everyone.stays["admission"].to_numpy()
     table = stays[["subject_id", "hadm_id", "stay_id", "hours", "died"]].reset_index(drop=True)
     hours_to_death = np.nan_to_num(hours_between(stays["deathtime"], stays["intime"]), nan=np.inf)

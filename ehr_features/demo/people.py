@@ -1,7 +1,7 @@
 """Draw the synthetic subjects, admissions, ICU stays, emergency visits and film studies, with their latents.
 
-Comes in: `Plan`. Goes out: `People`, the tables that tables.py, events.py, visits.py and cxr.py write.
-Film times and the first 48 h of a stay's length are independent of the latents: that a film was ordered carries no
+Input: `Plan`. Output: `People`, the tables that tables.py, events.py, visits.py and cxr.py write.
+Film times and the first 48 h of a stay's length are independent of the latents, so the order of a film carries no
 information about the outcome.
 """
 
@@ -43,7 +43,7 @@ def people(plan: Plan, outcomes: Outcomes) -> People:
     logits = outcomes.logits(record, film, age_z, male, admissions["frail"].to_numpy())
     drawn = rng.random((len(admissions), 1 + len(PHENOTYPES))) < sigmoid(logits)
     dies, phenotypes = drawn[:, 0] & admissions["icu"].to_numpy(), drawn[:, 1:].astype(float)
-    if plan.shuffled:  # shifted by half the table, so that it is another subject's
+    if plan.shuffled:  # shifted by half the table, to belong to another subject
         phenotypes = np.roll(phenotypes, len(phenotypes) // 2, axis=0)
         icu = np.flatnonzero(admissions["icu"])
         dies[icu] = np.roll(dies[icu], len(icu) // 2)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # `--help` waits for no pandas
+if TYPE_CHECKING:  # `--help` does not import pandas
     import pandas as pd
 
     from ehr_features.demo.truth import Array
@@ -21,12 +21,15 @@ class Plan:
         film_size: the longer side of a film, in pixels.
         shuffled: permute findings, ICD codes and death across subjects.
         risk: `level`: risk of death depends on the last film before 48 h; `change`: only on the change between films.
-        view_shortcut: 0 to 1; above 0 frontal films carry a strip of boxes, one a finding, as if the machine had burnt
-            them in. On AP films a box is white with probability (1 + this) / 2 where its finding is there and
-            (1 - this) / 2 where it is not, else black; PA films come from another machine, which has it the other way
-            round. A probe of AP films learns the boxes, and is led astray by them on PA films.
+        view_shortcut: 0 to 1; above 0 frontal films have a strip of boxes, one per finding, as if burnt in by the
+            machine.
+            On AP films a box is white with probability (1 + this) / 2 if its finding is present and (1 - this) / 2
+            otherwise, else black; on PA films the probabilities are swapped. A probe trained on AP films learns the
+            boxes
+            and is misled by them on PA films.
         ed_text: 0 to 1; probability that the chief complaint is about what the visit's film shows.
-        text_signal: 0 or more; how much frailty, which only complaints and home drugs tell, moves death, Fracture and
+        text_signal: 0 or more; how strongly frailty, visible only in complaints and home drugs, affects death, Fracture
+            and
             Pneumonia.
         leak: 0 to 1; probability that the complaint names a finding that the visit's film shows.
     """
@@ -54,24 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shuffled", action="store_true", help="permute findings, ICD codes and death: nothing can be learned"
     )
     parser.add_argument(
-        "--risk", choices=("level", "change"), default=Plan.risk, help="what of the films carries risk of death"
+        "--risk", choices=("level", "change"), default=Plan.risk, help="which part of the films carries risk of death"
     )
     parser.add_argument(
         "--view-shortcut",
         type=float,
         default=Plan.view_shortcut,
         metavar="P",
-        help="0 to 1: boxes in the films tell of findings; on PA films the opposite",
+        help="0 to 1: boxes in AP films mark findings; in PA films the opposite",
     )
     parser.add_argument(
-        "--ed-text", type=float, default=Plan.ed_text, metavar="P", help="0 to 1: complaints tell of the film"
+        "--ed-text", type=float, default=Plan.ed_text, metavar="P", help="0 to 1: complaints depend on the film"
     )
     parser.add_argument(
         "--text-signal",
         type=float,
         default=Plan.text_signal,
         metavar="S",
-        help="notes tell what no film does; 1 is strong",
+        help="notes have information that films lack; 1 is strong",
     )
     parser.add_argument("--leak", type=float, default=Plan.leak, metavar="P", help="0 to 1: complaints name findings")
 

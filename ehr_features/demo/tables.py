@@ -109,7 +109,7 @@ def write_csv(table: pd.DataFrame, path: Path, *, plain: bool = False) -> int:
 def write_hosp(people: People, plan: Plan, out: Path) -> dict[str, int]:
     """patients, admissions, diagnoses_icd, d_icd_diagnoses, d_labitems (labevents: `write_events`)."""
     rng = np.random.default_rng([plan.seed, 2])
-    known = people.subjects[people.subjects["kind"] != "film"]  # the others have films only
+    known = people.subjects[people.subjects["kind"] != "film"]  # the other subjects have films only
     patients = pd.DataFrame(
         {
             "subject_id": known["subject_id"],

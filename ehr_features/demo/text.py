@@ -1,9 +1,8 @@
-"""Free text of the synthetic emergency tables: complaints and drugs that carry frailty, planted leaks, missing entries.
+"""Free text of the synthetic emergency tables: complaints and drugs that depend on frailty, leaks, missing entries.
 
-`frail` is +1 or -1 for each admission and visit. With `text_signal` it moves death, Fracture and Pneumonia
-(truth.py, cxr.py). Only chief complaints and home drugs depend on it, no film and no measurement. With `leak`,
-complaints name findings of the visit's film. The random streams are separate, so that the other tables are the same
-with and without text.
+`frail` is +1 or -1 for each admission and visit. With `text_signal` it affects death, Fracture and Pneumonia (truth.py,
+cxr.py). Only chief complaints and home drugs depend on it, no film and no measurement. With `leak`, complaints name
+findings of the visit's film. The random streams are separate, so the other tables are equal with and without text.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def complaints(words: pd.Series, visits: pd.DataFrame, studies: pd.DataFrame, pl
     """Chief complaints with frailty words, planted leaks, abbreviations and typing errors.
 
     Args:
-        words: one a visit. visits: ed_stay_id, frail, ... studies: ed_stay_id, x_NAME: what the visits' films show.
+        words: one per visit. visits: ed_stay_id, frail, ... studies: ed_stay_id, x_NAME: what the visits' films show.
     """
     rng = np.random.default_rng([plan.seed, 8])
     words, count = words.reset_index(drop=True).astype(object), len(words)
@@ -81,7 +80,7 @@ def home_drugs(recon: pd.DataFrame, visits: pd.DataFrame, plan: Plan) -> pd.Data
 
 
 def with_frailty(studies: pd.DataFrame, stays: pd.DataFrame, visits: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """Studies with `frail`, and `told`: whether an emergency visit (own or of the admission) carries it in text."""
+    """Add `frail` to studies, and `told`: whether the text of an emergency visit (own or of the admission) shows it."""
     own = studies["ed_stay_id"].map(visits.set_index("ed_stay_id")["frail"])
     admission = studies["stay_id"].map(stays.set_index("stay_id")["admission"])
     theirs = studies["stay_id"].map(stays.set_index("stay_id")["frail"])

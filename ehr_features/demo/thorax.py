@@ -1,7 +1,7 @@
 """Anatomy and findings of a chest as sums of tissue thicknesses along the beam.
 
-Every function takes a `Canvas` of B films and returns densities (B, H, W): about 0 for air, 0.7 for soft
-tissue, 1.2 for what is dense. The patient's right is on the left of a frontal film; on a lateral the spine is right.
+Every function takes a `Canvas` of B films and returns densities (B, H, W): about 0 for air, 0.7 for soft tissue, 1.2
+for dense tissue. In a frontal film the patient's right is on the left; in a lateral film the spine is on the right.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Array = NDArray[Any]  # float32 unless stated
 
 
 class Textures:
-    """Vessels (branching lines from a hilum) and grain, drawn once and shared; each film takes its own pieces."""
+    """Vessels (branching lines from a hilum) and grain, drawn once; each film uses random crops of them."""
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.grain = np.stack([_smooth_noise(rng, 2 * size, s * size / 128) for s in (1.2, 3.0, 26.0)])
@@ -50,7 +50,7 @@ class Textures:
 class Canvas:
     """A batch of films of one shape. Coordinates x, y (B, H, W): -1 at the left and the top edge, 1 at the others.
 
-    `trait` and `place` give a patient's own values, `normal` and `uniform` a film's; all (B, 1, 1).
+    `trait` and `place` are values of a patient, `normal` and `uniform` values of a film; all (B, 1, 1).
     """
 
     def __init__(
@@ -215,7 +215,7 @@ def _bones(c: Canvas, broad: Array) -> Array:
 
 
 def _heart(c: Canvas, floor: Array) -> tuple[Array, Array]:
-    """Where heart and great vessels take the place of air, in [0, 1]; and the hila."""
+    """Where heart and great vessels replace air, in [0, 1]; and the hila."""
     x, y, enlarged = c.x, c.y, c.found["heart"]
     large = 0.15 * enlarged + 0.010 * c.age * (1 - enlarged) + c.trait(0.013)
     size = (1 + 0.10 * c.portable) * (1 + large * 1.7)

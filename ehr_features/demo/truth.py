@@ -1,16 +1,17 @@
 """The planted signal: latents, true conditional probabilities, and the Bayes-optimal AUROC.
 
-An admission has two independent parts given age and sex. The *record* part (`severity` r and the offsets of nine vital
-and laboratory channels, centred so that the channels' mean is r) shows only in the tables; the *film* part (one latent
-amount a finding) shows only in films. Death and 25 phenotypes are drawn from logistic models of both.
+An admission has two parts that are independent given age and sex. The *record* part (`severity` r and the offsets of
+nine vital and laboratory channels, centred so that the channels' mean is r) is visible only in the tables; the *film*
+part (one latent amount per finding) only in films. Death and 25 phenotypes are drawn from logistic models of both.
 
 Bayes values condition on the latents themselves, exactly:
     both    P(y | record part, film part, age, sex), the probability that y was drawn from;
     record  its mean over film parts drawn anew given age and sex; film: over record parts drawn anew.
-With a text signal, frailty (+1 or -1, visible only in complaints and home drugs) moves death as well: the readers above
-are averaged over it, `text` conditions on frailty, age and sex alone, `both_text` on everything, where a visit carries
-it. All are upper bounds: a model sees the record part through noisy, missing hourly values and the film part through a
-noisy 128-px film. An AUROC is the expected one, positives weighted by p and negatives by 1 - p, on the stated stays.
+With a text signal, death also depends on frailty (+1 or -1, visible only in complaints and home drugs). The readers
+above are then averaged over frailty; `text` conditions on frailty, age and sex alone, `both_text` on everything, if a
+visit has text. All are upper bounds: a model sees the record part through noisy, missing hourly values and the film
+part through a noisy 128-px film. An AUROC is the expected one, positives weighted by p and negatives by 1 - p, on the
+stated stays.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FILM: dict[str, tuple[float, float, float, float]] = {
     "mediastinum": (0.12, 0.08, 0.15, 0.00),
     "lesion": (0.08, 0.10, 0.25, 0.00),
     "device": (0.60, 0.08, 0.05, 0.00),
-    "hyper": (0.20, 0.20, 0.20, 0.00),  # hyperinflated lungs: no finding of its own, shows lung disease
+    "hyper": (0.20, 0.20, 0.20, 0.00),  # an imaged trait without a finding label; a sign of lung disease
 }
 NAMES = tuple(FILM)
 DEATH_FILM = {"edema": 1.0, "effusion": 0.9, "consolidation": 0.8, "heart": 0.4, "pneumothorax": 0.4}
@@ -94,7 +95,7 @@ def draw_film(rng: np.random.Generator, age_z: Array, male: Array, icu: Array, r
     latent = mean + common * shared + np.sqrt(1 - common**2) * rng.standard_normal((*shape, len(NAMES)))
     moves = np.isin(NAMES, ("edema", "consolidation", "effusion", "atelectasis"))
     change = CHANGE_SD[risk] * moves * rng.standard_normal((*shape, len(NAMES)))
-    if risk == "change":  # frailty's carriers are set to a middle level whatever their cause
+    if risk == "change":  # their levels in the last film are set to the middle, so that only the change carries risk
         carry = np.isin(NAMES, CARRIERS)
         latent = np.where(carry, 0.75 + 0.12 * rng.standard_normal((*shape, len(NAMES))), latent)
     return np.concatenate([latent, change], -1)
@@ -147,9 +148,10 @@ class Outcomes:
         """P(outcome | ...), each (N, 26).
 
         Args:
-            frail: +1 or -1; 0: no text carries it; None: no text signal.
-        Returns: of `both` (record and film), `record`, `film`, and `last_film` (no change between films); with a text
-            signal also of `text`, and of `both_text`: all three.
+            frail: +1 or -1; 0: not visible in any text; None: no text signal.
+        Returns: P for the readers `both` (record and film), `record`, `film`, and `last_film` (no change between
+            films); with a
+            text signal also `text`, and `both_text`: all three.
         """
         rng = np.random.default_rng(7)
         frail = np.zeros(len(record)) if frail is None else frail
@@ -164,7 +166,7 @@ class Outcomes:
         return known | means
 
     def _mean(self, record: Array, film: Array, age_z: Array, male: Array, frail: Array | None = None) -> Array:
-        """P(outcome), averaged over frailty where it is not known (None, or 0)."""
+        """P(outcome), averaged over frailty if that is unknown (None, or 0)."""
         if not self.text_signal:
             return sigmoid(self.logits(record, film, age_z, male, 0.0))
         one, two = (sigmoid(self.logits(record, film, age_z, male, sign)) for sign in (1.0, -1.0))

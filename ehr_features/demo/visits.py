@@ -138,7 +138,7 @@ def write_ed(people: People, plan: Plan, out: Path) -> dict[str, int]:
 
 
 def _at(rng: np.random.Generator, visits: pd.DataFrame, key: pd.DataFrame, rows: Array) -> pd.DataFrame:
-    """Keys of the visits `rows`, each with a time within the visit, in order."""
+    """Keys of the visits in `rows`, each with a time within the visit, in order."""
     table = key.iloc[rows].reset_index(drop=True)
     start, end = visits["intime"].to_numpy()[rows], visits["outtime"].to_numpy()[rows]
     seconds = ((end - start) / np.timedelta64(1, "s") * rng.random(len(rows))) // 60 * 60
@@ -147,7 +147,7 @@ def _at(rng: np.random.Generator, visits: pd.DataFrame, key: pd.DataFrame, rows:
 
 
 def _signs(rng: np.random.Generator, severity: Array, missing: float) -> pd.DataFrame:
-    """Vital signs (temperature in F), each missing in its own rows; Celsius and impossible values now and then."""
+    """Vital signs (temperature in F) with independent gaps; a few values are Celsius or impossible."""
     count = len(severity)
     gains = {
         "temperature": (98.3, 0.4, 0.8, 1),
@@ -170,7 +170,7 @@ def _signs(rng: np.random.Generator, severity: Array, missing: float) -> pd.Data
 
 
 def _complaints(rng: np.random.Generator, people: People, plan: Plan) -> pd.Series:
-    """One chief complaint a visit; with probability `plan.ed_text` about a finding of the film taken in the visit."""
+    """One chief complaint per visit; with probability `plan.ed_text` about a finding of the film taken in the visit."""
     visits, count = people.visits, len(people.visits)
     words = rng.choice(PLAIN, count).astype(object)
     every = np.array([text for texts in TOLD.values() for text in texts], object)
@@ -188,7 +188,7 @@ def _complaints(rng: np.random.Generator, people: People, plan: Plan) -> pd.Seri
     for k, (name, texts) in enumerate(TOLD.items()):
         rows = np.flatnonzero(told & (strongest == k))
         words[rows] = rng.choice(texts, len(rows))
-        if name in LEAKS:  # a few name the finding itself, which a leak filter must remove
+        if name in LEAKS:  # some complaints name the finding itself, which a leak filter must remove
             words[rows[rng.random(len(rows)) < 0.08]] = LEAKS[name]
     words[rng.random(count) < 0.01] = None
     return pd.Series(words)

@@ -1,9 +1,9 @@
-"""Film -> study -> hospital admission, ICU stay, emergency stay.
+"""Link films to their study, hospital admission, ICU stay and emergency stay.
 
-Comes in: the film tables and the record's tables. Goes out: a row per film of the metadata table, with the ids that it
-was linked to, how, and by what gap; and the films of each ICU stay.
+Input: the film tables and the record's tables. Output: one row per film of the metadata table, with the linked ids, the
+kind of each link and its gap; and the films of each ICU stay.
 
-All joins are range joins on named keys, so that they run on any engine.
+All joins are range joins on named keys and run on both engines.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ def link_films(
 
     Args:
         source: the raw tables.
-        attrition: takes the counts.
+        attrition: receives the counts.
         preset: `medfuse` takes the view from ViewPosition alone; `default` fills an empty one from ViewCodeSequence.
-        ed_tolerance_hours: how far outside an emergency visit a film may lie.
+        ed_tolerance_hours: largest gap between a film and an emergency visit.
     Returns: dicom_id, study_id, subject_id, path, taken_at, view, view_source, position; hadm_id, stay_id, ed_stay_id,
         each with *_link (inside | before | after | null) and *_gap_hours (0 inside). stay_id may be a stay outside the
-        cohort. hadm_id_link `icustays` or `edstays`: no admission's times hold the film, and the ICU stay that does, or
-        the emergency visit that does or ended just before, names the admission.
+        cohort. hadm_id_link `icustays` or `edstays`: the film is in no admission's times, and hadm_id is that of the
+        ICU
+        stay that contains it, or of the emergency visit that contains it or ended just before.
     """
     films = read_films(source, attrition, preset)
     linked = films
@@ -77,12 +78,13 @@ def stay_films(films: ibis.Table, stays: ibis.Table) -> ibis.Table:
 
 
 def last_film(samples: ibis.Table, stay_films: ibis.Table, *, views: Sequence[str] = ("AP",)) -> ibis.Table:
-    """The last film of an eligible view at or before each prediction; never a later one.
+    """The last film of an eligible view at or before each prediction.
 
     Args:
         samples: sample_id, stay_id, predict_at_hours, ...
-        stay_films: as `stay_films` gives.
-    Returns: sample_id, dicom_id; samples without such a film have no row. Of films of one time the largest dicom_id.
+        stay_films: the result of `stay_films`.
+    Returns: sample_id, dicom_id; samples without such a film have no row. Of films at the same time, the largest
+        dicom_id.
     """
     films = stay_films.filter(stay_films["view"].isin(views)).select("stay_id", "dicom_id", "hours_from_intime")
     samples = samples.select("sample_id", "stay_id", "predict_at_hours")
@@ -92,19 +94,20 @@ def last_film(samples: ibis.Table, stay_films: ibis.Table, *, views: Sequence[st
 
 
 def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hours: float = 0.0) -> ibis.Table:
-    """The interval that holds each film, else the nearest within a tolerance.
+    """The interval that contains each film, else the nearest within a tolerance.
 
-    Of several: the smallest gap, then one that began before the film, then the latest start, then the largest id.
+    If there are several: the smallest gap, then one that began before the film, then the latest start, then the largest
+    id.
 
     Args:
         films: dicom_id, subject_id, taken_at, ...
-        intervals: `key`, subject_id, start, end (timestamps; rows that end before they start hold nothing).
+        intervals: `key`, subject_id, start, end (timestamps; rows that end before they start contain no film).
     Returns: dicom_id, KEY, KEY_link (inside | before | after), KEY_gap_hours, KEY_candidates (how many have that gap);
         linked films only.
     """
     films = films.select("dicom_id", "subject_id", at=_.taken_at.epoch_seconds())
     intervals = intervals.select("subject_id", key, start=_.start.epoch_seconds(), end=_.end.epoch_seconds())
-    intervals = intervals.filter(_.end >= _.start).distinct()  # a row listed twice is no second answer
+    intervals = intervals.filter(_.end >= _.start).distinct()  # repeated rows are not several candidates
     margin = round(tolerance_hours * 3600)
     pairs = films.join(
         intervals,
@@ -140,7 +143,7 @@ def _intervals(source: Source) -> dict[str, ibis.Table]:
 
 
 def _named(source: Source, films: ibis.Table) -> ibis.Table:
-    """Link a film that no admission's times hold to the admission that its ICU stay or emergency visit names."""
+    """Link films outside all admissions to the admission of their ICU stay or emergency visit."""
     admissions = source.table("admissions").filter(_.hadm_id.notnull())
     start, end = ibis.least(_.admittime, _.edregtime.coalesce(_.admittime)), _.dischtime
     admissions = admissions.select("subject_id", "hadm_id", start=start.epoch_seconds(), end=end.epoch_seconds())
@@ -166,7 +169,7 @@ def _named(source: Source, films: ibis.Table) -> ibis.Table:
 
 
 def _note_impossible(key: str, intervals: ibis.Table, attrition: Attrition) -> None:
-    """Rows that hold no film, because they lack an end or end before they begin."""
+    """Record the rows to which no film is linked, because they lack an end or end before they begin."""
     n = intervals.count().execute()
     bad = ids_of(intervals.filter((_.end >= _.start).fill_null(False) == ibis.literal(False))[key])
     why = "no begin or no end, or ends before it begins; it holds no film"
@@ -175,7 +178,7 @@ def _note_impossible(key: str, intervals: ibis.Table, attrition: Attrition) -> N
 
 
 def _count(source: Source, linked: ibis.Table, attrition: Attrition) -> None:
-    """What was linked, and what had more than one answer."""
+    """Count the linked films, and those with several candidates."""
     sums = {f"{key}_linked": _[key].notnull().sum() for key in KEYS}
     sums |= {f"{key}_ambiguous": (_[f"{key}_candidates"] > 1).sum() for key in KEYS}
     sums |= {f"hadm_id_by_{name}": (_.hadm_id_link == name).sum() for name in ("icustays", "edstays")}
@@ -188,7 +191,7 @@ def _count(source: Source, linked: ibis.Table, attrition: Attrition) -> None:
 
 
 def _repeated_keys(source: Source, attrition: Attrition) -> None:
-    """Rows of one key in tables that should have one each: a film takes the first (films/record.py)."""
+    """Record keys with several rows in tables of one row per key; a film takes the first row (films/record.py)."""
     for name, key in KEYED.items():
         if not source.has(name):
             continue
@@ -199,18 +202,18 @@ def _repeated_keys(source: Source, attrition: Attrition) -> None:
             attrition.add(name, why, rows["n"], rows["ids"], ids_of(several[key]))
 
 
-# ---- Which films found no admission, ICU stay, emergency visit or image file, and why.
+# ---- Films without an admission, ICU stay, emergency visit or image file, with the reason.
 
 NAMES = {"hadm_id": "hospital admission", "stay_id": "ICU stay", "ed_stay_id": "emergency visit"}
-READERS, SIZE = 16, 1000  # threads that look for files, and files that each looks for at once
+READERS, SIZE = 16, 1000  # threads that look for files, and files per batch
 
 
 def note_links(linked: ibis.Table, intervals: Mapping[str, ibis.Table], attrition: Attrition) -> None:
-    """Say for each kind of link which films have none, and which had several to choose from.
+    """Record for each kind of link which films have none, and which had several candidates.
 
     Args:
         linked: dicom_id, subject_id, taken_at, and KEY, KEY_candidates of each kind.
-        intervals: KEY -> subject_id, KEY, start, end: what there was to be linked to.
+        intervals: KEY -> subject_id, KEY, start, end: the candidates.
     """
     for key, spans in intervals.items():
         name, article = NAMES[key], "a" if key == "hadm_id" else "an"
@@ -240,7 +243,7 @@ def note_links(linked: ibis.Table, intervals: Mapping[str, ibis.Table], attritio
 
 
 def note_files(films: ibis.Table, root: str, attrition: Attrition) -> None:
-    """Say which films have no image file below `root`; not where `root` is a URL or holds no files/."""
+    """Record which films have no image file below `root`; skipped if `root` is a URL or has no files/ folder."""
     folder = Path(root.removeprefix("file://"))
     if "://" in str(folder) or not (folder / "files").is_dir():
         attrition.note("image files", f"not looked for: no folder files/ in {root}")

@@ -1,8 +1,7 @@
-"""The films of the metadata table: path, time, view and position, and what cannot be true of them.
+"""The films of the metadata table: path, time, view and position; impossible values are removed and counted.
 
-Film times have a resolution of one second (the fraction of StudyTime is dropped). What cannot be true is counted and
-listed by id: a film listed twice is kept once, a study of two subjects is left out, a film with an impossible date
-keeps no time.
+Film times have a resolution of one second (the fraction of StudyTime is dropped). Excluded rows are listed by id: of a
+film listed twice one row is kept, a study of two subjects is left out, and an impossible date becomes null.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
     from ehr_features.cohort import Attrition
     from ehr_features.raw.source import Source
 
-YEARS = (1950, 2300)  # shifted MIMIC dates lie in 2100-2215, the films of others in their own decades
+YEARS = (1950, 2300)  # shifted MIMIC dates are in 2100-2215, those of other data sets in real years
 AGES = (0, 120)
 
 
 def read_films(source: Source, attrition: Attrition, preset: str) -> ibis.Table:
-    """A row per film: dicom_id, study_id, subject_id, path, taken_at, view, view_source, position.
+    """One row per film: dicom_id, study_id, subject_id, path, taken_at, view, view_source, position.
 
     Args:
         preset: `medfuse` takes the view from ViewPosition alone; `default` fills an empty one from ViewCodeSequence.
@@ -35,7 +34,7 @@ def read_films(source: Source, attrition: Attrition, preset: str) -> ibis.Table:
 
 
 def held(source: Source, table: ibis.Table, *, instead_of: ibis.Table | None = None) -> ibis.Table:
-    """Compute a table of at most one row per film once, and keep it in memory; `instead_of` is then given up."""
+    """Compute a table of at most one row per film and keep it in memory; `instead_of` is released."""
     computed = hold(source.con, gen_name("films"), table.to_pyarrow())
     if instead_of is not None and source.con.name == "duckdb":
         source.con.con.unregister(instead_of.get_name())
@@ -59,7 +58,7 @@ def where(condition: ibis.Value, value: ibis.Value) -> ibis.Value:
 
 def timestamp(date: ibis.Value, time: ibis.Value) -> ibis.Value:
     """StudyDate YYYYMMDD (int64) and StudyTime HHMMSS.fff (500.0 is 00:05:00) -> timestamp; null if impossible."""
-    day, clock = date, time.cast("string").re_extract(r"^\d+", 0).try_cast("int64")  # NaN, too, is then null
+    day, clock = date, time.cast("string").re_extract(r"^\d+", 0).try_cast("int64")  # NaN becomes null too
 
     def two(value: ibis.Value) -> ibis.Value:
         return value.cast("string").lpad(2, "0")
@@ -93,7 +92,7 @@ def _films(source: Source, preset: str) -> ibis.Table:
 
 
 def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.Table:
-    """Drop films without ids or listed twice and studies of two subjects; take impossible times away."""
+    """Drop films without ids or listed twice and studies of two subjects; set impossible times to null."""
     rows = films.count().execute()
     named = films.dicom_id.notnull() & films.study_id.notnull() & films.subject_id.notnull()
     nameless = films.filter(~named)
@@ -130,5 +129,5 @@ def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.T
 
 
 def ids_of(column: ibis.Value) -> list:
-    """The ids of a column, without nulls, in no order."""
+    """The distinct ids of a column, without nulls, in no order."""
     return column.to_pyarrow().drop_null().to_pylist()

@@ -1,7 +1,7 @@
-"""What the record says about each film: the raw columns of images.parquet that static.py encodes.
+"""Columns of the record for each film: the raw columns of images.parquet that static.py encodes.
 
-Comes in: linked films. Goes out: the same rows with sex, age, ICU, outcome, triage, arrival and history columns.
-Nothing here is from after the film, except what schema.py marks `available_at: discharge`.
+Input: linked films. Output: the same rows with sex, age, ICU, outcome, triage, arrival and history columns.
+All values are from before the film, except those that schema.py marks `available_at: discharge`.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def add_record(source: Source, films: ibis.Table) -> ibis.Table:
     """Add the record's columns to linked films.
 
     Args:
-        films: as `linking.link_films` gives.
-    Returns: the same rows with the columns that schema.IMAGES lists; null where the record does not say.
+        films: the result of `linking.link_films`.
+    Returns: the same rows with the columns listed in schema.IMAGES; null if the record has no value.
     """
     n = films.count().execute()
     steps = (_person, _stay, _emergency, earlier_admissions, _by_date, _findings)
     films = held(source, earlier_studies(films))
-    for step in steps:  # one after the other: engines plan a dozen joins at once badly
+    for step in steps:  # step by step, because engines plan a dozen joins at once badly
         films = held(source, step(source, films), instead_of=films)
     assert films.count().execute() == n, "a lookup multiplied the films"
     return films
 
 
 def _lookup(films: ibis.Table, table: ibis.Table, key: str) -> ibis.Table:
-    """Left join on a key; of several rows with one key the first by its other columns counts."""
+    """Left join on a key; of several rows with the same key, take the first in order of the other columns."""
     order = [column for column in table.columns if column != key]
     return films.left_join(first(table, [key], order), key).drop(f"{key}_right")
 
@@ -69,7 +69,7 @@ def _person(source: Source, films: ibis.Table) -> ibis.Table:
 
 
 def _stay(source: Source, films: ibis.Table) -> ibis.Table:
-    """Who the patient was in hospital, and what became of them."""
+    """Add demographics and outcome of the admission, ICU membership, and hours since arrival."""
     columns = ["race", "insurance", "language"]
     came = ibis.least(_.admittime, _.edregtime.coalesce(_.admittime))
     admissions = outcomes(source).select("hadm_id", *columns, died_in_hospital=_.died, arrived=came)
@@ -79,7 +79,7 @@ def _stay(source: Source, films: ibis.Table) -> ibis.Table:
         films = _lookup(films, visits, "hadm_id").mutate(arrived=ibis.least(_.arrived, _.came)).drop("came")
     stays = source.table("icustays").select("stay_id", "intime", icu_los_days=_.los, of_hadm=_.hadm_id)
     films = _lookup(films, stays, "stay_id")
-    known = films.age_years.notnull()  # a patients row and a time: outside every stay then means not in the ICU
+    known = films.age_years.notnull()  # if age and time are known, a film outside every stay was not taken in the ICU
     arrived = ibis.least(films.arrived, where(films.of_hadm == films.hadm_id, films.intime))
     return films.mutate(
         hours_since_hospital_arrival=where(arrived <= films.taken_at, hours(arrived, films.taken_at)),
@@ -89,7 +89,7 @@ def _stay(source: Source, films: ibis.Table) -> ibis.Table:
 
 
 def _emergency(source: Source, films: ibis.Table) -> ibis.Table:
-    """Triage and arrival of the linked emergency stay, where it began before the film."""
+    """Triage and arrival of the linked emergency stay, if it began before the film."""
     nothing = {name: ibis.null("float64") for name in TRIAGE}
     if not source.has("edstays"):
         return films.mutate(
@@ -132,10 +132,12 @@ def earlier_studies(films: ibis.Table) -> ibis.Table:
 
 
 def over(source: Source) -> ibis.Table:
-    """When each admission was over, and so became history: subject_id, hadm_id, over_at.
+    """When each admission became history: subject_id, hadm_id, over_at.
 
     The latest of its discharge, its death, and the ends of its ICU and emergency stays. An admission that lacks a time
-    or ends before it begins is never history; one in several rows is one, and over when all of them are.
+    or
+    ends before it begins is never history. Several rows of one admission count as one, which ends when all of them
+    have.
     """
     keys = ["subject_id", "hadm_id"]
     true = (_.dischtime >= _.admittime).fill_null(False).cast("int64")
@@ -149,7 +151,7 @@ def over(source: Source) -> ibis.Table:
 
 
 def earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
-    """Number and diagnoses of the subject's admissions that were over when the film was taken."""
+    """Number and diagnoses of the subject's admissions that had ended before the film."""
     ended = held(source, over(source))
     timed = films.select("dicom_id", "subject_id", "taken_at")
     pairs = timed.join(ended, [timed.subject_id == ended.subject_id, ended.over_at < timed.taken_at])
@@ -166,7 +168,7 @@ def earlier_admissions(source: Source, films: ibis.Table) -> ibis.Table:
 
 
 def _first_coded(source: Source, ended: ibis.Table, groups: Sequence[int]) -> ibis.Table:
-    """subject_id, since_GROUP: when the first admission with a diagnosis of each group was over."""
+    """subject_id, since_GROUP: the end of the first admission with a diagnosis of each group."""
     diagnoses = source.table("diagnoses_icd").select("hadm_id", "icd_code", "icd_version").filter(_.icd_code.notnull())
     codes = phenotypes.group_codes(diagnoses.select("icd_code", "icd_version").distinct().to_pandas(), "default")
     codes = codes.dropna(subset="ccs").astype({"ccs": "int64", "icd_version": "int64", "icd_code": "string"})
@@ -177,7 +179,7 @@ def _first_coded(source: Source, ended: ibis.Table, groups: Sequence[int]) -> ib
 
 
 def _by_date(source: Source, films: ibis.Table) -> ibis.Table:
-    """The published notebooks' flags: by calendar date; of several admissions the one that began last."""
+    """The flags of the published notebooks, by calendar date; of several admissions the one that began last."""
     timed = films.select("dicom_id", "subject_id", day=_.taken_at.date())
     for name, table, start, end, value in (
         ("msn_died", "admissions", "admittime", "dischtime", "hospital_expire_flag"),

@@ -1,4 +1,4 @@
-"""A text of the record for each film, without terms of its findings."""
+"""Write a text from the record for each film, without terms that name its findings."""
 
 from ehr_features.notes.write import write_notes
 

@@ -1,11 +1,11 @@
-"""What the record said about a patient when a film was taken, as text: the fields of a note's template.
+"""The fields of a note's template: facts of the record that were known when a film was taken, as text.
 
-Comes in: films with their links, and the record's tables. Goes out: a row per film with a column `NAME` for each field
-(text, null where the record does not say), `at_NAME` (when it was known) and `from_NAME` (the table that says it).
-Nothing is from after the film: vital signs, drugs and home medication count by their own charttime, diagnoses by the
-end of the admission that they were coded for.
+Input: films with their links, and the record's tables. Output: one row per film with a column `NAME` for each field
+(text; null if missing), `at_NAME` (when it was known) and `from_NAME` (its table).
+No fact is from after the film: vital signs, drugs and home medication count from their own charttime, diagnoses from
+the end of the admission for which they were coded.
 
-All joins are on named keys, so that they run on any engine.
+All joins are on named keys and run on both engines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ehr_features.series.channels import celsius
 
 SIGNS = {name.removeprefix("ed_"): rule for name, rule in TRIAGE.items() if name != "ed_acuity"}
 SIGNS["temperature"] = SIGNS.pop("temperature_c")
-ITEMS = "; "  # between the items of a list
+ITEMS = "; "  # separates the items of a list
 SEEN = ("temperature", "heart_rate", "resp_rate", "o2sat", "blood_pressure")
 FIELDS = (
     *("age", "sex", "arrival_transport", "ed_hours_ago", "admission_hours_ago", "chief_complaint"),
@@ -42,7 +42,7 @@ FIELDS = (
 
 
 def complaints(source: Source, abbreviations: dict[str, str]) -> ir.Table | None:
-    """chiefcomplaint -> chief_complaint (expanded), of all texts that occur."""
+    """Map each distinct chiefcomplaint to its text with abbreviations expanded, chief_complaint."""
     if not source.has("triage"):
         return None
     texts = source.table("triage").select("chiefcomplaint").distinct().to_pyarrow()["chiefcomplaint"].drop_null()
@@ -53,12 +53,12 @@ def complaints(source: Source, abbreviations: dict[str, str]) -> ir.Table | None
 
 
 def facts(source: Source, films: ir.Table, words: ir.Table | None) -> ir.Table:
-    """Every field of every film.
+    """Compute every field for every film.
 
     Args:
-        films: dicom_id, subject_id, split, taken_at, hadm_id, ed_stay_id, age_years, age_capped, sex; timed.
-        words: as `complaints` gives.
-    Returns: dicom_id, subject_id, split, taken_at, hadm_id, ed_stay_id (the visit told of: the film's own, else the
+        films: dicom_id, subject_id, split, taken_at, hadm_id, ed_stay_id, age_years, age_capped, sex; with a time.
+        words: the result of `complaints`.
+    Returns: dicom_id, subject_id, split, taken_at, hadm_id, ed_stay_id (the visit described: the film's own, else the
         one that led to its admission), and NAME, at_NAME, from_NAME of each of FIELDS.
     """
     triage = functools.partial(_triage, words=words)
@@ -69,7 +69,7 @@ def facts(source: Source, films: ir.Table, words: ir.Table | None) -> ir.Table:
 
 
 def _known(**fields: tuple[Any, Any, Any]) -> dict[str, Any]:
-    """Columns NAME, at_NAME, from_NAME of (value, time, table) each."""
+    """The columns NAME, at_NAME, from_NAME for fields given as (value, time, table)."""
     columns: dict[str, Any] = {}
     for name, (value, at, table) in fields.items():
         columns |= {name: value, f"at_{name}": where(value.notnull(), at)}
@@ -78,7 +78,7 @@ def _known(**fields: tuple[Any, Any, Any]) -> dict[str, Any]:
 
 
 def _nothing(films: ir.Table, *names: str) -> ir.Table:
-    """The fields of a table that is not there."""
+    """Null columns for the fields of a missing table."""
     text, time = ibis.null("string"), ibis.null("timestamp")
     return films.mutate(**{c: v for n in names for c, v in {n: text, f"at_{n}": time, f"from_{n}": text}.items()})
 
@@ -93,13 +93,13 @@ def whole(number: Any) -> Any:
 
 
 def tenths(number: Any) -> Any:
-    """A number of 0 or more as text with one decimal, the same on every engine."""
+    """A number of 0 or more as text with one decimal, equal on both engines."""
     scaled = (number * 10).round().cast("int64")
     return (scaled // 10).cast("string") + "." + (scaled % 10).cast("string")
 
 
 def _visit(source: Source, films: ir.Table) -> ir.Table:
-    """The emergency visit that had begun when the film was taken: its own, else its admission's."""
+    """The emergency visit that began before the film: the film's own, else that of its admission."""
     if not source.has("edstays"):
         empty = {"ed_stay_id": ibis.null("int64"), "ed_at": ibis.null("timestamp"), "gender": ibis.null("string")}
         return _nothing(films.mutate(**empty), "arrival_transport")
@@ -117,7 +117,7 @@ def _visit(source: Source, films: ir.Table) -> ir.Table:
 
 
 def _admission(source: Source, films: ir.Table) -> ir.Table:
-    """When the patient came: to the emergency department, and into hospital."""
+    """The times of arrival in the emergency department and of hospital admission."""
     came = source.table("admissions").select("hadm_id", "admittime", "edregtime")
     came = first(came.filter(_.hadm_id.notnull()), ["hadm_id"], [_.admittime, _.edregtime])
     films = _with(films, came, "hadm_id")
@@ -143,7 +143,7 @@ def _pressure(systolic: Any, diastolic: Any) -> Any:
 
 
 def _plausible(table: ir.Table) -> dict[str, Any]:
-    """The vital signs of a row, in our units; null outside the project's limits."""
+    """The vital signs of a row in this project's units; implausible values become null."""
     values = {name: table[column] for name, (column, *_limits) in SIGNS.items()}
     values["temperature"] = celsius(values["temperature"])
     return {name: where(value.between(*SIGNS[name][1:]), value) for name, value in values.items()}
@@ -159,7 +159,7 @@ def _texts(values: ir.Table) -> dict[str, Any]:
 
 
 def _triage(source: Source, films: ir.Table, words: ir.Table | None) -> ir.Table:
-    """Triage and chief complaint of the visit; triage has no time of its own, so that of the arrival counts."""
+    """Triage and chief complaint of the visit. Triage has no time of its own; the time of arrival is used."""
     signs = ("acuity", *SEEN, "pain")
     if words is None:
         return _nothing(films, "chief_complaint", *(f"triage_{name}" for name in signs))
@@ -182,13 +182,13 @@ def _triage(source: Source, films: ir.Table, words: ir.Table | None) -> ir.Table
 
 
 def _during(source: Source, films: ir.Table, name: str) -> ir.Table:
-    """Rows of an emergency table that were charted up to the film, beside dicom_id."""
+    """Rows of an emergency table charted up to the film, with its dicom_id."""
     rows, moments = source.table(name).drop("subject_id"), films.select("dicom_id", "ed_stay_id", "taken_at")
     return moments.join(rows, [moments.ed_stay_id == rows.stay_id, rows.charttime <= moments.taken_at])
 
 
 def _vitals(source: Source, films: ir.Table) -> ir.Table:
-    """The last plausible value of each vital sign up to the film; of one time's the larger."""
+    """The last plausible value of each vital sign up to the film; of values at the same time, the larger."""
     names = ("vitals_hours_ago", *SEEN)
     if not source.has("vitalsign"):
         return _nothing(films, *names)
@@ -204,7 +204,7 @@ def _vitals(source: Source, films: ir.Table) -> ir.Table:
 
 
 def latest(times: list[Any]) -> Any:
-    """The latest of some times; null if all are."""
+    """The latest of several times; null if all are null."""
     early = ibis.literal("1000-01-01 00:00:00").cast("timestamp")
     return ibis.greatest(*(time.coalesce(early) for time in times)).nullif(early)
 
@@ -218,7 +218,7 @@ def _home(source: Source, films: ir.Table) -> ir.Table:
 
 
 def _drugs(source: Source, films: ir.Table, table: str, field: str) -> ir.Table:
-    """The drugs of an emergency table up to the film, by name: each once, however many rows and classes it has."""
+    """The drugs in an emergency table up to the film; each name once, even with several rows and classes."""
     if not source.has(table):
         return _nothing(films, field)
     rows = _during(source, films, table)
@@ -228,7 +228,7 @@ def _drugs(source: Source, films: ir.Table, table: str, field: str) -> ir.Table:
 
 
 def _listed(films: ir.Table, each: ir.Table, field: str, table: str, key: str = "dicom_id") -> ir.Table:
-    """A list as one text, sorted by `order`. each: `key`, item, order (text without tabs), since."""
+    """Join a list into one text, sorted by `order`. each: `key`, item, order (text without tabs), since."""
     lists = each.group_by(key).agg(items=(_.order + "\t" + _["item"]).collect(), since=_.since.max())
     text = lists["items"].sort().map(lambda pair: pair.split("\t")[1]).join(ITEMS)
     films = _with(films, lists.select(key, "since", listed=text), key)
@@ -236,7 +236,7 @@ def _listed(films: ir.Table, each: ir.Table, field: str, table: str, key: str = 
 
 
 def _history(source: Source, films: ir.Table) -> ir.Table:
-    """How many admissions were over, and their diagnoses: the latest admission's first, in their order."""
+    """The number of earlier admissions and their diagnoses: the latest admission first, diagnoses in coded order."""
     ended = held(source, over(source))
     timed = films.select("dicom_id", "subject_id", "taken_at")
     pairs = timed.join(ended, [timed.subject_id == ended.subject_id, ended.over_at < timed.taken_at])
@@ -245,7 +245,7 @@ def _history(source: Source, films: ir.Table) -> ir.Table:
     films = films.mutate(**_known(num_prior_admissions=number)).drop("n")
     if not (source.has("diagnoses_icd") and source.has("d_icd_diagnoses")):
         return _nothing(films.drop("last_end"), "prior_diagnoses")
-    # films between the same two such ends have the same history
+    # films with the same last end of an admission have the same history
     films = films.mutate(past=films.subject_id.cast("string") + " " + films.last_end.epoch_seconds().cast("string"))
     pasts = films.filter(_.past.notnull()).select("past", "subject_id", "last_end").distinct()
     earlier = pasts.join(ended, [pasts.subject_id == ended.subject_id, ended.over_at <= pasts.last_end])
@@ -268,7 +268,7 @@ def _history(source: Source, films: ir.Table) -> ir.Table:
 
 
 def _person(films: ir.Table) -> ir.Table:
-    """Age and sex, known from the arrival on. Ages above 89 are stored as 91, so that only a lower bound is known."""
+    """Age and sex, known from arrival on. Ages above 89 are stored as 91, so only a lower bound is known."""
     sex = films.sex.upper().coalesce(films.gender.upper())
     age = films.age_years.round().cast("int64")
     capped = films.age_capped.fill_null(False)
@@ -284,7 +284,7 @@ def _person(films: ir.Table) -> ir.Table:
     return films.drop("gender", "age_years", "age_capped", "ed_at")
 
 
-# ---- Free text of the record as plain words: chief complaints with their abbreviations expanded, names, titles.
+# ---- Cleaning of free text: chief complaints with their abbreviations expanded, names, titles.
 
 SHIPPED = Path(__file__).with_name("abbreviations.csv")
 NOTHING = (
@@ -304,7 +304,7 @@ NOTHING = (
     "?",
     "-",
     ".",
-)  # says nothing
+)  # words without information
 
 
 def read_abbreviations(path: Path | None) -> dict[str, str]:
@@ -322,14 +322,14 @@ def read_abbreviations(path: Path | None) -> dict[str, str]:
     table = table.assign(abbreviation=table["abbreviation"].str.strip().str.lower())
     empty = table.index[(table["abbreviation"] == "") | (table["expansion"].str.strip() == "")]
     if len(empty):
-        raise UserError(f"{path}, line {empty[0] + 2}: an abbreviation and its expansion are both needed")
+        raise UserError(f"{path}, line {empty[0] + 2}: the abbreviation or its expansion is empty; both are needed")
     if len(twice := table.loc[table["abbreviation"].duplicated(), "abbreviation"]):
         raise UserError(f"{path}: `{twice.iloc[0]}` has two rows; keep one")
     return dict(zip(table["abbreviation"], table["expansion"].str.strip(), strict=True))
 
 
 def expander(abbreviations: Mapping[str, str]) -> re.Pattern[str]:
-    """The abbreviations as one pattern, longer ones first; a single letter stands alone, also without - / & '."""
+    """One pattern for all abbreviations, longer ones first. A single letter must stand alone, also without - / & '."""
     names = sorted(abbreviations, key=lambda name: (-len(name), name))
     ways = []
     for name in names:
@@ -340,9 +340,9 @@ def expander(abbreviations: Mapping[str, str]) -> re.Pattern[str]:
 
 
 def complaint(text: str, abbreviations: Mapping[str, str], pattern: re.Pattern[str]) -> str | None:
-    """A chief complaint in lower case with its abbreviations expanded; None if it says nothing.
+    """A chief complaint in lower case with its abbreviations expanded; None if it has no content.
 
-    Parts that say nothing (`unknown`, de-identified `___`) are left out, and of equal parts one is kept.
+    Parts without content (`unknown`, de-identified `___`) and repeated parts are removed.
     """
 
     def full(found: re.Match[str]) -> str:
@@ -352,14 +352,14 @@ def complaint(text: str, abbreviations: Mapping[str, str], pattern: re.Pattern[s
     parts = []
     for part in re.split(r"\s*[,;\n]\s*", text.replace("___", " ").lower()):
         part = re.sub(r"\s+", " ", pattern.sub(full, part)).strip(" .:")
-        part = re.sub(r"^-+\s+|[\s\-]+$", "", part)  # but for the minus of `-LOC`
+        part = re.sub(r"^-+\s+|[\s\-]+$", "", part)  # keep the minus of `-LOC`
         if part not in NOTHING:
             parts.append(part)
     return ", ".join(dict.fromkeys(parts)) or None
 
 
 def plain(text: Any) -> ir.StringValue:
-    """A name or title (an expression) on one line, without the semicolons that separate items; null if it says
-    nothing."""
+    """A name or title (an expression) on one line, without the semicolons that separate items; null if it has no
+    content."""
     text = text.re_replace(r"\s+", " ").replace(";", ",").strip()
     return where(~text.lower().isin(NOTHING), text)

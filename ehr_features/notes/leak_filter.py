@@ -71,8 +71,10 @@ DIAGNOSES = (  # a labelled list of diagnoses; `E. coli` does not end it
 
 @dataclass(frozen=True)
 class Leaks:
-    """The patterns of a mode: one that finds any term; for each group of terms, in the order of the table, one that
-    finds them, and one that finds them with the words that go along."""
+    """The patterns of a mode: one that finds any term; and for each group of terms, in the order of the table, one that
+    finds
+    them, and one that finds them with their modifiers.
+    """
 
     any_term: str
     groups: dict[str, tuple[str, str]]
@@ -123,8 +125,8 @@ def apply(texts: pa.Array, mode: str) -> tuple[pa.Array, dict[str, pa.Array]]:
 
     Args:
         texts: (N,) strings; null stays null. mode: `none`, `standard`, `aggressive`.
-    Returns: the filtered texts (empty where nothing is left), and the number of terms removed: group -> (N,) int64. A
-        line of which nothing is left goes with its line break.
+    Returns: the filtered texts (empty if nothing is left), and the number of terms removed: group -> (N,) int64. A line
+        that becomes empty is removed with its line break.
     """
     leaks = read(mode)
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts

@@ -27,7 +27,7 @@ FIELD = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Part:
-    """Text and fields in turn: texts[0] {fields[0]} texts[1] ..."""
+    """Alternating texts and fields: texts[0] {fields[0]} texts[1] ..."""
 
     texts: tuple[str, ...]
     fields: tuple[str, ...]
@@ -51,9 +51,10 @@ def read_template(path: Path | None, known: Collection[str]) -> Template:
     """Read a template.
 
     Args:
-        path: of the file; None: the shipped one. known: the fields that there are.
-    Raises: UserError: no such file, no section, an unknown field, a bracket or brace without its partner; all faults
-        at once, each with file and line.
+        path: of the file; None: the shipped one. known: the valid fields.
+    Raises: UserError: no such file, no section, an unknown field, an unbalanced bracket or brace; all faults at once,
+        each
+        with file and line.
     """
     path = path or SHIPPED
     try:
@@ -61,7 +62,7 @@ def read_template(path: Path | None, known: Collection[str]) -> Template:
     except OSError as error:
         raise UserError(f"{path}: the template cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: the template is no text file (UTF-8)") from None
+        raise UserError(f"{path}: the template is not a text file (UTF-8)") from None
     sections: dict[str, list[Line]] = {}
     faults: list[str] = []
     for number, row in enumerate(text.splitlines(), 1):
@@ -99,9 +100,9 @@ def _line(row: str, known: Collection[str]) -> tuple[Line, list[str]]:
         items.append(parts if k % 2 else parts[0])
     line = Line(tuple(items))
     if not any(part.fields for part in line.parts):
-        faults.append("no {field}: a line that never changes says nothing of a patient")
+        faults.append("no {field}: a constant line tells nothing about a patient")
     faults += [
-        f"the part `{part.texts[0]}` in brackets has no {{field}}, so that it would always be there"
+        f"the part `{part.texts[0]}` in brackets has no {{field}}, so it would always be printed"
         for item in items
         if isinstance(item, tuple)
         for part in item
@@ -159,7 +160,7 @@ def _render_line(line: Line, facts: ir.Table) -> Any:
         else _render_part(item, facts)
         for item in line.items
     ]
-    return functools.reduce(operator.add, pieces)  # null if one of them is
+    return functools.reduce(operator.add, pieces)  # null if any of them is null
 
 
 def _render_part(part: Part, facts: ir.Table) -> Any:

@@ -1,8 +1,8 @@
-"""features/ and the raw tables -> a folder with a note for each film that has an emergency visit or an admission.
+"""Write a folder with a note for each film that has an emergency visit or an admission.
 
-Comes in: a NotesConfig. Goes out, whole or not at all: notes.parquet (schema.NOTES); unfiltered.parquet (dicom_id, note
-as it was before the leak filter: for the audit alone, absent with `filter: none`); schema.json, attrition.json,
-provenance.json. The films go through the engine some at a time, so that memory is bounded whatever their number.
+Input: a NotesConfig with features/ and the raw tables. Output, written atomically: notes.parquet (schema.NOTES);
+unfiltered.parquet (dicom_id, and the note before the leak filter: for the audit alone, absent with `filter: none`);
+schema.json, attrition.json, provenance.json. Films are processed in chunks, so that memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from ehr_features.raw.engine import hold, named_by_the_engine
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source, open_source
 
-CHUNK = 100_000  # films at a time
+CHUNK = 100_000  # films in a chunk
 READ = ("admissions", "diagnoses_icd", "d_icd_diagnoses", "edstays", "triage", "vitalsign", "medrecon", "pyxis")
-SOURCES = ("patients", *READ)  # those that a note may tell from
+SOURCES = ("patients", *READ)  # tables that a note may use
 UNFILTERED = pa.schema([("dicom_id", pa.string()), ("note", pa.string())])
 FILMS = ["dicom_id", "subject_id", "split", "taken_at", "hadm_id", "ed_stay_id", "age_years", "age_capped", "sex"]
 SECTIONS = pa.list_(pa.struct([("name", pa.string()), ("text", pa.string())]))
@@ -76,8 +76,8 @@ WRITTEN = pa.schema(
 def write_notes(config: NotesConfig) -> Path:
     """Write the folder of notes.
 
-    Returns: the folder. Raises: UserError: anything about the features, the tables, the template or the table of
-    abbreviations that the user can mend.
+    Returns: the folder. Raises: UserError: faults in the features, the tables, the template or the table of
+        abbreviations.
     """
     out, steps = config.out, Steps()
     check_ours(out, "a folder of notes", ["notes.parquet"])
@@ -88,7 +88,7 @@ def write_notes(config: NotesConfig) -> Path:
         source = open_source(_raw(config))
         given = [name for name in READ if config.mimic_ed or schema.READ[name].root != "mimic_ed"]
         if absent := [name for name in given if not source.has(name)]:
-            print(f"  not there, so that no note tells of it: {', '.join(absent)}", file=sys.stderr)
+            print(f"  tables not found; notes leave out their facts: {', '.join(absent)}", file=sys.stderr)
         used = {name: path for name, path in source.files.items() if name in READ}
         prints = {path: fingerprint(path) for path in used.values()}
         prints |= {str(path): fingerprint(str(path)) for path in [config.features / "images.parquet"]}
@@ -111,7 +111,7 @@ def write_notes(config: NotesConfig) -> Path:
 
 
 def _raw(config: NotesConfig) -> FeaturesConfig:
-    """The raw tables of a config, as the extraction opens them."""
+    """The config of the extraction that opens the same raw tables."""
     return FeaturesConfig(
         mimic_iv=config.mimic_iv,
         mimic_ed=config.mimic_ed,
@@ -124,16 +124,16 @@ def _raw(config: NotesConfig) -> FeaturesConfig:
 
 
 def _key(config: NotesConfig, prints: dict[str, Any]) -> str:
-    """What changes when a note may."""
+    """A digest of everything that a note depends on."""
     used = {k: v for k, v in config.model_dump(mode="json").items() if k not in NO_EFFECT}
     own = [file_digest(path) for path in (config.template, config.abbreviations) if path is not None]
     return digest([used, prints, own, code_digest(sys.modules[__name__])])
 
 
 def linked_films(config: NotesConfig) -> tuple[pa.Table, Attrition]:
-    """The films of features/ that have a visit or an admission, by dicom_id, and what fell out.
+    """The films of features/ that have a visit or an admission, by dicom_id, and the excluded ones.
 
-    Raises: UserError: no features folder, no films there, or features without visits for notes of visits.
+    Raises: UserError: no features folder, no films in it, or features without visits for notes of visits.
     """
     path = config.features / "images.parquet"
     about = read_json(config.features / "provenance.json") if config.features.is_dir() else None
@@ -146,8 +146,8 @@ def linked_films(config: NotesConfig) -> tuple[pa.Table, Attrition]:
     visits = config.mimic_ed and not (about.get("config") or {}).get("mimic_ed")
     if visits and len(films) and films["ed_stay_id"].null_count == len(films):
         raise UserError(
-            f"{config.features}: built without mimic_ed, so that no film has a visit; build the features again with "
-            f"mimic_ed={config.mimic_ed}, or take mimic_ed=null here"
+            f"{config.features}: built without mimic_ed, so no film has a visit; build the features again with "
+            f"mimic_ed={config.mimic_ed}, or set mimic_ed=null here"
         )
     attrition = Attrition()
     timed = films.filter(pc.is_valid(films["taken_at"]))
@@ -163,7 +163,7 @@ def _gone(attrition: Attrition, why: str, before: pa.Table, after: pa.Table) -> 
 
 
 def _same_tables(source: Source, films: pa.Table, config: NotesConfig) -> None:
-    """Refuse tables of another release than the features were made from: their ids would mean other people."""
+    """Refuse tables of another release than that of the features: their ids would belong to other patients."""
     for name, column, key in (("admissions", "hadm_id", "hadm_id"), ("edstays", "ed_stay_id", "stay_id")):
         ids = pc.unique(films[column].drop_null())
         if not len(ids) or not source.has(name):
@@ -172,8 +172,8 @@ def _same_tables(source: Source, films: pa.Table, config: NotesConfig) -> None:
         found = int(held_ids.semi_join(source.table(name), key).count().execute())
         if not found:
             raise UserError(
-                f"{source.files[name]}: has none of the {len(ids)} {column}s of {config.features}; take the tables "
-                "that the features were made from"
+                f"{source.files[name]}: has none of the {len(ids)} {column}s of {config.features}; use the tables "
+                "from which the features were built"
             )
 
 
@@ -226,7 +226,7 @@ def _write(
 
 
 def rendered(source: Source, films: ir.Table, template: Template, words: ir.Table | None) -> pa.Table:
-    """Some films with section_NAME, shown_FIELD, sources (names with commas between) and available_at, by dicom_id."""
+    """Render some films: section_NAME, shown_FIELD, sources (comma-separated names) and available_at, by dicom_id."""
     told = facts(source, films, words)
     table = render(template, told)
     fields = fields_of(template)
@@ -251,14 +251,14 @@ def _sections(table: pa.Table) -> dict[str, pa.ChunkedArray]:
 
 
 def joined(table: pa.Table) -> pa.ChunkedArray:
-    """The note: its sections, one a line; null if there is none."""
+    """The note: its sections, one per line; null if there is none."""
     texts = [pc.if_else(pc.equal(text, ""), None, text) for text in _sections(table).values()]
     note = pc.binary_join_element_wise(*texts, "\n", null_handling="skip")
     return pa.chunked_array([pc.if_else(pc.equal(note, ""), None, note).combine_chunks()])
 
 
 def filtered(table: pa.Table, mode: str) -> tuple[pa.Table, dict[str, pa.Array]]:
-    """The same rows with their sections filtered, and `num_removed`; and the terms removed by group: (N,) each."""
+    """Filter the sections of rows and add `num_removed`; also return the terms removed by group, (N,) each."""
     total: dict[str, Any] = {}
     for name, text in _sections(table).items():
         left, counts = leak_filter.apply(text.combine_chunks(), mode)

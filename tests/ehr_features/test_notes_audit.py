@@ -92,8 +92,8 @@ def test_what_does_not_belong_is_refuted(world: Path, notes: Path) -> None:
         return outcomes(notes, world)
 
     own, again = (
-        "every note is of its film, and from before it",
-        "what the leak filter took out follows from each note alone",
+        "every note belongs to its film and has no later fact",
+        "the leak filter depends on each note alone",
     )
     assert change(available_at=lambda t: t + pd.Timedelta(days=4000))[own] == REFUTED
     assert change(split="train")[own] == REFUTED
@@ -110,7 +110,7 @@ def test_what_does_not_belong_is_refuted(world: Path, notes: Path) -> None:
 def test_notes_whose_features_are_gone_ask_for_them(world: Path, notes: Path) -> None:
     text = (notes / "provenance.json").read_text()
     (notes / "provenance.json").write_text(text.replace(str(world / "features"), str(world / "gone")))
-    with pytest.raises(UserError, match=r"made from .*gone, which is not here"):
+    with pytest.raises(UserError, match=r"its features .*gone do not exist"):
         notes_audit.split_folders([notes])
     assert notes_audit.split_folders([world / "features", notes]) == (world / "features", [], [notes])
 

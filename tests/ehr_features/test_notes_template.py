@@ -47,7 +47,7 @@ def test_a_fault_names_file_line_and_field(tmp_path: Path, text: str, says: str)
 
 def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="no text file"):
+    with pytest.raises(UserError, match="not a text file"):
         read_template(tmp_path / "mine.txt", FIELDS)
     with pytest.raises(UserError, match="cannot be read"):
         read_template(tmp_path / "none.txt", FIELDS)
