@@ -1,9 +1,9 @@
-"""The demo over several seeds: what each run measured, and the mean.
+"""The demo over several seeds: the measured AUROC of each run, and the mean.
 
     ./launch.sh python -m benchmarks.demo OUT --seeds 12 13 14
 
-runs `./launch.sh demo OUT/seed_N --seed N` for each seed that is not there yet, then prints a Markdown table. The
-recipe was chosen on seeds 1 to 3; report on others.
+runs `./launch.sh demo OUT/seed_N --seed N` for each seed without a finished run, then prints a Markdown table. The
+hyper-parameters were chosen on seeds 1 to 3; report on others.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What pretraining is worth on the demo's planted findings, over training seeds.
+"""The gain of pretraining on the demo's planted findings, over training seeds.
 
     ./launch.sh python -m benchmarks.encoders OUT [--what resnet densenet record] [--seeds 0 1 2]
 
-draws a synthetic hospital, pretrains, probes the frozen encoders, and prints tables of the macro AUROC on its test
-split beside the paired difference to the first row (95% interval over seeds and subjects). `resnet`, `densenet`: a
-resnet34 and a small DenseNet, with and without masked anchors. `record`: a small ViT without the record, told of it
-(added as in preset `default`, concatenated as in `paper`), told of another film's. What is done is not done again: the
-same command goes on. The recipes were chosen on hospital 21; report on others.
+draws a synthetic hospital, pretrains, probes the frozen encoders, and prints the macro AUROC on its test split and the
+paired difference to the first row (95% interval over seeds and subjects). `resnet`, `densenet`: a resnet34 and a small
+DenseNet, with and without masked anchors. `record`: a small ViT without the record, with it (added as in preset
+`default`, concatenated as in `paper`), and with another film's record. Finished steps are skipped, so the same command
+resumes. The hyper-parameters were chosen on hospital 21; report on others.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pretrain.config import PretrainConfig
 from pretrain.train import train
 
 RANDOM, PIXELS = "random weights", "raw 16x16 pixels"
-Arms = Mapping[str, Sequence[str]]  # name -> keys of its pretraining
-# What the statistics of batch norm do alone: pretraining sets them, random weights have none.
+Arms = Mapping[str, Sequence[str]]  # name -> config keys of its pretraining
+# A control for batch norm alone: random weights whose running statistics were computed on these films.
 STILL = ["optim.lr=1.0e-30", "optim.steps=60", "mask.ratio=0"]
 CONV: Arms = {
     "random weights, batch norm of these films": STILL,
@@ -40,7 +40,7 @@ RECORD: Arms = {
     "record concatenated (`paper`)": ["ehr.inject=concat"],
     "another film's record (control)": ["ehr.permuted=true"],
 }
-RESNET = [  # the whole of it, 21 million weights; smaller films and bf16 make 300 steps 6 minutes of a core
+RESNET = [  # full size, 21 million weights; small films and bf16: 300 steps take 6 minutes on one core
     "encoder.arch=resnet34",
     "encoder.model_args={}",
     "encoder.image_size=48",
@@ -57,7 +57,7 @@ PLANS: dict[str, tuple[str, Arms, list[str]]] = {
 
 
 def hospital(out: Path, subjects: int, seed: int) -> list[str]:
-    """The demo's first three steps. Returns: the keys that name its films for `pretrain` and `probe`."""
+    """Run the demo's first three steps. Returns: the keys that give `pretrain` and `probe` its films."""
     for step in plan(out, subjects, seed, shuffled=False)[:3]:
         done = out / f"{step.name}.done"
         if not done.is_file():
@@ -79,12 +79,12 @@ def run(runs: Path, config: str, arms: Arms, inputs: Sequence[str], keys: Sequen
 
 
 def folder(runs: Path, name: str, seed: int, what: str = "pretrain") -> Path:
-    """Where an arm's run of a seed is."""
+    """The run folder of an arm and a seed."""
     return runs / f"{what}_{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
 
 
 def table(runs: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """A row a name: macro AUROC, mean over seeds, and the paired difference to the first name."""
+    """One row per name: macro AUROC, mean over seeds, and the paired difference to the first name."""
     rows = [f"| macro AUROC, test, mean of {len(seeds)} seeds | | minus {names[0]} | p |", "|---|---|---|---|"]
     probes = {name: [folder(runs, name, seed, "probe") for seed in seeds] for name in names}
     for name in names:
@@ -95,7 +95,7 @@ def table(runs: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
 
 
 def main() -> None:
-    """Run what is not done, print the tables."""
+    """Run what is missing, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--what", nargs="+", choices=list(PLANS), default=list(PLANS))

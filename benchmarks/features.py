@@ -2,10 +2,10 @@
 
 ./launch.sh python -m benchmarks.features DEMO [--k 1 5 20] [--scratch FOLDER] [--json FILE]
 
-DEMO is the open MIMIC-IV demo (hosp/, icu/). Each k gets a copy of it with subjects, admissions and stays renumbered k
-times; `python -m ehr_features build` then runs in a process of its own with an empty cache (preset default, tasks
-mortality and phenotypes, no films). Reference: the published extraction (MedFuse, mimic4extract; seconds of all its
-steps, memory of the largest), measured once on two such cores and not again here.
+DEMO is the open MIMIC-IV demo (hosp/, icu/). For each k it is copied k times with renumbered subjects, admissions and
+stays; `python -m ehr_features build` then runs in its own process with an empty cache (preset default, tasks mortality
+and phenotypes, no films). Reference: the published extraction (MedFuse, mimic4extract; seconds of all its steps, memory
+of the largest), measured once on two such cores and not repeated here.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from typing import Any
 import duckdb
 
 REFERENCE_SECONDS = {1: 24.0, 20: 369.0}  # mimic4extract, all its steps, wall clock
-REFERENCE_MB = {1: 139, 20: 140}  # it reads line by line
+REFERENCE_MB = {1: 139, 20: 140}  # the published code reads line by line
 ENLARGED = {"patients": "hosp", "admissions": "hosp", "diagnoses_icd": "hosp", "labevents": "hosp"}
 ENLARGED |= {"icustays": "icu", "chartevents": "icu"}
 KEPT = {"d_items": "icu", "d_labitems": "hosp"}
 IDS = ("subject_id", "hadm_id", "stay_id")
-APART = 100_000_000  # ids have eight digits
+APART = 100_000_000  # offset of the ids of a copy; ids have eight digits
 
 
 def enlarge(demo: Path, folder: Path, k: int) -> dict[str, int]:
-    """Write the demo k times over, each time with other ids. Returns: rows of each table."""
+    """Write k copies of the demo, each with other ids. Returns: rows of each table."""
     rows = {}
     con = duckdb.connect()
     for name, part in ENLARGED.items():
@@ -53,7 +53,7 @@ def enlarge(demo: Path, folder: Path, k: int) -> dict[str, int]:
 
 
 def extract(folder: Path, out: Path) -> dict[str, Any]:
-    """Run the extraction. Returns: wall and CPU seconds, peak memory, size of features and cache, seconds a step."""
+    """Run the extraction. Returns: wall and CPU seconds, peak memory, size of features and cache, seconds per step."""
     config = out.with_suffix(".yaml")
     config.write_text(f"mimic_iv: {folder}\nout: {out}\nmemory: 1GB\nthreads: 2\n")
     begun = time.monotonic()
@@ -79,7 +79,7 @@ def exponent(points: dict[int, float]) -> float:
 
 
 def table(results: dict[int, dict[str, Any]]) -> list[str]:
-    """The results as rows of Markdown; a ratio above 1 says that ours needs less."""
+    """The results as rows of Markdown; a ratio above 1 means that ours needs less."""
     rows = []
     for k, now in results.items():
         if k in REFERENCE_SECONDS:
@@ -98,8 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("demo", type=Path, help="the folder of the open MIMIC-IV demo")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 20])
-    parser.add_argument("--scratch", type=Path, default=None, help="where the enlarged tables go (kept there)")
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers there too")
+    parser.add_argument("--scratch", type=Path, default=None, help="folder for the enlarged tables (kept)")
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     args = parser.parse_args()
     scratch = args.scratch or Path(tempfile.mkdtemp(prefix="features-benchmark-"))
     results = {}
@@ -107,7 +107,7 @@ def main() -> None:
         folder = scratch / f"demo-times-{k}"
         if not (folder / "rows.json").is_file():
             print(f"k = {k}: writing the tables ...", flush=True)
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory would count as the extraction's
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # keep its memory out of the extraction's
                 rows = pool.apply(enlarge, (args.demo, folder, k))
             (folder / "rows.json").write_text(json.dumps(rows))
         rows = json.loads((folder / "rows.json").read_text())

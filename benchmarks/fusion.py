@@ -1,10 +1,10 @@
-"""Feeding stays to the fusion models: gathering from features/ against parsing and discretising a CSV at each access.
+"""Input path of the fusion models: reading from features/ against parsing and discretising a CSV at each access.
 
 ./launch.sh python -m benchmarks.fusion FEATURES [--k 20] [--task mortality] [--epochs 1] [--json FILE]
 
-FEATURES is a features/ folder (of the demo, or of the open MIMIC-IV demo); its stays are taken k times. Reference: the
-way of mimic3-benchmarks and MedFuse, written anew from its description: a stay's CSV (a row an hour, 17 columns of
-text) is parsed and put into hourly bins by loops in Python whenever a sample is asked for. Their own code was measured
+FEATURES is a features/ folder (of the demo, or of the open MIMIC-IV demo); its stays are used k times. Reference: the
+method of mimic3-benchmarks and MedFuse, written again from its description: a stay's CSV (one row per hour, 17 columns
+of text) is parsed and put into hourly bins by Python loops whenever a sample is read. Their own code was measured
 elsewhere at 0.6-1.0 ms for parsing and 2.2 ms (48 h) or 3.6 ms (whole stays) for discretising.
 """
 
@@ -38,7 +38,7 @@ FILM_WIDTH = 192
 
 
 def write_csvs(features: Path, samples: Samples, folder: Path) -> dict[int, Path]:
-    """One CSV a stay: hours, then 17 columns, empty where nothing was measured."""
+    """One CSV per stay: hours, then 17 columns, empty if nothing was measured."""
     about = read_json(features / "series.json")
     num = about["num_values"]
     first = {variable: column for column, variable in reversed(list(enumerate(about["observed_of"])))}
@@ -64,7 +64,7 @@ def parse(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def discretise(header: list[str], rows: list[list[str]], hours: int) -> np.ndarray:
-    """Hourly bins: the last value wins, categories one-hot, then the previous value, then a constant; and masks."""
+    """Hourly bins: last value of an hour, one-hot categories, gaps filled by the last value or a constant; masks."""
     channels = header[1:]
     width = [CATEGORIES.get(name, 1) for name in channels]
     begin = np.concatenate([[0], np.cumsum(width)])
@@ -102,7 +102,7 @@ def discretise(header: list[str], rows: list[list[str]], hours: int) -> np.ndarr
 
 
 def enlarge(samples: Samples, k: int) -> Samples:
-    """The same predictions k times, each with its own rows of the series."""
+    """The same predictions k times, each with its own copy of the series."""
     hours = len(samples.values)
     return replace(
         samples,

@@ -1,20 +1,20 @@
-"""What fusion gains on the synthetic hospital, beside the best that is possible; and two checks that it is real.
+"""The gain of fusion on the synthetic hospital, beside the best possible gain; and two checks that it is real.
 
     ./launch.sh python -m benchmarks.fusion_gain OUT [--seeds 10 11 12 13 14] [--subjects 3000] [--encoder pixels]
 
 For each seed three hospitals are drawn, and every model is trained TRAININGS times on death in hospital:
 
-    level     death follows the record and what the last film shows: does a fused model beat the best single modality?
-    change    of the films only the change between two carries risk: medfuse_time can find it, models of one film cannot
+    level     death depends on the record and the last film: does a fused model beat the best single modality?
+    change    of the films, only the change between two carries risk: only models of several films can find it
     shuffled  findings, codes and deaths belong to other subjects: is the AUROC 0.5?
 
 The second has 1.5 times as many subjects as the first, the third 0.4 times.
 
-What is there already is not done again: the same command goes on after a stop. Prints Markdown. AUROC is that of the
-test stays with a film, mean over trainings. A gain has Student's interval over the seeds, each a hospital of its own.
-The single modality is the best on those very test stays, in each hospital anew, which can only make a gain smaller.
-Films are read as 16 x 16 pixels, the cheapest encoder there is; `--encoder msn` pretrains one on each hospital. The
-recipe was chosen on seeds 1 and 2.
+Finished steps are skipped, so the same command resumes. Prints Markdown. The AUROC is that of the test stays with a
+film, mean over trainings. A gain has Student's interval over the seeds, one hospital each. The single modality is the
+best on those same test stays, chosen in each hospital, which can only make the gain smaller. Films are read as 16 x 16
+pixels, the cheapest encoder; `--encoder msn` pretrains one on each hospital. The hyper-parameters were chosen on seeds
+1 and 2.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RECIPE = ["lr=1e-3", "dropout=0.5", "samples=0", "checkpoint_every=0", f"seeds={
 
 
 def hospital(folder: Path, seed: int, subjects: int, options: list[str]) -> None:
-    """Raw tables and films, features and store, by the commands that a user types."""
+    """Raw tables, films, features and store, by the user's commands."""
     data, cxr = folder / "data", f"mimic_cxr={folder / 'data' / 'mimic-cxr'}"
     size = ["--subjects", str(subjects), "--seed", str(seed)]
     build = ["ehr_features", "build", str(CONFIGS / "features.yaml"), f"mimic_iv={data / 'mimic-iv'}", cxr]
@@ -69,7 +69,7 @@ def hospital(folder: Path, seed: int, subjects: int, options: list[str]) -> None
 
 
 def pretrained(folder: Path, seed: int) -> Path:
-    """The demo's EHR-conditioned encoder, of this hospital's train films."""
+    """The demo's EHR-conditioned encoder, pretrained on this hospital's train films."""
     words = ["pretrain", "train", str(CONFIGS / "pretrain_vit_tiny.yaml"), f"out={folder / 'msn'}", f"seed={seed}"]
     words += [f"features={folder / 'features'}", f"store={folder / 'store'}"]
     subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
@@ -77,7 +77,7 @@ def pretrained(folder: Path, seed: int) -> Path:
 
 
 def trained(folder: Path, model: str, seed: int, encoder: str) -> Path:
-    """The run of a model on a hospital; read back if it is finished."""
+    """The run of a model on a hospital; reused if finished."""
     words = [f"features={folder / 'features'}", f"store={folder / 'store'}", f"encoder={encoder}", f"model={model}"]
     runs = folder / ("runs" if encoder == "pixels" else f"runs_{Path(encoder).name}")
     words += [f"out={runs / model}", f"seed={seed}", *RECIPE, *(["pool=null"] if encoder == "pixels" else [])]
@@ -86,7 +86,7 @@ def trained(folder: Path, model: str, seed: int, encoder: str) -> Path:
 
 
 def auroc(run: Path) -> tuple[float, float]:
-    """AUROC on the test stays with a film, mean over trainings; and its standard error if the scores said nothing."""
+    """AUROC on the test stays with a film, mean over trainings; and its standard error for random scores."""
     values = []
     for training in each_training([run]):
         ids, labels, logits = read_predictions(training, "test")
@@ -106,7 +106,7 @@ def student(values: NDArray[np.float64]) -> str:
 
 
 def show(world: str, found: Aurocs, errors: NDArray[np.float64], possible: dict[str, float], seeds: list[int]) -> None:
-    """The AUROCs of a world, and what they say."""
+    """Print the AUROCs of a setting, and a summary."""
 
     def row(name: str, values: NDArray[np.float64], last: str, possible: str, sign: str = "") -> None:
         print(f"| {name} | {' | '.join(f'{v:{sign}.3f}' for v in values)} | {last} | {possible} |")
@@ -115,7 +115,7 @@ def show(world: str, found: Aurocs, errors: NDArray[np.float64], possible: dict[
     print("|---" * (len(seeds) + 3) + "|")
     for model, values in found.items():
         part = "record" if model.startswith("record") else "film" if model == "film_only" else "both"
-        part = "record" if world == "change" and model != "medfuse_time" else part  # one film says nothing there
+        part = "record" if world == "change" and model != "medfuse_time" else part  # one film has no signal there
         row(model, values, f"{values.mean():.3f}", f"{possible[part]:.3f}")
     if world == "shuffled":
         error = float(np.sqrt((errors**2).sum()) / len(errors))
@@ -126,7 +126,7 @@ def show(world: str, found: Aurocs, errors: NDArray[np.float64], possible: dict[
     gain = possible["both"] - max(possible["record"], possible["film"])
     for model, values in found.items():
         if model not in SINGLE:
-            name = f"{model} less the best single modality" if world == "level" else f"{model} less record_lstm"
+            name = f"{model} minus the best single modality" if world == "level" else f"{model} less record_lstm"
             row(
                 name,
                 values - single,

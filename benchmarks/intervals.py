@@ -1,12 +1,12 @@
-"""Are intervals and p right? Trainings and subjects are simulated, so that the truth is known.
+"""Check intervals and p-values on simulated trainings and subjects, for which the truth is known.
 
     ./launch.sh python -m benchmarks.intervals [--replicates 1000] [--what seeds subjects]
 
 `seeds`: two methods of n trainings each, whose AUROC (mean 0.80) varies between trainings; 30% of the subjects are
-positive, and the scores of any two trainings correlate by 0.93. Of what they do not share, a part is the method's own
-(the same in all its trainings): none, half or all of it, row by row. Prints how often p < 0.05 where the methods are
-equal, and how often the interval holds the true difference where it is 0.02. `subjects`: one training; how often the
-interval of each metric holds the truth. A replicate is a label of its own, so that one call judges many.
+positive, and the scores of any two trainings correlate at 0.93. A part of the remaining variance is common to all
+trainings of a method: none, half or all of it, row by row. Prints how often p < 0.05 if the methods are equal, and how
+often the interval covers a true difference of 0.02. `subjects`: one training; the coverage of each metric's interval.
+Each replicate is a separate label, so that one call evaluates many.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def trainings(
     """Labels (N, BATCH), scores (runs, N, BATCH) of two methods, and the true difference of their AUROC.
 
     Args:
-        gap: that difference, about. own: the part of what two trainings do not share that all of a method's do.
+        gap: the approximate difference. own: the part of the variance that is common to a method's trainings.
     """
     y = (rng.random((subjects, BATCH)) < PREVALENCE).astype(float)
     shared = CORRELATION**0.5 * rng.normal(size=y.shape)
@@ -62,7 +62,7 @@ def missed(
     seed: int,
     samples: int = 50,
 ) -> float:
-    """The share of intervals that miss the true difference; with `gap` 0 that of p below 0.05."""
+    """The share of intervals that miss the true difference; with `gap` 0 the share of p below 0.05."""
     rng = np.random.default_rng([seed, runs, subjects, round(1e4 * sd), round(10 * own), same_seeds, gap > 0])
     found = []
     for _ in range(0, replicates, BATCH):
@@ -73,7 +73,7 @@ def missed(
 
 
 def coverage(count: int, prevalence: float, *, films: int, replicates: int, seed: int, samples: int = 200) -> pd.Series:
-    """How often one training's intervals hold the truth, by metric; those that are null do not count."""
+    """The coverage of one training's intervals, by metric; null intervals are excluded."""
     rng = np.random.default_rng([seed, count, round(100 * prevalence), films])
 
     def draw(count: int, shape: int) -> tuple[Array, Array, NDArray[np.intp]]:

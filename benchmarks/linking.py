@@ -2,9 +2,9 @@
 
 ./launch.sh python -m benchmarks.linking [--films 377110] [--scratch FOLDER] [--json FILE]
 
-Tables of the real sizes (MIMIC-IV 3.1, MIMIC-IV-ED 2.2, MIMIC-CXR 2.1.0) are drawn at random, written as csv.gz, opened
-as a user's are, and linked in a process of their own. Reference: a merge on subject_id and a filter in pandas, on the
-same files; the published notebooks loop over the films and take about 12 minutes for admissions and ICU stays.
+Random tables of the real sizes (MIMIC-IV 3.1, MIMIC-IV-ED 2.2, MIMIC-CXR 2.1.0) are written as csv.gz, opened like a
+user's, and linked in a process of their own. Reference: a merge on subject_id and a filter in pandas, on the same
+files; the published notebooks loop over the films and take about 12 minutes for admissions and ICU stays.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pandas as pd
 
 SIZES = {"patients": 364_627, "admissions": 546_028, "icustays": 94_458, "edstays": 425_087, "films": 377_110}
 FILM_SUBJECTS = 65_379
-LOOPS_SECONDS = 750  # the published notebooks, 8 min and 4.5 min as they print them
+LOOPS_SECONDS = 750  # the published notebooks, 8 min and 4.5 min by their own output
 WHERE = {"patients": "iv/hosp", "admissions": "iv/hosp", "icustays": "iv/icu", "edstays": "ed/ed", "triage": "ed/ed"}
 FIRST = pd.Timestamp("2150-01-01")
 
@@ -36,7 +36,7 @@ def times(hours: np.ndarray) -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, num_films: int) -> dict[str, pd.DataFrame]:
-    """Tables of the real sizes; half of the films lie in an admission."""
+    """Tables of the real sizes; half of the films are taken during an admission."""
     share = num_films / SIZES["films"]
     n = {name: max(int(size * share), 10) for name, size in SIZES.items()}
     subjects = 10_000_000 + rng.permutation(9_000_000)[: n["patients"]]
@@ -77,7 +77,7 @@ def draw(rng: np.random.Generator, num_films: int) -> dict[str, pd.DataFrame]:
 
 
 def link(folder: Path) -> None:
-    """Link as `build` does, and print seconds."""
+    """Link as `build` does, and print the seconds."""
     from ehr_features.cohort import Attrition
     from ehr_features.config import FeaturesConfig
     from ehr_features.films import linking, record
@@ -95,7 +95,7 @@ def link(folder: Path) -> None:
 
 
 def pandas_link(folder: Path) -> None:
-    """The reference: merge, filter, keep the last that began; no record columns."""
+    """The reference: merge, filter, keep the last that began; without record columns."""
     began = time.monotonic()
     films = pd.read_csv(folder / "cxr" / "mimic-cxr-2.0.0-metadata.csv.gz", dtype={"StudyDate": str})
     clock = films["StudyTime"].astype(int).astype(str).str.zfill(6)
@@ -112,7 +112,7 @@ def pandas_link(folder: Path) -> None:
 
 
 def timed(what: str, folder: Path) -> dict[str, Any]:
-    """Run one of the two in a process of its own; adds its peak memory."""
+    """Run one of the two in its own process; adds its peak memory."""
     command = [sys.executable, __file__, "--run", what, "--scratch", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     said = process.stdout.read() if process.stdout else ""
@@ -124,7 +124,7 @@ def timed(what: str, folder: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]], num_films: int) -> list[str]:
-    """The results as rows of Markdown; a ratio above 1 says that ours needs less."""
+    """The results as rows of Markdown; a ratio above 1 means that ours needs less."""
     ours, theirs = results["link"]["seconds"], results["pandas_link"]["seconds"]["linking"]
     both = ours["linking"] + ours["record"]
     rows = [
@@ -142,8 +142,8 @@ def table(results: dict[str, dict[str, Any]], num_films: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--films", type=int, default=SIZES["films"], help="other tables shrink in proportion")
-    parser.add_argument("--scratch", type=Path, default=None, help="where the tables go (kept there)")
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers there too")
+    parser.add_argument("--scratch", type=Path, default=None, help="folder for the tables (kept)")
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     parser.add_argument("--run", choices=["link", "pandas_link"], default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:

@@ -2,8 +2,8 @@
 
     ./launch.sh python -m benchmarks.metrics [--rows 12000] [--labels 25] [--samples 1000] [--loop 4]
 
-The loop computes AUROC and AUPRC only, on `--loop` resamples, and its time is scaled to `--samples`; `evaluate` does
-all its metrics.
+The loop computes AUROC and AUPRC only, on `--loop` resamples, and its time is scaled to `--samples`; `evaluate`
+computes all metrics.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Notes a second on a synthetic hospital multiplied k-fold, from csv.gz.
+"""Notes per second on a synthetic hospital multiplied k-fold, from csv.gz.
 
     ./launch.sh python -m benchmarks.notes [--k 70] [--subjects 800] [--reference 300] [--scratch FOLDER] [--json FILE]
 
-The hospital of `ehr-msn hospital` is written k times with other ids; `ehr-msn notes` then
-runs in a process of its own, start-up and reading included. Reference: the published pipeline's way, one film after
-the other in pandas: rows are picked by comparing a whole column, text is put together in Python, and sentences that
-name a finding are dropped; reading is not counted. A second reference picks the rows by an index that was made before.
-Both write the first films' notes, of the same tables; how many are ours to the byte, before any filter, is said.
+The hospital of `ehr-msn hospital` is copied k times with other ids; `ehr-msn notes` then runs
+in its own process, including start-up and reading. Reference: the method of the published pipeline, one film after the
+other in pandas: rows are selected by comparing a whole column, text is built in Python, and sentences that name a
+finding are dropped; reading is not counted. A second reference selects rows by a prepared index. Both write the notes
+of the first films from the same tables; the output says how many equal ours byte for byte before any filter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def hospital(folder: Path, subjects: int) -> None:
 
 
 def enlarge(folder: Path, k: int) -> None:
-    """The tables that notes read, and the films of features/, k times with other ids."""
+    """Write k copies of the tables that notes read and of the films of features/, with other ids."""
     con = duckdb.connect()
 
     def select(source: str, **instead: str) -> str:
@@ -101,10 +101,10 @@ def ours(folder: Path) -> dict[str, float]:
 
 
 class Reference:
-    """Notes film by film, of tables in memory.
+    """Notes film by film, from tables in memory.
 
     Args:
-        indexed: rows are picked by an index; else by comparing the column, as published.
+        indexed: select rows by an index; else by comparing the column, as published.
     """
 
     KEYS = ("subject_id", "hadm_id", "stay_id")
@@ -124,7 +124,7 @@ class Reference:
         coded = read["diagnoses_icd"].merge(titles, on=["icd_code", "icd_version"])
         last = read["edstays"].groupby("hadm_id")["outtime"].max()  # the multiplied tables have no ICU stays
         came = read["admissions"]
-        came = came[came["dischtime"] >= came["admittime"]]  # another one is never history
+        came = came[came["dischtime"] >= came["admittime"]]  # others are never history
         ends = pd.DataFrame({"a": came["dischtime"], "b": came["deathtime"], "c": came["hadm_id"].map(last)})
         came = read["admissions"].assign(over_at=ends.max(axis=1))
         self.tables = read | {"diagnoses_icd": coded, "admissions": came}
@@ -185,7 +185,7 @@ class Reference:
 
     @staticmethod
     def signs(row: dict[str, Any]) -> list[str]:
-        """Vital signs in words, those that are plausible."""
+        """The plausible vital signs in words."""
         charted = row["temperature"]
         said, celsius = [], charted if charted <= 50 else (charted - 32) / 1.8
         low, high = TRIAGE["ed_temperature_c"][1:]
@@ -260,8 +260,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=70, help="copies of the hospital; default %(default)s")
     parser.add_argument("--subjects", type=int, default=800, help="of one copy; default %(default)s")
     parser.add_argument("--reference", type=int, default=300, metavar="N", help="films of the references")
-    parser.add_argument("--scratch", type=Path, default=None, help="where the tables go (kept there)")
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers there too")
+    parser.add_argument("--scratch", type=Path, default=None, help="folder for the tables (kept)")
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     args = parser.parse_args()
     folder = args.scratch or Path(tempfile.mkdtemp(prefix="notes-benchmark-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -290,7 +290,9 @@ def main() -> None:
             a == b for a, b in zip(notes, written["note"], strict=True)
         ) / len(notes)
         print(f"| notes a second, {visits:,} visits | {rate:,.0f} | {says_rate(slow)} | {rate / slow:,.1f}x |")
-    print("\nthe references' notes that are ours to the byte: " + ", ".join(f"{n} {s:.1%}" for n, s in same.items()))
+    print(
+        "\nthe references' notes that equal ours byte for byte: " + ", ".join(f"{n} {s:.1%}" for n, s in same.items())
+    )
     if args.json:
         args.json.write_text(json.dumps(found | {"rate": rate, "same": same}, indent=2) + "\n")
     if args.scratch is None:

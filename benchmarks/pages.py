@@ -1,7 +1,7 @@
-"""Write what is generated from the code: `./launch.sh python -m benchmarks.pages`.
+"""Write the files generated from the code: `./launch.sh python -m benchmarks.pages`.
 
-The table of columns in docs/features.md (between `<!-- features -->` and `<!-- end -->`), docs/config.md, and the JSON
-Schemas in configs/schemas/ that editors read.
+These are the table of columns in docs/features.md (between `<!-- features -->` and `<!-- end -->`), docs/config.md, and
+the JSON Schemas in configs/schemas/ that editors read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ This page is written by `./launch.sh python -m benchmarks.pages` from the schema
 
 
 def features_table() -> str:
-    """Every column of images.parquet that a group or a report reads, with the moment from which it is known."""
+    """Every column of images.parquet that a group or a report reads, with the time at which it is known."""
     groups = {column: [g for g, reads in READS.items() if column in reads] for column in schema.IMAGES}
     rows = ["| column | type | unit | known at | groups |", "|---" * 5 + "|"]
     for name, column in schema.IMAGES.items():
@@ -58,7 +58,7 @@ def fill(text: str, name: str, table: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """Every generated file and what belongs into it."""
+    """Every generated file and its content."""
     features = ROOT / "docs/features.md"
     files = {features: fill(features.read_text(encoding="utf-8"), "features", features_table())}
     sections = [f"\n## {name}\n\n{config.__doc__}\n\n{table(config)}\n" for name, config in SCHEMAS.items()]

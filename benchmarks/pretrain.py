@@ -1,13 +1,13 @@
-"""Speed of pretraining, each number beside a named reference: `./launch.sh python -m benchmarks.pretrain`.
+"""Speed of pretraining against references, all in one run: `./launch.sh python -m benchmarks.pretrain`.
 
 (a) cutting 12 views of a 512-px film: ours, against lightly's MSNTransform on Pillow images of the same film;
 (b) a training step of ViT-Tiny/16 (batch 8, 12 views, equal masking, fp32): ours, against the published model's, built
     from torchvision's ViT, lightly's wrapper, head and loss;
-(c) the share of this machine's own large-matmul rate that our step reaches;
+(c) the share of this machine's rate on large matrix products that our step reaches;
 (d) reading films from a store, against opening JPEG files of them;
 (e) two processes against one, at equal global batch and equal cores.
-Each side of (a) to (c) is a process of its own, as it would be used, and they take turns, so that what else the machine
-does falls on all alike. (a) to (d) count CPU seconds of one thread, (e) wall clock; medians.
+In (a) to (c) each side runs in its own process, and the sides alternate, so that other load on the machine affects all
+equally. (a) to (d) count CPU seconds of one thread, (e) wall-clock time; medians.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from pretrain.encoder.preprocess import Preprocess
 from pretrain.msn import MSN, Batch
 from pretrain.views import Views
 
-TURN = 6  # batches of views that ours cuts in a turn: it then lasts about as long as one batch of lightly's
+TURN = 6  # our batches of views per turn, so that a turn lasts about as long as one batch of lightly's
 PAPER = {"temperature": 0.1, "target_temperature": 0.25}
 Job = Callable[[], Any]
 WIDTH, HEADS, DEPTH, PROTOTYPES = 192, 6, 12, 1024  # of the published model
 
 
 class Published(nn.Module):
-    """The published model, from the libraries that it was built of."""
+    """The published model, built from the same libraries."""
 
     def __init__(self) -> None:
         from lightly.models.modules import MaskedVisionTransformerTorchvision
@@ -98,10 +98,10 @@ def published_step(batch: Batch) -> Callable[[], Tensor]:
 
 
 def serve(side: str, batch_size: int, line: Any) -> None:
-    """A side's process: run its job when asked, answer with the CPU seconds that it took."""
+    """The process of one side: run its job on request, answer with the CPU seconds."""
     torch.set_num_threads(1)
     job = SIDES[side](batch_size)
-    job()  # the first run warms up
+    job()  # warm-up
     line.send(count(job) if side == "our step" else 0.0)
     while line.recv():
         start = time.process_time()
@@ -110,7 +110,7 @@ def serve(side: str, batch_size: int, line: Any) -> None:
 
 
 def seconds(sides: Sequence[str], batch_size: int, repeats: int) -> tuple[list[float], list[float]]:
-    """Median CPU seconds of each side, taking turns; and what each said at the start."""
+    """Median CPU seconds of each side, alternating; and what each printed at the start."""
     context = multiprocessing.get_context("spawn")
     lines, workers = [], []
     for side in sides:
@@ -144,7 +144,7 @@ def cutter() -> Cutter:
 
 
 def film() -> np.ndarray:
-    """512 x 512, smooth, as films are."""
+    """A smooth film of 512 x 512 px."""
     from PIL import Image
 
     small = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
@@ -152,7 +152,7 @@ def film() -> np.ndarray:
 
 
 def our_views(batch_size: int) -> Job:
-    """The views of `TURN` batches, one after another, as a training process cuts them."""
+    """The views of `TURN` batches, one after another, as in a training process."""
     keep_freed_memory()
     cut, keys = cutter(), film_keys([str(i) for i in range(batch_size)])
     films, epoch = torch.from_numpy(film()).repeat(batch_size, 1, 1), iter(range(10**6))
@@ -165,7 +165,7 @@ def our_views(batch_size: int) -> Job:
 
 
 def their_views(batch_size: int) -> Job:
-    """As the published code sets MSNTransform up; no changes of colour."""
+    """MSNTransform as in the published code, without colour changes."""
     from lightly.transforms import MSNTransform
     from PIL import Image
 
@@ -175,14 +175,14 @@ def their_views(batch_size: int) -> Job:
 
 
 def fixed_batch(batch_size: int) -> Batch:
-    """The same for both steps."""
+    """The same batch for both steps."""
     films = torch.randint(0, 256, (batch_size, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     cut, keys = cutter(), film_keys([str(i) for i in range(batch_size)])
     return cut.cut({"films": films, "plans": cut.plan(keys, 256, 0), "keys": keys, "epoch": 0})
 
 
 def our_step(batch_size: int) -> Job:
-    """One optimizer step of ours."""
+    """One optimizer step of our model."""
     keep_freed_memory()
     encoder = encoders.create("vit_tiny_patch16_224", model_args={"num_heads": HEADS})
     msn = MSN(encoder, num_prototypes=PROTOTYPES, hidden=4 * WIDTH, out=WIDTH, loss=PAPER)
@@ -201,7 +201,7 @@ def our_step(batch_size: int) -> Job:
 
 
 def large_matmul(batch_size: int) -> Job:
-    """2048 x 2048, what this machine can do at best."""
+    """2048 x 2048, the machine's best rate."""
     a, out = torch.randn(2048, 2048), torch.empty(2048, 2048)
     return lambda: torch.mm(a, a, out=out)
 
@@ -216,7 +216,7 @@ SIDES: dict[str, Callable[[int], Job]] = {
 
 
 def count(step: Job) -> float:
-    """Operations of a step: matrix products, and those of fused attention, whose recomputation is not counted."""
+    """Operations of a step: matrix products, including those of fused attention without its recomputation."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -236,7 +236,7 @@ def count(step: Job) -> float:
 
 
 def worker(batch_size: int, steps: int) -> None:
-    """One of the processes of (e): prints films a second."""
+    """One of the processes of (e): prints films per second."""
     from accelerate import Accelerator
 
     keep_freed_memory()
@@ -269,7 +269,7 @@ def films_a_second(processes: int, threads: int, batch_size: int, steps: int) ->
 
 
 def store_against_files() -> tuple[float, float, float]:
-    """(d) milliseconds a film: the store's, JPEG files of the same size, JPEG files of the films' own size."""
+    """(d) milliseconds per film: the store, JPEG files of the same size, JPEG files of the original size."""
     from benchmarks.store import make_films, measure
 
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):

@@ -2,10 +2,10 @@
 
     ./launch.sh python -m benchmarks.real_films OUT --mimic-cxr DIR --nih DIR --mimic-iv DIR [--seeds 0 1 2] [--folds 3]
 
-`--mimic-cxr`: films in MIMIC-CXR-JPG's layout that are NIH's under other names, as their subjects' sex and persons are
-known from NIH's table only (`--nih`: Data_Entry*.csv and the same image files). Persons are held out: each film is
-scored by an encoder and a head of a fold that saw neither its person nor its subject. Prints AUROC over all films and
-the paired difference to random weights of the same architecture (95% interval over seeds and persons).
+`--mimic-cxr`: NIH films in MIMIC-CXR-JPG's layout under other names. Their sex and person are known only from NIH's
+table (`--nih`: Data_Entry*.csv and the same image files). Cross-validation is by person: each film is scored by an
+encoder and a head of a fold that saw neither its NIH person nor its subject_id. Prints AUROC over all films and the
+paired difference to random weights of the same architecture (95% interval over seeds and persons).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SOURCES = ("random weights", "pretrained", "raw 16x16 pixels")
 
 
 def read_films(mimic_cxr: Path, nih: Path) -> pd.DataFrame:
-    """A row a frontal film: ids, path, male, ap, findings, and person: whom NIH or the linked tables say it is of."""
+    """One row per frontal film: ids, path, male, ap, findings, and person (from NIH's or the linked tables)."""
     metadata, findings = (pd.read_csv(mimic_cxr / f"mimic-cxr-2.0.0-{n}.csv.gz") for n in ("metadata", "chexpert"))
     named = pd.read_csv(next(nih.glob("Data_Entry*.csv")))
     named["stem"] = named["Image Index"].map(lambda name: Path(name).stem)
@@ -66,7 +66,7 @@ def _contents(folder: Path) -> pd.DataFrame:
 
 
 def parts(films: pd.DataFrame, seed: int, folds: int, fold: int) -> pd.Series:
-    """train, val (an eighth of the rest) or test of a fold: whole persons, in folds of about as many films."""
+    """train, val (an eighth of the rest) or test of a fold: whole persons, in folds of about equally many films."""
     sizes = films.groupby("person").size().sample(frac=1, random_state=seed)
     order = (sizes.cumsum() - 1) * folds * 8 // len(films)  # eighths of folds
     eighth = films["person"].map(order)
@@ -75,7 +75,7 @@ def parts(films: pd.DataFrame, seed: int, folds: int, fold: int) -> pd.Series:
 
 
 def prepared(args: argparse.Namespace, films: pd.DataFrame, folder: Path, split: pd.Series) -> None:
-    """features/ with the fold's split, and films.csv: what pretraining and probe read."""
+    """features/ with the fold's split, and films.csv: the inputs of pretraining and probe."""
     folder.mkdir(parents=True, exist_ok=True)
     films.assign(split=split).to_csv(folder / "films.csv", index=False)
     patients = pd.read_csv(next((args.mimic_iv / "hosp").glob("patients.csv*")))
@@ -136,7 +136,7 @@ def table(films: pd.DataFrame, findings: Sequence[str], runs: dict[str, list[pd.
 
 
 def main() -> None:
-    """Run what is not done, print the table."""
+    """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path)
     for name in ("mimic-cxr", "nih", "mimic-iv"):

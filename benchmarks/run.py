@@ -1,11 +1,11 @@
-"""All benchmarks, one table.
+"""Run all benchmarks and print one table.
 
     ./launch.sh python -m benchmarks.run [DEMO] [--only NAME ...] [--write]
 
-DEMO is the open MIMIC-IV demo (hosp/, icu/); without it what needs it is left out, and said so. Each benchmark runs in
-a process of its own, one after the other, both sides of a ratio in one run. Goes out: a Markdown table (what, ours, the
-reference, the ratio, the command), the machine and the versions; with --write between the README's marks
-`<!-- benchmarks -->` and `<!-- end -->`.
+DEMO is the open MIMIC-IV demo (hosp/, icu/); without it, benchmarks that need it are skipped with a message. Each
+benchmark runs in its own process, one after the other, both sides of a ratio in one run. Output: a Markdown table
+(what, ours, the reference, the ratio, the command), the machine and the versions; with --write it goes into README.md
+between the marks `<!-- benchmarks -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def rows(printed: str, command: str) -> list[str]:
 
 
 def machine() -> str:
-    """What the numbers were measured on."""
+    """The machine and the versions of the measurement."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file() and (found := re.search(r"model name\s*: (.+)", info.read_text())):
@@ -52,7 +52,7 @@ def machine() -> str:
 
 
 def run(command: str, log: Path) -> str:
-    """What a benchmark printed. Raises: RuntimeError: it failed."""
+    """Run a benchmark and return its output. Raises: RuntimeError: it failed."""
     done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True)
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
@@ -61,7 +61,7 @@ def run(command: str, log: Path) -> str:
 
 
 def features_of(demo: str, scratch: Path) -> str:
-    """A features/ folder of the demo, for the benchmarks that begin there."""
+    """A features/ folder of the demo, for benchmarks that start from features."""
     out = scratch / "features"
     config = str(ROOT / "configs/demo/features.yaml")
     words = ["ehr_features", "build", config, f"mimic_iv={demo}", "mimic_cxr=null", "mimic_ed=null", f"out={out}"]

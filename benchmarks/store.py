@@ -2,10 +2,10 @@
 
 ./launch.sh python -m benchmarks.store [FOLDER of JPEG films] [--json FILE]
 
-Films come in random order, CPU time of one thread, files and shards in the page cache (so this is work,
-not disk, and other work on the machine matters less).
-Without FOLDER films of 2544 x 3056 px are made, as MIMIC-CXR-JPG has them. Reference: Pillow opens the file, makes it
-grayscale and resizes it to the stored side; `same size`: JPEG files that have the stored side already.
+Films are read in random order. The CPU time of one thread is counted, with files and shards in the page cache, so that
+disk and other load matter little.
+Without FOLDER, films of 2544 x 3056 px are generated, the size in MIMIC-CXR-JPG. Reference: Pillow opens the file,
+converts it to grayscale and resizes it to the stored side; `same size`: JPEG files that already have the stored side.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_films(folder: Path, number: int) -> Path:
 
 
 def milliseconds(read: Callable[[list[str]], object], ids: list[str], seconds: float = 3.0) -> float:
-    """Milliseconds a film, batches in random order; the first pass is not counted."""
+    """Milliseconds per film, batches in random order; the first pass is not counted."""
     rng, count, spent = np.random.default_rng(1), 0, 0.0
     read(ids[: 2 * BATCH])
     while spent < seconds:
@@ -56,7 +56,7 @@ def milliseconds(read: Callable[[list[str]], object], ids: list[str], seconds: f
 
 
 def open_all(paths: list[str], size: int) -> np.ndarray:
-    """What a dataset over files does."""
+    """Open and resize files as a dataset over files does."""
     films = np.empty((len(paths), size, size), np.uint8)
     for at, path in enumerate(paths):
         with Image.open(path) as image:
@@ -68,7 +68,7 @@ def open_all(paths: list[str], size: int) -> np.ndarray:
 
 
 def measure(films: Path, scratch: Path, size: int) -> dict[str, float]:
-    """Milliseconds a film of each way to read, and films packed a second by one process."""
+    """Milliseconds per film for each way to read, and films packed per second by one process."""
     paths = {p.stem: p.as_posix() for p in films.rglob("*.jpg")}
     result = {}
     for encoding in ("raw", "jpeg"):
@@ -91,7 +91,7 @@ def measure(films: Path, scratch: Path, size: int) -> dict[str, float]:
 
 
 def jpeg(film: np.ndarray) -> bytes:
-    """Quality 95, as the films themselves."""
+    """Encode with quality 95, as the films themselves."""
     file = io.BytesIO()
     Image.fromarray(film).save(file, "JPEG", quality=95)
     return file.getvalue()

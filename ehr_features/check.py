@@ -1,6 +1,6 @@
-"""Open every table and say what it is, how large, and what can be done with it; nothing is extracted.
+"""Open every table and report its size and what can be done with it; nothing is extracted.
 
-Large CSV files are not read to the end: their row count is told from the first megabytes, and marked `about`.
+Large CSV files are not read to the end: their row count is estimated from the first megabytes and marked `about`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ STEPS = {  # step: (tables it needs, what is lost without them)
     "series": (("chartevents", "labevents", "d_items", "d_labitems"), "nothing can be built"),
     "phenotypes": (
         ("diagnoses_icd",),
-        "leave phenotypes out of tasks; the group prior_diagnoses counts admissions only",
+        "leave phenotypes out of tasks; the group prior_diagnoses has only the number of admissions",
     ),
     "films": (("cxr_metadata",), "no images.parquet, no stay_films.parquet, dicom_id empty in every sample"),
     "findings": (("cxr_metadata", "cxr_chexpert"), "the finding columns are empty, and no task `findings`"),
-    "official film split": (("cxr_split",), "no official val / test subjects are pinned, and no split=official"),
+    "official film split": (("cxr_split",), "official val / test subjects are unknown, and there is no split=official"),
     "emergency stays": (("edstays",), "ed_stay_id and hours_since_ed_arrival are empty"),
     "triage": (("edstays", "triage"), "the group ed_triage is all missing"),
     "then pretrain": (("cxr_metadata",), "there are no films to learn from"),
-    "then probe": (("cxr_metadata", "cxr_chexpert"), "no labels of MIMIC-CXR; other data sets' tables are left"),
-    "then fuse": (("cxr_metadata",), "the models of the record alone (model=record_lstm)"),
+    "then probe": (("cxr_metadata", "cxr_chexpert"), "no labels of MIMIC-CXR; tables of other data sets can be used"),
+    "then fuse": (("cxr_metadata",), "only record-only models (model=record_lstm)"),
 }
 NEEDED = {
     "stays": None,
@@ -106,7 +106,7 @@ def num_rows(source: Source, name: str, size: int) -> tuple[int, bool]:
 
 
 def _links(source: Source, faults: dict[str, str]) -> None:
-    """How many films belong to subjects who have a record."""
+    """Print how many films belong to subjects with a record."""
     if not source.has("cxr_metadata") or {"cxr_metadata", "patients"} & faults.keys():
         return
     films = source.table("cxr_metadata")
@@ -138,9 +138,9 @@ def _steps(source: Source, config: FeaturesConfig, faults: dict[str, str]) -> in
 
 def _films_on_disk(root: str | None) -> str:
     if root is None:
-        return "no: no mimic_cxr; other films by films=FOLDER"
+        return "no: no mimic_cxr; for other films set films=FOLDER"
     filesystem, inner = fsspec.url_to_fs(f"{root.rstrip('/')}/files")
-    return "yes" if filesystem.isdir(inner) else f"no: {root} has no folder files/; the tables alone hold no film"
+    return "yes" if filesystem.isdir(inner) else f"no: {root} has no folder files/; the tables contain no films"
 
 
 def _size(size: int) -> str:
@@ -151,7 +151,7 @@ def _size(size: int) -> str:
     return f"{size:.1f} GB"
 
 
-# ---- Which release the tables are of, and whether their row counts are the known ones.
+# ---- The release of the tables, and whether their row counts are the known ones.
 
 
 def claimed(root: str) -> str | None:
@@ -167,7 +167,7 @@ def claimed(root: str) -> str | None:
 
 
 def recognised(rows: Mapping[str, int], root: str = "mimic_iv") -> str | None:
-    """The release, or `A or B`, whose known row counts are those of every table at hand that has one."""
+    """The release, or `A or B`, whose known row counts match all tables that have one."""
     known = {name: READ[name].rows for name in rows if READ[name].root == root}
     shared = {r: [name for name, counts in known.items() if r in counts] for counts in known.values() for r in counts}
     fits = sorted(r for r, names in shared.items() if all(known[name][r] == rows[name] for name in names))
@@ -187,7 +187,7 @@ def dropped_rows(source: Source) -> list[str]:
 def releases(
     roots: Mapping[str, str | None], rows: Mapping[str, int], layout: str
 ) -> tuple[dict[str, dict[str, str | None]], list[str]]:
-    """What is known of the release of each folder of a config.
+    """The release of each folder of a config, as far as known.
 
     Args:
         roots: mimic_iv, mimic_ed, mimic_cxr -> folder or URL. rows: of the counted tables. layout: of mimic_iv.
@@ -207,7 +207,7 @@ def releases(
 
 
 def differences(rows: Mapping[str, int], release: str | None, root: str = "mimic_iv") -> list[str]:
-    """A warning for each table whose count is not that of the claimed release."""
+    """A warning for each table whose row count differs from that of the claimed release."""
     out = []
     for name, count in rows.items():
         wanted = READ[name].rows.get(release or "") if READ[name].root == root else None

@@ -94,9 +94,8 @@ def stays(source: Source, preset: str, attrition: Attrition) -> ir.Table:
     Args:
         preset: `default`: every adult stay with possible times; `medfuse`: the published cohort.
     Returns: stay_id, hadm_id, subject_id, intime, outtime, los_hours, age_years, age_capped, sex, race,
-        anchor_year_group,
-        care_unit (the first); and for the labels admittime, dischtime, death_at (of the subject, also after the stay),
-        died
+        anchor_year_group, care_unit (the first); and for the labels admittime, dischtime, death_at (of the subject,
+        also after the stay), died
         (in hospital).
     Raises: UserError: no stay is left; an admission or a patient has two different rows.
     """

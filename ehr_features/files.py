@@ -132,12 +132,12 @@ def led_to(path: str | Path) -> Path:
 
 
 def check_ours(folder: str | Path, what: str, marks: Sequence[str], unfinished: Sequence[str] = ()) -> None:
-    """Refuse to write into a folder that holds the files of somebody else; hidden files do not count.
+    """Refuse to write into a folder that holds other files than ours; hidden files do not count.
 
     Args:
-        what: what the folder is to be, for the message: `a store`.
-        marks: names of which a folder of this kind holds one.
-        unfinished: names that it may hold before it has one.
+        what: the kind of folder, for the message: `a store`.
+        marks: file names of which a folder of this kind has at least one.
+        unfinished: file names that it may have before it has one of `marks`.
     Raises: UserError: the folder is a file, or holds other files and none of the marks.
     """
     folder = Path(folder)
@@ -149,10 +149,10 @@ def check_ours(folder: str | Path, what: str, marks: Sequence[str], unfinished: 
 
 
 def tidy(folder: str | Path, *, locked: bool = False) -> None:
-    """Remove what ended processes have left half-written in a folder.
+    """Remove temporary files that ended processes left in a folder.
 
     Args:
-        locked: the caller holds the folder's lock, so that no other process writes there: remove all of it.
+        locked: the caller holds the folder's lock, so no other process writes there: remove all of them.
     """
     for old in Path(folder).glob(f".*{PARTIAL}-*"):
         if locked or not _alive(old.name.rpartition(f"{PARTIAL}-")[2].partition(".")[0]):
@@ -238,7 +238,8 @@ def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = No
 
 
 def provenance(config: Mapping[str, Any], sources: Sequence[str | Path] = (), **more: Any) -> dict[str, Any]:
-    """What made a result: versions, source files with size and mtime, config, and whatever is passed by name."""
+    """Versions, source files with size and mtime, config, and the values passed by name, which together identify a
+    result."""
     packages = ("ehr-msn", "torch", "timm", "lightly", "pandas", "ibis-framework", "duckdb", "scikit-learn")
     versions = {"python": platform.python_version()}
     for package in packages:

@@ -34,9 +34,8 @@ LOS_DAYS = (1, 2, 3, 4, 5, 6, 7, 8, 14)  # inner edges of the ten bins
 
 @dataclass(frozen=True)
 class Cohort:
-    """The tables that the tasks read. stays: the result of cohort.stays, with split; observed: stay_id, first_hour (of
-    any
-    measurement).
+    """Tables that the tasks read. stays: from cohort.stays, with split; observed: stay_id, first_hour (of
+    any measurement).
     """
 
     source: Source

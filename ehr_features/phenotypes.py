@@ -1,10 +1,10 @@
-"""ICD codes -> the 25 phenotypes (CCS groups).
+"""Map ICD codes to the 25 phenotypes (CCS groups).
 
-Comes in: diagnoses of admissions, phenotypes.csv, icd10_branches.csv. Goes out: phenotype_2 ... phenotype_249 of each
-stay's admission, and how well the codes were covered.
+Input: diagnoses of admissions, phenotypes.csv, icd10_branches.csv. Output: phenotype_2 ... phenotype_249 of each stay's
+admission, and counts of mapped and unmapped codes.
 
-icd10_branches.csv is of AHRQ's CCS for ICD-10-CM (2019.1, 72,446 codes): the shortest prefixes under which all codes
-are of one of the 25 groups, or of none (0). It tells a newer code of a group from an old code of another.
+icd10_branches.csv is derived from AHRQ's CCS for ICD-10-CM (2019.1, 72,446 codes): the shortest prefixes under which
+all codes belong to the same of the 25 groups, or to none (0). With it, codes newer than 2019.1 can be mapped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def groups() -> list[int]:
 
 
 def group_codes(codes: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """Which of the 25 groups each ICD code belongs to.
+    """The group of each ICD code.
 
     Args:
         codes: icd_code, icd_version; distinct.
@@ -61,7 +61,7 @@ def group_codes(codes: pd.DataFrame, preset: str) -> pd.DataFrame:
 
 
 def lost_zeros(source: Source) -> list[str]:
-    """A warning where ICD-9 codes have lost their leading zeros: 389 is unknown, and 0389 is not."""
+    """A warning if ICD-9 codes have lost their leading zeros: 389 is unknown, 0389 is a code."""
     if not source.has("diagnoses_icd"):
         return []
     written = source.table("diagnoses_icd").filter(_.icd_version == 9).icd_code.value_counts(name="n").to_pandas()
@@ -73,15 +73,15 @@ def lost_zeros(source: Source) -> list[str]:
         kept = set(_plain(source.table("d_icd_diagnoses").filter(_.icd_version == 9).icd_code.to_pandas()).dropna())
     if any(code.startswith("0") for code in kept):
         known |= kept
-    elif written["code"].str.startswith("0").any():  # without a dictionary only a table that lost them all is sure
+    elif written["code"].str.startswith("0").any():  # without a dictionary, warn only if all leading zeros are lost
         return []
     lost = ~written["code"].isin(known) & written["code"].map(lambda c: {f"0{c}", f"00{c}"} & known).astype(bool)
     if not lost.any():
         return []
     rows = int(written.loc[lost, "n"].sum())
     return [
-        f"diagnoses_icd: {rows:,} rows have ICD-9 codes that lost their leading zeros ({lost.sum()} codes; 389 is for "
-        "0389), so that they count for nothing; was the table saved again with icd_code as a number?"
+        f"diagnoses_icd: {rows:,} rows have ICD-9 codes without leading zeros ({lost.sum()} codes; 389 stands for "
+        "0389), which match no group; was the table saved with icd_code as a number?"
     ]
 
 
@@ -102,7 +102,9 @@ def with_phenotypes(source: Source, stays: ir.Table, preset: str, attrition: Att
     counted = counted.astype({"icd_version": "Int64"})
     mapped = group_codes(counted.drop(columns="n"), preset)
     told = mapped.merge(counted, on=["icd_code", "icd_version"])
-    told["icd_version"] = told["icd_version"].where(told["icd_version"].isin(VERSIONS))  # no odd value is told
+    told["icd_version"] = told["icd_version"].where(
+        told["icd_version"].isin(VERSIONS)
+    )  # other versions are counted as missing
     for (version, how), part in told.groupby(["icd_version", "how"], dropna=False):
         attrition.note(f"ICD-{version} diagnoses, group by {how}", {"codes": len(part), "rows": int(part["n"].sum())})
     unmapped = told[told["how"] == "unmapped"].sort_values("icd_code")
@@ -121,7 +123,7 @@ def with_phenotypes(source: Source, stays: ir.Table, preset: str, attrition: Att
 
 
 def _prevalence(diagnoses: ir.Table, has: ir.Table, attrition: Attrition) -> None:
-    """How many admissions of each ICD version have each group."""
+    """Count the admissions of each ICD version that have each group."""
     coded = (
         diagnoses.select("hadm_id", "icd_version")
         .filter(_.icd_version.isin(VERSIONS))

@@ -1,4 +1,4 @@
-"""A progress bar with rate and ETA on a terminal; elsewhere (a log file, CI) a line now and then."""
+"""A progress bar with rate and ETA on a terminal; elsewhere (a log file, CI) a line every QUIET_SECONDS."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-QUIET_SECONDS = 30.0  # between two lines where there is no terminal
+QUIET_SECONDS = 30.0  # between two lines without a terminal
 
 
 class Bar:
     """`with Bar("packing", total, "films") as bar: bar.advance(n)`; writes to stderr.
 
     Args:
-        what: the word before the bar.
+        what: the text before the bar.
         total: number of units; unit: their name, in the plural.
-        shown: False for silence (all processes but the first).
+        shown: False prints nothing (all processes but the first).
     """
 
     def __init__(self, what: str, total: int, unit: str, *, shown: bool = True) -> None:
@@ -47,7 +47,7 @@ class Bar:
         return self.done / max(time.monotonic() - self._began, 1e-9)
 
     def advance(self, number: int = 1, note: str = "") -> None:
-        """Count `number` more units; `note` stands at the end of the line, e.g. the loss."""
+        """Count `number` more units; `note` is printed at the end of the line, e.g. the loss."""
         self.done += number
         self.note = note or self.note
         if self._rich is not None:

@@ -1,6 +1,6 @@
-"""Every table that is read and written: column, type, unit, group, available_at.
+"""The schema of every table that is read and written: column, type, unit, group, available_at.
 
-`READ`: the raw columns that are used, with ibis types; a column that a release lacks by right is in `optional` or
+`READ`: the raw columns that are used, with ibis types; columns missing from some releases are in `optional` or
 `renamed`. `WRITTEN`: the columns of features/. Source: MIT-LCP/mimic-code, buildmimic/postgres/create.sql.
 """
 
@@ -35,7 +35,7 @@ class Raw:
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-HELD_OUT = ("val", "test")  # what no encoder may have been trained on
+HELD_OUT = ("val", "test")  # splits on which no encoder may be trained
 FRONTAL = ("AP", "PA")  # the views that `views: frontal` keeps
 VIEW_CODES = {"ANTERO-POSTERIOR": "AP", "POSTERO-ANTERIOR": "PA", "LATERAL": "LATERAL"}  # a code's meaning -> view
 FINDINGS = (
@@ -277,7 +277,7 @@ STAYS: dict[str, Column] = {
     "care_unit": Column(TEXT, "the first", "subgroup", "admission"),
     "split": Column(TEXT, group="split"),
 }
-STAY_FILMS: dict[str, Column] = {  # written by linking.py
+STAY_FILMS: dict[str, Column] = {  # written by films/linking.py
     "stay_id": Column(INT),
     "dicom_id": Column(TEXT),
     "hours_from_intime": Column(REAL, "hours", "time"),
@@ -349,7 +349,7 @@ SAMPLES: dict[str, Column] = {
     "dicom_id": Column(TEXT),
     "code_status": Column(TEXT, group="subgroup"),
 }
-NOTES: dict[str, Column] = {  # written by notes.py
+NOTES: dict[str, Column] = {  # written by notes/write.py
     "dicom_id": Column(TEXT),
     "subject_id": Column(INT),
     "split": Column(TEXT, group="split"),

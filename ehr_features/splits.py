@@ -1,7 +1,7 @@
-"""One split for films and stays: train / val / test by subject.
+"""Split subjects into train / val / test, the same for films and stays.
 
-Comes in: the subjects, and the official film split if there is one. Goes out: a split for each subject. The hash
-depends on seed and subject alone, so that adding or removing tables moves no subject to another split.
+Input: the subjects, and the official film split if there is one. Output: a split for each subject. The hash depends on
+seed and subject alone, so adding or removing tables moves no subject to another split.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def assign(
     """Put each subject into train, val or test.
 
     Args:
-        subjects: subject_id (repeats are fine) and, for `temporal`, anchor_year_group (null where unknown).
+        subjects: subject_id (repeats are fine) and, for `temporal`, anchor_year_group (null if unknown).
         official: subject_id, split (train | validate | test) of the film tables; one row per film is fine.
-        method: `hash`: official validate / test subjects are pinned to val / test, the others go 70 / 10 / 20 by
-            sha256(seed, subject_id); `official`: official train subjects stay in train too, and subjects without films
-            go by hash; `temporal`: the last anchor_year_group is test, the one before it val, the others and subjects
+        method: `hash`: official validate / test subjects keep val / test, the others are split 70 / 10 / 20 by
+            sha256(seed, subject_id); `official`: official train subjects keep train too, and subjects without films are
+            hashed; `temporal`: the last anchor_year_group is test, the one before it val, the others and subjects
             without a group train; else the path of a .csv, .csv.gz or .parquet file of subject_id, split.
         seed: of the hash.
-    Returns: subject_id, split; a row per subject, sorted.
-    Raises: UserError: a subject in two splits, a name that is no split, a file that leaves subjects out.
+    Returns: subject_id, split; one row per subject, sorted.
+    Raises: UserError: a subject in two splits, an invalid split name, a file without some of the subjects.
     """
     ids = pd.Index(sorted(subjects["subject_id"].unique()), name="subject_id")
     pinned = _official(official)
@@ -126,7 +126,7 @@ def _names(split: pd.Series, names: dict[str, str], where: str) -> pd.Series:
 
 
 def _one_each(frame: pd.DataFrame, where: str) -> pd.Series:
-    """subject_id -> split; a subject with two is refused."""
+    """subject_id -> split; a subject with two splits is refused."""
     frame = frame[["subject_id", "split"]].drop_duplicates()
     both = _repeated(frame["subject_id"])
     if both:

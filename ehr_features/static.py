@@ -1,11 +1,11 @@
-"""Image-level EHR groups -> a vector for each film (fit on train, apply to all).
+"""Encode groups of EHR columns as one vector per film (fit on train, apply to all).
 
-Comes in: rows of images.parquet and names of groups. Goes out: (N, S) float32, the columns' names, what was fitted
-(JSON). What is missing is a category or a mask, never a made-up value.
+Input: rows of images.parquet and names of groups. Output: (N, S) float32, the columns' names, and the fitted values
+(JSON). A missing value is a category or a mask and is never imputed.
 
 Preset `msn` gives the columns, bins and order of the published sets. Differs from CXR-EHR-MSN: a missing view or
-position is zero in all its columns (there, a forest fitted on all rows filled it in), and so is every record column of
-a subject who has no record (there, the film is dropped).
+position is zero in all its columns (published: imputed by a forest fitted on all rows), and so is every record column
+of a subject without a record (published: the film is dropped).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ REPORTING_ONLY = ("race", "insurance", "language", "code_status", "anchor_year_g
 def encode(
     images: pd.DataFrame, groups: Sequence[str], *, preset: str = "default", fitted: dict[str, Any] | None = None
 ) -> tuple[np.ndarray, list[str], dict[str, Any]]:
-    """Turn EHR columns into a vector for each film.
+    """Encode EHR columns as one vector per film.
 
     Args:
         images: N rows of images.parquet (any index); `split` is needed when fitting.
         groups: names of `READS`, in the order wanted; with preset `msn` also the names of published sets (`msn_sets`).
         preset: `default`, or `msn` for the published columns.
-        fitted: what an earlier call gave back; None fits on the rows of split train only.
-    Returns: (N, S) float32, S names, fitted (JSON can hold it). All rows are encoded, whatever their split.
+        fitted: the fitted values of an earlier call; None fits on the rows of split train only.
+    Returns: (N, S) float32, S names, fitted values (for JSON). Rows of all splits are encoded.
     Raises: UserError: an unknown group, a column that may not be an input, no train rows to fit on, a missing column.
     """
     names = resolve(groups, preset)
@@ -66,7 +66,7 @@ def encode(
 
 
 def resolve(groups: Sequence[str], preset: str = "default") -> list[str]:
-    """Check names of groups and open published sets; each group once, in order. Raises: UserError: no such input."""
+    """Check names of groups and expand published sets; each group once, in order. Raises: UserError: no such input."""
     if isinstance(groups, str):
         raise UserError(f"groups: wanted a list, got the text {groups!r}; write [{groups}]")
     if preset not in ("default", "msn"):
@@ -84,9 +84,9 @@ def resolve(groups: Sequence[str], preset: str = "default") -> list[str]:
 
 
 def available_at(groups: Sequence[str], preset: str = "default") -> dict[str, str]:
-    """When each group is known: `study`, `admission` or `discharge` (the latest of the columns that it reads).
+    """When each group is known: `study`, `admission` or `discharge` (the latest of its columns).
 
-    `text` is known at the study: a note from after its film is refused where it is read.
+    `text` is known at the study: a note from after its film is refused when it is read.
     """
     reads, order = (MSN_READS if preset == "msn" else READS), ("study", "admission", "discharge")
     when = {name: column.available_at for name, column in schema.IMAGES.items()}
@@ -104,7 +104,7 @@ def _refusal(group: str, known: Sequence[str], preset: str) -> str:
     if group == TEXT_GROUP:
         return "group `text` is no column: it goes with pretraining's ehr.notes and ehr.text_encoder"
     if group in REPORTING_ONLY:
-        return f"group `{group}` serves subgroup reporting only and cannot be an input; take it out of the groups"
+        return f"group `{group}` is for subgroup reporting only and cannot be an input; remove it from the groups"
     if group in READS:
         return f"group `{group}` does not exist in ehr preset {preset}; it has {', '.join(known)}"
     near = difflib.get_close_matches(group, known, n=1)
@@ -121,7 +121,7 @@ def _train_rows(images: pd.DataFrame) -> np.ndarray:
     return train
 
 
-# ---- The groups of EHR columns: what each reads from images.parquet, and the columns that it gives.
+# ---- The groups of EHR columns: their inputs from images.parquet, and their output columns.
 
 Columns = dict[str, np.ndarray]  # name -> (N,) values
 VIEWS = ("PA", "LATERAL", "AP", "LL")
@@ -129,7 +129,7 @@ POSITIONS = ("Erect", "Recumbent")
 AGES5, AGES10 = range(20, 91, 5), range(20, 91, 10)  # inner edges: 16 and 9 bins
 TRIAGE = ("acuity", "temperature_c", "heart_rate", "resp_rate", "o2sat", "sbp", "dbp")
 
-# What each group needs; a group is known when the latest of its columns is (ehr_features/schema.py).
+# Columns of each group; a group is known when the last of its columns is (ehr_features/schema.py).
 READS: dict[str, tuple[str, ...]] = {
     "sex": ("sex",),
     "age": ("age_years",),
@@ -169,7 +169,7 @@ def fit_scale(values: np.ndarray, *, constant: float = np.inf, dtype: Any = None
 
 
 class Scale:
-    """Mean 0 and deviation 1 over the train rows, with a mask for what is missing."""
+    """Mean 0 and standard deviation 1 over the train rows, with a mask for missing values."""
 
     def __init__(self, scales: dict[str, list[float]], train: np.ndarray | None) -> None:
         self.scales, self.train = scales, train
@@ -203,7 +203,7 @@ def _yes_no(images: pd.DataFrame, column: str, yes: str, no: str) -> Columns:
 
 
 def _bins(age: np.ndarray, edges: Sequence[int], star: str = "", *, right: bool = False) -> Columns:
-    """One column a bin; [low, high), or (low, high] with right=True. Bins of a missing age are all 0."""
+    """One column per bin; [low, high), or (low, high] with right=True. Bins of a missing age are all 0."""
     lows, highs = [-np.inf, *edges], [*edges, np.inf]
     names = [f"<{edges[0]}{star}", *(f"{a}-{b}" for a, b in itertools.pairwise(edges)), f"{edges[-1]}+{star}"]
     pairs = zip(names, lows, highs, strict=True)

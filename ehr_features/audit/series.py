@@ -183,8 +183,7 @@ def _dated(
     """Every event with v, drawn, known (null: never) and counts (whether its specimen is allowed).
 
     Chart items are laboratory results if their category in d_items is Labs (except finger sticks). A chart value
-    without
-    storetime is matched to the variable's laboratory rows. channels.yaml is used for neither.
+    without storetime is matched to the variable's laboratory rows. channels.yaml is used for neither.
     """
     texts = channels.text_table(source.con, declared)
     labels = source.table("d_items").distinct()

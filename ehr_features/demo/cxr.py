@@ -37,8 +37,7 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
     """Write everything.
 
     Returns: row counts, the films table (with what was drawn), and P(finding), (studies, 14), as computed from all
-        latents
-        (`true`), from the film, from film and note (`film_text`), and a score of the note alone (`text`).
+        latents (`true`), from the film, from film and note (`film_text`), and a score of the note alone (`text`).
     """
     rng = np.random.default_rng([plan.seed, 5])
     studies = people.studies

@@ -22,15 +22,12 @@ class Plan:
         shuffled: permute findings, ICD codes and death across subjects.
         risk: `level`: risk of death depends on the last film before 48 h; `change`: only on the change between films.
         view_shortcut: 0 to 1; above 0 frontal films have a strip of boxes, one per finding, as if burnt in by the
-            machine.
-            On AP films a box is white with probability (1 + this) / 2 if its finding is present and (1 - this) / 2
-            otherwise, else black; on PA films the probabilities are swapped. A probe trained on AP films learns the
-            boxes
-            and is misled by them on PA films.
+            machine. On AP films a box is white with probability (1 + this) / 2 if its finding is present and (1 - this)
+            / 2 otherwise, else black; on PA films the probabilities are swapped. A probe trained on AP films learns the
+            boxes and is misled by them on PA films.
         ed_text: 0 to 1; probability that the chief complaint is about what the visit's film shows.
         text_signal: 0 or more; how strongly frailty, visible only in complaints and home drugs, affects death, Fracture
-            and
-            Pneumonia.
+            and Pneumonia.
         leak: 0 to 1; probability that the complaint names a finding that the visit's film shows.
     """
 

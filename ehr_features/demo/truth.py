@@ -150,8 +150,7 @@ class Outcomes:
         Args:
             frail: +1 or -1; 0: not visible in any text; None: no text signal.
         Returns: P for the readers `both` (record and film), `record`, `film`, and `last_film` (no change between
-            films); with a
-            text signal also `text`, and `both_text`: all three.
+            films); with a text signal also `text`, and `both_text`: all three.
         """
         rng = np.random.default_rng(7)
         frail = np.zeros(len(record)) if frail is None else frail

@@ -43,8 +43,7 @@ def link_films(
     Returns: dicom_id, study_id, subject_id, path, taken_at, view, view_source, position; hadm_id, stay_id, ed_stay_id,
         each with *_link (inside | before | after | null) and *_gap_hours (0 inside). stay_id may be a stay outside the
         cohort. hadm_id_link `icustays` or `edstays`: the film is in no admission's times, and hadm_id is that of the
-        ICU
-        stay that contains it, or of the emergency visit that contains it or ended just before.
+        ICU stay that contains it, or of the emergency visit that contains it or ended just before.
     """
     films = read_films(source, attrition, preset)
     linked = films
@@ -96,8 +95,7 @@ def last_film(samples: ibis.Table, stay_films: ibis.Table, *, views: Sequence[st
 def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hours: float = 0.0) -> ibis.Table:
     """The interval that contains each film, else the nearest within a tolerance.
 
-    If there are several: the smallest gap, then one that began before the film, then the latest start, then the largest
-    id.
+    Of several: the smallest gap, then one that began before the film, then the latest start, then the largest id.
 
     Args:
         films: dicom_id, subject_id, taken_at, ...

@@ -135,8 +135,7 @@ def over(source: Source) -> ibis.Table:
     """When each admission became history: subject_id, hadm_id, over_at.
 
     The latest of its discharge, its death, and the ends of its ICU and emergency stays. An admission that lacks a time
-    or
-    ends before it begins is never history. Several rows of one admission count as one, which ends when all of them
+    or ends before it begins is never history. Several rows of one admission count as one, which ends when all of them
     have.
     """
     keys = ["subject_id", "hadm_id"]

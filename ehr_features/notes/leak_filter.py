@@ -72,8 +72,7 @@ DIAGNOSES = (  # a labelled list of diagnoses; `E. coli` does not end it
 @dataclass(frozen=True)
 class Leaks:
     """The patterns of a mode: one that finds any term; and for each group of terms, in the order of the table, one that
-    finds
-    them, and one that finds them with their modifiers.
+    finds them, and one that finds them with their modifiers.
     """
 
     any_term: str

@@ -53,8 +53,7 @@ def read_template(path: Path | None, known: Collection[str]) -> Template:
     Args:
         path: of the file; None: the shipped one. known: the valid fields.
     Raises: UserError: no such file, no section, an unknown field, an unbalanced bracket or brace; all faults at once,
-        each
-        with file and line.
+        each with file and line.
     """
     path = path or SHIPPED
     try:

@@ -1,4 +1,4 @@
-"""Raw tables: found, opened and read by DuckDB or Spark, from a folder or a URL."""
+"""Find, open and read raw tables with DuckDB or Spark, from a folder or a URL."""
 
 from ehr_features.raw.engine import connect, hold, interruptible
 from ehr_features.raw.source import Source, open_source

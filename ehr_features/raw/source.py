@@ -1,10 +1,10 @@
 """Find and open raw tables: MIMIC-IV 1.0, 2.x, 3.x, MIMIC-IV-ED, MIMIC-CXR(-JPG); csv, csv.gz, parquet; local or a URL.
 
-Comes in: the root folders of a FeaturesConfig. Goes out: a `Source` whose `table(name)` is an ibis expression with the
-columns of `schema.READ`, selected and cast by name. CSV columns are read as text by their header, so that an inserted
-column shifts nothing and the text "None" stays a value. Text that cannot be cast becomes null; each step counts the
-rows that it drops for it. Whole numbers are read in any form: `220045`, ` 220045` and `220045.0` of CSV, integers and
-floats of Parquet; 220045.5 is null. Rows without an id that they need are dropped and counted, as is a repeated header.
+Input: the root folders of a FeaturesConfig. Output: a `Source` whose `table(name)` is an ibis expression with the
+columns of `schema.READ`, selected and cast by name. CSV columns are read as text by their header, so inserted columns
+do no harm and the text "None" remains a value. Text that cannot be cast becomes null; each step counts the rows that it
+drops for this reason. Whole numbers are read in any form: `220045`, ` 220045` and `220045.0` of CSV, integers and
+floats of Parquet; 220045.5 is null. Rows without a required id and repeated headers are dropped and counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-c
 
 
 class Source:
-    """The raw tables of one place, opened on one engine.
+    """The raw tables of a config, opened on one engine.
 
     Attributes:
         con: the ibis backend. files: table name -> path or URL. columns: table name -> columns found there.
@@ -72,7 +72,7 @@ class Source:
         return source
 
     def has(self, name: str) -> bool:
-        """Whether the table is there."""
+        """Whether the table was found."""
         return name in self._tables or name in self.files
 
     def table(self, name: str) -> ir.Table:
@@ -152,7 +152,7 @@ def open_source(config: FeaturesConfig) -> Source:
             path = f"{root.rstrip('/')}/{tables[name].places[0]}"
             absent[name] = f"{path}{{{','.join(SUFFIXES)}}}: no such file; `{key}` needs its table `{name}` here"
         if "edstays" in tables and "edstays" not in found:
-            raise UserError(f"{absent['edstays']}: the other tables have no time of arrival and no admission")
+            raise UserError(f"{absent['edstays']}: the other tables have neither the time of arrival nor the admission")
     columns = {name: header(path) for name, path in files.items()}
     layout = _layout(config.mimic_iv, files, columns)
     make_folder(config.cache_folder)
@@ -246,7 +246,7 @@ def header(path: str) -> list[str]:
 
 
 def _head(path: str) -> bytes:
-    """The begin of a CSV file, with the header and some rows."""
+    """The start of a CSV file, with the header and some rows."""
     with fsspec.open(path, "rb") as file:
         head = bytes(file.read(HEAD))  # one request of a URL
     if not path.endswith(".gz"):
@@ -278,10 +278,10 @@ def check_columns(name: str, path: str, found: list[str], layout: str) -> None:
 
 
 def check_zones(name: str, path: str) -> None:
-    """Refuse a table whose times are in a zone other than UTC: of a Parquet column, or in CSV's first rows.
+    """Refuse a table whose times are in a zone other than UTC, by a Parquet column's type or a CSV's first rows.
 
-    MIMIC's times are wall clocks without a zone, as are the films'. UTC stands for that; with another zone nobody can
-    tell whether its wall clock is MIMIC's or was shifted.
+    MIMIC's times are wall-clock times without a zone, like those of the films. UTC is read as such; in another zone it
+    is unknown whether the wall clock is MIMIC's or was shifted.
     """
     times = [c for c, to in READ[name].columns.items() if to in ("timestamp", "date")]
     with explained(path), readable(path):
@@ -308,7 +308,7 @@ def mixed(columns: Mapping[str, list[str]]) -> list[str]:
         return []
     new, old = (", ".join(n for n, has in there.items() if has == side) for side in (True, False))
     lacks = ", ".join(SINCE_22[n] for n, has in there.items() if not has)
-    return [f"{new} as since 2.2, {old} as before (without {lacks}): are all tables of one release?"]
+    return [f"{new} as since 2.2, {old} as before (without {lacks}): are all tables from the same release?"]
 
 
 def _layout(root: str, files: Mapping[str, str], columns: Mapping[str, list[str]]) -> str:
