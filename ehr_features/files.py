@@ -211,6 +211,12 @@ def whole_numbers(column: pd.Series) -> pd.Series:
     return number.where((number == number.round()) & (number.abs() < 2**53)).astype("Int64")
 
 
+def named(column: pd.Series) -> pd.Series:
+    """Ids or paths without blanks around them; NA where there is none: an empty cell, a repeated header."""
+    text = column.astype("string").str.strip()
+    return text.where(~text.isin(["", str(column.name)]))
+
+
 def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a table of a features/ folder.
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from configs import UserError
-from ehr_features.files import UNREADABLE, whole_numbers
+from ehr_features.files import named, whole_numbers
+from ehr_features.raw.remote import user_table
 from ehr_features.schema import SPLITS
 
 METHODS = ("hash", "official", "temporal")  # or the path of a file of subject_id, split
@@ -96,16 +97,9 @@ def _temporal(subjects: pd.DataFrame, ids: pd.Index) -> pd.Series:
 
 def _from_file(path: Path, ids: pd.Index) -> pd.Series:
     check(str(path))
-    try:
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={"subject_id": str})
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path}: cannot be read as a split file ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        ) from None
-    if missing := {"subject_id", "split"} - set(frame):
-        raise UserError(f"{path}: column {sorted(missing)} missing; found {list(frame)}; wanted subject_id, split")
-    text = frame["subject_id"].astype("string").str.strip().fillna("")
-    nobody = text.isin(["", "subject_id"])  # an empty row, a repeated header
+    frame = user_table(path, ["subject_id", "split"], {"subject_id": str})
+    text = named(frame["subject_id"])
+    nobody = text.isna()
     if nobody.any():
         print(f"warning: {path}: {nobody.sum()} rows without subject_id were dropped", file=sys.stderr)
     frame = frame.assign(subject_id=whole_numbers(text))[~nobody]

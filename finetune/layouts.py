@@ -18,7 +18,8 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.config import Empty
-from ehr_features.files import UNREADABLE, digest, new_file, whole_numbers
+from ehr_features.files import digest, named, new_file, whole_numbers
+from ehr_features.raw.remote import user_table
 from ehr_features.schema import FINDINGS, FRONTAL, SPLITS, view_names
 from ehr_features.splits import by_hash
 from finetune.config import TableConfig
@@ -278,23 +279,13 @@ def read(
     Returns: the table, and how many rows were left out, by reason.
     Raises: UserError.
     """
-    as_text = dict.fromkeys([*keys, *texts], str)
-    try:
-        table = pd.read_parquet(path) if str(path).endswith(".parquet") else pd.read_csv(path, dtype=as_text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such table") from None
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path}: cannot be read as a table ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        ) from None
-    if missing := [c for c in columns if c not in table]:
-        raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(map(str, table.columns))}")
-    left_out = {}
+    table = user_table(path, columns, dict.fromkeys([*keys, *texts], str))
+    left_out: dict[str, int] = {}
     for key in keys:
-        text = table[key].astype("string").str.strip().fillna("")
-        if missing_ids := int((named := ~text.isin(["", key])).size - named.sum()):
-            left_out[f"row without {key}"] = missing_ids
-        table = table.assign(**{key: text.astype(object)})[named]
+        text = named(table[key])
+        if nameless := int(text.isna().sum()):
+            left_out[f"row without {key}"] = nameless
+        table = table.assign(**{key: text.astype(object)})[text.notna()]
     if table.empty:
         raise UserError(f"{path}: no rows")
     return table.reset_index(drop=True), left_out

@@ -14,13 +14,16 @@ import contextlib
 import logging
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
+import pandas as pd
 
 from configs import UserError
-from ehr_features.files import digest, new_file
+from ehr_features.files import UNREADABLE, digest, new_file
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
 AT_ONCE = 32  # concurrent requests
@@ -61,6 +64,32 @@ def explained(url: str) -> Iterator[None]:
         raise
     except Exception as error:  # each file system has its own exceptions, and wraps those of its HTTP library
         raise UserError(f"{url}: {_why(url, error)}") from None
+
+
+def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None) -> pd.DataFrame:
+    """A user's table (.csv, .csv.gz, .parquet), local or at a URL.
+
+    Args:
+        columns: that it must have.
+        dtype: of the columns of a CSV, as pandas takes it.
+    Raises: UserError: absent, damaged, a column missing, no rows.
+    """
+    place = str(path)
+    try:
+        with explained(place), fsspec.open(place, "rb", compression="infer") as file:
+            table = pd.read_parquet(file) if place.endswith(".parquet") else pd.read_csv(file, dtype=dtype)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such table") from None
+    except (*UNREADABLE, zlib.error) as error:  # gzip, pandas and pyarrow each raise their own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read as a table ({first}); was it copied whole?") from None
+    if missing := [c for c in columns if c not in table]:
+        raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(map(str, table.columns))}")
+    if table.empty:
+        raise UserError(f"{path}: no rows")
+    return table
 
 
 def exists(url: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ import fsspec
 import pandas as pd
 
 from configs import UserError
-from ehr_features.files import UNREADABLE, digest, whole_numbers
-from ehr_features.raw.remote import explained, is_url
+from ehr_features.files import digest, named, whole_numbers
+from ehr_features.raw.remote import explained, is_url, user_table
 from ehr_features.raw.source import find_table
 from ehr_features.schema import FRONTAL, READ, view_names
 from pretrain.config import ImagesConfig
@@ -76,12 +75,11 @@ def _metadata(root: str) -> pd.DataFrame:
             f"{root}: no {' or '.join(READ['cxr_metadata'].places)} (.csv.gz, .csv, .parquet) here; mimic_cxr is the "
             "folder of MIMIC-CXR-JPG that holds files/"
         )
-    table = _read(path)
-    if missing := [c for c in columns if c not in table]:
-        raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(table.columns)}")
-    if table.empty:
-        raise UserError(f"{path}: no rows")
-    return table[columns].fillna("")
+    return _as_text(user_table(path, columns, str))[columns].fillna("")
+
+
+def _as_text(table: pd.DataFrame) -> pd.DataFrame:
+    return table.astype("string").astype(object)
 
 
 def _with_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
@@ -89,8 +87,8 @@ def _with_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     ids = {name: whole_numbers(table[name]).astype("string") for name in ("subject_id", "study_id")}
     ids["dicom_id"] = table.dicom_id.str.strip().replace("", None)
     table = table.assign(**ids)
-    named = table[list(ids)].notna().all(axis=1)
-    return table[named].astype(object), int((~named).sum())
+    whole = table[list(ids)].notna().all(axis=1)
+    return table[whole].astype(object), int((~whole).sum())
 
 
 def films_of(place: str) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -108,12 +106,12 @@ def films_of(place: str) -> tuple[pd.DataFrame, dict[str, int]]:
             lines = file.read().splitlines()
         table = pd.DataFrame({"path": [line.strip() for line in lines if line.strip()]}, dtype=str)
     else:
-        table = _read(place)
+        table = _as_text(user_table(place, dtype=str))
     if "path" not in table:
         raise UserError(f"{place}: no column `path`; found {', '.join(table.columns)}")
     asked = table.columns.intersection(["path", "dicom_id"])
-    named = pd.concat([table[c].fillna("").str.strip().replace(c, "") != "" for c in asked], axis=1).all(axis=1)
-    table, nameless = table[named], int((~named).sum())  # a header in the middle names nothing either
+    whole = table[asked].apply(named).notna().all(axis=1)
+    table, nameless = table[whole], int((~whole).sum())
     ids = table.dicom_id if "dicom_id" in table else table.path.map(film_id)
     films = pd.DataFrame({"dicom_id": ids, "path": _places(place, table.path)})
     return films, {f"left out (row without {' or '.join(asked)})": nameless} if nameless else {}
@@ -206,22 +204,6 @@ def by_id(ids: pd.Series, root: Path) -> pd.Series:
     """The file of each film anywhere below a folder, by its id; None: absent, or there are several."""
     there = films_of(root.as_posix())[0].drop_duplicates("dicom_id", keep=False)  # no guess between two
     return ids.map(there.set_index("dicom_id")["path"]).astype(object)
-
-
-def _read(path: str) -> pd.DataFrame:
-    """A table, every column as text."""
-    try:
-        with explained(path), fsspec.open(path, "rb") as file:
-            if path.endswith(".parquet"):
-                table = pd.read_parquet(file)
-            else:
-                table = pd.read_csv(file, dtype=str, compression="gzip" if path.endswith(".gz") else None)
-    except UserError:
-        raise
-    except (*UNREADABLE, zlib.error) as error:  # gzip, pandas and pyarrow each raise their own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be read as a table ({first}); was it copied whole?") from None
-    return table.astype("string").astype(object)
 
 
 def films_digest(films: pd.DataFrame) -> str:

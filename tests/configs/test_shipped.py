@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from benchmarks.pages import SCHEMAS, generated
-from configs import Settings, UserError, load
+from configs import Settings, UserError, load, shipped
 from configs.keys import keys, show
 from finetune.config import FuseConfig, ProbeConfig
 from pretrain.config import PretrainConfig
@@ -73,6 +73,13 @@ def test_the_shipped_yamls_resolve_as_in_release_0_2_0() -> None:
     for name, then in RESOLVED.items():
         now = load(schema_of(CONFIGS / name), CONFIGS / name).model_dump(mode="json")
         assert kept(now, then) == then, name  # keys that came later are not compared
+
+
+def test_a_preset_runs_by_its_name_as_by_its_key() -> None:
+    paths = ["features=features", "store=store", "out=runs/x"]
+    by_name = load(PretrainConfig, shipped.find("presets/paper"), paths)
+    by_key = load(PretrainConfig, {"preset": "paper"}, paths)
+    assert by_name.model_dump() == by_key.model_dump() | {"preset": "default"}
 
 
 @pytest.mark.parametrize("path", [*PATHS, *CONFIGS.glob("presets/*.yaml")], ids=lambda path: path.stem)

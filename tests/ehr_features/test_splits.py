@@ -89,7 +89,7 @@ def test_users_file_is_followed(tmp_path: Path, name: str) -> None:
         ("subject_id,split\n7,train\n7,test\n8,val\n", "1 subjects are in two splits"),
         ("subject_id,split\n7,train\n", "1 of 2 subjects have no row"),
         ("subject_id,split\n7,train\n8,tset\n", "'tset'] is not a split"),
-        ("subject,split\n7,train\n", "column ['subject_id'] missing"),
+        ("subject,split\n7,train\n", "columns missing: subject_id"),
         ("subject_id,split\nseven,train\n", "whole numbers"),
         ("", "cannot be read"),
     ],
