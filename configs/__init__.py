@@ -6,10 +6,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from configs.loader import Settings, UserError, load
+    from configs.loader import Settings, UserError, first_line, load
 
 __version__ = "0.2.0"
-__all__ = ["Settings", "UserError", "load"]
+__all__ = ["Settings", "UserError", "first_line", "load"]
 
 
 def __getattr__(name: str) -> Any:

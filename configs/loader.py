@@ -97,13 +97,13 @@ def load(schema: type[S], path: S | Given, overrides: Sequence[str] = ()) -> S:
             value = yaml.load(f"value: {text}" if text else "value: null", Yaml)["value"]
             OmegaConf.update(merged, key, value, merge=False, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-            faults.append(f"command line: `{override}` cannot be read: {_first_line(error)}")
+            faults.append(f"command line: `{override}` cannot be read: {first_line(error)}")
             continue
         given.add(key)
     try:
         data = typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+        raise UserError(f"{path}: {first_line(error)}") from None
 
     data = _at_home(data)
 
@@ -157,7 +157,7 @@ def _read(path: Path) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, AssertionError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or _first_line(error)
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{path}:{at} not valid YAML: {problem}") from None
     if config is None or not all(isinstance(key, str) for key in config):
         raise UserError(f"{path}: wanted `key: value` lines at the top, found something else")
@@ -245,5 +245,6 @@ def _nearest(key: str, keys: Sequence[str]) -> str:
     return f"; valid keys here: {', '.join(valid)}" if valid else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from configs import UserError
+from configs import UserError, first_line
 from configs.commands import command_line
 from ehr_features.schema import view_names
 
@@ -200,9 +200,8 @@ def undamaged(path: str | Path, advice: str) -> Iterator[None]:
     except UserError:
         raise
     except UNREADABLE as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
         kind = "safetensors" if str(path).endswith(".safetensors") else "Parquet"
-        raise UserError(f"{path}: damaged {kind} file ({why}); {advice}") from None
+        raise UserError(f"{path}: damaged {kind} file ({first_line(error)}); {advice}") from None
 
 
 def whole_numbers(column: pd.Series) -> pd.Series:

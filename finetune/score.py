@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from configs import UserError
+from configs import UserError, first_line
 from ehr_features.files import UNREADABLE, check_new_file, new_file
 from finetune.metrics import evaluate
 
@@ -81,7 +81,7 @@ def _read(path: str, *, header: bool = True) -> pd.DataFrame:
     except UserError:
         raise
     except (*UNREADABLE, SyntaxError, TokenError) as error:  # the last two: a damaged .npy header
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     if not len(frame):
         raise UserError(f"{path}: no rows")
     return frame if isinstance(frame.columns, pd.RangeIndex) else frame.rename(columns=str)

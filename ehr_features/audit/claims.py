@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from configs import UserError
+from configs import UserError, first_line
 from ehr_features import schema
 from ehr_features.audit.events import COVERED, check_covered
 from ehr_features.audit.films import (
@@ -97,7 +97,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
         source = _same_source(features, config)
     except UserError as error:
         unsaid = (KNOWN, COVERED, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
-        verdicts += [cannot(c, str(error).splitlines()[0]) for c in unsaid]
+        verdicts += [cannot(c, first_line(error)) for c in unsaid]
     else:
         verdicts += [check_known(features, source, config), check_covered(features, source, config)]
         verdicts.append(check_ends(source, samples, config))
@@ -114,7 +114,7 @@ def _built_with(features: Path) -> FeaturesConfig:
         channels.read_channels(config.channels)
         return config
     except (KeyError, TypeError, ValueError) as error:
-        why = f"provenance.json has no valid config of the build ({str(error).splitlines()[0]})"
+        why = f"provenance.json has no valid config of the build ({first_line(error)})"
         raise UserError(why) from None
 
 

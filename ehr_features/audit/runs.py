@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
-from configs import UserError
+from configs import UserError, first_line
 from ehr_features import static
 from ehr_features.audit.verdict import Verdict, cannot, decide
 from ehr_features.files import read_json
@@ -88,7 +88,7 @@ def _ids(path: Path) -> set[int]:
     try:
         return set(pq.read_table(path, columns=["subject_id"])["subject_id"].to_pylist())
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); copy the run again") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); copy the run again") from None
 
 
 def _inputs(run: Path, config: dict[str, Any]) -> Verdict:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from ibis import _
 from ibis.util import gen_name
 
-from configs import UserError
+from configs import UserError, first_line
 from ehr_features.films.metadata import first, held, hours, where
 from ehr_features.films.record import TRIAGE, over
 from ehr_features.raw.engine import hold
@@ -316,7 +316,7 @@ def read_abbreviations(path: Path | None) -> dict[str, str]:
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, comment="#")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a table of abbreviations ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as a table of abbreviations ({first_line(error)})") from None
     if missing := {"abbreviation", "expansion"} - set(table):
         raise UserError(f"{path}: column {sorted(missing)} missing; found {list(table)}")
     table = table.assign(abbreviation=table["abbreviation"].str.strip().str.lower())

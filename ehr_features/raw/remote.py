@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 import pandas as pd
 
-from configs import UserError
+from configs import UserError, first_line
 from ehr_features.files import UNREADABLE, digest, new_file
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
@@ -83,8 +83,7 @@ def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None)
     except FileNotFoundError:
         raise UserError(f"{path}: no such table") from None
     except (*UNREADABLE, zlib.error) as error:  # gzip, pandas and pyarrow each raise their own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be read as a table ({first}); was it copied whole?") from None
+        raise UserError(f"{path}: cannot be read as a table ({first_line(error)}); was it copied whole?") from None
     if missing := [c for c in columns if c not in table]:
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(map(str, table.columns))}")
     if table.empty:
@@ -148,7 +147,7 @@ def cached(url: str, fingerprint: Mapping[str, Any], folder: Any) -> str:
 
 
 def _why(url: str, error: Exception) -> str:
-    protocol, text = url.partition("://")[0], (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    protocol, text = url.partition("://")[0], first_line(error)[:200]
     code = str(getattr(error, "code", getattr(error, "status", "")))
     names = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ImportError) or "not known" in text:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs import UserError
+from configs import UserError, first_line
 from ehr_features.files import new_file
 from pretrain.run.log import Log
 from pretrain.run.processes import distributed, on_main
@@ -82,8 +82,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             state = _read(path)
             break
         except Exception as error:  # torch raises many types on damaged bytes
-            says = (str(error).splitlines() or [type(error).__name__])[0]
-            Log(folder).say(f"{path}: damaged ({says[:120]}); the one before it is tried")
+            Log(folder).say(f"{path}: damaged ({first_line(error)[:120]}); the one before it is tried")
     if distributed():
         steps: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(steps, -1 if state is None else state["step"])

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from configs import UserError
+from configs import UserError, first_line
 from configs.commands import command_line
 from ehr_features.files import read_json, undamaged
 from pretrain.store.decode import Square
@@ -110,7 +110,7 @@ def _map(path: Path, size: int) -> Any:
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); was the store copied whole?") from None
+        raise UserError(f"{path}: damaged ({first_line(error)}); was the store copied whole?") from None
     column = batch.column("bytes")
     if len(batch) and batch.column("encoding")[0].as_py() == "raw":
         assert column.offset == 0

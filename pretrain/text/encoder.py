@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from configs import UserError
+from configs import UserError, first_line
 from ehr_features.files import digest, file_digest, new_file, read_json
 from ehr_features.progress import Bar
 
@@ -65,8 +65,7 @@ class TextEncoder:
                 model_kwargs=weights,
             )  # fmt: skip
         except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-            why = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{self.folder}: cannot be opened as a text encoder: {why[0]}") from None
+            raise UserError(f"{self.folder}: cannot be opened as a text encoder: {first_line(error)}") from None
         return model.eval()
 
     @property

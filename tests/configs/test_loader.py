@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from configs import Settings, UserError, load
+from configs import Settings, UserError, first_line, load
 
 
 class Encoder(Settings):
@@ -113,3 +113,7 @@ def test_the_home_folder_in_a_path_is_no_folder_called_tilde(write, monkeypatch:
     monkeypatch.setenv("HOME", "/home/me")
     config = load(Config, write("out: ~/runs\n"), ["groups=[~/a,a~b]"])
     assert config.out == "/home/me/runs" and config.groups == ["/home/me/a", "a~b"]
+
+
+def test_an_error_without_words_is_named_by_its_class() -> None:
+    assert first_line(ValueError("a\nb")) == "a" and first_line(EOFError()) == first_line(EOFError("\n")) == "EOFError"
