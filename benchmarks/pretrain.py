@@ -34,17 +34,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import encoder as encoders
 from pretrain.build import keep_freed_memory
-from pretrain.config import ViewsConfig
+from pretrain.config import LossConfig, ViewsConfig
 from pretrain.data import Cutter
 from pretrain.draws import film_keys
 from pretrain.encoder.preprocess import Preprocess
-from pretrain.msn import MSN, Batch
+from pretrain.methods import Batch, Setup
+from pretrain.methods.msn import MSN
 from pretrain.views import Views
 
 TURN = 6  # our batches of views per turn, so that a turn lasts about as long as one batch of lightly's
-PAPER = {"temperature": 0.1, "target_temperature": 0.25}
 Job = Callable[[], Any]
 WIDTH, HEADS, DEPTH, PROTOTYPES = 192, 6, 12, 1024  # of the published model
+PAPER = LossConfig(prototypes=PROTOTYPES, temperature=0.1, target_temperature=0.25)
 
 
 class Published(nn.Module):
@@ -139,7 +140,7 @@ def cutter() -> Cutter:
         random=Views(1, 224, (0.3, 1.0), like),
         focal=Views(10, 96, (0.05, 0.3), like),
         preprocess=Preprocess(224, "dataset", 0.449, 0.226),
-        patch=16, is_vit=True, mask_ratio=0.15, mask_focal=True, fill="noise", seed=0,
+        patch=16, is_vit=True, mask_ratio=0.15, masked=("random", "focal"), fill="noise", seed=0,
     )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def our_step(batch_size: int) -> Job:
     """One optimizer step of our model."""
     keep_freed_memory()
     encoder = encoders.create("vit_tiny_patch16_224", model_args={"num_heads": HEADS})
-    msn = MSN(encoder, num_prototypes=PROTOTYPES, hidden=4 * WIDTH, out=WIDTH, loss=PAPER)
+    msn = MSN(encoder, Setup(4 * WIDTH, WIDTH, options=PAPER))
     batch = fixed_batch(batch_size)
     optimizer = torch.optim.AdamW(msn.groups(decay_all=True), lr=1e-4, fused=True)
 
@@ -194,7 +195,7 @@ def our_step(batch_size: int) -> Job:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        msn.update_target(0.996)
+        msn.after_step(0.996)
         return loss
 
     return step
@@ -242,7 +243,7 @@ def worker(batch_size: int, steps: int) -> None:
     keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     encoder = encoders.create("vit_tiny_patch16_224", model_args={"num_heads": HEADS})
-    msn = MSN(encoder, num_prototypes=PROTOTYPES, hidden=4 * WIDTH, out=WIDTH, loss=PAPER)
+    msn = MSN(encoder, Setup(4 * WIDTH, WIDTH, options=PAPER))
     local = batch_size // accelerator.num_processes
     films = torch.randint(0, 256, (local, 256, 256), dtype=torch.uint8)
     model, optimizer = accelerator.prepare(msn, torch.optim.AdamW(msn.groups(), lr=1e-4, fused=True))
@@ -253,7 +254,7 @@ def worker(batch_size: int, steps: int) -> None:
         accelerator.backward(model(batch)["loss"])
         optimizer.step()
         optimizer.zero_grad()
-        msn.update_target(0.996)
+        msn.after_step(0.996)
         spent.append(time.perf_counter() - began)
     if accelerator.is_main_process:
         print(json.dumps(batch_size / float(np.median(spent[2:]))))

@@ -100,6 +100,29 @@ def without_text(groups: Sequence[str]) -> list[str]:
     return [group for group in groups if group != TEXT_GROUP]
 
 
+def known(array: np.ndarray, columns: Sequence[str], groups: Sequence[str]) -> np.ndarray:
+    """Whether a film's record tells each column, so that it may be a target.
+
+    A column of a variable with a mask (`..._missing`, which follows its columns) is known where the mask is 0; columns
+    after a group's last mask share it. Masks say nothing of the patient, and are never known. A group without masks
+    (preset `msn`, `text`) is known where any of its columns is not 0.
+
+    Args:
+        array: (N, S) that `encode` gave; `columns`, `groups`: S names, and the group of each.
+    Returns: (N, S) bool.
+    """
+    out = np.zeros(array.shape, bool)
+    for group in dict.fromkeys(groups):
+        places = [i for i, name in enumerate(groups) if name == group]
+        masks = [i for i in places if columns[i].endswith("_missing")]
+        for i in places:
+            if not masks:
+                out[:, i] = (array[:, places] != 0).any(axis=1)
+            elif i not in masks:
+                out[:, i] = array[:, next((mask for mask in masks if mask > i), masks[-1])] == 0
+    return out
+
+
 def _refusal(group: str, known: Sequence[str], preset: str) -> str:
     if group == TEXT_GROUP:
         return "group `text` is no column: it goes with pretraining's ehr.notes and ehr.text_encoder"

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     out.add_argument("source", metavar="RUN", help="a run folder, or an encoder/")
     out.add_argument("out", metavar="OUT", help="a new folder")
     out.add_argument("--in-chans", type=int, choices=(1, 3), default=None, help="of the films it will see")
-    out.add_argument("--branch", choices=("target", "anchor"), default="target", help="moving average, or trained")
+    out.add_argument("--branch", choices=("target", "anchor"), help="moving average, or trained (default: encoder/)")
     out.add_argument("--format", choices=("timm", "onnx"), default="timm")
     out.add_argument("--probe", metavar="RUN", default=None, help="a probe's run folder, for the model card")
     out.set_defaults(run=_export)

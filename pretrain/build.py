@@ -1,4 +1,4 @@
-"""What a pretraining is built of, each part from the config: accelerator, method, batches, optimizer's place."""
+"""What a pretraining is built of, each part from the config: accelerator, method, optimizer, batches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
+from timm.optim import Lars
 
-from configs import UserError
+from configs import UserError, load
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.config import PretrainConfig
+from pretrain.config import METHODS, SECTIONS, OptimConfig, PretrainConfig
 from pretrain.data import Cutter, Films, Partners, Steps
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.encoder.weights import load_weights
-from pretrain.msn import MSN, Record
+from pretrain.methods import Method, Setup, find
+from pretrain.methods.record import Record
 from pretrain.store import Store
 from pretrain.text.notes import TextSource
 from pretrain.views import Views
@@ -45,8 +47,12 @@ def text(config: PretrainConfig) -> TextSource | None:
     return TextSource(config.ehr.notes, config.ehr.text_encoder, Path(config.out).parent / "cache")
 
 
-def method(config: PretrainConfig, record_width: int, log: run.Log | None = None) -> MSN:
-    """The method's module as the config says, initialised from torch's global generator."""
+def method(config: PretrainConfig, films: Films | None = None, log: run.Log | None = None) -> Method:
+    """The method's module as the config says, initialised from torch's global generator.
+
+    Args:
+        films: whose record takes part; None: no record.
+    """
     e, v = config.encoder, config.views
     encoder = encoders.create(
         e.arch,
@@ -62,21 +68,95 @@ def method(config: PretrainConfig, record_width: int, log: run.Log | None = None
         if log is not None:
             log.say(f"starting from {said}")
     encoder.checkpointing = config.checkpointing
-    record = Record(record_width, config.ehr.use, config.ehr.inject, config.ehr.width, config.ehr.predict_weight)
-    loss = config.loss.model_dump()
-    return MSN(
-        encoder,
-        num_prototypes=loss.pop("prototypes"),
+    wanted = find(config.method)
+    _suits(config, wanted, encoder)
+    setup = Setup(
         hidden=config.head.hidden or 4 * encoder.width,
         out=config.head.out or encoder.width,
         norm=config.head.norm,
-        record=record,
-        loss=loss,
+        record=_record(config, wanted, films),
+        options=_options(config, wanted),
+        num_random=v.num_random,
+        steps_per_epoch=1.0 if films is None else max(1, len(films) // config.optim.batch_size),
+    )
+    return wanted(encoder, setup)
+
+
+def _record(config: PretrainConfig, wanted: type[Method], films: Films | None) -> Record:
+    """How the record takes part. Raises: UserError: the method or the films cannot use it so."""
+    ehr = config.ehr
+    if films is None or not films.columns:
+        return Record()
+    if ehr.use == "condition" and not wanted.is_told:
+        raise UserError(
+            f"method {config.method} has no embedding that a record could condition; "
+            f"set ehr.use=predict or ehr.use=contrast, or ehr.groups=[]"
+        )
+    if films.known is not None and ehr.use != "condition" and not films.known.any():
+        raise UserError(
+            f"ehr.groups {', '.join(ehr.groups)}: no film has a known value, so there is nothing to {ehr.use}"
+        )
+    weight = ehr.predict_weight if ehr.use == "predict" else ehr.contrast_weight
+    widths = {"width": len(films.columns), "hidden": ehr.width}
+    return Record(
+        use=ehr.use,
+        inject=ehr.inject,
+        binary=films.binary,
+        weight=weight,
+        temperature=ehr.contrast_temperature,
+        **widths,
     )
 
 
-def steps(config: PretrainConfig, films: Films, store: Store, encoder: encoders.Encoder, accelerator: Any) -> Steps:
+def _options(config: PretrainConfig, wanted: type[Method]) -> Any:
+    """The method's own section of the config; `method_args` of a method from a user's file."""
+    section = SECTIONS.get(config.method)
+    if section is not None:
+        return getattr(config, section)
+    if config.method in METHODS:
+        return None
+    made = getattr(wanted, "Options", None)
+    return dict(config.method_args) if made is None else load(made, config.method_args)
+
+
+def _suits(config: PretrainConfig, wanted: type[Method], encoder: encoders.Encoder) -> None:
+    """Refuse what this method cannot do."""
+    anchors, name = config.views.num_random + config.views.num_focal, config.method
+    if wanted.needs_vit and not encoder.is_vit:
+        raise UserError(f"method {name} works on the tokens of a ViT; {config.encoder.arch} has none")
+    if wanted.least_anchors == 0 and anchors:
+        raise UserError(f"method {name} sees one view of a film; set views.num_random=0 and views.num_focal=0")
+    if anchors < wanted.least_anchors:
+        raise UserError(
+            f"views.num_random and views.num_focal are both 0: there is no anchor to train; method {name} needs "
+            f"{wanted.least_anchors}"
+        )
+    if wanted.least_anchors == 0 and config.films.positives != "film":
+        raise UserError(f"method {name} compares no two films; set films.positives=film")
+    if wanted.masked != ("random",) and config.mask.focal:
+        raise UserError(f"method {name} masks no focal views; set mask.focal=false")
+    if "target" in wanted.masked and not config.mask.ratio:
+        raise UserError(f"method {name} learns from masked patches; set mask.ratio, e.g. 0.75")
+    if config.optim.batch_size < wanted.least_films:
+        raise UserError(
+            f"method {name} compares the films of a batch: optim.batch_size {config.optim.batch_size}, "
+            f"wanted at least {wanted.least_films}"
+        )
+    if config.ehr.groups and config.ehr.use == "contrast" and config.optim.batch_size < 2:
+        raise UserError("ehr.use: contrast compares the films of a batch; raise optim.batch_size to 2 or more")
+
+
+def optimizer(optim: OptimConfig, method: Method) -> torch.optim.Optimizer:
+    """AdamW, or LARS with momentum .9; learning rates and decays are set at every step."""
+    groups = method.groups(optim.decay_all)
+    if optim.optimizer == "lars":
+        return Lars(groups, lr=1.0, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=1.0, betas=optim.betas, fused=True)
+
+
+def steps(config: PretrainConfig, films: Films, store: Store, method: Method, accelerator: Any) -> Steps:
     """The batches of this process. Raises: UserError: films, store, network and batch do not fit together."""
+    encoder = method.anchor
     v, size, patch = config.views, config.encoder.image_size, encoder.patch if encoder.is_vit else config.mask.cell
     world, positives = accelerator.num_processes, config.films.positives
     _fit(config, store, encoder, world)
@@ -88,7 +168,8 @@ def steps(config: PretrainConfig, films: Films, store: Store, encoder: encoders.
         patch=patch,
         is_vit=encoder.is_vit,
         mask_ratio=config.mask.ratio,
-        mask_focal=config.mask.focal,
+        masked=(*method.masked, "focal") if config.mask.focal else method.masked,
+        block=config.mask.shape == "block",
         fill=config.mask.fill,
         seed=config.seed,
     )
@@ -155,22 +236,24 @@ def _passes(encoder: encoders.Encoder, side: int, name: str) -> None:
         encoder.train(was_training)
 
 
-def synchronise(msn: MSN) -> MSN:
+def synchronise(method: Method) -> Method:
     """Batch norm over all processes, on GPUs. timm's conversion: torch's would drop DenseNet's fused activations."""
-    made: MSN = convert_sync_batchnorm(msn)
+    made: Method = convert_sync_batchnorm(method)
     return made
 
 
-def prepare(msn: MSN, optimizer: Any, accelerator: Any, config: PretrainConfig, state: dict[str, Any] | None) -> Any:
+def prepare(
+    method: Method, optimizer: Any, accelerator: Any, config: PretrainConfig, state: dict[str, Any] | None
+) -> Any:
     """The method and its optimizer, ready for this machine, the optimizer as in `state`."""
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
-        synchronise(msn)
-    if not msn.anchor.is_vit:  # convolutions like it on GPUs, and on CPUs take a third less time
-        msn.to(memory_format=torch.channels_last)
+        synchronise(method)
+    if not method.anchor.is_vit:  # convolutions like it on GPUs, and on CPUs take a third less time
+        method.to(memory_format=torch.channels_last)
     if config.compile:  # a graph for each size of view, rather than one slower graph for any
-        msn.anchor.compile(dynamic=False)
-        msn.target.compile(dynamic=False)
-    model, optimizer = accelerator.prepare(msn, optimizer)
+        for encoder in {id(e): e for e in (method.anchor, method.product[1])}.values():
+            encoder.compile(dynamic=False)
+    model, optimizer = accelerator.prepare(method, optimizer)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         _as_laid_out(optimizer)

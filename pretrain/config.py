@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from configs import Settings
 from configs.loader import fragment
+from configs.plugin import is_file
 from ehr_features.config import TEXT_GROUP, Storage
 from ehr_features.schema import Split
 
@@ -79,6 +81,30 @@ class ImagesConfig(Settings):
         return self
 
 
+# The methods: name -> file and class under pretrain/methods/; and the section of the config that is theirs alone.
+METHODS = {
+    "msn": "msn:MSN",
+    "pmsn": "msn:MSN",
+    "dino": "dino:DINO",
+    "ibot": "ibot:IBOT",
+    "mae": "mae:MAE",
+    "simclr": "simclr:SimCLR",
+    "vicreg": "vicreg:VICReg",
+    "byol": "byol:BYOL",
+    "lejepa": "lejepa:LeJEPA",
+}
+SECTIONS = {
+    "msn": "loss",
+    "pmsn": "loss",
+    "dino": "dino",
+    "ibot": "dino",
+    "mae": "mae",
+    "simclr": "simclr",
+    "vicreg": "vicreg",
+    "lejepa": "lejepa",
+}
+
+
 class EncoderConfig(Settings):
     """Which network."""
 
@@ -112,7 +138,7 @@ class EncoderConfig(Settings):
 
 
 class EhrConfig(Settings):
-    """How the record conditions the anchor. `groups: []` is vanilla MSN."""
+    """How the record takes part. `groups: []`: not at all."""
 
     groups: list[str] = Field(
         default=[],
@@ -128,21 +154,28 @@ class EhrConfig(Settings):
         default="default",
         description="Columns of the groups: ours (default), or those of CXR-EHR-MSN's published sets (msn).",
     )
-    inject: Literal["add", "concat"] = Field(
+    inject: Literal["add", "concat", "predictor"] = Field(
         default="add",
-        description="How the record enters: add is h + W e with W = 0 at the start, concat is g([h; f(e)]).",
+        description="How the record conditions: add is h + W e with W = 0 at the start, concat is g([h; f(e)]), both "
+        "before the head; predictor is z + g([z; e]) after it, so that encoder and head are not told.",
     )
-    width: int = Field(default=128, ge=1, description="Width of f(e) with inject: concat.")
+    width: int = Field(
+        default=128,
+        ge=1,
+        le=65536,
+        description="Width of the record's embedding, with inject: concat or predictor, or use: contrast.",
+    )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Probability that a group is blanked for a film in an epoch."
     )
-    use: Literal["condition", "predict"] = Field(
+    use: Literal["condition", "predict", "contrast"] = Field(
         default="condition",
-        description="condition: the record conditions the anchor; predict (control): it is a target instead.",
+        description="condition: the record conditions the anchor; predict: its known columns are predicted from the "
+        "film; contrast: film and record are told from those of other subjects.",
     )
-    predict_weight: float = Field(
-        default=1.0, ge=0, description="Weight of that target in the loss, with use: predict."
-    )
+    predict_weight: float = Field(default=1.0, ge=0, description="Weight of that loss, with use: predict.")
+    contrast_weight: float = Field(default=1.0, ge=0, description="Weight of that loss, with use: contrast.")
+    contrast_temperature: float = Field(default=0.1, gt=0, description="Temperature of that loss.")
     permuted: bool = Field(default=False, description="Control: each film gets the record of another film.")
 
     @model_validator(mode="after")
@@ -194,8 +227,6 @@ class ViewsConfig(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.num_random + self.num_focal == 0:
-            raise ValueError("num_random and num_focal are both 0: there is no anchor to train")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio must be 0 < low <= high, got {self.ratio[0]}, {self.ratio[1]}")
         for name in ("target_scale", "random_scale", "focal_scale"):
@@ -213,6 +244,9 @@ class MaskConfig(Settings):
     )
     focal: bool = Field(default=False, description="Mask focal views too, which the original MSN does not.")
     cell: int = Field(default=32, ge=4, description="Side in pixels of a masked cell of a convolutional network.")
+    shape: Literal["random", "block"] = Field(
+        default="random", description="Which patches: any, or those nearest to a point drawn on the film."
+    )
     fill: Literal["noise", "mean", "film"] = Field(
         default="noise",
         description="Content of a masked cell of a convolutional network: noise, the mean, or another film.",
@@ -220,7 +254,7 @@ class MaskConfig(Settings):
 
 
 class LossConfig(Settings):
-    """The loss over prototypes (pretrain/loss.py)."""
+    """With method: msn or pmsn: the loss over prototypes (pretrain/loss.py)."""
 
     prototypes: int = Field(
         default=1024, ge=2, le=1_000_000, description="Number of learned prototypes; far more than clusters collapses."
@@ -245,13 +279,71 @@ class HeadConfig(Settings):
         default=2048, ge=1, description="Width of the hidden layers; null: four times the encoder's width."
     )
     out: int | None = Field(default=256, ge=1, description="Width of the output; null: the encoder's width.")
-    norm: Literal["batch", "layer"] = Field(
-        default="batch", description="Normalisation; layer serves exact accumulation and batches of 1."
+    norm: Literal["batch", "layer", "none"] = Field(
+        default="batch", description="Normalisation; layer and none serve exact accumulation and batches of 1."
+    )
+
+
+class DinoConfig(Settings):
+    """With method: dino or ibot. head.out is the number of classes."""
+
+    bottleneck: int = Field(default=256, ge=1, le=65536, description="Width before the last layer of the head.")
+    norm_last_layer: bool = Field(default=True, description="Keep the norms of the last layer's weights at 1.")
+    freeze_epochs: float = Field(default=1.0, ge=0, description="Epochs in which the last layer stays as it is.")
+    student_temperature: float = Field(default=0.1, gt=0, description="Temperature of the student.")
+    teacher_temperature: float = Field(default=0.04, gt=0, description="Temperature of the teacher after its warm-up.")
+    teacher_start: float = Field(default=0.04, gt=0, description="Temperature of the teacher at the start.")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="Epochs of the teacher's warm-up.")
+    center_momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of the teacher's mean, its centre.")
+    patch_weight: float = Field(default=1.0, ge=0, description="With ibot: weight of the loss of masked patches.")
+
+
+class MaeConfig(Settings):
+    """With method: mae."""
+
+    decoder_width: int = Field(default=512, ge=4, le=65536, description="Width of the decoder.")
+    decoder_depth: int = Field(default=8, ge=1, le=256, description="Blocks of the decoder.")
+    decoder_heads: int = Field(default=16, ge=1, description="Attention heads of the decoder.")
+    norm_pixels: bool = Field(default=True, description="Targets are patches of mean 0 and deviation 1.")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            raise ValueError(
+                f"decoder_width {self.decoder_width} must be a multiple of decoder_heads {self.decoder_heads} and of 4"
+            )
+        return self
+
+
+class SimclrConfig(Settings):
+    """With method: simclr."""
+
+    temperature: float = Field(default=0.1, gt=0, description="Temperature of the contrast between films.")
+
+
+class VicregConfig(Settings):
+    """With method: vicreg: weights of the three terms."""
+
+    invariance: float = Field(default=25.0, ge=0, description="Weight of the distance between views.")
+    variance: float = Field(default=25.0, ge=0, description="Weight of the hinge on each output's deviation.")
+    covariance: float = Field(default=1.0, ge=0, description="Weight of the covariance between outputs.")
+
+
+class LejepaConfig(Settings):
+    """With method: lejepa."""
+
+    weight: float = Field(default=0.05, ge=0, le=1, description="Weight of the Gaussian term; the rest is agreement.")
+    directions: int = Field(
+        default=1024, ge=1, le=1_000_000, description="Random directions it looks along, each step."
     )
 
 
 class OptimConfig(Settings):
-    """AdamW and its schedules."""
+    """The optimizer and its schedules."""
+
+    optimizer: Literal["adamw", "lars"] = Field(
+        default="adamw", description="adamw; lars (momentum 0.9) is what SimCLR, VICReg and BYOL were trained with."
+    )
 
     batch_size: int = Field(default=1024, ge=1, description="Films in an optimizer step, over all processes.")
     epochs: float = Field(default=100, gt=0, description="Passes over the films.")
@@ -275,6 +367,9 @@ class OptimConfig(Settings):
     )
     ema: float = Field(default=0.996, ge=0, le=1, description="Momentum of the target at the start.")
     ema_end: float = Field(default=1.0, ge=0, le=1, description="Momentum of the target at the end.")
+    ema_shape: Literal["linear", "cosine"] = Field(
+        default="linear", description="Path of the target's momentum from start to end."
+    )
     stretch: float = Field(
         default=1.25, ge=1, description="Schedules run as if the training were this many times as long."
     )
@@ -321,12 +416,23 @@ class PretrainConfig(Settings):
         description="Values of keys that are not given: the original MSN's schedules (default), or CXR-EHR-MSN's as "
         "published (paper: configs/presets/paper.yaml).",
     )
+    method: str = Field(
+        default="msn",
+        description=f"Self-supervised method: {', '.join(METHODS)}, or a class of your own, FILE.py:Class "
+        "(docs/methods.md). Keys that are not given have its published values (configs/presets/METHOD.yaml).",
+    )
+    method_args: dict[str, Any] = Field(default={}, description="Arguments of a method of your own.")
     seed: int = Field(default=0, description="Seed of weights, order, views and masks.")
     encoder: EncoderConfig = EncoderConfig()
     ehr: EhrConfig = EhrConfig()
     views: ViewsConfig = ViewsConfig()
     mask: MaskConfig = MaskConfig()
     loss: LossConfig = LossConfig()
+    dino: DinoConfig = DinoConfig()
+    mae: MaeConfig = MaeConfig()
+    simclr: SimclrConfig = SimclrConfig()
+    vicreg: VicregConfig = VicregConfig()
+    lejepa: LejepaConfig = LejepaConfig()
     head: HeadConfig = HeadConfig()
     optim: OptimConfig = OptimConfig()
     films: FilmsConfig = FilmsConfig()
@@ -358,20 +464,42 @@ class PretrainConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        """The preset's values stand where the YAML and the command line give none."""
-        if not isinstance(given, dict) or given.get("preset") != "paper":
+        """The values of the preset, or of the method, stand where the YAML and the command line give none."""
+        if not isinstance(given, dict):
+            return given
+        method, paper = given.get("method", "msn"), given.get("preset") == "paper"
+        preset = "paper" if paper else method
+        if preset == "msn" or (not paper and method not in METHODS):
             return given
         filled = dict(given)
-        for section, values in fragment("paper").items():
+        for section, values in fragment(preset).items():
             own = given.get(section)
             if own is None or isinstance(own, dict):
                 filled[section] = {**values, **(own or {})}
         return filled
 
+    @property
+    def unused(self) -> list[str]:
+        """Sections of other methods that were given all the same."""
+        others = sorted({*SECTIONS.values()} - {SECTIONS.get(self.method)})
+        return [name for name in others if getattr(self, name) != type(getattr(self, name))()]
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.films.max_days is not None and self.films.positives != "patient":
             raise ValueError("films.max_days goes with films.positives: patient")
+        if self.method not in METHODS and not is_file(self.method):
+            near = difflib.get_close_matches(self.method, METHODS, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            raise ValueError(f"method `{self.method}`: {hint}wanted {', '.join(METHODS)}, or FILE.py:Class")
+        if self.preset == "paper" and self.method not in ("msn", "pmsn"):
+            raise ValueError(f"preset: paper is CXR-EHR-MSN, not method {self.method}; leave preset out")
+        if self.method_args and self.method in METHODS:
+            own = SECTIONS.get(self.method)
+            raise ValueError(
+                f"method_args is for a method of your own; {self.method} has "
+                + (f"the section `{own}`" if own else "none")
+            )
         coupled = self.head.norm == "batch" or not self.encoder.arch.startswith(("vit", "deit"))
         if self.optim.accumulate > 1 and self.optim.accumulate_mode == "exact" and coupled:
             raise ValueError(

@@ -28,7 +28,7 @@ from ehr_features.schema import FRONTAL
 from pretrain.config import FilmsConfig
 from pretrain.draws import film_keys, uniforms, within_cap
 from pretrain.encoder.preprocess import Preprocess
-from pretrain.msn import Batch
+from pretrain.methods.base import Batch
 from pretrain.text.notes import TextSource, text_columns
 from pretrain.views import Plan, Views, cut, draw, draw_keep, draw_noise, mask_cells, turn
 
@@ -43,6 +43,7 @@ class Films:
     Attributes:
         table: dicom_id, study_id, subject_id, taken_at, split; N rows.
         static: (N, S) float32; `columns`: their S names; `column_groups`: the group of each.
+        known: (N, S), whether the film's record tells the column; None: all.
         available_at: group -> study, admission or discharge.
         text: what the group `text` was read from, for encoder.json; None without it.
         left_out: reason -> number of films.
@@ -55,17 +56,27 @@ class Films:
     available_at: dict[str, str]
     left_out: dict[str, int]
     text: dict[str, Any] | None = None
+    known: np.ndarray | None = None
     keys: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = film_keys(self.table["dicom_id"].tolist())
+        self.known = np.ones(self.static.shape, bool) if self.known is None else self.known
+        self.subjects = pd.factorize(self.table["subject_id"])[0]
 
     def __len__(self) -> int:
         return len(self.table)
 
     def permute_record(self, seed: int) -> None:
         """Give each film the record of another: the control in which the record says nothing of the film."""
-        self.static = self.static[np.argsort(uniforms(self.keys, 1, seed, 0, "permuted record")[:, 0], kind="stable")]
+        others = np.argsort(uniforms(self.keys, 1, seed, 0, "permuted record")[:, 0], kind="stable")
+        assert self.known is not None
+        self.static, self.known = self.static[others], self.known[others]
+
+    @property
+    def binary(self) -> list[bool]:
+        """Of each column of the record, whether it is 0 or 1."""
+        return [bool(np.isin(column, (0, 1)).all()) for column in self.static.T]
 
 
 def select_films(
@@ -103,11 +114,17 @@ def select_films(
         table=table.loc[keep, ["dicom_id", "study_id", "subject_id", "taken_at", "split"]].reset_index(drop=True),
         static=array[keep],
         columns=[name for e in encoded for name in e[1]],
-        column_groups=[group for group, e in zip(groups, encoded, strict=True) for _ in e[1]],
+        column_groups=_repeated(groups, encoded),
         available_at=static.available_at(groups, preset),
         left_out=left_out,
         text=about,
+        known=static.known(array, [name for e in encoded for name in e[1]], _repeated(groups, encoded))[keep],
     )
+
+
+def _repeated(groups: Sequence[str], encoded: Sequence[tuple[np.ndarray, list[str]]]) -> list[str]:
+    """The group of each column."""
+    return [group for group, e in zip(groups, encoded, strict=True) for _ in e[1]]
 
 
 def _encode(table: pd.DataFrame, group: str, preset: str, source: str) -> tuple[np.ndarray, list[str]]:
@@ -147,6 +164,7 @@ class Cutter:
     """From films to the views of a step.
 
     Args:
+        masked: kinds of view that are masked.
         patch: pixels of a patch (ViT) or of a masked cell (convolutional).
         is_vit: patches are dropped inside the network; else cells of the input are filled.
     """
@@ -158,19 +176,19 @@ class Cutter:
     patch: int
     is_vit: bool
     mask_ratio: float
-    mask_focal: bool
+    masked: tuple[str, ...]
     fill: str
     seed: int
+    block: bool = False
 
     def plan(self, keys: np.ndarray, side: int, epoch: int) -> dict[str, Any]:
         """Boxes, kept patches and noise of a batch, on the CPU."""
         kinds = {"target": self.target, "random": self.random, "focal": self.focal}
         plans: dict[str, Any] = {k: draw(v, keys, side, self.seed, epoch, k) for k, v in kinds.items() if v.count}
         for kind, views in kinds.items():
-            masked = kind == "random" or (kind == "focal" and self.mask_focal)
-            if views.count and masked and self.mask_ratio:
+            if views.count and kind in self.masked and self.mask_ratio:
                 patches = (views.size // self.patch) ** 2
-                arguments = (views.count, patches, self.mask_ratio, self.seed, epoch, f"{kind} mask")
+                arguments = (views.count, patches, self.mask_ratio, self.seed, epoch, f"{kind} mask", self.block)
                 plans[f"{kind} keep"] = draw_keep(keys, *arguments)
                 if not self.is_vit and self.fill == "noise":
                     plans[f"{kind} noise"] = draw_noise(
@@ -199,7 +217,8 @@ class Cutter:
                 keep = None
             anchors.append(views)
             keeps.append(keep)
-        return Batch(target, anchors, keeps, raw.get("static"))
+        told = {name: raw.get(name) for name in ("static", "known", "subjects")}
+        return Batch(target, anchors, keeps, target_keep=plans.get("target keep"), **told)
 
     def _filler(self, views: Tensor, noise: Tensor | None, number: int) -> Tensor:
         """What stands in masked cells: noise, the next film of this process's batch, or the mean, which is 0."""
@@ -263,19 +282,25 @@ class Steps(Dataset[Any]):
             raw["target films"] = self._read(self.partners(rows, u))
         raw["plans"] = self.cutter.plan(keys, raw["films"].shape[-1], epoch)
         if self.films.static.shape[1]:
-            raw["static"] = torch.from_numpy(self._static(rows, keys, epoch))
+            static, known = self._record(rows, keys, epoch)
+            subjects = self.films.subjects[rows]
+            raw |= {"static": torch.from_numpy(static), "known": torch.from_numpy(known)}
+            raw["subjects"] = torch.from_numpy(subjects)
         return self.cutter.cut(raw) if self.cut_here else raw
 
     def _read(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.store.read(self.dicom_ids[rows].tolist()))
 
-    def _static(self, rows: np.ndarray, keys: np.ndarray, epoch: int) -> np.ndarray:
-        record = self.films.static[rows]
+    def _record(self, rows: np.ndarray, keys: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B, S) of the record, and whether it is known; both without the groups that are blanked in this epoch."""
+        assert self.films.known is not None
+        record, known = self.films.static[rows], self.films.known[rows]
         if not self.dropout:
-            return record
+            return record, known
         codes, names = pd.factorize(np.array(self.films.column_groups, dtype=object))
         u = uniforms(keys, len(names), self.cutter.seed, epoch, "record dropout")
-        return record * (u >= self.dropout).astype(np.float32)[:, codes]
+        kept = (u >= self.dropout)[:, codes]
+        return record * kept.astype(np.float32), known & kept
 
 
 # ---- Batches in order, on the device: workers read films; on a GPU they are cut there, while the next ones are read.

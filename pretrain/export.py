@@ -1,6 +1,6 @@
 """Write encoder/ from a run, with a model card, and copies of it for other uses.
 
-Comes in: a run folder, or the target branch of a running one. Goes out: encoder/ (see pretrain/encoder/model.py).
+Comes in: a run folder, or the method of a running one. Goes out: encoder/ (see pretrain/encoder/model.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pretrain.data import Films
 from pretrain.encoder import Encoder
 from pretrain.encoder.model import encoder_folder
 from pretrain.encoder.weights import to_channels
+from pretrain.methods import Method
 from pretrain.run import load_checkpoint
 from pretrain.seen import ancestry
 from pretrain.store import Store
@@ -37,16 +38,17 @@ READ_FILMS = 4000  # at most so many for the readability of EHR columns
 def write(
     folder: Path,
     config: PretrainConfig,
-    encoder: Encoder,
+    method: Method,
     films: Films,
     store: Store,
     step: int,
     *,
-    branch: str = "target",
     last: bool = False,
 ) -> Path:
     """runs/X/encoder/ as it is now; `last` adds how linearly readable the EHR columns are."""
+    branch, encoder = method.product
     meta: dict[str, Any] = {
+        "method": config.method,
         "step": step,
         "branch": branch,
         "ehr_groups": films.available_at,
@@ -122,17 +124,17 @@ def export(
     out: str | Path,
     *,
     in_chans: int | None = None,
-    branch: str = "target",
+    branch: str | None = None,
     form: str = "timm",
     probe: str | Path | None = None,
 ) -> Path:
     """Copy the encoder of a run, for use elsewhere.
 
     Args:
-        source: a run folder, or an encoder/ (target branch only).
+        source: a run folder, or an encoder/ (its own branch only).
         out: a new folder; for ONNX too (encoder.onnx beside encoder.json).
         in_chans: 1 or 3: the first layer gives the same features for gray films repeated in so many channels.
-        branch: `anchor` reads the trained branch from the newest checkpoint.
+        branch: None: that of encoder/; `anchor` reads the trained branch from the newest checkpoint.
         form: `timm` or `onnx`.
         probe: a probe's run folder; its numbers go into the model card.
     Raises: UserError: no encoder or checkpoint there, `out` exists, or packages for ONNX are missing.
@@ -144,13 +146,16 @@ def export(
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8") if (folder / "MODEL_CARD.md").is_file() else None
     if card is not None and probe is not None:
         card = card.replace(NO_RESULTS, probe_table(read_json(Path(probe) / "results.json")))
-    if branch == "anchor":
+    held = encoder.meta.get("branch", "target")
+    if branch == "target" and held != "target":
+        raise UserError(f"{folder}: method {encoder.meta.get('method')} has no target branch; leave --branch out")
+    if branch == "anchor" and held == "target":
         target = f"the target branch after {encoder.meta.get('step')} steps"
         _fill_from_anchor(encoder, source)
         card = card and card.replace(target, f"the anchor branch after {encoder.meta['step']} steps")
         card = card and card.replace(READABLE, f"{READABLE} of the target branch")
         encoder.meta.pop("readability", None)  # it was measured on the other branch
-    meta = encoder.meta | {"branch": branch}
+    meta = encoder.meta | {"branch": branch or held}
     if in_chans is not None and in_chans != meta["in_chans"]:
         before = meta["in_chans"]
         state, said = to_channels(encoder.net.state_dict(), in_chans)
@@ -172,7 +177,7 @@ def export(
 def _fill_from_anchor(encoder: Encoder, source: Path) -> None:
     state = load_checkpoint(source) if (source / "checkpoints").is_dir() else None
     if state is None:
-        raise UserError(f"{source}: no checkpoint, so no anchor branch; give the run folder, or --branch target")
+        raise UserError(f"{source}: no checkpoint, so no anchor branch; give the run folder, or leave --branch out")
     net = {k.removeprefix("anchor.net."): v for k, v in state["model"].items() if k.startswith("anchor.net.")}
     encoder.net.load_state_dict(net)
     encoder.meta = encoder.meta | {"step": state["step"]}
@@ -202,6 +207,11 @@ Trained on credentialed data (PhysioNet) where it was MIMIC: the data must not l
 carry traces of patients. Share them only after checking the data use agreement. For research; not a medical device."""
 
 
+NAMES = {
+    "msn": "masked Siamese networks (MSN)", "pmsn": "masked Siamese networks with a power-law prior (PMSN)",
+    "dino": "DINO", "ibot": "iBOT", "mae": "a masked autoencoder (MAE)", "simclr": "SimCLR", "vicreg": "VICReg",
+    "lejepa": "LeJEPA", "byol": "BYOL",
+}  # fmt: skip
 READABLE = "## How linearly readable the record is from the frozen features"
 NO_RESULTS = "None yet: `ehr-msn probe` measures it, `ehr-msn export RUN OUT --probe PROBE` writes it here."
 
@@ -209,7 +219,7 @@ NO_RESULTS = "None yet: `ehr-msn probe` measures it, `ehr-msn export RUN OUT --p
 def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
     """The card's Markdown, from encoder.json and the config; `probe_table` takes the place of `NO_RESULTS`."""
     lines = [
-        f"# {meta['arch']}, pretrained on chest films with masked Siamese networks",
+        f"# {meta['arch']}, pretrained on chest films with {NAMES.get(config.method, config.method)}",
         "",
         f"- Network: timm `{meta['arch']}` {meta['model_args']}; {meta['in_chans']} channel(s), {meta['image_size']}"
         f" px, {meta['width']} features (pool `{meta['pool']}`).",
@@ -262,13 +272,13 @@ def _start(meta: dict[str, Any]) -> list[str]:
 
 def _record(meta: dict[str, Any], config: PretrainConfig) -> str:
     if not meta["ehr_groups"]:
-        return "none (vanilla MSN)"
+        return "none"
     told = "; ".join(f"`{name}` (known at {when})" for name, when in meta["ehr_groups"].items())
     if not config.ehr.groups:
         return f"none in this run; {told} in the run that it started from"
-    how = (
-        f"told to the anchor ({config.ehr.inject})"
-        if config.ehr.use == "condition"
-        else "a target of the anchor (control)"
-    )
+    how = {
+        "condition": f"told to the anchor ({config.ehr.inject})",
+        "predict": "predicted from the film",
+        "contrast": "contrasted with the film",
+    }[config.ehr.use]
     return f"{told}; {how}{', permuted between films (control)' if config.ehr.permuted else ''}"

@@ -128,6 +128,16 @@ def _mean_over_processes(value: Tensor) -> Tensor:
     return mean + (value - value.detach())
 
 
+def share_of_batch(count: Tensor) -> Tensor:
+    """What to divide a sum over this process's films by, for its mean over processes to be that of the whole batch.
+
+    Args:
+        count: how many entries of this process are summed; 0 everywhere gives a number near 0 to divide a 0 by.
+    """
+    whole = _sum_over_processes(count.detach().clone().float())
+    return (whole / _num_processes()).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def _check(anchors: Tensor, targets: Tensor, prototypes: Tensor, temperature: float, target_temperature: float) -> None:
     if any(x.ndim != 2 for x in (anchors, targets, prototypes)):
         raise ValueError(

@@ -20,7 +20,7 @@ from ehr_features.files import write_json
 from pretrain import run
 from pretrain.config import PROTOTYPES_FLOOR, RANK_FLOOR, PretrainConfig
 from pretrain.data import Cutter, Films, Steps
-from pretrain.msn import MSN, effective_rank
+from pretrain.methods import Method
 from pretrain.schedule import Schedule
 from pretrain.text.notes import summary
 
@@ -31,11 +31,14 @@ PATIENCE = 200  # steps before a collapse can be told from a beginning
 class Watch:
     """What a run does, in numbers, and in words when it goes wrong."""
 
-    def __init__(self, config: PretrainConfig, steps: Steps, log: run.Log, accelerator: Any) -> None:
+    def __init__(
+        self, config: PretrainConfig, steps: Steps, log: run.Log, accelerator: Any, num_prototypes: int
+    ) -> None:
         self.log, self.steps, self.accelerator = log, steps, accelerator
         self.batch_size = config.optim.batch_size
-        self.num_prototypes = config.loss.prototypes
+        self.num_prototypes = num_prototypes
         films = max(RANK_WINDOW, 2 * self.num_prototypes)
+        self.none = torch.zeros(0, dtype=torch.long, device=accelerator.device)
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=math.ceil(films / self.batch_size))
         self.pending: list[tuple[int, dict[str, Tensor], float]] = []  # of the steps since the last report
         self.last_finite = -1
@@ -44,7 +47,7 @@ class Watch:
 
     def see(self, out: dict[str, Tensor], step: int, waited: float, rates: dict[str, Any]) -> None:
         """Keep a step's numbers on the device."""
-        self.recent.append((out["features"], out["hits"]))
+        self.recent.append((out["features"], out.get("hits", self.none)))
         scalars = {key: value.detach() for key, value in out.items() if value.ndim == 0}
         self.pending.append((step, scalars, waited))
         self.rates = rates
@@ -52,14 +55,15 @@ class Watch:
     def report(self, done: int) -> None:
         """Write the mean of the steps since the last report. Raises: UserError: a loss was not finite."""
         scalars = self._reduced()
-        hits = self.accelerator.reduce(torch.stack([h for _, h in self.recent]).sum(dim=0), "sum")
         features = torch.cat([f for f, _ in self.recent])
         if self.accelerator.num_processes > 1:
             features = self.accelerator.gather(features)
         seconds, waited = time.monotonic() - self._since, sum(w for _, _, w in self.pending)
         values = {f"train/{key}": value.mean().item() for key, value in scalars.items()}
         values |= {f"train/{key}": float(value) for key, value in self.rates.items()}
-        values["train/prototypes_used"] = int((hits > 0).sum())
+        if self.num_prototypes:
+            hits = self.accelerator.reduce(torch.stack([h for _, h in self.recent]).sum(dim=0), "sum")
+            values["train/prototypes_used"] = int((hits > 0).sum())
         values["train/effective_rank"] = float(effective_rank(features))
         values["train/films_per_second"] = len(self.pending) * self.batch_size / seconds
         values["train/wait_share"] = waited / seconds
@@ -78,10 +82,10 @@ class Watch:
             scalars = {key: self.accelerator.reduce(value, "mean") for key, value in scalars.items()}
         return scalars
 
-    def check(self, msn: MSN, done: int) -> None:
+    def check(self, method: Method, done: int) -> None:
         """Before weights are written over good ones. Raises: UserError: a loss was not finite, or they are not."""
         self._finite_losses()
-        numbers = [value for value in msn.state_dict().values() if value.is_floating_point()]
+        numbers = [value for value in method.state_dict().values() if value.is_floating_point()]
         if not torch.stack([value.isfinite().all() for value in numbers]).all():
             self._stop(done - 1, "the update of the weights")  # its loss was finite, so they were before it
 
@@ -122,8 +126,8 @@ class Watch:
 
     def _warn(self, done: int, values: dict[str, float]) -> None:
         """Say once of each sign that the features may be collapsing."""
-        rank, used = values["train/effective_rank"], values["train/prototypes_used"]
-        floor = PROTOTYPES_FLOOR * self.num_prototypes
+        rank, floor = values["train/effective_rank"], PROTOTYPES_FLOOR * self.num_prototypes
+        used = values.get("train/prototypes_used", floor)
         signs = {
             f"effective rank of the features {rank:.1f}, under {RANK_FLOOR:g}": rank < RANK_FLOOR,
             f"prototypes in use {used} of {self.num_prototypes}, under {floor:.0f}": used < floor,
@@ -131,9 +135,10 @@ class Watch:
         for text, low in signs.items():
             if low and done >= PATIENCE and text[:9] not in self.warned:
                 self.warned.add(text[:9])
+                own = "loss.target_temperature: 0.1, fewer prototypes, " if self.num_prototypes else ""
                 self.log.say(
                     f"warning: step {done}: {text}: the features may be collapsing. What has helped: "
-                    "views.normalise: crop, loss.target_temperature: 0.1, fewer prototypes, a lower lr"
+                    f"views.normalise: crop, {own}a lower lr"
                 )
 
     def _stop(self, step: int, what: str = "the loss") -> NoReturn:
@@ -151,20 +156,25 @@ class Watch:
 # ---- What a run says and writes before it begins: what is about to happen, and on whom it trains.
 
 
-def introduce(log: run.Log, config: PretrainConfig, steps: Steps, msn: MSN, plan: Schedule, accelerator: Any) -> None:
+def introduce(
+    log: run.Log, config: PretrainConfig, steps: Steps, method: Method, plan: Schedule, accelerator: Any
+) -> None:
     """Say what is about to happen, to log.txt and to the trackers."""
     films, o = steps.films, config.optim
     left_out = "; ".join(f"{n} {reason}" for reason, n in films.left_out.items() if n)
-    number = sum(p.numel() for p in msn.anchor.parameters()) / 1e6
+    number = sum(p.numel() for p in method.anchor.parameters()) / 1e6
     log.say(
         f"films: {len(films)} of {films.table['subject_id'].nunique()} subjects"
         + (f" (left out: {left_out})" if left_out else "")
-        + f"\nencoder: {config.encoder.arch}, {number:.1f} M weights, {config.encoder.image_size} px; "
+        + f"\nmethod: {config.method}; encoder: {config.encoder.arch}, {number:.1f} M weights, "
+        + f"{config.encoder.image_size} px; "
         + _record(config, films)
         + f"\ntraining: {plan.total} steps of {o.batch_size} films ({plan.total / plan.steps_per_epoch:.1f} epochs) on "
         + f"{accelerator.num_processes} x {accelerator.device.type}; precision {config.precision}; "
         + f"preset {config.preset}"
     )
+    if config.unused:
+        log.say(f"note: the sections {', '.join(config.unused)} do nothing with method {config.method}")
     if steps.partners is not None:
         paired, by = steps.partners.count(), config.films.positives
         log.say(f"pairs: {paired} of {len(films)} films have another of their {by}; the others are their own target")
@@ -173,7 +183,7 @@ def introduce(log: run.Log, config: PretrainConfig, steps: Steps, msn: MSN, plan
             f"note: the loss of each of {o.accumulate} parts by itself is an approximation: Sinkhorn, the mean entropy "
             "and batch norm see a part of the batch only"
         )
-    if accelerator.num_processes > 1 and accelerator.device.type == "cpu" and _batch_norm(msn):
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu" and _batch_norm(method):
         log.say("note: on CPUs batch norm sees the films of its own process only (torch synchronises it on GPUs)")
     for name, cells in unmasked(config, steps.cutter).items():
         least = math.ceil(100 / cells) / 100
@@ -187,24 +197,40 @@ def introduce(log: run.Log, config: PretrainConfig, steps: Steps, msn: MSN, plan
         accelerator.init_trackers("pretrain", config=_flat(config.model_dump(mode="json")))
 
 
+@torch.no_grad()
+def effective_rank(features: Tensor) -> Tensor:
+    """exp(entropy of the normalised singular values) of centred features (N, D): how many directions are in use.
+
+    Source: Roy and Vetterli 2007; as a sign of collapse: RankMe, arXiv:2210.02885.
+    """
+    centred = features.double() - features.double().mean(dim=0)
+    gram = centred @ centred.T if len(features) < features.shape[1] else centred.T @ centred
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = values / values.sum().clamp_min(1e-12)
+    return torch.special.entr(share).sum().exp()
+
+
 def unmasked(config: PretrainConfig, cutter: Cutter) -> dict[str, int]:
     """Patches of the views that are to be masked, and have too few for the ratio to be one of them."""
-    views = {"encoder.image_size": cutter.random} | ({"views.focal_size": cutter.focal} if cutter.mask_focal else {})
-    cells = {name: (v.size // cutter.patch) ** 2 for name, v in views.items() if v.count and config.mask.ratio}
+    large = [cutter.random] if "random" in cutter.masked else [cutter.target] if "target" in cutter.masked else []
+    views = [("encoder.image_size", v) for v in large]
+    views += [("views.focal_size", cutter.focal)] if "focal" in cutter.masked else []
+    cells = {name: (v.size // cutter.patch) ** 2 for name, v in views if v.count and config.mask.ratio}
     return {name: number for name, number in cells.items() if int(number * config.mask.ratio) == 0}
 
 
-def _batch_norm(msn: MSN) -> bool:
-    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in msn.modules())
+def _batch_norm(method: Method) -> bool:
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in method.modules())
 
 
 def _record(config: PretrainConfig, films: Films) -> str:
     ehr = config.ehr
     if not ehr.groups:
-        return "no record (vanilla MSN)"
+        return "no record"
     permuted = ", permuted between films (control)" if ehr.permuted else ""
     text = "" if films.text is None else f"\n{summary(films.text)}"
-    return f"{ehr.use} on {', '.join(ehr.groups)}: {len(films.columns)} columns, {ehr.inject}{permuted}{text}"
+    how = f", {ehr.inject}" if ehr.use == "condition" else ""
+    return f"{ehr.use} on {', '.join(ehr.groups)}: {len(films.columns)} columns{how}{permuted}{text}"
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -50,4 +50,5 @@ class Schedule:
         start, end = self.peak * o.lr_start, self.peak * o.lr_end
         lr = warmup_cosine(at, self.total, warmup=self.warmup, start=start, peak=self.peak, end=end, stretch=o.stretch)
         decay = cosine(at, self.total, o.weight_decay, o.weight_decay_end, o.stretch)
-        return lr, decay, linear(at, self.total, o.ema, o.ema_end, o.stretch)
+        path = linear if o.ema_shape == "linear" else cosine
+        return lr, decay, path(at, self.total, o.ema, o.ema_end, o.stretch)

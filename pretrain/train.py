@@ -21,12 +21,13 @@ from configs.loader import Given
 from configs.signals import Stopped
 from ehr_features.progress import Bar
 from pretrain import build, export, run
+from pretrain.accumulate import backward, random_generator
 from pretrain.build import keep_freed_memory
 from pretrain.config import PretrainConfig
 from pretrain.data import Steps, batches, select_films
 from pretrain.encoder import differences
+from pretrain.methods import Method
 from pretrain.monitor import Watch, introduce
-from pretrain.msn import MSN, backward, random_generator
 from pretrain.schedule import Schedule
 from pretrain.seen import write_seen
 from pretrain.store import Store
@@ -64,15 +65,15 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     if config.ehr.permuted:
         films.permute_record(config.seed)
     torch.manual_seed(config.seed)
-    msn = build.method(config, films.static.shape[1], log)
-    steps = build.steps(config, films, store, msn.anchor, accelerator)
+    method = build.method(config, films, log)
+    steps = build.steps(config, films, store, method, accelerator)
     plan = Schedule(config.optim, steps.steps_per_epoch)
-    introduce(log, config, steps, msn, plan, accelerator)
+    introduce(log, config, steps, method, plan, accelerator)
     if run.is_main():
         write_seen(folder, films.table, config.encoder.init)
-    step = _loop(config, folder, log, msn, steps, plan, accelerator)
+    step = _loop(config, folder, log, method, steps, plan, accelerator)
     if run.is_main():
-        export.write(folder, config, msn.target, films, store, step, last=True)
+        export.write(folder, config, method, films, store, step, last=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     run.finish(folder, steps=step, films=len(films))
@@ -80,24 +81,24 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
 
 
 def _loop(
-    config: PretrainConfig, folder: Path, log: run.Log, msn: MSN, steps: Steps, plan: Schedule, accelerator: Any
+    config: PretrainConfig, folder: Path, log: run.Log, method: Method, steps: Steps, plan: Schedule, accelerator: Any
 ) -> int:
     """Steps until the end, or until SIGTERM. Returns: the number of steps done."""
     optim = config.optim
-    optimizer = torch.optim.AdamW(msn.groups(optim.decay_all), lr=1.0, betas=optim.betas, fused=True)
-    watch = Watch(config, steps, log, accelerator)
+    optimizer = build.optimizer(optim, method)
+    watch = Watch(config, steps, log, accelerator, method.num_prototypes)
     state, start = run.load_checkpoint(folder), 0
     if state is not None:
         start = state["step"]
-        _restore(msn, state["model"], folder)
+        _restore(method, state["model"], folder)
         watch.restore(state)
         log.say(f"going on at step {start} of {plan.total}")
-    model, optimizer = build.prepare(msn, optimizer, accelerator, config, state)
+    model, optimizer = build.prepare(method, optimizer, accelerator, config, state)
     log.cut(start)
 
     def save(step: int) -> None:
-        watch.check(msn, step)
-        state = {"model": msn.state_dict(), "optimizer": optimizer.state_dict(), **watch.state()}
+        watch.check(method, step)
+        state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), **watch.state()}
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
         run.save_checkpoint(folder, state, step, keep=config.keep, every_hours=config.keep_every_hours)
@@ -114,16 +115,18 @@ def _loop(
             lr, decay, momentum = plan(step)
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
+            method.before_step(step)
             try:
-                out = backward(model, msn, batch, accelerator, optim.accumulate, optim.accumulate_mode == "exact")
+                out = backward(model, method, batch, accelerator, optim.accumulate, optim.accumulate_mode == "exact")
             except RuntimeError:
                 if config.compile and stop.requested:  # SIGTERM to the whole job has ended the compiler too
                     raise Stopped(f"{folder}: stopped while compiling; go on with\n  {typed()}") from None
                 raise
-            norm = _clip(msn, accelerator, optim.clip)
+            method.before_update(step)
+            norm = _clip(method, accelerator, optim.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            msn.update_target(momentum)
+            method.after_step(momentum)
             watch.see(out, step, waited, {"lr": lr, "weight_decay": decay, "momentum": momentum, "grad_norm": norm})
             bar.advance(1, watch.note)
             done = step + 1
@@ -133,9 +136,9 @@ def _loop(
                     save(done)
                     saved_at = time.monotonic()
             if export_every and done % export_every == 0:
-                watch.check(msn, done)
+                watch.check(method, done)
                 if run.is_main():
-                    export.write(folder, config, msn.target, steps.films, steps.store, done)
+                    export.write(folder, config, method, steps.films, steps.store, done)
             if stop.agreed():
                 save(done)
                 raise Stopped(run.go_on(folder, done))
@@ -143,13 +146,14 @@ def _loop(
     return plan.total
 
 
-def _clip(msn: MSN, accelerator: Any, most: float | None) -> Tensor:
-    """Clip the gradients of all but the prototypes, as the original. Returns: their norm before."""
-    parameters = [p for p in msn.parameters() if p.grad is not None and p is not msn.prototypes]
+def _clip(method: Method, accelerator: Any, most: float | None) -> Tensor:
+    """Clip the gradients of all but the prototypes, as the original MSN. Returns: their norm before."""
+    apart = {id(p) for p in method.loss_parameters()}
+    parameters = [p for p in method.parameters() if p.grad is not None and id(p) not in apart]
     return accelerator.clip_grad_norm_(parameters, math.inf if most is None else most)
 
 
-def _restore(msn: MSN, state: dict[str, Tensor], folder: Path) -> None:
-    if faults := differences(msn.state_dict(), state):
+def _restore(method: Method, state: dict[str, Tensor], folder: Path) -> None:
+    if faults := differences(method.state_dict(), state):
         raise UserError(f"{folder}/checkpoints: of another model than this config makes: {faults}; choose another out=")
-    msn.load_state_dict(state)
+    method.load_state_dict(state)

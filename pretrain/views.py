@@ -10,6 +10,7 @@ intensity changes and flips are drawn for each view; on a GPU the whole batch is
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -77,12 +78,28 @@ def draw(views: Views, keys: np.ndarray, side: int, seed: int, epoch: int, purpo
 
 
 def draw_keep(
-    keys: np.ndarray, num_views: int, num_patches: int, mask_ratio: float, seed: int, epoch: int, purpose: str
+    keys: np.ndarray,
+    num_views: int,
+    num_patches: int,
+    mask_ratio: float,
+    seed: int,
+    epoch: int,
+    purpose: str,
+    block: bool = False,
 ) -> Tensor:
-    """Indices (V*B, n) of the patches that stay, in order; each patch is as likely as any other to go."""
+    """Indices (V*B, n) of the patches that stay, in order.
+
+    Each patch is as likely as any other to go; with `block` those go that are nearest to a point drawn on the film.
+    """
     num_keep = max(1, num_patches - int(num_patches * mask_ratio))
-    u = uniforms(keys, num_views * num_patches, seed, epoch, purpose).reshape(len(keys), num_views, num_patches)
-    keep = np.sort(np.argsort(u, axis=-1)[..., :num_keep], axis=-1)
+    if block:
+        side = math.isqrt(num_patches)
+        u = uniforms(keys, num_views * 2, seed, epoch, purpose).reshape(len(keys), num_views, 2, 1)
+        place = np.stack(np.divmod(np.arange(num_patches), side)) + 0.5  # (2, N)
+        order = -np.square(place - u * side).sum(axis=2)  # (B, V, N): the nearest come last
+    else:
+        order = uniforms(keys, num_views * num_patches, seed, epoch, purpose).reshape(len(keys), num_views, num_patches)
+    keep = np.sort(np.argsort(order, axis=-1)[..., :num_keep], axis=-1)
     return torch.from_numpy(keep.transpose(1, 0, 2).reshape(-1, num_keep).copy())
 
 

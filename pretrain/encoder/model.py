@@ -80,7 +80,15 @@ class Encoder(nn.Module):
         self._checkpointing = wanted
         self.net.set_grad_checkpointing(wanted)
 
-    def forward(self, x: Tensor, pool: str | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        pool: str | None = None,
+        keep: Tensor | None = None,
+        *,
+        hide: tuple[Tensor, Tensor] | None = None,
+        tokens: bool = False,
+    ) -> Tensor:
         """(B, C, H, W) -> (B, D).
 
         Args:
@@ -88,7 +96,12 @@ class Encoder(nn.Module):
             pool: `cls` or `avg` (mean of patch tokens) of a ViT, `map` of one that learned to pool; `avg` or `max` of a
                 map; None: encoder.json's.
             keep: (B, n) indices of the patches to compute; a ViT only.
+            hide: (B, N) true for patches in whose place a token (D,) stands, and that token; a ViT only.
+            tokens: give what `features` does.
         """
+        if tokens or hide is not None:
+            features = self._tokens(x, keep, hide=hide) if self.is_vit else self.features(x, keep)
+            return features if tokens else self.pool(features, pool)
         if self.is_vit and (pool or self.meta["pool"]) == "cls":
             return self.pool(self._tokens(x, keep, first_only=True), pool)
         return self.pool(self.features(x, keep), pool)
@@ -116,10 +129,18 @@ class Encoder(nn.Module):
             return self.net.forward_features(x)
         return self._tokens(x, keep)
 
-    def _tokens(self, x: Tensor, keep: Tensor | None, first_only: bool = False) -> Tensor:
+    def _tokens(
+        self,
+        x: Tensor,
+        keep: Tensor | None,
+        first_only: bool = False,
+        hide: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """(B, C, H, W) -> (B, N, D); `first_only`: what comes first is the class token's, and all that is wanted."""
         net = self.net
         tokens = self._embed(x)  # (B, N, D)
+        if hide is not None:
+            tokens = torch.where(hide[0][:, :, None], hide[1].to(tokens.dtype), tokens)
         prefix, patches = self._positions((x.shape[-2] // self.patch, x.shape[-1] // self.patch))
         tokens = tokens + patches
         if keep is not None:

@@ -9,8 +9,9 @@ from torch import nn
 from configs import UserError
 from pretrain import build
 from pretrain import encoder as enc
-from pretrain.config import PretrainConfig
-from pretrain.msn import MSN
+from pretrain.config import LossConfig, PretrainConfig
+from pretrain.methods import Setup
+from pretrain.methods.msn import MSN
 
 WHERE = {"features": "f", "store": "s", "out": "o"}
 
@@ -19,7 +20,7 @@ WHERE = {"features": "f", "store": "s", "out": "o"}
 def test_synchronised_batch_norm_is_everywhere_and_changes_no_output(arch):
     """DenseNet's batch norm holds its ReLU, which torch's own conversion would drop."""
     torch.manual_seed(0)
-    msn = MSN(enc.create(arch, image_size=32), num_prototypes=4, hidden=8, out=4).eval()
+    msn = MSN(enc.create(arch, image_size=32), Setup(8, 4, options=LossConfig(prototypes=4))).eval()
     x, keys = torch.randn(2, 1, 64, 64), set(msn.state_dict())
     with torch.inference_mode():
         before = msn.target_head(msn.target(x))

@@ -11,7 +11,6 @@ from configs import UserError
 from pretrain import build, train
 from pretrain import data as bt
 from pretrain import data as loader
-from pretrain import encoder as enc
 from pretrain.data import Partners
 from pretrain.store import Store
 from tests.pretrain.small import SMALL, config
@@ -61,8 +60,7 @@ def test_films_cut_on_the_device_give_the_same_batches(data, tmp_path, arch, wor
     store = Store(data / "store")
     films = bt.select_films(data / "features", store, settings.films, ["sex"], "default", 0)
     accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
-    encoder = enc.create(arch, image_size=32, model_args=network["model_args"])
-    steps = build.steps(settings, films, store, encoder, accelerator)
+    steps = build.steps(settings, films, store, build.method(settings, films), accelerator)
     here = [steps[i] for i in range(2)]
     steps.cut_here = False
     for mine, other in zip(here, loader.batches(steps, 0, 2, workers, torch.device("cpu")), strict=True):
@@ -77,7 +75,7 @@ def test_blanked_groups_are_zero_as_a_whole(data, tmp_path):
     films = bt.select_films(data / "features", store, config(data, tmp_path / "x").films, ["sex", "age"], "default", 0)
     accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
     settings = config(data, tmp_path / "x", "ehr.dropout=0.5")
-    steps = build.steps(settings, films, store, build.method(settings, 5).anchor, accelerator)
+    steps = build.steps(settings, films, store, build.method(settings, films), accelerator)
     drawn = torch.cat([steps[i].static for i in range(40)])
     sex = drawn[:, :3].abs().sum(dim=1)
     assert set(sex.tolist()) == {0.0, 1.0} and 0.35 < sex.mean() < 0.65

@@ -7,12 +7,19 @@ from accelerate import Accelerator
 from lightly.models.modules.heads import MSNProjectionHead
 
 from pretrain import encoder as enc
-from pretrain.msn import MSN, Batch, Record, backward, effective_rank, projection_head
+from pretrain.accumulate import backward
+from pretrain.config import LossConfig
+from pretrain.methods import Batch, Setup
+from pretrain.methods.msn import MSN
+from pretrain.methods.record import Record
+from pretrain.monitor import effective_rank
 from pretrain.views import draw_keep
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
+USES = [{"inject": "add"}, {"inject": "concat"}, {"inject": "predictor"}, {"use": "predict"}, {"use": "contrast"}]
+USES = [{}, *({"width": 3, **use} for use in USES)]
 STOCHASTIC = [
     ("vit_tiny_patch16_224", {"drop_path_rate": 0.3}),
     ("vit_tiny_patch16_224", {"pos_drop_rate": 0.3, "proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_rate": 0.3}),
@@ -24,7 +31,18 @@ STOCHASTIC = [
 def method(arch: str = "vit_tiny_patch16_224", norm: str = "batch", args: dict | None = None, **record) -> MSN:
     torch.manual_seed(0)
     encoder = enc.create(arch, image_size=32, model_args=(TINY if arch.startswith("vit") else {}) | (args or {}))
-    return MSN(encoder, num_prototypes=8, hidden=16, out=8, norm=norm, record=Record(**record))
+    return MSN(encoder, Setup(16, 8, norm, Record(**record), LossConfig(prototypes=8)))
+
+
+def anchors(msn: MSN, views: Batch) -> torch.Tensor:
+    """(V*B, out)."""
+    return msn.embed_all(views)["anchors"].flatten(0, 1)
+
+
+def targets(msn: MSN, views: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, out) and the features under them."""
+    seen = msn.observe_all(views)
+    return seen["targets"][0], seen["features"][0]
 
 
 def batch(films: int = 4, static: int = 0, seed: int = 1) -> Batch:
@@ -35,7 +53,7 @@ def batch(films: int = 4, static: int = 0, seed: int = 1) -> Batch:
     return Batch(views[0], views[1:], [keep, None], record)
 
 
-@pytest.mark.parametrize("record", [{}, {"width": 3}, {"width": 3, "inject": "concat"}, {"width": 3, "use": "predict"}])
+@pytest.mark.parametrize("record", USES)
 def test_every_trained_parameter_gets_a_gradient_and_no_target_does(record):
     msn = method(**record)
     msn(batch(static=record.get("width", 0)))["loss"].backward()
@@ -62,7 +80,7 @@ def test_target_is_the_moving_average_of_the_anchor():
         for parameter in msn.anchor.parameters():
             parameter += 1.0
     old = msn.target.net.cls_token.clone()
-    msn.update_target(0.9)
+    msn.after_step(0.9)
     torch.testing.assert_close(msn.target.net.cls_token, old + 0.1)
 
 
@@ -74,22 +92,22 @@ def test_the_target_draws_nothing_and_the_anchor_does(arch, args):
     views = batch(films=8)
     views = views if msn.anchor.is_vit else Batch(views.target, views.anchors[:1], [None], None)
     state = torch.get_rng_state()
-    first, second = msn.embed_targets(views), msn.embed_targets(views)
+    first, second = targets(msn, views), targets(msn, views)
     assert torch.equal(torch.get_rng_state(), state)
-    for once, twice, without in zip(first, second, plain.embed_targets(views), strict=True):
+    for once, twice, without in zip(first, second, targets(plain, views), strict=True):
         assert torch.equal(once, twice)
         torch.testing.assert_close(once, without)
-    assert not torch.allclose(msn.embed_anchors(views)[0], msn.embed_anchors(views)[0])
+    assert not torch.allclose(anchors(msn, views), anchors(msn, views))
 
 
 def test_batch_norm_of_the_target_uses_the_batch_and_keeps_statistics_of_its_own():
     msn = method("densenet121")
     norm = msn.target.net.features.norm0
     views = batch()
-    msn.embed_targets(views)
+    targets(msn, views)
     assert norm.running_mean.abs().sum() > 0 and msn.anchor.net.features.norm0.running_mean.abs().sum() == 0
-    brighter = msn.embed_targets(Batch(views.target * 5, [], [], None))[1]  # normalised away
-    torch.testing.assert_close(brighter, msn.embed_targets(views)[1], rtol=1e-2, atol=1e-2)
+    brighter = targets(msn, Batch(views.target * 5, [], [], None))[1]  # normalised away
+    torch.testing.assert_close(brighter, targets(msn, views)[1], rtol=1e-2, atol=1e-2)
     assert not any(module.training for module in msn.eval().modules())
 
 
@@ -101,9 +119,8 @@ def test_exact_accumulation_draws_alike_in_both_passes(arch, args):
     torch.manual_seed(7)
     out = backward(two_pass, two_pass, views, accelerator, 2, exact=True)
     torch.manual_seed(7)
-    parts = [one_graph.embed_anchors(part)[0].unflatten(0, (-1, 2)) for part in views.parts(2)]
-    targets, features = one_graph.embed_targets(views)
-    wanted = one_graph.score(torch.cat(parts, dim=1).flatten(0, 1), targets, features, {})["loss"]
+    parts = [one_graph.embed_all(part)["anchors"] for part in views.parts(2)]
+    wanted = one_graph.finish({"anchors": torch.cat(parts, dim=1)}, one_graph.observe_all(views), views)["loss"]
     wanted.backward()
     torch.testing.assert_close(out["loss"], wanted)
     for (name, ours), theirs in zip(two_pass.named_parameters(), one_graph.parameters(), strict=True):
@@ -112,7 +129,7 @@ def test_exact_accumulation_draws_alike_in_both_passes(arch, args):
 
 def test_the_head_is_lightlys_in_values_and_gradients():
     """Ours has biases before batch norm, as the original; they change neither outputs nor the other gradients."""
-    ours, theirs = projection_head(24, 16, 8), MSNProjectionHead(24, 16, 8)
+    ours, theirs = method().head(24, Setup(16, 8)), MSNProjectionHead(24, 16, 8)
     theirs.layers.load_state_dict({k: v for k, v in ours.state_dict().items() if k not in ("0.bias", "3.bias")})
     x = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
     outputs = [head(x) for head in (ours, theirs)]
@@ -135,16 +152,16 @@ def test_the_record_reaches_the_anchor_only():
     msn = method(width=3, inject="concat")
     one, other = batch(static=3), batch(static=3)
     other.static.mul_(-2)
-    torch.testing.assert_close(msn.embed_targets(one)[0], msn.embed_targets(other)[0])
-    assert not torch.allclose(msn.embed_anchors(one)[0], msn.embed_anchors(other)[0])
+    torch.testing.assert_close(targets(msn, one)[0], targets(msn, other)[0])
+    assert not torch.allclose(anchors(msn, one), anchors(msn, other))
 
 
 def test_each_film_gets_its_own_record_in_every_view():
     msn = method(width=3, inject="concat", norm="layer").eval()
     told = batch(static=3)
-    before = msn.embed_anchors(told)[0].unflatten(0, (3, 4))
+    before = anchors(msn, told).unflatten(0, (3, 4))
     told.static[2] += 5.0
-    changed = (msn.embed_anchors(told)[0].unflatten(0, (3, 4)) - before).abs().amax(dim=2) > 1e-6
+    changed = (anchors(msn, told).unflatten(0, (3, 4)) - before).abs().amax(dim=2) > 1e-6
     assert changed.tolist() == [[False, False, True, False]] * 3
 
 
@@ -152,9 +169,9 @@ def test_focal_views_are_matched_to_their_own_film():
     """View-major order: the anchors of a film change when that film's focal view does, and no other."""
     msn = method(norm="layer").eval()
     views = batch()
-    before = msn.embed_anchors(views)[0]
+    before = anchors(msn, views)
     views.anchors[1][4 + 1] += 1.0  # focal view 1 of film 1
-    changed = (msn.embed_anchors(views)[0] - before).abs().amax(dim=1) > 1e-6
+    changed = (anchors(msn, views) - before).abs().amax(dim=1) > 1e-6
     assert changed.nonzero().flatten().tolist() == [4 + 4 + 1]
 
 
@@ -183,9 +200,9 @@ def test_masked_and_unmasked_views_of_a_convolutional_net_pass_batch_norm_apart(
     msn = method("resnet34")
     views = batch()
     views = Batch(views.target, views.anchors, [None, None], None)
-    before = msn.embed_anchors(views)[0][:4]
+    before = anchors(msn, views)[:4]
     changed = Batch(views.target, [views.anchors[0], views.anchors[1] * 3], [None, None], None)
-    torch.testing.assert_close(msn.embed_anchors(changed)[0][:4], before)
+    torch.testing.assert_close(anchors(msn, changed)[:4], before)
 
 
 def test_effective_rank_counts_directions():

@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(data, tmp_path, monkey
     train.train(config(data, tmp_path / "a", "ehr.groups=[sex]", "optim.steps=1"))
     with monkeypatch.context() as patch:
         patch.setattr(run, "load_checkpoint", lambda _: load_checkpoint(tmp_path / "a"))
-        with pytest.raises(UserError, match=r"condition\.weight\.weight \(24, 3\) instead of \(24, 5\)"):
+        with pytest.raises(UserError, match=r"record\.before_head\.weight\.weight \(24, 3\) instead of \(24, 5\)"):
             train.train(config(data, tmp_path / "b", "ehr.groups=[sex,age]", "optim.steps=1"))
 
 

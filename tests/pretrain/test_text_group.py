@@ -11,7 +11,6 @@ import torch
 from configs import UserError
 from pretrain import build, train
 from pretrain import data as bt
-from pretrain import encoder as enc
 from pretrain.run import load_checkpoint
 from pretrain.store import Store
 from tests.pretrain.small import config
@@ -74,11 +73,11 @@ def test_the_text_group_is_fitted_on_train_and_blanked_as_a_whole(data, tmp_path
     assert "f05" not in films.table["dicom_id"].to_numpy() and "leg swelling" not in word_encoder.embedded
     steps = build.steps(
         config(data, tmp_path / "a", "ehr.dropout=0.5", **text(write_notes(TOLD))),
-        films, Store(data / "store"), enc.create("vit_tiny_patch16_224", image_size=32), SimpleNamespace(
+        films, Store(data / "store"), build.method(config(data, tmp_path / "b")), SimpleNamespace(
             num_processes=1, process_index=0, device=torch.device("cpu")),
     )  # fmt: skip
     rows = np.flatnonzero(has)
-    blanked = [steps._static(rows, films.keys[rows], epoch)[:, columns] for epoch in range(20)]
+    blanked = [steps._record(rows, films.keys[rows], epoch)[0][:, columns] for epoch in range(20)]
     kinds = {bool(x.any()) for epoch in blanked for x in epoch}
     assert kinds == {True, False}
     assert all(not x.any() or np.array_equal(x, y) for e in blanked for x, y in zip(e, vectors[rows], strict=True))

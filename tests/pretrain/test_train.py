@@ -18,6 +18,7 @@ from configs import UserError, load
 from pretrain import build, run, train
 from pretrain import encoder as enc
 from pretrain.config import PretrainConfig
+from pretrain.methods.msn import MSN
 from tests.pretrain.small import SMALL, config, losses
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -131,8 +132,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_films(data, tmp_path, mon
         return torch.tensor(0.0)
 
     broken.calls = 0
-    score = train.MSN.score
-    monkeypatch.setattr(train.MSN, "score", broken)
+    score = MSN.score
+    monkeypatch.setattr(MSN, "score", broken)
     with pytest.raises(UserError, match=r"not finite at step 2 \(step 1 was the last finite one\)"):
         train.train(config(data, tmp_path / "x"))
     listed = json.loads((tmp_path / "x/bad_batch_2_rank0.json").read_text())
@@ -219,7 +220,7 @@ def test_the_papers_preset_fills_what_is_not_given_and_trains(data, tmp_path):
     settings = load(PretrainConfig, path, ["views.flip=0.25"])
     assert settings.views.flip == 0.25 and settings.views.normalise == "dataset" and settings.mask.focal
     assert settings.ehr.inject == "concat" and settings.optim.ema == settings.optim.ema_end == 0.996
-    msn = build.method(settings, 2)
+    msn = build.method(settings)
     assert msn.anchor_head[0].out_features == 4 * 24 and msn.prototypes.shape == (8, 24)
     assert len(msn.groups(settings.optim.decay_all)[1]["params"]) == 0
     folder = train.train(settings)

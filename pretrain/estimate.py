@@ -1,0 +1,78 @@
+"""What a step costs on this machine, measured on a network that is thrown away."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ehr_features.files import read_json, write_json
+from pretrain import build, run
+from pretrain.accumulate import backward
+from pretrain.config import PretrainConfig
+from pretrain.data import Steps, batches
+
+FIRST, MEASURED = 4, 16  # steps that warm up, and steps that count
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Seconds of a step: of the clock, and of the processors of all processes together."""
+
+    wall: float
+    processor: float
+
+
+def processor_seconds() -> float:
+    """Of this process, and of those that it started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(of.ru_utime + of.ru_stime for of in used)
+
+
+def step_cost(config: PretrainConfig, steps: Steps, accelerator: Any) -> Cost:
+    """Mean of `MEASURED` steps, films read and cut included. The generators of the run are left as they were."""
+    optim, device = config.optim, accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        method = build.method(config, steps.films).to(device)
+        if not method.anchor.is_vit:
+            method.to(memory_format=torch.channels_last)
+        optimizer, began = build.optimizer(optim, method), (0.0, 0.0)
+        for i, batch in enumerate(batches(steps, 0, FIRST + MEASURED, 0, device)):
+            if i == FIRST:
+                _wait(device)
+                began = time.monotonic(), processor_seconds()
+            method.before_step(i)
+            with accelerator.autocast():
+                out = backward(method, method, batch, accelerator, optim.accumulate, optim.accumulate_mode == "exact")
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step(0.99)
+            del out
+        _wait(device)
+    spent = torch.tensor([time.monotonic() - began[0], processor_seconds() - began[1]], dtype=torch.float64)
+    if run.distributed():
+        gathered = [torch.zeros_like(spent) for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, spent)
+        spent = torch.stack([torch.stack(gathered)[:, 0].amax(), torch.stack(gathered)[:, 1].sum()])
+    return Cost(*(spent / MEASURED).tolist())
+
+
+def affordable_steps(config: PretrainConfig, steps: Steps, folder: Path, accelerator: Any) -> int:
+    """How many steps `optim.processor_seconds` pays for; decided once, and kept in the run's budget.json."""
+    seconds, path = config.optim.processor_seconds, folder / "budget.json"
+    assert seconds is not None
+    if not run.on_all(path.is_file):
+        cost = step_cost(config, steps, accelerator)
+        said = {"processor_seconds": seconds, "seconds_of_a_step": cost.processor}
+        run.on_main(lambda: write_json(path, said | {"steps": max(1, int(seconds / cost.processor))}))
+        accelerator.wait_for_everyone()
+    return int(read_json(path)["steps"])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,266 @@
+"""What a method is to the loop: views in, a loss out, and what follows a step.
+
+A method is one class. `embed` computes what the loss needs and what gets a gradient, `observe` what needs none, `score`
+the loss. They are apart so that a batch can pass the network in parts while its loss is that of the whole batch.
+Every trained parameter gets a gradient in every step. A new method overrides `head`, `embed` and `score`, and `observe`
+where it has a target; docs/adding_a_method.md writes one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from lightly.models.modules.heads import ProjectionHead
+from lightly.models.utils import update_momentum
+from torch import Tensor, nn
+
+from pretrain.encoder import Encoder
+from pretrain.methods.record import NO_RECORD, Record, RecordUse
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one step computes on; the leading dimension is view-major (all films of view 0, then view 1).
+
+    Args:
+        target: (B, C, H, W).
+        anchors: random views (V*B, C, H, W), then focal views (F*B, C, h, w); either may be missing.
+        keep: for each of `anchors`, indices (V*B, n) of the patches to compute, or None: all.
+        static: (B, S), or None: no record.
+        known: (B, S), whether the film's record tells this column; None: all of them.
+        subjects: (B,), equal numbers are of one subject; None: all differ.
+        target_keep: as `keep`, for `target`.
+    """
+
+    target: Tensor
+    anchors: list[Tensor]
+    keep: list[Tensor | None]
+    static: Tensor | None
+    known: Tensor | None = None
+    subjects: Tensor | None = None
+    target_keep: Tensor | None = None
+
+    @property
+    def views(self) -> list[Tensor]:
+        """The target view and the anchors, one tensor (B, C, H, W) for each view."""
+        return [self.target, *(view for group in self.anchors for view in group.split(len(self.target)))]
+
+    def parts(self, number: int) -> list[Batch]:
+        """The same films in `number` equal parts."""
+        if number == 1:
+            return [self]
+        size, films = len(self.target) // number, len(self.target)
+
+        def part(x: Any, i: int) -> Any:
+            if isinstance(x, list):
+                return [part(one, i) for one in x]
+            if x is None:
+                return None
+            return x.unflatten(0, (-1, films))[:, i * size : (i + 1) * size].flatten(0, 1)  # (V, B, ...) between
+
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return [Batch(**{name: part(x, i) for name, x in fields.items()}) for i in range(number)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config gives to any method.
+
+    Args:
+        hidden, out: widths of the projection head.
+        norm: of the head, `batch`, `layer` or `none`.
+        record: how the record takes part.
+        options: the method's own section of the config.
+        num_random: random views of a film.
+        steps_per_epoch: for schedules of the method's own.
+    """
+
+    hidden: int
+    out: int
+    norm: str = "batch"
+    record: Record = NO_RECORD
+    options: Any = None
+    num_random: int = 1
+    steps_per_epoch: float = 1.0
+
+
+class Method(nn.Module):
+    """A trained encoder `anchor` under a head, and often their moving average `target`."""
+
+    has_target: ClassVar[bool] = True  # a moving average is kept, and is the encoder that a run exports
+    is_told: ClassVar[bool] = True  # there are embeddings that the record can condition
+    needs_vit: ClassVar[bool] = False  # tokens are dropped, replaced or reconstructed
+    masked: ClassVar[tuple[str, ...]] = ("random",)  # the kinds of view to which mask.ratio applies
+    least_films: ClassVar[int] = 1  # in a batch, over all processes
+    least_anchors: ClassVar[int] = 1  # views of a film beside the target view
+    num_prototypes: int = 0  # what `hits` counts; 0: nothing
+
+    def __init__(self, encoder: Encoder, setup: Setup) -> None:
+        super().__init__()
+        self.setup = setup
+        self.anchor = encoder
+        self.anchor_head = self.head(encoder.width, setup)
+        if self.has_target:
+            self.target = copy.deepcopy(encoder).requires_grad_(False)
+            self.target_head = self.head_copy().requires_grad_(False)
+        self.begin(setup)
+        self.record = RecordUse(encoder.width, setup.out, setup.record)
+        self.train()
+
+    # ---- What a method says.
+
+    def head(self, width: int, setup: Setup) -> nn.Module:
+        """The projection head."""
+        raise NotImplementedError
+
+    def begin(self, setup: Setup) -> None:
+        """Make what else the method has: prototypes, a predictor, a decoder."""
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        """What the loss is computed on, each (V, B, ...); without a target also `features` (1, B, D)."""
+        raise NotImplementedError
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        """What gets no gradient, each (V, B, ...); with a target also its `features` (1, B, D)."""
+        return {}
+
+    def score(self, seen: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """`loss` and other scalars, of what `embed` and `observe` gave, in fp32; `hits` (K,) where prototypes are."""
+        raise NotImplementedError
+
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `score` alone reads: neither decayed nor clipped."""
+        return []
+
+    def before_step(self, step: int) -> None:
+        """Set what changes with the step."""
+
+    def before_update(self, step: int) -> None:
+        """Change gradients, before they are clipped."""
+
+    def after_step(self, momentum: float) -> None:
+        """target <- momentum * target + (1 - momentum) * anchor; parameters only, as in the original MSN."""
+        if self.has_target:
+            update_momentum(self.anchor, self.target, momentum)
+            update_momentum(self.anchor_head, self.target_head, momentum)
+
+    @property
+    def product(self) -> tuple[str, Encoder]:
+        """The branch that a run exports: the moving average where there is one."""
+        return ("target", self.target) if self.has_target else ("anchor", self.anchor)
+
+    # ---- What all methods share.
+
+    def forward(self, batch: Batch, grads: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Scalars with `loss`, `features` (B, D) of the exported encoder, and `hits` where there are prototypes.
+
+        With `grads`, the loss's gradients at what is embedded, `loss` is what has those gradients: the second pass of
+        exact accumulation.
+        """
+        embedded = self.embed_all(batch)
+        if grads is not None:
+            terms = [(embedded[name].float() * grad).sum() for name, grad in grads.items()]
+            return {"loss": torch.stack([*terms, *(0 * p.sum() for p in self.loss_parameters())]).sum()}
+        return self.finish(embedded, self.observe_all(batch), batch)
+
+    def embed_all(self, batch: Batch) -> dict[str, Tensor]:
+        """What `embed` gives, and what the record is compared with."""
+        embedded = self.embed(batch)
+        if self.record.compares and batch.static is not None:
+            embedded |= self.record.embed(embedded["views"], batch.static)
+        embedded.pop("views", None)
+        return embedded
+
+    @torch.no_grad()
+    def observe_all(self, batch: Batch) -> dict[str, Tensor]:
+        return self.observe(batch)
+
+    def finish(self, embedded: dict[str, Tensor], observed: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The loss on embeddings, in fp32 whatever the precision of the networks."""
+        seen = {name: value.float() for name, value in {**embedded, **observed}.items()}
+        with torch.autocast(batch.target.device.type, enabled=False):
+            out = self.score(seen, batch)
+            for name, (value, weight) in self.record.losses(seen, batch).items():
+                out["loss"] = out["loss"] + weight * value
+                out[name] = value.detach()
+        return out | {"features": seen["features"][0].detach()}
+
+    def train(self, mode: bool = True) -> Method:
+        """Training mode for all modules but the target's stochastic ones (dropout, drop path, DenseNet's layers)."""
+        super().train(mode)
+        if self.has_target:
+            for module in [*self.target.modules(), *self.target_head.modules()]:
+                module.training = mode and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        return self
+
+    def head_copy(self) -> nn.Module:
+        """A second head with the weights of the first."""
+        return copy.deepcopy(self.anchor_head)
+
+    def large_views(self, batch: Batch) -> list[Tensor]:
+        """The target view and the random ones, each (B, C, H, W)."""
+        return batch.views[: 1 + self.setup.num_random]
+
+    def encode(self, views: list[Tensor], keep: list[Tensor | None] | None = None) -> list[Tensor]:
+        """Features (V*B, D) of each of `views`."""
+        kept = keep or [None] * len(views)
+        return [self.anchor(view, keep=one) for view, one in zip(views, kept, strict=True)]
+
+    def tell(self, parts: list[Tensor], batch: Batch) -> list[Tensor]:
+        """Features that know the record, where it conditions them before the head."""
+        return [self.record.condition(part, batch.static) for part in parts]
+
+    def project(self, parts: list[Tensor], batch: Batch, told: bool = True) -> Tensor:
+        """Features of some views -> (V, B, out). `told`: the record conditions what the head gives, if so configured.
+
+        A ViT's views pass the head as one batch, as in the original MSN; a convolutional net's passes stay apart.
+        """
+        groups = [torch.cat(parts)] if self.anchor.is_vit else parts
+        projected = torch.cat([self.anchor_head(group) for group in groups])
+        if told:
+            projected = self.record.predictor(projected, batch.static)
+        return projected.unflatten(0, (-1, len(batch.target)))
+
+    def groups(self, decay_all: bool = False) -> list[dict[str, Any]]:
+        """Optimizer groups; `decays` says whether weight decay applies. What only the loss reads stands alone."""
+        alone = {id(p) for p in self.loss_parameters()}
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in alone]
+        decayed = [p for n, p in named if decay_all or (p.ndim > 1 and not _is_token(n))]
+        kept = {id(p) for p in decayed}
+        groups = [
+            {"params": decayed, "decays": True},
+            {"params": [p for _, p in named if id(p) not in kept], "decays": False},
+        ]
+        return groups + ([{"params": self.loss_parameters(), "decays": False}] if alone else [])
+
+
+def by_view(parts: list[Tensor], films: int) -> Tensor:
+    """Features (V*B, D) of groups of views -> (V, B, D)."""
+    return torch.cat([part.unflatten(0, (-1, films)) for part in parts])
+
+
+def mlp(
+    widths: list[int], norm: str, activation: Callable[[], nn.Module], *, last_norm: bool = False, bias: bool = False
+) -> nn.Sequential:
+    """Linear layers with norm and activation between them: lightly's heads, of which layer norm is one more choice.
+
+    Args:
+        widths: of the input, the hidden layers and the output.
+        last_norm: normalise the output too.
+        bias: biases also where a norm follows, which does away with them.
+    """
+    norms: dict[str, Any] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": lambda _: None}
+    make, bias = norms[norm], bias or norm == "none"
+    blocks: list[Any] = [(a, b, make(b), activation(), bias) for a, b in itertools.pairwise(widths[:-1])]
+    last = (widths[-2], widths[-1], make(widths[-1]), None, bias) if last_norm else (*widths[-2:], None, None)
+    return ProjectionHead([*blocks, last]).layers
+
+
+def _is_token(name: str) -> bool:
+    """Learned tokens and positions: of several dimensions, but biases in what they do."""
+    return name.rpartition(".")[2] in ("cls_token", "reg_token", "pos_embed", "mask_token")

@@ -1,0 +1,192 @@
+"""The record in a method: it conditions the embeddings, is predicted from the film, or is contrasted with it.
+
+What a record does not tell (`known` is false) is neither a target nor a pair. Over several processes the losses are
+those of the whole batch: their mean over processes equals one process on all films.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from lightly.utils import dist
+from torch import Tensor, nn
+
+from pretrain.loss import share_of_batch
+
+if TYPE_CHECKING:
+    from pretrain.methods.base import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """How the static vector (S,) takes part.
+
+    Args:
+        width: S; 0: not at all.
+        use: condition, predict or contrast.
+        inject: where it conditions: add and concat before the head, predictor after it.
+        hidden: width of its embedding.
+        binary: of each column, whether it is 0 or 1 (predicted by classification, else by regression); empty: none is.
+        weight: of the loss of predicting or contrasting.
+        temperature: of the contrast.
+    """
+
+    width: int = 0
+    use: Literal["condition", "predict", "contrast"] = "condition"
+    inject: Literal["add", "concat", "predictor"] = "add"
+    hidden: int = 128
+    binary: Sequence[bool] = ()
+    weight: float = 1.0
+    temperature: float = 0.1
+
+
+NO_RECORD = Record()
+
+
+class RecordUse(nn.Module):
+    """The modules of one use; without a record it has none and changes nothing."""
+
+    def __init__(self, width: int, out: int, record: Record) -> None:
+        super().__init__()
+        self.about = record
+        conditions = record.width > 0 and record.use == "condition"
+        self.before_head = self.after_head = self.guess = self.film = self.reader = None
+        if conditions and record.inject == "predictor":
+            self.after_head = Predictor(out, record.width, max(record.hidden, out))
+        elif conditions:
+            made = Add(width, record.width) if record.inject == "add" else Concat(width, record.width, record.hidden)
+            self.before_head = made
+        elif record.width and record.use == "predict":
+            self.guess = nn.Linear(width, record.width)
+            binary = torch.tensor(list(record.binary) or [False] * record.width)
+            self.binary: Tensor
+            self.register_buffer("binary", binary, persistent=False)
+        elif record.width:
+            self.film = nn.Linear(width, record.hidden)
+            hidden = 2 * record.hidden
+            self.reader = nn.Sequential(nn.Linear(record.width, hidden), nn.GELU(), nn.Linear(hidden, record.hidden))
+
+    @property
+    def compares(self) -> bool:
+        """Whether the record has a loss of its own."""
+        return self.guess is not None or self.film is not None
+
+    def condition(self, features: Tensor, static: Tensor | None) -> Tensor:
+        """(V*B, D) -> (V*B, D), before the head."""
+        if self.before_head is None or static is None:
+            return features
+        made: Tensor = self.before_head(features, _in_each_view(static, features))
+        return made
+
+    def predictor(self, projected: Tensor, static: Tensor | None) -> Tensor:
+        """(V*B, out) -> (V*B, out), after the head."""
+        if self.after_head is None or static is None:
+            return projected
+        made: Tensor = self.after_head(projected, _in_each_view(static, projected))
+        return made
+
+    def embed(self, views: Tensor, static: Tensor) -> dict[str, Tensor]:
+        """Features of views (V, B, D) and records (B, S) -> what `losses` compares."""
+        if self.guess is not None:
+            return {"record_guess": self.guess(views)}
+        assert self.film is not None and self.reader is not None
+        return {"record_film": self.film(views), "record_read": self.reader(static)[None]}
+
+    def losses(self, seen: dict[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        """Name -> value and weight."""
+        if not self.compares or batch.static is None:
+            return {}
+        known = torch.ones_like(batch.static, dtype=torch.bool) if batch.known is None else batch.known.bool()
+        if self.guess is not None:
+            error = prediction_error(seen["record_guess"], batch.static.float(), known, self.binary)
+            return {"record_error": (error, self.about.weight)}
+        subjects = torch.arange(len(known), device=known.device) + dist.rank() * len(known)
+        subjects = subjects if batch.subjects is None else batch.subjects
+        pairs = (seen["record_film"], seen["record_read"][0], known.any(dim=1), subjects)
+        return {"record_contrast": (contrast(*pairs, temperature=self.about.temperature), self.about.weight)}
+
+
+def prediction_error(guess: Tensor, static: Tensor, known: Tensor, binary: Tensor) -> Tensor:
+    """Squared error of numbers and cross-entropy of yes and no, mean over all that is known in the batch.
+
+    Args:
+        guess: (V, B, S), logits where `binary` (S,).
+        static, known: (B, S).
+    """
+    wanted = static.expand_as(guess)
+    yes = F.binary_cross_entropy_with_logits(guess, wanted.clamp(0, 1), reduction="none")
+    error = torch.where(binary, yes, (guess - wanted).square())
+    return (error.mean(dim=0) * known).sum() / share_of_batch(known.sum())
+
+
+def contrast(films: Tensor, records: Tensor, usable: Tensor, subjects: Tensor, *, temperature: float) -> Tensor:
+    """InfoNCE both ways between the views of films and their records, over the films of all processes.
+
+    Args:
+        films: (V, B, E); records: (B, E).
+        usable: (B,): records that tell something; the others are neither a pair nor a negative.
+        subjects: (B,): a film and a record of one subject are no negatives of each other.
+    """
+    films, records = F.normalize(films, dim=-1), F.normalize(records, dim=-1)
+    all_films, all_records, all_usable, all_subjects, start = films, records, usable, subjects, 0
+    if dist.world_size() > 1:
+        all_films = torch.cat(dist.gather(films.transpose(0, 1).contiguous())).transpose(0, 1)
+        all_records = torch.cat(dist.gather(records))
+        all_usable, all_subjects = (torch.cat(dist.gather(x.long())) for x in (usable, subjects))
+        all_usable, start = all_usable.bool(), dist.rank() * len(usable)
+    wanted = torch.arange(len(usable), device=usable.device) + start
+    hidden = (subjects[:, None] == all_subjects[None]) | ~all_usable[None]  # (B, all B)
+    hidden = hidden.scatter(1, wanted[:, None], False)
+    total = films.new_zeros(())
+    for mine, others in ((films, all_records.expand_as(all_films)), (records.expand_as(films), all_films)):
+        logits = (mine @ others.transpose(1, 2) / temperature).masked_fill(hidden, -math.inf)  # (V, B, all B)
+        picked = logits.log_softmax(dim=2).gather(2, wanted.expand(len(logits), -1)[..., None])[..., 0]
+        total = total - 0.5 * (picked.mean(dim=0) * usable).sum()
+    return total / share_of_batch(usable.sum())
+
+
+class Add(nn.Module):
+    """h + W e, W = 0 at the start: the anchor begins as without a record, and a zero record is no record."""
+
+    def __init__(self, width: int, record_width: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(record_width, width, bias=False)
+        nn.init.zeros_(self.weight.weight)
+
+    def forward(self, features: Tensor, static: Tensor) -> Tensor:
+        return features + self.weight(static)
+
+
+class Concat(nn.Module):
+    """g([h; f(e)]), both linear, as published."""
+
+    def __init__(self, width: int, record_width: int, hidden: int) -> None:
+        super().__init__()
+        self.record = nn.Linear(record_width, hidden)
+        self.project = nn.Linear(width + hidden, width)
+
+    def forward(self, features: Tensor, static: Tensor) -> Tensor:
+        return self.project(torch.cat([features, self.record(static)], dim=1))
+
+
+class Predictor(nn.Module):
+    """z + g([z; e]) with two layers, the last 0 at the start: the encoder and its head are not told the record."""
+
+    def __init__(self, out: int, record_width: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(out + record_width, hidden)
+        self.last = nn.Linear(hidden, out)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, projected: Tensor, static: Tensor) -> Tensor:
+        return projected + self.last(F.gelu(self.first(torch.cat([projected, static], dim=1))))
+
+
+def _in_each_view(static: Tensor, features: Tensor) -> Tensor:
+    return static.repeat(len(features) // len(static), 1)

@@ -1,0 +1,75 @@
+"""Each method in the loop: it trains, goes on where it stopped, watches for collapse, and exports to plain timm."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from configs import UserError
+from configs.signals import Stopped
+from pretrain import encoder as enc
+from pretrain import run, train
+from pretrain.config import METHODS
+from tests.pretrain.small import config, losses
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+SMALL = {
+    "dino": ("head.out=16", "dino.bottleneck=12"),
+    "ibot": ("head.out=16", "dino.bottleneck=12"),
+    "mae": ("mae.decoder_width=16", "mae.decoder_depth=1", "mae.decoder_heads=2", "views.num_focal=0"),
+    "lejepa": ("lejepa.directions=16",),
+}
+
+
+def settings(data, out, name, *words):
+    """Published values of the method, on networks and batches of a test's size; its views are the method's own."""
+    less = ("optim.epochs=1", "optim.lr=1e-3", *SMALL.get(name, ()), *words)
+    return config(data, out, f"method={name}", *less)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_trains_goes_on_and_opens_in_plain_timm(data, tmp_path, monkeypatch, name):
+    words = ("ehr.groups=[sex,age]", "ehr.use=predict")
+    whole = losses(train.train(settings(data, tmp_path / "whole", name, *words)))
+    assert len(whole) == 6 and np.isfinite(whole).all()
+    calls = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        with pytest.raises(Stopped, match="step 3"):
+            train.train(settings(data, tmp_path / "broken", name, *words))
+    folder = train.train(settings(data, tmp_path / "broken", name, *words))
+    assert losses(folder) == whole
+    meta = enc.read_meta(folder / "encoder")
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert meta["method"] == name and ("train/prototypes_used" in line) == (name in ("msn", "pmsn"))
+    assert {"train/record_error", "train/effective_rank"} <= set(line)
+    args = {**meta["model_args"], "img_size": 32, "dynamic_img_size": True, "num_classes": 0, "in_chans": 1}
+    plain = timm.create_model(meta["arch"], **args).eval()
+    plain.load_state_dict(load_file(folder / "encoder/encoder.safetensors"), strict=True)
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(plain(x), enc.load(folder)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["simclr", "dino"])
+def test_collapse_is_watched_whatever_the_method(data, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("pretrain.monitor.PATIENCE", 1)
+    monkeypatch.setattr("pretrain.monitor.RANK_FLOOR", 1000.0)
+    folder = train.train(settings(data, tmp_path / "x", name, "optim.steps=2"))
+    said = (folder / "log.txt").read_text()
+    assert "effective rank of the features" in said and "prototypes in use" not in said
+    assert f"the sections loss do nothing with method {name}" in said
+
+
+def test_a_record_that_tells_nothing_is_refused(data, tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    table = pd.read_parquet(data / "features/images.parquet")
+    table.assign(sex=None).to_parquet(folder / "images.parquet")
+    (folder / "provenance.json").write_text("{}")
+    with pytest.raises(UserError, match="no film has a known value, so there is nothing to contrast"):
+        train.train(settings(data, tmp_path / "x", "msn", "ehr.groups=[sex]", "ehr.use=contrast", f"features={folder}"))
