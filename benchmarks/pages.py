@@ -65,7 +65,7 @@ def generated() -> dict[Path, str]:
     files[ROOT / "docs/config.md"] = CONFIG_PAGE + "".join(sections)
     schemas: dict[str, dict[str, Any]] = {name: json_schema(config) for name, config in SCHEMAS.items()}
     preset = {key: value for key, value in schemas["pretrain"].items() if key != "required"}
-    for name, content in {**schemas, "preset_paper": preset}.items():
+    for name, content in {**schemas, "preset": preset}.items():
         files[ROOT / f"configs/schemas/{name}.json"] = json.dumps(content, indent=1) + "\n"
     return files
 

@@ -1,23 +1,6 @@
 """Self-supervised methods, one class each; the loop does not know which one runs."""
 
-from __future__ import annotations
-
-import importlib
-
-from configs.plugin import load_class
-from pretrain.config import METHODS
 from pretrain.methods.base import Batch, Method, Setup
+from pretrain.methods.names import find
 
 __all__ = ["Batch", "Method", "Setup", "find"]
-
-
-def find(name: str) -> type[Method]:
-    """The class of a method: ours by its name, or one of a user's file, `my_method.py:MyMethod`.
-
-    Raises: UserError: there is no such file or class, or it is no `Method`.
-    """
-    if name not in METHODS:
-        return load_class(name, Method, "method")
-    module, _, made = METHODS[name].partition(":")
-    found: type[Method] = getattr(importlib.import_module(f"pretrain.methods.{module}"), made)
-    return found

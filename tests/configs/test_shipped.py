@@ -88,7 +88,9 @@ def test_the_first_line_of_a_yaml_names_the_schema_that_it_follows(path: Path) -
     named = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
     assert named is not None
     schema = (path.parent / named[1]).resolve()
-    assert schema.is_file() and schema.stem in (path.stem.partition("_")[0], f"preset_{path.stem}")
+    assert schema.is_file() and schema.stem == (
+        "preset" if path.parent.name == "presets" else path.stem.partition("_")[0]
+    )
     jsonschema = pytest.importorskip("jsonschema")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     validator = jsonschema.Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))

@@ -1,6 +1,7 @@
 """Each method in the loop: it trains, goes on where it stopped, watches for collapse, and exports to plain timm."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -73,3 +74,20 @@ def test_a_record_that_tells_nothing_is_refused(data, tmp_path):
     (folder / "provenance.json").write_text("{}")
     with pytest.raises(UserError, match="no film has a known value, so there is nothing to contrast"):
         train.train(settings(data, tmp_path / "x", "msn", "ehr.groups=[sex]", "ehr.use=contrast", f"features={folder}"))
+
+
+def test_the_method_of_the_page_trains_as_it_stands_there(data, tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs/methods.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 80
+    (tmp_path / "my_method.py").write_text(code)
+    words = (
+        f"method={tmp_path / 'my_method.py'}:SimSiam",
+        "method_args={predictor: 8}",
+        "mask.ratio=0",
+        "optim.steps=2",
+    )
+    folder = train.train(config(data, tmp_path / "x", *words, "ehr.groups=[sex]", "ehr.use=contrast"))
+    assert np.isfinite(losses(folder)).all() and enc.read_meta(folder / "encoder")["branch"] == "anchor"
+    with pytest.raises(UserError, match="did you mean `predictor`"):
+        train.train(config(data, tmp_path / "y", *words, "method_args={predictors: 8}"))
