@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from configs import cli
+from configs import UserError, cli
 from ehr_features.schema import HELD_OUT
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 
@@ -49,8 +49,16 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from finetune.compare import show
+    from finetune.compare import show, show_against
 
+    if args.table:
+        if len(args.a) != 1 or len(args.b or ()) > 1:
+            raise UserError("compare --table: wanted one grid's folder, and with --with one of its methods")
+        baseline = args.b[0] if args.b else None
+        show_against(args.a[0], baseline, split=args.split, samples=args.samples, seed=args.seed, out=args.out)
+        return
+    if not args.b:
+        raise UserError("compare: --with RUN is missing: the runs of the other method")
     show(args.a, args.b, split=args.split, samples=args.samples, seed=args.seed, out=args.out)
 
 
@@ -125,8 +133,9 @@ def _scores(commands: Any) -> None:
     score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     score.set_defaults(run=_score)
     compare = cli.command(commands, "compare")
-    compare.add_argument("a", metavar="RUN", nargs="+", help="runs of one method, a training seed each")
-    compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", required=True, help="runs of the other method")
+    compare.add_argument("a", metavar="RUN", nargs="+", help="runs of one method, or with --table a grid")
+    compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", help="runs of the other method")
+    compare.add_argument("--table", action="store_true", help="each method of a grid against --with NAME, one of them")
     compare.add_argument("--split", default="test", choices=HELD_OUT)
     compare.add_argument("--samples", type=_count, default=1000, help="resamples (default 1000)")
     compare.add_argument("--seed", type=_count, default=0, help="of the resamples (default 0)")

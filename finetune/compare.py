@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from configs import UserError
+from ehr_features.files import read_json
 from finetune.metrics import by_count, check, distribution, macro, thirds
 from finetune.resample import spread
 from finetune.results import check_table, read_predictions, read_results, write_table
 
 ENOUGH_SEEDS = 3
+COSTS = ("parameters", "image_size", "films_seen", "films_trained", "processor_seconds")
 CARRIED = {"parameters": "parameters", "image_size": "px", "films_seen": "films seen"}  # by each row of a comparison
 
 
@@ -148,6 +150,59 @@ def compare_runs(
         by = of[0].get("compared_by") or {}
         table = table.assign(**{f"{key}_{name}": by.get(key) for key in CARRIED})
     return table
+
+
+def against(
+    folder: str | Path, baseline: str | None = None, *, split: str = "test", samples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Each method of a grid against one of them, on the grid's last step.
+
+    Args:
+        folder: what `grid` wrote; runs that differ by their seed alone are trainings of one method.
+        baseline: a method's name; None: the first.
+    Returns: method, parameters, image_size, films_seen, films_trained, processor_seconds (mean over runs), runs, auroc,
+        and against the baseline difference, low, high, p, p_holm (over all methods of the table), claim.
+    Raises: UserError: not a grid's folder, no such method, or no complete run of one.
+    """
+    path = Path(folder) / "grid.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no grid.json; give the folder that `grid` wrote")
+    about = read_json(path)
+    last = (about.get("steps") or ["probe"])[-1]
+    runs: dict[str, list[str | Path]] = {}
+    for name, method in about["methods"].items():
+        if (Path(folder) / name / last / "results.json").is_file():
+            runs.setdefault(method, []).append(Path(folder) / name / last)
+    baseline = baseline or next(iter(runs), None)
+    if baseline is None or baseline not in runs:
+        raise UserError(f"{folder}: no complete run of `{baseline}`; complete: {', '.join(runs) or 'none'}")
+    rows = []
+    for method, own in runs.items():
+        by = [read_results(run)[0].get("compared_by") or {} for run in own]
+        row: dict[str, Any] = {"method": method} | {key: by[0].get(key) for key in COSTS}
+        seconds = [b["processor_seconds"] for b in by if b.get("processor_seconds") is not None]
+        row |= {"processor_seconds": float(np.mean(seconds)) if seconds else None, "runs": len(own)}
+        found = compare_runs(own, runs[baseline], split=split, samples=samples, seed=seed).iloc[0]
+        row["auroc"] = found["a"]
+        if method != baseline:
+            row |= {key: found[key] for key in ("difference", "low", "high", "p", "claim")}
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=["method", *COSTS, "runs", "auroc", "difference", "low", "high", "p", "claim"])
+    table.insert(len(table.columns) - 1, "p_holm", holm(table["p"].to_numpy(np.float64)))
+    return table
+
+
+def show_against(folder: str, baseline: str | None, *, split: str, samples: int, seed: int, out: str | None) -> None:
+    """Print `against`, and write it to `out` (.csv, .md, .tex) if given."""
+    if out is not None:
+        check_table(out)
+    table = against(folder, baseline, split=split, samples=samples, seed=seed)
+    if out is not None:
+        write_table(out, table)
+    print(f"AUROC on {split}, mean over labels; differences from {baseline or table['method'].iloc[0]}")
+    print(table.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
+    if out is not None:
+        print(f"wrote {out}")
 
 
 def pairs(a: Sequence[int], b: Sequence[int]) -> bool:

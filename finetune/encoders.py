@@ -143,7 +143,10 @@ def _described(config: WeightsConfig) -> Encoder:
 
 
 def _describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]:
-    """What every row of a comparison carries: parameters, input size, films seen in pretraining; `hash`: of weights."""
+    """What every row of a comparison carries: parameters, input size, films and time of pretraining, weights' `hash`.
+
+    `films_seen` counts films once, `films_trained` at each step.
+    """
     step, origin = encoder.meta.get("step"), "random, timm's initialisation"
     if folder is not None:
         origin = spec if step is None or folder.is_file() else f"step {step}"
@@ -155,6 +158,8 @@ def _describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any
         "step": step,
         "arch": encoder.meta["arch"],
         "films_seen": 0 if folder is None else encoder.meta.get("num_films"),  # None: unknown
+        "films_trained": 0 if folder is None else encoder.meta.get("films_trained"),
+        "processor_seconds": 0 if folder is None else encoder.meta.get("processor_seconds"),
         "weights": origin,
     }
 

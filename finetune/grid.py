@@ -110,7 +110,7 @@ def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bo
         print("\n".join(command.typed(processes) for command in waiting))
         return 0
     lock(Path(config.out), f".lock-{digest([shard, only])}")  # other machines may run other shards
-    write_json(Path(config.out) / "grid.json", {"methods": methods(config)})
+    write_json(Path(config.out) / "grid.json", {"methods": methods(config), "steps": list(config.steps)})
     failed: dict[str, int] = {}
     for i, command in enumerate(waiting):
         if command.name in failed:

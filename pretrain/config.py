@@ -348,6 +348,12 @@ class OptimConfig(Settings):
     batch_size: int = Field(default=1024, ge=1, description="Films in an optimizer step, over all processes.")
     epochs: float = Field(default=100, gt=0, description="Passes over the films.")
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps in place of epochs; null: epochs count.")
+    processor_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Processor seconds of all processes in place of epochs and steps: the first steps are timed, and "
+        "the number of steps is kept in the run's budget.json; null: epochs or steps count.",
+    )
     lr: float = Field(
         default=1e-3, gt=0, description="Peak learning rate at lr_batch films a step; scaled with batch_size."
     )
@@ -383,6 +389,8 @@ class OptimConfig(Settings):
     def _parts(self) -> Self:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.processor_seconds is not None and self.steps is not None:
+            raise ValueError("steps and processor_seconds both say how long to train; give one")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas[0]}, {self.betas[1]}")
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,7 +306,7 @@ class Steps(Dataset[Any]):
 # ---- Batches in order, on the device: workers read films; on a GPU they are cut there, while the next ones are read.
 
 
-def batches(steps: Steps, start: int, end: int, workers: int, device: torch.device) -> Iterator[Batch]:
+def batches(steps: Steps, start: int, end: int, workers: int, device: torch.device) -> Generator[Batch, None, None]:
     """The batches of steps `start` to `end` - 1."""
     options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 2, "worker_init_fn": begin_worker}
     loader = DataLoader(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ehr_features.files import read_json, write_json
 from pretrain import build, run
@@ -53,23 +52,19 @@ def step_cost(config: PretrainConfig, steps: Steps, accelerator: Any) -> Cost:
             method.after_step(0.99)
             del out
         _wait(device)
-    spent = torch.tensor([time.monotonic() - began[0], processor_seconds() - began[1]], dtype=torch.float64)
-    if run.distributed():
-        gathered = [torch.zeros_like(spent) for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, spent)
-        spent = torch.stack([torch.stack(gathered)[:, 0].amax(), torch.stack(gathered)[:, 1].sum()])
-    return Cost(*(spent / MEASURED).tolist())
+    spent = torch.tensor([time.monotonic() - began[0], processor_seconds() - began[1]], device=device)
+    every = accelerator.gather(spent[None])  # (processes, 2)
+    return Cost(float(every[:, 0].max()) / MEASURED, float(every[:, 1].sum()) / MEASURED)
 
 
 def affordable_steps(config: PretrainConfig, steps: Steps, folder: Path, accelerator: Any) -> int:
     """How many steps `optim.processor_seconds` pays for; decided once, and kept in the run's budget.json."""
     seconds, path = config.optim.processor_seconds, folder / "budget.json"
     assert seconds is not None
-    if not run.on_all(path.is_file):
+    if not path.is_file():
         cost = step_cost(config, steps, accelerator)
         said = {"processor_seconds": seconds, "seconds_of_a_step": cost.processor}
         run.on_main(lambda: write_json(path, said | {"steps": max(1, int(seconds / cost.processor))}))
-        accelerator.wait_for_everyone()
     return int(read_json(path)["steps"])
 
 

@@ -44,8 +44,10 @@ def write(
     step: int,
     *,
     last: bool = False,
+    seconds: float | None = None,
 ) -> Path:
-    """runs/X/encoder/ as it is now; `last` adds how linearly readable the EHR columns are."""
+    """runs/X/encoder/ as it is now; `last` adds how linearly readable the EHR columns are, `seconds` the
+    processor seconds that its training took."""
     branch, encoder = method.product
     meta: dict[str, Any] = {
         "method": config.method,
@@ -55,6 +57,8 @@ def write(
         "ehr": {**config.ehr.model_dump(), "columns": films.columns} if config.ehr.groups else None,
         "splits_seen": sorted(set(films.table["split"])),
         "num_films": len(films),
+        "films_trained": step * config.optim.batch_size,
+        "processor_seconds": seconds,
         "num_subjects": int(films.table["subject_id"].nunique()),
         "config_hash": digest(config.model_dump(mode="json")),
         "features_hash": file_digest(Path(config.features) / "images.parquet"),

@@ -26,6 +26,7 @@ from pretrain.build import keep_freed_memory
 from pretrain.config import PretrainConfig
 from pretrain.data import Steps, batches, select_films
 from pretrain.encoder import differences
+from pretrain.estimate import affordable_steps, processor_seconds
 from pretrain.methods import Method
 from pretrain.monitor import Watch, introduce
 from pretrain.schedule import Schedule
@@ -67,13 +68,17 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     torch.manual_seed(config.seed)
     method = build.method(config, films, log)
     steps = build.steps(config, films, store, method, accelerator)
-    plan = Schedule(config.optim, steps.steps_per_epoch)
+    optim = config.optim
+    if optim.processor_seconds is not None:
+        paid = affordable_steps(config, steps, folder, accelerator)
+        optim = optim.model_copy(update={"steps": paid, "processor_seconds": None})
+    plan = Schedule(optim, steps.steps_per_epoch)
     introduce(log, config, steps, method, plan, accelerator)
     if run.is_main():
         write_seen(folder, films.table, config.encoder.init)
-    step = _loop(config, folder, log, method, steps, plan, accelerator)
+    step, seconds = _loop(config, folder, log, method, steps, plan, accelerator)
     if run.is_main():
-        export.write(folder, config, method, films, store, step, last=True)
+        export.write(folder, config, method, films, store, step, last=True, seconds=seconds)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     run.finish(folder, steps=step, films=len(films))
@@ -82,23 +87,32 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
 
 def _loop(
     config: PretrainConfig, folder: Path, log: run.Log, method: Method, steps: Steps, plan: Schedule, accelerator: Any
-) -> int:
-    """Steps until the end, or until SIGTERM. Returns: the number of steps done."""
+) -> tuple[int, float]:
+    """Steps until the end, or until SIGTERM. Returns: the number of steps done, and the processor seconds they took."""
     optim = config.optim
     optimizer = build.optimizer(optim, method)
     watch = Watch(config, steps, log, accelerator, method.num_prototypes)
-    state, start = run.load_checkpoint(folder), 0
+    state, start, spent, began = run.load_checkpoint(folder), 0, 0.0, processor_seconds()
     if state is not None:
-        start = state["step"]
+        start, spent = state["step"], state.get("processor_seconds", 0.0)
         _restore(method, state["model"], folder)
         watch.restore(state)
         log.say(f"going on at step {start} of {plan.total}")
     model, optimizer = build.prepare(method, optimizer, accelerator, config, state)
     log.cut(start)
 
+    def seconds() -> float:
+        now = torch.tensor(processor_seconds() - began, device=accelerator.device)
+        return spent + float(accelerator.reduce(now, "sum"))
+
     def save(step: int) -> None:
         watch.check(method, step)
-        state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), **watch.state()}
+        state = {
+            "processor_seconds": seconds(),
+            "model": method.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            **watch.state(),
+        }
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
         run.save_checkpoint(folder, state, step, keep=config.keep, every_hours=config.keep_every_hours)
@@ -142,8 +156,9 @@ def _loop(
             if stop.agreed():
                 save(done)
                 raise Stopped(run.go_on(folder, done))
+    ahead.close()  # its workers end, and their seconds count
     save(plan.total)
-    return plan.total
+    return plan.total, seconds()
 
 
 def _clip(method: Method, accelerator: Any, most: float | None) -> Tensor:

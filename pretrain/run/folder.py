@@ -31,7 +31,8 @@ from configs.cli import typed
 from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, read_json, tidy, write_json
 from pretrain.run.processes import distributed, on_main
 
-OURS = ("config.yaml", "provenance.json", "metrics.jsonl", "log.txt", "checkpoints", "encoder", "seen_subjects.parquet")
+FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet")
+OURS = (*FIRST, "metrics.jsonl", "encoder")
 
 
 def open_run(
@@ -71,9 +72,8 @@ def open_run(
 
 def _begun(folder: Path) -> bool:
     """Whether there is work to resume: a checkpoint or a result, not only a run's first files."""
-    before = {"config.yaml", "provenance.json", "log.txt", "checkpoints", "seen_subjects.parquet"}
     held = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-    return bool(held - before) or any(folder.glob("checkpoints/*.pt"))
+    return bool(held - {*FIRST}) or any(folder.glob("checkpoints/*.pt"))
 
 
 def _same_config(folder: Path, given: dict[str, Any], free: set[str]) -> None:

@@ -1,5 +1,6 @@
 """Paired comparisons."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pandas as pd
 import pytest
 
 from configs import UserError
-from finetune.compare import compare_runs, holm, paired, show, trainings
+from finetune.__main__ import main
+from finetune.compare import against, compare_runs, holm, paired, show, trainings
 from finetune.metrics import evaluate
 from finetune.results import write_predictions, write_results
 
@@ -143,3 +145,31 @@ def test_each_row_carries_what_the_methods_are_and_what_else_differs_is_said(
     table = pd.read_csv(out)
     assert (table[["parameters_a", "image_size_b", "films_seen_a"]] == [1234567, 16, 0]).all(axis=None)
     assert len(table) == 3 and table["films_seen_b"].isna().all()
+
+
+def test_a_grid_is_one_table_against_one_of_its_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Differences are those of `compare_runs`, Holm's p is over all methods but the baseline, costs are means."""
+    y, a, b, _ = sample(better=0.5)
+    arms = {"msn-off": b, "msn-predict": a, "mae-off": b}
+    for arm, scores in arms.items():
+        for seed in range(3):
+            by = {"hash": f"{arm}{seed}", "weights": "step 9", "films_trained": 48, "processor_seconds": 10.0 + seed}
+            noisy = np.clip(scores + np.random.default_rng([seed, len(arm)]).normal(0, 0.02, y.shape), 0.001, 0.999)
+            write_run(tmp_path / f"{arm}-s{seed}" / "probe", y, noisy, seed, compared_by=by)
+    methods = {f"{arm}-s{seed}": arm for arm in arms for seed in range(3)} | {"dino-off-s0": "dino-off"}
+    (tmp_path / "grid.json").write_text(json.dumps({"methods": methods, "steps": ["pretrain", "probe"]}))
+    table = against(tmp_path, "msn-off", samples=100).set_index("method")
+    assert list(table.index) == list(arms) and (table["runs"] == 3).all() and (table["processor_seconds"] == 11).all()
+    folders = [[tmp_path / f"{arm}-s{seed}" / "probe" for seed in range(3)] for arm in ("msn-predict", "msn-off")]
+    found = compare_runs(*folders, samples=100).iloc[0]
+    for key in ("difference", "low", "high", "p"):
+        assert table.loc["msn-predict", key] == found[key]
+    assert np.isnan(table.loc["msn-off", "difference"])
+    np.testing.assert_array_equal(table["p_holm"], holm(table["p"].to_numpy()))
+    out = tmp_path / "table.md"
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", str(tmp_path), "--table", "--with", "msn-off", "--samples", "50", "--out", str(out)])
+    assert "msn-predict" in out.read_text() and "differences from msn-off" in capsys.readouterr().out
+    for words in (["--table", "--with", "dino-off"], ["--table", "--with", "a", "b"], []):
+        with pytest.raises(SystemExit, match="2"):
+            main(["compare", str(tmp_path), *words])

@@ -8,13 +8,16 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from configs import UserError
 from configs.signals import Stopped
+from pretrain import build, estimate, run, train
 from pretrain import encoder as enc
-from pretrain import run, train
 from pretrain.config import METHODS
+from pretrain.data import select_films
+from pretrain.store import Store
 from tests.pretrain.small import config, losses
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -91,3 +94,26 @@ def test_the_method_of_the_page_trains_as_it_stands_there(data, tmp_path):
     assert np.isfinite(losses(folder)).all() and enc.read_meta(folder / "encoder")["branch"] == "anchor"
     with pytest.raises(UserError, match="did you mean `predictor`"):
         train.train(config(data, tmp_path / "y", *words, "method_args={predictors: 8}"))
+
+
+def test_a_budget_of_processor_seconds_is_decided_once_and_kept(data, tmp_path, monkeypatch):
+    words = ("optim.steps=null", "optim.processor_seconds=3")
+    monkeypatch.setattr(estimate, "step_cost", lambda *_: estimate.Cost(wall=1.0, processor=0.5))
+    folder = train.train(config(data, tmp_path / "x", *words))
+    assert len(losses(folder)) == 6 and json.loads((folder / "budget.json").read_text())["steps"] == 6
+    meta = enc.read_meta(folder / "encoder")
+    assert meta["films_trained"] == 48 and meta["processor_seconds"] > 0
+    with pytest.raises(UserError, match="both say how long"):
+        config(data, tmp_path / "y", "optim.processor_seconds=3")
+
+
+def test_a_step_is_timed_without_changing_the_run(data, tmp_path):
+    settings = config(data, tmp_path / "x")
+    films = select_films(data / "features", Store(data / "store"), settings.films, [], "default", 0)
+    accelerator = Accelerator(cpu=True)
+    method = build.method(settings, films)
+    steps = build.steps(settings, films, Store(data / "store"), method, accelerator)
+    before, weights = torch.get_rng_state(), {key: value.clone() for key, value in method.state_dict().items()}
+    cost = estimate.step_cost(settings, steps, accelerator)
+    assert cost.wall > 0 and cost.processor > 0 and torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, weights[key]) for key, value in method.state_dict().items())
