@@ -42,7 +42,7 @@ def test_a_note_conditions_as_a_group_with_zeros_and_a_mask_where_there_is_none(
     assert meta["text"]["films_with_note"] < meta["text"]["films"] and meta["text"]["encoder"] == "words"
     told = [name for name in meta["readability"] if name.startswith("text")]
     assert set(told) <= {"text_missing", "text (mean over its columns)"}
-    weight = load_checkpoint(folder)["model"]["condition.weight.weight"]
+    weight = load_checkpoint(folder)["model"]["record.before_head.weight.weight"]
     assert weight.shape[1] == len(meta["ehr"]["columns"]) == 3 + 17 and weight[:, 3:].any()
 
 

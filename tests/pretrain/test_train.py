@@ -232,7 +232,7 @@ def test_the_record_can_be_a_target_instead(data, tmp_path):
     folder = train.train(config(data, tmp_path / "x", "ehr.groups=[sex]", "ehr.use=predict", "optim.steps=3"))
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["train/record_error"] > 0
-    assert "a target of the anchor (control)" in (folder / "encoder/MODEL_CARD.md").read_text()
+    assert "predicted from the film" in (folder / "encoder/MODEL_CARD.md").read_text()
 
 
 def test_readability_is_told_of_conditioned_columns(data, tmp_path):
