@@ -255,7 +255,8 @@ class FuseConfig(Settings):
     seed: int = Field(default=0, description="Seed of weights, order, draws and intervals.")
     task: str = Field(default="mortality", description="Table of features/samples/ to predict.")
     model: str = Field(
-        default="medfuse", description="Model, one of finetune/fusion/models.py, e.g. record_lstm or film_only."
+        default="medfuse",
+        description="Model, one of finetune/fusion/models.py, e.g. record_lstm or film_only; or FILE.py:Class.",
     )
     pairing: Literal["paired", "partial"] = Field(
         default="partial", description="Samples: those with a film (paired), or all (partial)."

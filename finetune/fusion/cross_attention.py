@@ -14,11 +14,14 @@ findings the note helps.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from configs import UserError
+from configs.plugin import is_file, load_class
 from finetune.fusion.gbm import RecordGBM
 from finetune.fusion.models import MODELS, Output, Sizes, within
 
@@ -102,6 +105,20 @@ TOKEN_MODELS: dict[str, type[nn.Module]] = {
     "note_tokens": NoteTokens,
 }
 KINDS: dict[str, Any] = {**MODELS, **TOKEN_MODELS, "record_gbm": RecordGBM}  # every model that `fuse` trains
+
+
+def kind_of(name: str) -> Any:
+    """The class of a model: ours by its name, or one of a user's file, `my_model.py:MyModel`.
+
+    Raises: UserError: there is no such model, file or class.
+    """
+    if name in KINDS:
+        return KINDS[name]
+    if not is_file(name):
+        near = difflib.get_close_matches(name, KINDS, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise UserError(f"model={name}: {hint}There are {', '.join(KINDS)}, or a class of your own, FILE.py:Class")
+    return load_class(name, nn.Module, "model")
 
 
 def _layer(sizes: Sizes, cross: bool) -> nn.Module:

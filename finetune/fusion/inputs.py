@@ -22,7 +22,7 @@ from finetune import guard
 from finetune.config import FuseConfig
 from finetune.encoders import Features, Frozen, film_features, open_encoder, store_warnings, to_be_tuned
 from finetune.fusion import findings
-from finetune.fusion.cross_attention import KINDS
+from finetune.fusion.cross_attention import kind_of
 from finetune.fusion.film_tokens import film_tokens
 from finetune.fusion.net import FilmBranch
 from finetune.fusion.samples import Samples, another_film, load
@@ -34,7 +34,7 @@ from pretrain.text.notes import Notes, note_tokens, note_vectors, read_notes
 def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, FilmBranch | None, dict[str, Any]]:
     """Read, check and fit. Raises: UserError: no such model or task, an encoder that saw val or test subjects."""
     about: dict[str, Any] = {"warnings": [], "encoder": config.encoder, "supervision": "none", "films_seen": "none"}
-    kind = KINDS[config.model]
+    kind = kind_of(config.model)
     tokens, sees_films = getattr(kind, "reads_tokens", False), getattr(kind, "uses_film", True)
     store = None
     try:
@@ -80,7 +80,7 @@ def _films(
 ) -> tuple[Samples, FilmBranch, dict[str, Any]]:
     """The samples with features, and the branch fitted on train films."""
     cache = _cache(config)
-    name = config.pool or getattr(KINDS[config.model], "pool", None)
+    name = config.pool or getattr(kind_of(config.model), "pool", None)
     rows = samples.films[samples.rows("train")]
     rows = np.unique(rows[rows >= 0])
     if not len(rows):

@@ -134,7 +134,7 @@ class FilmOnly(nn.Module):
         return Output(self.head(self.drop(film)))
 
 
-class _Fusion(nn.Module):
+class Fusion(nn.Module):
     """The two branches with their own heads, and the film projected to the record's width."""
 
     def __init__(self, sizes: Sizes) -> None:
@@ -162,7 +162,7 @@ class _Fusion(nn.Module):
         return parts
 
 
-class MedFuse(_Fusion):
+class MedFuse(Fusion):
     """An LSTM over [record token, film token, note token], those that there are: it skips what is missing."""
 
     def __init__(self, sizes: Sizes) -> None:
@@ -181,7 +181,7 @@ class MedFuse(_Fusion):
         return Output(self.head(last_hour(states, count)), self.parts(record, film))
 
 
-class MedFuseTime(_Fusion):
+class MedFuseTime(Fusion):
     """An LSTM over [record, films in time order]; a film's token holds its age and its change to the film before."""
 
     many_films = True
@@ -204,7 +204,7 @@ class MedFuseTime(_Fusion):
         return Output(self.head(last_hour(states, 1 + count)), self.parts(record, last_hour(film, count.clamp(min=1))))
 
 
-class Concat(_Fusion):
+class Concat(Fusion):
     """A linear head on [record, projected film], zeros or a learned token in a missing film's place."""
 
     def __init__(self, sizes: Sizes) -> None:
@@ -218,7 +218,7 @@ class Concat(_Fusion):
         return Output(self.head(torch.cat([record, token], dim=1)), self.parts(record, film))
 
 
-class Attention(_Fusion):
+class Attention(Fusion):
     """Weighs record, film and note for each stay by learned scores; what is missing has weight 0.
 
     All are brought to one scale first: a state of an LSTM stays within 1, a projected film does not, and one
@@ -242,7 +242,7 @@ class Attention(_Fusion):
         return Output(self.head(fused), self.parts(record, film), weights)
 
 
-class Late(_Fusion):
+class Late(Fusion):
     """The two branches trained apart; their logits are averaged with a weight that is chosen on validation."""
 
     share: Tensor
@@ -260,7 +260,7 @@ class Late(_Fusion):
         return Output(logits.detach(), parts)
 
 
-class DAFT(_Fusion):
+class DAFT(Fusion):
     """Film and record together scale and shift the record's states; the film speaks only through the record.
 
     Source: the direction is MedFuse's; the DAFT paper (arXiv:2107.09311) modulates the image by the table.
@@ -283,7 +283,7 @@ class DAFT(_Fusion):
         return Output(parts.pop("record"), parts)
 
 
-class MMTM(_Fusion):
+class MMTM(Fusion):
     """Film and record gate each other's channels after their last common layer; a head on both.
 
     The film's side is the mean over its last map or patch tokens: gating channels and averaging places commute, so that

@@ -27,7 +27,7 @@ from ehr_features.files import new_file, read_json, write_json
 from ehr_features.schema import HELD_OUT
 from finetune.config import FuseConfig
 from finetune.fusion import outputs
-from finetune.fusion.cross_attention import KINDS
+from finetune.fusion.cross_attention import kind_of
 from finetune.fusion.film_gain import adds
 from finetune.fusion.gbm import RecordGBM
 from finetune.fusion.inputs import prepare
@@ -83,7 +83,7 @@ def _fuse(
     for seed in range(config.seed, config.seed + config.seeds):
         own = config.model_copy(update={"seed": seed})
         place = folder if config.seeds == 1 else folder / f"seed_{seed}"
-        if KINDS[config.model] is RecordGBM:
+        if kind_of(config.model) is RecordGBM:
             model: Callable[[Samples, NDArray[np.int64]], Predictions] = RecordGBM(samples, rows["train"], seed)
         else:
             net, trials = search(own, samples, films, rows, accelerator, log, place)
@@ -107,9 +107,7 @@ def read_by_model(config: FuseConfig) -> tuple[FuseConfig, list[str]]:
     Returns: the config; `key=value` of what was taken out.
     Raises: UserError: no such model, no films for a model of films, or what only such a model can do.
     """
-    if config.model not in KINDS:
-        raise UserError(f"model={config.model}: no such model; there are {', '.join(KINDS)}")
-    if getattr(KINDS[config.model], "uses_film", True):
+    if getattr(kind_of(config.model), "uses_film", True):
         if missing := " and ".join(key for key in ("store", "encoder") if getattr(config, key) is None):
             raise UserError(
                 f"`{missing}` missing: model={config.model} looks at films; model=record_lstm needs neither"
@@ -126,7 +124,7 @@ def read_by_model(config: FuseConfig) -> tuple[FuseConfig, list[str]]:
 
 def choose_rows(config: FuseConfig, samples: Samples) -> Rows:
     """Row numbers of each split; a model that needs a film, or pairing=paired, takes those with one."""
-    needs = "paired" if getattr(KINDS[config.model], "needs_film", False) else None
+    needs = "paired" if getattr(kind_of(config.model), "needs_film", False) else None
     given = {"train": None, "val": config.val_pairing, "test": config.test_pairing}
     rows = {split: samples.rows(split, needs or own or config.pairing) for split, own in given.items()}
     if config.unpaired_share < 1:
@@ -220,7 +218,7 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
                 f"film_weights={config.film_weights}: its head has {len(head)} labels, {config.task} {sizes.labels}, "
                 f"and model={config.model} predicts by it; train it on {config.task}, or leave film_weights out"
             )
-    net = Net(copy.deepcopy(films), KINDS[config.model](sizes))
+    net = Net(copy.deepcopy(films), kind_of(config.model)(sizes))
     model: Any = net.model
     if config.record_weights is not None:
         load_branch(model.record, config.record_weights, "record_lstm")

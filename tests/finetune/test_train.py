@@ -192,8 +192,13 @@ def test_a_batch_of_one_works(make_icu: Make) -> None:
 
 def test_mistakes_are_named(make_icu: Make) -> None:
     folder = make_icu(stays=24)
-    with pytest.raises(UserError, match="no such model; there are"):
+    with pytest.raises(UserError, match="did you mean `medfuse`"):
         fuse(config(folder, model="medfus"))
+    own = folder / "mine.py"
+    own.write_text("from finetune.fusion.models import MedFuse\nclass Mine(MedFuse):\n    pass\n")
+    fuse(config(folder, model=f"{own}:Mine", epochs=1, out=str(folder / "own")))
+    with pytest.raises(UserError, match="has no class `Other`"):
+        fuse(config(folder, model=f"{own}:Other"))
     with pytest.raises(UserError, match="`encoder` missing: model=medfuse looks at films"):
         fuse(config(folder, encoder=None))
     fuse(config(folder, model="record_lstm", encoder=None, store=None, epochs=1))
