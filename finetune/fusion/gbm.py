@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
-from sklearn.ensemble import HistGradientBoostingClassifier
 
 from finetune.fusion.outputs import Predictions
 from finetune.fusion.samples import Samples
+from finetune.probe.heads import trees
 
 WINDOWS = (1.0, 0.5, 0.1)  # windows: the last shares of the visible hours
 
@@ -41,23 +41,8 @@ class RecordGBM:
     uses_film = False
 
     def __init__(self, samples: Samples, rows: NDArray[np.int64], seed: int) -> None:
-        table = statistics(samples, rows)
-        self.fitted: list[float | HistGradientBoostingClassifier] = []
-        for label in range(len(samples.names)):
-            y = samples.labels[rows, label]
-            known = ~np.isnan(y)
-            if len(np.unique(y[known])) < 2:
-                self.fitted.append(float(logit((y[known].sum() + 0.5) / (known.sum() + 1))))
-                continue
-            trees = HistGradientBoostingClassifier(
-                learning_rate=0.05,
-                max_iter=200,
-                max_leaf_nodes=8,
-                l2_regularization=1.0,
-                early_stopping=False,
-                random_state=seed,
-            )
-            self.fitted.append(trees.fit(table[known], y[known]))
+        more = {"max_iter": 200, "l2_regularization": 1.0, "random_state": seed}
+        self.fitted = trees(statistics(samples, rows), samples.labels[rows], **more)
 
     def __call__(self, samples: Samples, rows: NDArray[np.int64]) -> Predictions:
         """Log-odds of other rows."""

@@ -219,41 +219,36 @@ def boosting(
     def x(features: Features) -> NDArray[np.float32]:
         return np.concatenate(list(features.values()), axis=1)
 
-    trees: list[Any] = []
-    staged = []  # (iterations, N) a label
-    for i in range(train.labels.shape[1]):
-        y = train.labels[:, i]
-        known = ~np.isnan(y)
-        if not 0 < y[known].sum() < known.sum():
-            trees.append(_log_odds(y[known]))
-            staged.append(np.full((iterations, len(val.labels)), trees[-1]))
-            continue
-        model = HistGradientBoostingClassifier(
-            learning_rate=0.05,
-            max_iter=iterations,
-            max_leaf_nodes=8,
-            early_stopping=False,
-            random_state=seed,
-            class_weight="balanced" if balanced else None,
-        ).fit(x(train.features)[known], y[known])
-        trees.append(model)
-        staged.append(np.stack([s.ravel() for s in model.staged_decision_function(x(val.features))]))
-    scores = np.stack(staged, axis=2).transpose(1, 0, 2)  # (N, iterations, L)
-    reached = macro_auroc(val.labels, scores)
-    best = int(np.argmax(reached)) + 1
+    weight = "balanced" if balanced else None
+    fitted = trees(x(train.features), train.labels, max_iter=iterations, random_state=seed, class_weight=weight)
 
-    def predict(features: Features) -> NDArray[np.float64]:
-        columns = []
-        for model in trees:
+    def staged(features: Features, end: int = iterations) -> NDArray[np.float64]:
+        """(N, end, L): scores after each tree."""
+        found = []
+        for model in fitted:
             if isinstance(model, float):
-                columns.append(np.full(len(x(features)), model))
+                found.append(np.full((end, len(x(features))), model))
             else:
-                columns.append(
-                    next(itertools.islice(model.staged_decision_function(x(features)), best - 1, None)).ravel()
-                )
-        return np.stack(columns, axis=1)
+                stages = itertools.islice(model.staged_decision_function(x(features)), end)
+                found.append(np.stack([stage.ravel() for stage in stages]))
+        return np.stack(found, axis=2).transpose(1, 0, 2)
 
-    return predict, {"trees": best, "val_auroc": float(reached.max())}
+    reached = macro_auroc(val.labels, staged(val.features))
+    best = int(np.argmax(reached)) + 1
+    return lambda features: staged(features, best)[:, -1], {"trees": best, "val_auroc": float(reached.max())}
+
+
+def trees(x: NDArray[np.float32], labels: NDArray[np.float32], **more: Any) -> list[Any]:
+    """Boosted trees of 8 leaves, a label (column) at a time; the log odds of a label with one class."""
+    found: list[Any] = []
+    for y in labels.T:
+        known = ~np.isnan(y)
+        if 0 < y[known].sum() < known.sum():
+            model = HistGradientBoostingClassifier(learning_rate=0.05, max_leaf_nodes=8, early_stopping=False, **more)
+            found.append(model.fit(x[known], y[known]))
+        else:
+            found.append(_log_odds(y[known]))
+    return found
 
 
 def knn(
