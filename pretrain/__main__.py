@@ -32,6 +32,14 @@ def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
 
 def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
     from pretrain.run import is_main
+
+    if args.estimate:
+        from pretrain.estimate import estimate
+
+        said = estimate(config, args)
+        if is_main():
+            print(said)
+        return
     from pretrain.train import train
 
     folder = train(config, args)
@@ -68,7 +76,10 @@ def main(argv: list[str] | None = None) -> None:
     top, commands = cli.parser("pretrain", "Pack chest films, and pretrain an encoder on them. No label is read.")
     images = cli.config_command(commands, "images", ImagesConfig, _images)
     images.add_argument("--shard", metavar="i/n", default="1/1", help="pack the i-th of n parts, on n machines at once")
-    cli.config_command(commands, "pretrain", PretrainConfig, _train)
+    training = cli.config_command(commands, "pretrain", PretrainConfig, _train)
+    training.add_argument(
+        "--estimate", action="store_true", help="time some steps, say how long the run takes, and stop"
+    )
     out = cli.command(commands, "export")
     out.add_argument("source", metavar="RUN", help="a run folder, or an encoder/")
     out.add_argument("out", metavar="OUT", help="a new folder")

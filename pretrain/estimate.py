@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import resource
 import time
@@ -14,7 +15,9 @@ from ehr_features.files import read_json, write_json
 from pretrain import build, run
 from pretrain.accumulate import backward
 from pretrain.config import PretrainConfig
-from pretrain.data import Steps, batches
+from pretrain.data import Steps, batches, select_films
+from pretrain.schedule import Schedule
+from pretrain.store import Store
 
 FIRST, MEASURED = 4, 16  # steps that warm up, and steps that count
 
@@ -66,6 +69,28 @@ def affordable_steps(config: PretrainConfig, steps: Steps, folder: Path, acceler
         said = {"processor_seconds": seconds, "seconds_of_a_step": cost.processor}
         run.on_main(lambda: write_json(path, said | {"steps": max(1, int(seconds / cost.processor))}))
     return int(read_json(path)["steps"])
+
+
+def estimate(config: PretrainConfig, args: argparse.Namespace | None = None) -> str:
+    """How long a run of this config takes on this machine; nothing is written.
+
+    Raises: UserError: the config does not fit the films, the store or the machine.
+    """
+    accelerator, store, text, ehr = build.accelerator(config, args), Store(config.store), build.text(config), config.ehr
+    films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
+    steps = build.steps(config, films, store, build.method(config, films), accelerator)
+    cost, plan, optim = (
+        step_cost(config, steps, accelerator),
+        Schedule(config.optim, steps.steps_per_epoch),
+        config.optim,
+    )
+    total = plan.total if optim.processor_seconds is None else max(1, int(optim.processor_seconds / cost.processor))
+    return (
+        f"{MEASURED} steps of {optim.batch_size} films, {accelerator.num_processes} x {accelerator.device.type}, "
+        f"without compile and workers: {optim.batch_size / cost.wall:.0f} films/s, {cost.wall:.3g} s a step\n"
+        f"the run: {total} steps ({total / steps.steps_per_epoch:.1f} epochs of {len(films)} films), "
+        f"about {total * cost.wall / 3600:.2g} h, {total * cost.processor / 3600:.2g} processor hours"
+    )
 
 
 def _wait(device: torch.device) -> None:

@@ -117,3 +117,10 @@ def test_a_step_is_timed_without_changing_the_run(data, tmp_path):
     cost = estimate.step_cost(settings, steps, accelerator)
     assert cost.wall > 0 and cost.processor > 0 and torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, weights[key]) for key, value in method.state_dict().items())
+
+
+def test_an_estimate_says_how_long_and_writes_nothing(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "step_cost", lambda *_: estimate.Cost(wall=9.0, processor=18.0))
+    said = estimate.estimate(config(data, tmp_path / "x", "optim.steps=400"))
+    assert "1 films/s, 9 s a step" in said and "400 steps" in said and "about 1 h, 2 processor hours" in said
+    assert not (tmp_path / "x").exists()
