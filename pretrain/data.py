@@ -29,6 +29,7 @@ from pretrain.config import FilmsConfig
 from pretrain.draws import film_keys, uniforms, within_cap
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.methods.base import Batch
+from pretrain.run import share
 from pretrain.text.notes import TextSource, text_columns
 from pretrain.views import Plan, Views, cut, draw, draw_keep, draw_noise, mask_cells, turn
 
@@ -256,11 +257,10 @@ class Steps(Dataset[Any]):
     ) -> None:
         if batch_size > len(films):
             raise UserError(f"optim.batch_size {batch_size} is more than the {len(films)} films to train on; lower it")
-        if batch_size % world:
-            raise UserError(f"optim.batch_size {batch_size} does not divide among {world} processes; choose a multiple")
+        local = share(batch_size, world, "optim.batch_size")
         self.films, self.store, self.cutter, self.partners = films, store, cutter, partners
         self.batch_size, self.dropout, self.cut_here = batch_size, dropout, cut_here
-        self.part = slice(rank * (batch_size // world), (rank + 1) * (batch_size // world))
+        self.part = slice(rank * local, (rank + 1) * local)
         self.steps_per_epoch = len(films) // batch_size
         self.dicom_ids = films.table["dicom_id"].to_numpy(object)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))

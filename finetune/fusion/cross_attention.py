@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from configs import UserError
 from configs.plugin import is_file, load_class
 from finetune.fusion.gbm import RecordGBM
-from finetune.fusion.models import MODELS, Output, Sizes, within
+from finetune.fusion.models import MODELS, Head, Output, Sizes, within
 
 
 class Side(nn.Module):
@@ -58,7 +58,7 @@ class CrossAttention(nn.Module):
         )
         self.norm = nn.LayerNorm(len(self.sees) * sizes.hidden)
         self.drop = nn.Dropout(sizes.dropout)
-        self.head = nn.Linear(len(self.sees) * sizes.hidden, sizes.labels)
+        self.head = Head(len(self.sees) * sizes.hidden, sizes.labels)
 
     def forward(self, film: Tensor, has_image: Tensor, note: Tensor, lengths: Tensor) -> Output:
         given = {

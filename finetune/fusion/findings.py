@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from configs import UserError
 from finetune.encoders import Features, Frozen, film_features
+from finetune.fusion.models import Head
 from finetune.labelled import evaluation_labels, read_films, training_labels
 from finetune.metrics import macro_auroc
 
@@ -88,7 +89,7 @@ def fit(
         ours[rows] = films.float()[rows] @ w.T + b
     deviation, mean = torch.std_mean(unseen, dim=0)
     deviation = deviation.clamp(min=1e-6)
-    layer = nn.Linear(x.shape[1], len(weight))
+    layer = Head(x.shape[1], len(weight))
     with torch.no_grad():
         layer.weight.copy_(weight / deviation[:, None])
         layer.bias.copy_((bias - mean) / deviation)

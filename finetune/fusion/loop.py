@@ -2,11 +2,12 @@
 
 Comes in: a fresh net, samples, row numbers of train and val. Goes out: the net with the weights of its best epoch. A
 run that was stopped goes on from its last checkpoint and gives the losses of an unbroken one: order and dropout of an
-epoch depend on seed and epoch only.
+epoch depend on seed and epoch only, not on the number of processes.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from configs import UserError
 from configs.signals import Stopped
@@ -42,35 +44,71 @@ class Scores(NamedTuple):
         return (self.auroc, -self.loss) > (other.auroc, -other.loss)
 
 
-def loss_of(output: Output, labels: Tensor, has_image: Tensor, part_weight: float, exclusive: bool = False) -> Tensor:
+class WholeBatchDropout(TorchFunctionMode):
+    """Dropout as one process would draw it: for the whole batch, of which a process takes its own rows.
+
+    All processes are seeded alike. Attention's own dropout and drop path are not reached: they draw by process.
+    """
+
+    def __init__(self, own: NDArray[np.int64], total: int) -> None:
+        super().__init__()
+        self.own, self.total = torch.from_numpy(own), total
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.dropout or len(args[0]) != len(self.own):
+            return func(*args, **(kwargs or {}))
+        x, *rest = args
+        whole = functional.dropout(x.new_ones(self.total, *x.shape[1:]), *rest, **(kwargs or {}))
+        return x * whole[self.own.to(x.device)]
+
+
+def loss_of(
+    output: Output,
+    labels: Tensor,
+    has_image: Tensor,
+    part_weight: float,
+    exclusive: bool = False,
+    accelerator: Accelerator | None = None,
+) -> Tensor:
     """The loss of the logits, plus part_weight times that of each branch (the film's where there is a film).
 
     Args:
         labels: (B, L) 0, 1, NaN (does not count).
         has_image: (B, K).
         exclusive: exactly one label of a row is 1: softmax, not sigmoid.
+        accelerator: of several processes; the mean over them of what is returned is then the loss of the whole batch.
 
-    Logits that carry no gradient (`late`: its branches are trained apart) add nothing, and the parts count in full.
+    `late` detaches its fused logits: its branches train at full weight and `part_weight` is ignored.
     """
-    loss = entropy(output.logits, labels, exclusive=exclusive)
+    loss = entropy(output.logits, labels, exclusive=exclusive, accelerator=accelerator)
     if output.parts and not output.logits.requires_grad:
         part_weight = 1.0
     for name, logits in output.parts.items():
         where = has_image[:, :1] if name == "film" else torch.ones_like(has_image[:, :1])
-        loss = loss + part_weight * entropy(logits, labels, where, exclusive=exclusive)
+        loss = loss + part_weight * entropy(logits, labels, where, exclusive=exclusive, accelerator=accelerator)
     return loss
 
 
-def entropy(logits: Tensor, labels: Tensor, where: Tensor | None = None, *, exclusive: bool = False) -> Tensor:
+def entropy(
+    logits: Tensor,
+    labels: Tensor,
+    where: Tensor | None = None,
+    *,
+    exclusive: bool = False,
+    accelerator: Accelerator | None = None,
+) -> Tensor:
     """Mean binary cross-entropy over the labels that are known, or cross-entropy over the rows; of the rows `where`."""
+    known, targets = ~labels.isnan(), labels.nan_to_num()
     if exclusive:
-        losses = functional.cross_entropy(logits.float(), labels, reduction="none")[:, None]
-        known = torch.ones_like(losses, dtype=torch.bool)
+        losses = functional.cross_entropy(logits.float(), targets, reduction="none")[:, None]
+        known = known[:, :1]
     else:
-        known = ~labels.isnan()
-        losses = functional.binary_cross_entropy_with_logits(logits.float(), labels.nan_to_num(), reduction="none")
+        losses = functional.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     known = known if where is None else known & where
-    return (losses * known).sum() / known.sum().clamp(min=1)
+    count, world = known.sum(), 1
+    if accelerator is not None and (world := accelerator.num_processes) > 1:
+        count = accelerator.reduce(count, "sum")
+    return world * (losses * known).sum() / count.clamp(min=1)
 
 
 def train(
@@ -138,31 +176,45 @@ def _epoch(
     accelerator: Accelerator,
     epoch: int,
 ) -> float:
-    """One pass over the rows. Returns: the mean loss."""
+    """One pass over the rows. Returns: the mean loss; n processes give that of one, up to rounding."""
     rng = np.random.default_rng([config.seed, epoch])
     if config.epoch_samples is not None and config.epoch_samples < len(rows):
         rows = rng.choice(rows, config.epoch_samples, replace=False)
-    parts = batches(samples.length[rows], config.batch_size, rng)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    parts = [rows[part] for part in parts + parts[: -len(parts) % world]][rank::world]
-    torch.manual_seed(int(rng.integers(2**62)) + rank)  # of dropout
+    whole = [rows[part] for part in batches(samples.length[rows], config.batch_size, rng)]
+    own = [_own(len(part), accelerator) for part in whole]
+    torch.manual_seed(int(rng.integers(2**62)))  # of dropout
     wrapped.train()
     total = 0.0
-    for batch in stream(samples, parts, config.workers, _tuned(config, epoch)):
+    parts = [part[mine] for part, mine in zip(whole, own, strict=True)]
+    ahead = stream(samples, parts, config.workers, _tuned(config, epoch))
+    for part, mine, batch in zip(whole, own, ahead, strict=True):
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        with accelerator.autocast():
+        if accelerator.process_index >= len(part):  # a short batch has no row for this process: one that does not count
+            batch["labels"].fill_(torch.nan)
+        shared = WholeBatchDropout(mine, len(part)) if accelerator.num_processes > 1 else nullcontext()
+        with accelerator.autocast(), shared:
             output = wrapped(batch)
         exclusive = samples.hours_left is not None
-        loss = loss_of(output, batch["labels"], batch["has_image"], config.part_weight, exclusive)
-        if not torch.isfinite(loss):
+        loss = loss_of(output, batch["labels"], batch["has_image"], config.part_weight, exclusive, accelerator)
+        mean = accelerator.reduce(loss.detach(), "mean") if accelerator.num_processes > 1 else loss.detach()
+        if not torch.isfinite(mean):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower lr ({config.lr}) or encoder_lr")
         optimizer.zero_grad()
         accelerator.backward(loss)
         if config.clip is not None:
             accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
         optimizer.step()
-        total += loss.item()
+        total += mean.item()
     return total / len(parts)
+
+
+def _own(rows: int, accelerator: Accelerator) -> NDArray[np.int64]:
+    """This process's places in a batch of so many rows; the first where there are fewer rows than processes."""
+    return (
+        np.arange(rows)[accelerator.process_index :: accelerator.num_processes]
+        if (accelerator.process_index < rows)
+        else np.zeros(1, np.int64)
+    )
 
 
 def _tuned(config: FuseConfig, epoch: int) -> bool:

@@ -20,9 +20,10 @@ head, for a loss on the parts (`part_weight`) that keeps both alive.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,22 @@ class Note(NamedTuple):
     has_record: Tensor
 
 
+class Head(nn.Linear):
+    """A linear layer in fp32 whatever the autocast outside: logits in bf16 tie (8 bits of mantissa)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+class LSTM(nn.LSTM):
+    """In fp32 on a CPU whatever the autocast outside: many processors have no LSTM in bf16."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+        with torch.autocast("cpu", enabled=False) if input.device.type == "cpu" else nullcontext():
+            return super().forward(input.float() if input.device.type == "cpu" else input, hx)
+
+
 class RecordLSTM(nn.Module):
     """LSTMs over the hourly series; the last hour's state, dropout, a linear head. 874,777 weights for 76 -> 25."""
 
@@ -70,9 +87,9 @@ class RecordLSTM(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         widths = [sizes.inputs, *[sizes.hidden] * sizes.layers]
-        self.layers = nn.ModuleList(nn.LSTM(a, b, batch_first=True) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(LSTM(a, b, batch_first=True) for a, b in pairwise(widths))
         self.drop = nn.Dropout(sizes.dropout)
-        self.head = nn.Linear(sizes.hidden, sizes.labels)
+        self.head = Head(sizes.hidden, sizes.labels)
         for name, weight in self.layers.named_parameters():
             {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_}.get(
                 name.split(".")[1][:9], nn.init.zeros_
@@ -111,7 +128,7 @@ class RecordTransformer(nn.Module):
         )
         self.layers = nn.TransformerEncoder(layer, sizes.layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.drop = nn.Dropout(sizes.dropout)
-        self.head = nn.Linear(width, sizes.labels)
+        self.head = Head(width, sizes.labels)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         tokens = self.embed(series)  # (B, T, F) -> (B, T, hidden)
@@ -128,7 +145,7 @@ class FilmOnly(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.drop = nn.Dropout(sizes.dropout)
-        self.head = nn.Linear(sizes.film, sizes.film_labels or sizes.labels)
+        self.head = Head(sizes.film, sizes.film_labels or sizes.labels)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         return Output(self.head(self.drop(film)))
@@ -167,8 +184,8 @@ class MedFuse(Fusion):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
-        self.fuse = nn.LSTM(sizes.hidden, sizes.joint, batch_first=True)
-        self.head = nn.Linear(sizes.joint, sizes.labels)
+        self.fuse = LSTM(sizes.hidden, sizes.joint, batch_first=True)
+        self.head = Head(sizes.joint, sizes.labels)
 
     def forward(
         self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor, note: Note | None = None
@@ -189,8 +206,8 @@ class MedFuseTime(Fusion):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
         self.project = nn.Linear(2 * sizes.film + 1, sizes.hidden)
-        self.fuse = nn.LSTM(sizes.hidden, sizes.joint, batch_first=True)
-        self.head = nn.Linear(sizes.joint, sizes.labels)
+        self.fuse = LSTM(sizes.hidden, sizes.joint, batch_first=True)
+        self.head = Head(sizes.joint, sizes.labels)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         record = self.record.encode(series, lengths)
@@ -210,7 +227,7 @@ class Concat(Fusion):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
         self.token = nn.Parameter(torch.zeros(sizes.hidden), requires_grad=sizes.missing == "learnable")
-        self.head = nn.Linear(2 * sizes.hidden, sizes.labels)
+        self.head = Head(2 * sizes.hidden, sizes.labels)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         record = self.record.encode(series, lengths)
@@ -229,7 +246,7 @@ class Attention(Fusion):
         super().__init__(sizes)
         self.norms = nn.ModuleList(nn.LayerNorm(sizes.hidden) for _ in range(2 + (sizes.text > 0)))
         self.score = nn.Sequential(nn.Linear(sizes.hidden, sizes.hidden), nn.Tanh(), nn.Linear(sizes.hidden, 1))
-        self.head = nn.Linear(sizes.hidden, sizes.labels)
+        self.head = Head(sizes.hidden, sizes.labels)
 
     def forward(
         self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor, note: Note | None = None
@@ -256,7 +273,7 @@ class Late(Fusion):
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         parts = self.parts(self.record.encode(series, lengths), film)
         share = self.share * has_image[:, None]
-        logits = torch.lerp(parts["record"], parts["film"], share.expand_as(parts["film"]))
+        logits = torch.lerp(parts["record"], parts["film"], share.expand_as(parts["film"]))  # both fp32: of `Head`
         return Output(logits.detach(), parts)
 
 
@@ -298,7 +315,7 @@ class MMTM(Fusion):
         self.squeeze = nn.Linear(sizes.film + sizes.hidden, squeezed)
         self.gate_record = nn.Linear(squeezed, sizes.hidden)
         self.gate_film = nn.Linear(squeezed, sizes.film)
-        self.head = nn.Linear(2 * sizes.hidden, sizes.labels)
+        self.head = Head(2 * sizes.hidden, sizes.labels)
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         states = self.record.begin(series)

@@ -106,7 +106,7 @@ class Net(nn.Module):
         if not getattr(self.model, "many_films", False):
             film, present, hours = film[:, 0], present[:, 0], hours[:, 0]
         output: Output = self.model(batch["series"], batch["lengths"], film, present, hours, **more)
-        return output
+        return output._replace(logits=output.logits.float())
 
 
 def load_branch(branch: nn.Module, folder: str | Path, model: str) -> None:

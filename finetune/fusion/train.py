@@ -57,6 +57,7 @@ def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> 
         print(f"model={config.model} reads no films; not used: {', '.join(unused)}")
     uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may hold no film
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
+    run.share(config.batch_size, accelerator.num_processes, "batch_size")
     samples, films, about = prepare(config, accelerator)
     rows = choose_rows(config, samples)
     folder = run.open_run(config.out, config, sources=_sources(config), may_differ=["workers", "cache", "adds"])

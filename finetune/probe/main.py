@@ -62,6 +62,7 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     tuned = config.method in ("finetune", "attentive")
     if not tuned and run.check_world(args) > 1:
         raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
+    run.check_precision(config.precision, cpu=not torch.accelerator.is_available())
     accelerator = run.accelerator(args, mixed_precision=config.precision) if tuned else None
     with accelerator.main_process_first() if accelerator else nullcontext():  # one process packs
         films, store = open_films(config)

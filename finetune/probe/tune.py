@@ -96,11 +96,7 @@ class _Fit:
                 self.net.head.bias.copy_(torch.from_numpy(np.log(positive / (known.sum(0) - positive + 1))))
         optimizer = torch.optim.AdamW(groups(self.net, tune), lr=tune.lr)
         wrapped, optimizer = accelerator.prepare(self.net, optimizer)
-        local, rest = divmod(tune.batch_size, accelerator.num_processes)
-        if rest:
-            raise UserError(
-                f"tune.batch_size {tune.batch_size} is not a multiple of {accelerator.num_processes} processes"
-            )
+        local = run.share(tune.batch_size, accelerator.num_processes, "tune.batch_size")
         per_epoch = max(1, len(train) // tune.batch_size)
         state = run.load_checkpoint(self.folder) or {"step": 0, "reached": -1.0, "best_epoch": 0, "done": False}
         if "net" in state:
@@ -250,12 +246,17 @@ class Tuned(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), normalised -> (B, L)."""
         if not self.attentive:
-            return self.head(self.encoder(x))
+            return self._logits(self.encoder(x))
         with torch.no_grad():
             tokens = self.encoder.features(x)
         tokens = self.norm(tokens if tokens.ndim == 3 else tokens.flatten(2).transpose(1, 2))  # (B, N, D)
         weight = (tokens @ self.query / math.sqrt(len(self.query))).softmax(dim=1)  # (B, N)
-        return self.head((weight[:, :, None] * tokens).sum(1))
+        return self._logits((weight[:, :, None] * tokens).sum(1))
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """In fp32 whatever the autocast outside: logits in bf16 tie."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float())
 
     def train(self, mode: bool = True) -> Tuned:
         """A frozen encoder stays in eval mode; a pretrained one keeps its batch norm's statistics."""

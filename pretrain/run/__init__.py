@@ -3,4 +3,4 @@
 from pretrain.run.checkpoints import load_checkpoint, save_checkpoint
 from pretrain.run.folder import complete, finish, go_on, open_run
 from pretrain.run.log import Log
-from pretrain.run.processes import accelerator, check_world, is_main, on_main, stopping
+from pretrain.run.processes import accelerator, check_precision, check_world, is_main, on_main, share, stopping

@@ -37,17 +37,17 @@ def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accel
     Args:
         args: the command line's, with `processes` (on each machine) and `machines`; None: nothing was asked for.
         options: passed on to accelerate.Accelerator, e.g. mixed_precision, log_with, project_dir.
-    Raises: UserError: another world size than --processes x --machines, or more processes than GPUs.
+    Raises: UserError: another world size than --processes x --machines, more processes than GPUs, or fp16 on a CPU.
     """
+    cpu = options.pop("cpu", False) or not torch.accelerator.is_available() or _truth("ACCELERATE_USE_CPU")
+    precision = options.pop("mixed_precision", None) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    check_precision(precision, cpu)
     world = check_world(args)
     if world > 1 and not is_main():
         _reach(os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500"), PATIENCE_SECONDS)
     from accelerate import Accelerator
 
-    cpu = options.pop("cpu", False) or not torch.accelerator.is_available()
-    if cpu and options.get("mixed_precision") == "fp16":
-        raise UserError("precision: fp16 needs a GPU; choose bf16 or no on a CPU")
-    made = Accelerator(cpu=cpu, **options)
+    made = Accelerator(cpu=cpu, mixed_precision=precision, **options)
     atexit.register(_leave)
     if made.num_processes != world:
         raise UserError(
@@ -55,6 +55,12 @@ def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accel
             f"ehr-msn or ./launch.sh and --processes N (accelerate launch --cpu, for one, starts a single process)"
         )
     return made
+
+
+def check_precision(precision: str, cpu: bool) -> None:
+    """Raises: UserError: fp16 on a CPU, whose kernels overflow or do not exist."""
+    if precision == "fp16" and cpu:
+        raise UserError("precision: fp16 needs a GPU; choose bf16 or no on a CPU")
 
 
 def check_world(args: argparse.Namespace | None) -> int:
@@ -86,9 +92,26 @@ def check_world(args: argparse.Namespace | None) -> int:
             f"--machine-rank"
         )
     gpus = torch.cuda.device_count()
-    if gpus and local > gpus and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
+    if gpus and local > gpus and not _truth("ACCELERATE_USE_CPU"):
         raise UserError(f"{local} processes on a machine with {gpus} GPUs; start at most {gpus} (--processes {gpus})")
     return world
+
+
+def _truth(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def share(batch_size: int, world: int, key: str) -> int:
+    """Rows of a step that each process computes: `batch_size` counts those of all processes, in every command.
+
+    Raises: UserError: they do not divide evenly.
+    """
+    if batch_size % world:
+        raise UserError(
+            f"{key} {batch_size} does not divide among {world} processes: it counts the rows of a step over all of "
+            f"them; choose a multiple of {world}, e.g. {-(-batch_size // world) * world}"
+        )
+    return batch_size // world
 
 
 def _in_config(path: str) -> int:

@@ -27,7 +27,8 @@ from finetune.guard import check_encoder
 from finetune.results import read_results
 from pretrain import encoder as encoders
 from pretrain.encoder import read_meta
-from pretrain.run import stopping
+from pretrain.run import accelerator, stopping
+from pretrain.run import share as run_share
 
 Make = Callable[..., Path]
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -383,6 +384,52 @@ def test_late_refuses_a_film_head_of_other_labels(make_icu: Make) -> None:
     stage = fuse(config(folder, task="phenotypes", model="film_only", epochs=1, out=str(folder / "stage")))
     with pytest.raises(UserError, match="its head has 2 labels, mortality 1"):
         fuse(config(folder, model="late", film_weights=str(stage)))
+
+
+@pytest.mark.parametrize("model", ["late", "medfuse", "attention", "film_only", "record_transformer", "mmtm"])
+def test_bf16_trains_and_its_scores_do_not_tie(make_icu: Make, model: str) -> None:
+    """As many distinct scores as in fp32: logits are never rounded to 8 bits."""
+    folder = make_icu(stays=400)
+    distinct = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        given = {"model": model, "precision": precision, "epochs": 1, "samples": 0, "out": str(folder / precision)}
+        table = pd.read_parquet(fuse(config(folder, **given)) / "predictions/test.parquet")
+        distinct[precision] = table["logit_mortality"].nunique()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert distinct["bf16"] == distinct["no"]
+
+
+def test_fp16_on_a_cpu_and_a_batch_that_does_not_divide_are_refused(
+    make_icu: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_icu(stays=24)
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        fuse(config(folder, precision="fp16"))
+    with pytest.raises(UserError, match="batch_size 7 does not divide among 2 processes"):
+        run_share(7, 2, "batch_size")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # of an accelerate config, for any command
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        accelerator()
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "processes"), [("medfuse", 2), ("late", 2), ("attention", 3), ("film_only", 2)])
+def test_several_processes_give_the_losses_of_one(make_icu: Make, model: str, processes: int) -> None:
+    """With dropout, and with a last batch of fewer rows than processes."""
+    folder = make_icu(stays=240)
+    given = {"model": model, "batch_size": 30, "epoch_samples": 61, "epochs": 2, "samples": 0}
+    one = fuse(config(folder, **given, out=str(folder / "one")))
+    debug_launcher(_several, (str(folder), given, processes), num_processes=processes)
+    found = list(dict.fromkeys(curve(folder / "several")))  # this launcher lets each process write its line
+    assert np.array(found) == pytest.approx(np.array(curve(one)), rel=1e-4)
+
+
+def _several(folder: str, given: dict[str, Any], processes: int) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the fork's parent had one process
+    several = config(Path(folder), **given, out=str(Path(folder) / "several"))
+    fuse(several, argparse.Namespace(processes=processes))
 
 
 @pytest.mark.slow
