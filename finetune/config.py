@@ -345,7 +345,7 @@ class FuseConfig(Settings):
     weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of AdamW.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Both betas of AdamW.")
     clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient; null: no clipping.")
-    batch_size: int = Field(default=64, ge=1, description="Samples in an optimizer step.")
+    batch_size: int = Field(default=64, ge=1, description="Samples in an optimizer step, over all processes.")
     epochs: int = Field(default=50, ge=1, description="Largest number of epochs.")
     patience: int = Field(
         default=10, ge=1, description="Epochs without a better validation AUROC before training stops."
