@@ -74,7 +74,7 @@ class Head(nn.Linear):
 class LSTM(nn.LSTM):
     """In fp32 on a CPU whatever the autocast outside: many processors have no LSTM in bf16."""
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+    def forward(self, input: Any, hx: Any = None) -> Any:
         with torch.autocast("cpu", enabled=False) if input.device.type == "cpu" else nullcontext():
             return super().forward(input.float() if input.device.type == "cpu" else input, hx)
 
