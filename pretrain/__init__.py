@@ -1,4 +1,4 @@
-"""Films + features/ -> an encoder, by an EHR-conditioned masked Siamese network. Never reads a label."""
+"""Pretrain an encoder on films and features/ with an EHR-conditioned masked Siamese network. No label is read."""
 
 from configs import __version__
 from configs.face import lazy

@@ -72,7 +72,7 @@ def _knowledge(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, run, and leave with an exit code."""
+    """Parse the arguments, run the command, exit with its code."""
     top, commands = cli.parser("pretrain", "Pack chest films, and pretrain an encoder on them. No label is read.")
     images = cli.config_command(commands, "images", ImagesConfig, _images)
     images.add_argument("--shard", metavar="i/n", default="1/1", help="pack the i-th of n parts, on n machines at once")
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     out = cli.command(commands, "export")
     out.add_argument("source", metavar="RUN", help="a run folder, or an encoder/")
     out.add_argument("out", metavar="OUT", help="a new folder")
-    out.add_argument("--in-chans", type=int, choices=(1, 3), default=None, help="of the films it will see")
+    out.add_argument("--in-chans", type=int, choices=(1, 3), default=None, help="channels of its input")
     out.add_argument("--branch", choices=("target", "anchor"), help="moving average, or trained (default: encoder/)")
     out.add_argument("--format", choices=("timm", "onnx"), default="timm")
     out.add_argument("--probe", metavar="RUN", default=None, help="a probe's run folder, for the model card")
@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     near.add_argument("notes", metavar="NOTES", help="a folder that `notes` wrote")
     near.add_argument("passages", metavar="PASSAGES", help="a folder of .txt, .md and .jsonl files")
     near.add_argument("--text-encoder", metavar="FOLDER", required=True, help="Hugging Face or sentence-transformers")
-    near.add_argument("--top", type=int, default=3, help="at most so many passages a note (default 3)")
-    near.add_argument("--threshold", type=float, default=0.3, help="lowest cosine that counts (default 0.3)")
+    near.add_argument("--top", type=int, default=3, help="largest number of passages per note (default 3)")
+    near.add_argument("--threshold", type=float, default=0.3, help="lowest cosine of a passage (default 0.3)")
     near.set_defaults(run=_knowledge)
     cli.main(top, argv)
 

@@ -59,7 +59,7 @@ def _whole(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def random_generator(device: torch.device) -> torch.Generator:
-    """The generator that dropout and drop path draw from."""
+    """The generator that dropout and drop path use."""
     return (
         torch.cuda.default_generators[torch.cuda.current_device()] if device.type == "cuda" else torch.default_generator
     )
@@ -79,5 +79,5 @@ def _approximate(model: Any, method: Method, batch: Batch, accelerator: Any, num
 
 
 def _alone(model: Any, accelerator: Any, alone: bool) -> Any:
-    """Gradients are averaged over processes once, after the last part."""
+    """Average gradients over processes once, after the last part."""
     return accelerator.no_sync(model) if alone else contextlib.nullcontext()

@@ -28,7 +28,7 @@ from pretrain.views import Views
 
 
 def accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any:
-    """The processes, their precision and their trackers. Raises: UserError: this machine cannot give what is asked."""
+    """Set up processes, precision and trackers. Raises: UserError: this machine does not support the config."""
     from accelerate import DistributedDataParallelKwargs
 
     if absent := [name for name in config.trackers if importlib.util.find_spec(name) is None]:
@@ -41,7 +41,7 @@ def accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any:
 
 
 def text(config: PretrainConfig) -> TextSource | None:
-    """Where the EHR group `text` comes from, if there is one."""
+    """The source of the EHR group `text`, if that group is used."""
     if config.ehr.notes is None or config.ehr.text_encoder is None:
         return None
     return TextSource(config.ehr.notes, config.ehr.text_encoder, Path(config.out).parent / "cache")
@@ -187,7 +187,7 @@ def steps(config: PretrainConfig, films: Films, store: Store, method: Method, ac
 
 
 def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world: int) -> None:
-    """Refuse what would fail, or mean nothing, in the middle of a step."""
+    """Refuse combinations that would fail, or be meaningless, during a step."""
     size, patch = config.encoder.image_size, encoder.patch
     for name, side in (("encoder.image_size", size), ("views.focal_size", config.views.focal_size)):
         if encoder.is_vit and side % patch:
@@ -199,7 +199,7 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
             _passes(encoder, side, name)
     if store.size < size:
         raise UserError(
-            f"{store.folder}: its films are {store.size} px, encoder.image_size is {size}, and enlarging adds nothing; "
+            f"{store.folder}: its films are {store.size} px, encoder.image_size is {size}, enlarging adds nothing; "
             f"pack them with size={size} or more, or set encoder.image_size={store.size // patch * patch}"
         )
     batch, parts = config.optim.batch_size, world * config.optim.accumulate
@@ -211,17 +211,17 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
     drawn = [f"{key}={value}" for key, value in encoder.meta["model_args"].items() if "drop" in key and value]
     if config.compile and drawn and config.optim.accumulate > 1 and config.optim.accumulate_mode == "exact":
         raise UserError(
-            f"compile, exact accumulation and {', '.join(drawn)}: a compiled network need not repeat its draws in the "
-            "second pass; set compile=false, or optim.accumulate_mode=approximate"
+            f"compile, exact accumulation and {', '.join(drawn)}: a compiled network may draw other random numbers "
+            "in the second pass; set compile=false, or optim.accumulate_mode=approximate"
         )
     if batch // parts < 2 and not encoder.is_vit:
-        raise UserError("one film at a time cannot pass a convolutional net's batch norm: raise optim.batch_size")
+        raise UserError("batch norm of a convolutional net needs two films or more at a time: raise optim.batch_size")
     if batch // parts < 2 and config.head.norm == "batch":
-        raise UserError("one film at a time cannot pass batch norm: raise optim.batch_size, or head.norm: layer")
+        raise UserError("batch norm needs two films or more at a time: raise optim.batch_size, or set head.norm: layer")
 
 
 def _passes(encoder: encoders.Encoder, side: int, name: str) -> None:
-    """Refuse views that a convolutional net halves until nothing is left."""
+    """Refuse views that a convolutional net would downsample to nothing."""
     if side >= 64:
         return
     was_training = encoder.training
@@ -230,14 +230,14 @@ def _passes(encoder: encoders.Encoder, side: int, name: str) -> None:
             encoder.eval()(torch.zeros(1, encoder.meta["in_chans"], side, side))
     except RuntimeError:
         raise UserError(
-            f"{name} {side} is too small for {encoder.meta['arch']}: nothing is left of it; e.g. 64"
+            f"{name} {side} is too small for {encoder.meta['arch']}: no feature map is left; use e.g. 64"
         ) from None
     finally:
         encoder.train(was_training)
 
 
 def synchronise(method: Method) -> Method:
-    """Batch norm over all processes, on GPUs. timm's conversion: torch's would drop DenseNet's fused activations."""
+    """Batch norm over all processes, on GPUs. Use timm's conversion: torch's drops DenseNet's fused activations."""
     made: Method = convert_sync_batchnorm(method)
     return made
 
@@ -245,12 +245,12 @@ def synchronise(method: Method) -> Method:
 def prepare(
     method: Method, optimizer: Any, accelerator: Any, config: PretrainConfig, state: dict[str, Any] | None
 ) -> Any:
-    """The method and its optimizer, ready for this machine, the optimizer as in `state`."""
+    """Prepare method and optimizer for this machine, with the optimizer's `state`."""
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         synchronise(method)
-    if not method.anchor.is_vit:  # convolutions like it on GPUs, and on CPUs take a third less time
+    if not method.anchor.is_vit:  # channels-last convolutions are faster on GPUs and take a third less time on CPUs
         method.to(memory_format=torch.channels_last)
-    if config.compile:  # a graph for each size of view, rather than one slower graph for any
+    if config.compile:  # one graph per view size is faster than one for all sizes
         for encoder in {id(e): e for e in (method.anchor, method.product[1])}.values():
             encoder.compile(dynamic=False)
     model, optimizer = accelerator.prepare(method, optimizer)
@@ -263,24 +263,24 @@ def prepare(
 
 
 def _as_laid_out(optimizer: Any) -> None:
-    """Moments in the memory order of their parameters: the fused AdamW takes that for granted, and checks nothing."""
+    """Store moments in the memory order of their parameters: the fused AdamW assumes it without a check."""
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter).copy_(value)
 
 
-# ---- Memory of a training process on Linux: what is freed stays with the process and is used again.
+# ---- Memory of a training process on Linux: freed memory stays with the process.
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc not to give large blocks back to the system between steps.
+    """Set glibc to keep large freed blocks instead of returning them to the system between steps.
 
-    A step allocates the same hundreds of megabytes as the one before. Given back, each page of them is faulted in and
-    zeroed again, which costs more than the arithmetic on views does. Processes forked later inherit it.
-    Returns: whether the C library took it; another one than glibc is left as it is.
+    A step allocates the same hundreds of megabytes as the one before. If they were returned, each page would be faulted
+    in and zeroed again, which costs more than the arithmetic of the views. Processes forked later inherit the setting.
+    Returns: whether the C library accepted it; C libraries other than glibc are left unchanged.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""What the commands of pretrain/ read from their YAML files. Imports no torch, so that `--help` is quick."""
+"""The config schemas of the commands of pretrain/. Imports no torch, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from configs.plugin import is_file
 from ehr_features.config import TEXT_GROUP, Storage
 from ehr_features.schema import Split
 
-# Collapse, as a run and its report tell it: effective rank of the features, share of the prototypes in use.
+# Thresholds of the collapse warning and the report: effective rank of the features, share of prototypes in use.
 RANK_FLOOR, PROTOTYPES_FLOOR = 4.0, 0.1
 
 
 def _named_once(word: Any) -> Any:
-    """Refuse the words of earlier releases and of other tools for a precision."""
+    """Refuse names of a precision from earlier releases and other tools."""
     names = {"fp32": "no", "32": "no", "float32": "no", "bfloat16": "bf16", "bf16-mixed": "bf16"}
     names |= {"16": "fp16", "float16": "fp16", "16-mixed": "fp16"}
     if str(word).lower() in names:

@@ -1,7 +1,7 @@
-"""Which films a run trains on, and the batch of each step.
+"""The films that a run trains on, and the batch of each step.
 
-Comes in: features/ (films, subjects, EHR columns; never a label) and store/. Goes out: step -> batch, a pure function
-of the config, so that a run goes on at any step and does not depend on workers; process r of n gets part r of a batch.
+Input: features/ (films, subjects, EHR columns; never a label) and store/. Output: step -> batch, a pure function of the
+config, so that a run can resume at any step and does not depend on workers; process r of n gets part r of a batch.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Films:
         return len(self.table)
 
     def permute_record(self, seed: int) -> None:
-        """Give each film the record of another: the control in which the record says nothing of the film."""
+        """Give each film the record of another film: a control in which record and film are unrelated."""
         others = np.argsort(uniforms(self.keys, 1, seed, 0, "permuted record")[:, 0], kind="stable")
         assert self.known is not None
         self.static, self.known = self.static[others], self.known[others]
@@ -133,14 +133,14 @@ def _encode(table: pd.DataFrame, group: str, preset: str, source: str) -> tuple[
         return static.encode(table, [group], preset=preset)[:2]
     except UserError:
         raise
-    except (ValueError, TypeError):  # its words would quote a patient's value
+    except (ValueError, TypeError):  # their messages would quote a patient's value
         raise UserError(
             f"{source}: a column of EHR group `{group}` holds values of another type; is it ours?"
         ) from None
 
 
 def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> tuple[np.ndarray, dict[str, int]]:
-    """(N,) bool, and how many films each reason took."""
+    """(N,) bool: films to keep; and the number left out for each reason."""
     keep, left_out = np.ones(len(table), bool), {}
 
     def drop(reason: str, those: pd.Series | np.ndarray) -> None:
@@ -198,7 +198,7 @@ class Cutter:
         return plans
 
     def cut(self, raw: dict[str, Any]) -> Batch:
-        """The batch, on the device where the films are."""
+        """Cut the batch on the device that holds the films."""
         films, device = raw["films"], raw["films"].device
         plans: dict[str, Any] = {k: p.to(device) for k, p in raw["plans"].items()}
         turned = turn(films) if device.type == "cpu" else None
@@ -222,7 +222,7 @@ class Cutter:
         return Batch(target, anchors, keeps, target_keep=plans.get("target keep"), **told)
 
     def _filler(self, views: Tensor, noise: Tensor | None, number: int) -> Tensor:
-        """What stands in masked cells: noise, the next film of this process's batch, or the mean, which is 0."""
+        """Content of masked cells: noise, the next film of this process's batch, or the mean (0)."""
         if noise is not None:
             return noise
         return (
@@ -240,7 +240,7 @@ class Cutter:
 
 
 class Steps(Dataset[Any]):
-    """Item i is what step i needs on this process: films (or their views), plans, EHR vectors."""
+    """Item i is the input of step i on this process: films (or their views), plans, EHR vectors."""
 
     def __init__(
         self,
@@ -303,7 +303,7 @@ class Steps(Dataset[Any]):
         return record * kept.astype(np.float32), known & kept
 
 
-# ---- Batches in order, on the device: workers read films; on a GPU they are cut there, while the next ones are read.
+# ---- Batches in order: workers read films; a GPU cuts the views of one batch while the next one is read.
 
 
 def batches(steps: Steps, start: int, end: int, workers: int, device: torch.device) -> Generator[Batch, None, None]:
@@ -314,18 +314,18 @@ def batches(steps: Steps, start: int, end: int, workers: int, device: torch.devi
         batch_size=None,
         sampler=range(start, end),
         num_workers=workers,
-        pin_memory=device.type == "cuda",  # so that copies need not be waited for
+        pin_memory=device.type == "cuda",  # allows asynchronous copies
         collate_fn=_as_it_is,
         **(options if workers else {}),
     )
-    with held():  # while the workers start
+    with held():  # hold signals while the workers start
         items = iter(loader)
     for item in items:
         yield item if isinstance(item, Batch) else steps.cutter.cut(to_device(item, device))
 
 
 def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Copy what are tensors, without waiting for the copy."""
+    """Copy tensors to the device, asynchronously."""
     return {key: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for key, x in raw.items()}
 
 
@@ -334,19 +334,19 @@ def _as_it_is(item: Any) -> Any:
 
 
 def begin_worker(_: int) -> None:
-    """Signals are for the process that saves, also where all of a job are sent one; so is the folder's lock."""
+    """Ignore signals, which only the main process handles by saving; close the inherited lock of the folder."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock.forget()
 
 
-# ---- Which film is the target of another: `films.positives: study | patient`.
+# ---- Pairs of an anchor film and another target film: `films.positives: study | patient`.
 
 
 class Partners:
-    """For each film another of the same study, or of the same subject within some days; itself where there is none.
+    """For each film, another of the same study, or of the same subject within some days; else the film itself.
 
-    The other is of the same split, whatever the table says of its subject.
+    Both are of the same split, even if the subject's films are in several.
     """
 
     def __init__(self, table: pd.DataFrame, by: str, max_days: float | None) -> None:
@@ -364,7 +364,7 @@ class Partners:
         return np.array([self._one(int(row), x) for row, x in zip(rows, u, strict=True)])
 
     def count(self) -> int:
-        """Films that have another."""
+        """Number of films that have another."""
         return sum(len(self._others(row)) > 0 for row in range(len(self.order)))
 
     def _others(self, row: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Whatever is random about a film: hashes of (seed, epoch, film, purpose) in [0, 1), equal in every run and process."""
+"""Random numbers of a film: hashes of (seed, epoch, film, purpose) in [0, 1), equal in every run and process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def film_keys(dicom_ids: Sequence[str]) -> np.ndarray:
 def uniforms(keys: np.ndarray, count: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
     """(B, count) float64 in [0, 1): a hash of (seed, epoch, purpose, key, column).
 
-    Source: splitmix64 (Steele, Lea, Flood 2014), counted rather than chained.
+    Source: splitmix64 (Steele, Lea, Flood 2014), used as a counter-based generator.
     """
     salt = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
     start = _mix(keys.astype(np.uint64) ^ np.frombuffer(salt, dtype="<u8"))
@@ -34,11 +34,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def within_cap(table: pd.DataFrame, keep: np.ndarray, cap: int, seed: int) -> np.ndarray:
-    """Which films stay if each subject has at most `cap`, drawn by `seed`.
+    """Draw at most `cap` films of each subject with `seed`.
 
     Args:
         table: dicom_id, subject_id. keep: (N,) bool, the films to draw from.
-    Returns: (N,) bool.
+    Returns: (N,) bool, the films drawn.
     """
     drawn = pd.Series(uniforms(film_keys(table["dicom_id"].tolist()), 1, seed, 0, "cap")[:, 0], index=table.index)
     return keep & (drawn.where(keep).groupby(table["subject_id"]).rank() <= cap).to_numpy()

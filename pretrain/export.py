@@ -32,7 +32,7 @@ from pretrain.run import load_checkpoint
 from pretrain.seen import ancestry
 from pretrain.store import Store
 
-READ_FILMS = 4000  # at most so many for the readability of EHR columns
+READ_FILMS = 4000  # largest number of films for the readability of EHR columns
 
 
 def write(
@@ -72,18 +72,18 @@ def write(
         meta["splits_seen"] = sorted({*before.pop("splits_seen", []), *meta["splits_seen"]})
         meta |= before
     if last and config.readability and films.columns:
-        meta["readability"] = readability(encoder, films, store, config.seed)  # leaves the encoder in eval mode
+        meta["readability"] = readability(encoder, films, store, config.seed)  # sets the encoder to eval mode
     encoder.preprocess = dataclasses.replace(encoder.preprocess, store=store.square)
     about = {**encoder.meta, "preprocess": encoder.preprocess.to_json(), **meta}
     return encoders.save(folder / "encoder", encoder, meta, card=model_card(about, config))
 
 
 def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict[str, dict[str, Any]]:
-    """How well each EHR column is linearly read from frozen features: ridge on half the subjects, scored on the rest.
+    """Predict each EHR column linearly from frozen features: ridge on half the subjects, scored on the rest.
 
-    A column that the anchor was told may have become unreadable: the target need not hold what the record gives.
+    A low value is possible for columns given to the anchor: the target need not learn what the record provides.
     Returns: column -> metric (auroc of a yes / no column, else r2), value, chance; the columns of a text's vector have
-        no meaning each, and stand together as their mean.
+        no individual meaning and are summarised by their mean.
     """
     chosen = np.random.default_rng(seed).permutation(len(films))[:READ_FILMS]
     device = next(encoder.parameters()).device
@@ -118,7 +118,7 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
 
 def _ridge(x: Tensor, y: Tensor, new: Tensor) -> Tensor:
     """Fit y (N, S) on standardised x (N, D), mean squared error + 0.01 |weights|^2; predict at `new` (M, D)."""
-    alpha = 0.01 * len(x) ** 2 / max(len(x) - 1, 1)  # for deviations over N - 1; StandardScaler's are over N
+    alpha = 0.01 * len(x) ** 2 / max(len(x) - 1, 1)  # for standard deviations over N - 1; StandardScaler divides by N
     fitted = make_pipeline(StandardScaler(), Ridge(alpha)).fit(x.double(), y.double())
     return torch.from_numpy(fitted.predict(new.double()).reshape(len(new), -1))
 
@@ -145,7 +145,7 @@ def export(
     """
     source, out = Path(source), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists; choose a folder that does not")
+        raise UserError(f"{out}: exists; choose a new folder")
     folder, encoder = encoder_folder(source), encoders.load(source)
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8") if (folder / "MODEL_CARD.md").is_file() else None
     if card is not None and probe is not None:
@@ -204,7 +204,7 @@ def _to_onnx(out: Path, encoder: Encoder, card: str | None) -> Path:
     return out
 
 
-# ---- MODEL_CARD.md: what weights are, what they saw, what may be done with them.
+# ---- MODEL_CARD.md: what the weights are, the data they saw, and the limits of their use.
 
 LICENCE = """\
 Trained on credentialed data (PhysioNet) where it was MIMIC: the data must not leave your institution, and weights may
@@ -221,7 +221,7 @@ NO_RESULTS = "None yet: `ehr-msn probe` measures it, `ehr-msn export RUN OUT --p
 
 
 def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
-    """The card's Markdown, from encoder.json and the config; `probe_table` takes the place of `NO_RESULTS`."""
+    """The card's Markdown, from encoder.json and the config; `probe_table` later replaces `NO_RESULTS`."""
     lines = [
         f"# {meta['arch']}, pretrained on chest films with {NAMES.get(config.method, config.method)}",
         "",
@@ -279,7 +279,7 @@ def _record(meta: dict[str, Any], config: PretrainConfig) -> str:
         return "none"
     told = "; ".join(f"`{name}` (known at {when})" for name, when in meta["ehr_groups"].items())
     if not config.ehr.groups:
-        return f"none in this run; {told} in the run that it started from"
+        return f"none in this run; {told} in the run from which it started"
     how = {
         "condition": f"told to the anchor ({config.ehr.inject})",
         "predict": "predicted from the film",

@@ -1,10 +1,10 @@
-"""The MSN loss: anchors predict which prototypes the target belongs to.
+"""The MSN loss: anchors predict the prototype assignment of the target.
 
-Comes in: projected anchors and targets of this process's part of the batch, and the prototypes. Goes out: scalars.
-Several processes: Sinkhorn and the mean over anchors are reduced over them, so that the mean over processes of the
+Input: projected anchors and targets of this process's part of the batch, and the prototypes. Output: scalars.
+With several processes, Sinkhorn and the mean over anchors are reduced over them, so that the mean over processes of the
 loss, and of the prototypes' gradients (what DDP computes), equals one process on the whole batch.
-Differs from lightly 1.6.0: the mean-entropy term is reduced over processes; everything is fp32 log-softmax, so that
-the value does not depend on the autocast outside; sharpening is a softmax at a lower temperature, which cannot
+Differs from lightly 1.6.0: the mean-entropy term is reduced over processes; everything is fp32 log-softmax, so the
+value does not depend on the surrounding autocast; sharpening is a softmax at a lower temperature, which cannot
 underflow a row.
 """
 
@@ -82,7 +82,7 @@ def sinkhorn(probs: Tensor, iterations: int = 3) -> Tensor:
     """
     if iterations <= 0:
         return probs
-    tiny = torch.finfo(probs.dtype).tiny  # a prototype that no target is near stays at 0 rather than 0 / 0
+    tiny = torch.finfo(probs.dtype).tiny  # a prototype far from all targets stays at 0 instead of 0 / 0
     balanced = probs / _sum_over_processes(probs.sum())
     for _ in range(iterations):
         balanced = balanced / _sum_over_processes(balanced.sum(dim=0)).clamp_min(tiny) / probs.shape[1]
@@ -91,7 +91,7 @@ def sinkhorn(probs: Tensor, iterations: int = 3) -> Tensor:
 
 
 def prior_divergence(mean: Tensor, prior: Prior) -> Tensor:
-    """How far the mean prediction (K,) is from the prior; 0 where they are equal."""
+    """Divergence of the mean prediction (K,) from the prior; 0 if they are equal."""
     mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)
     if prior not in get_args(Prior):
         raise ValueError(f"prior {prior!r} is not one of {', '.join(get_args(Prior))}")
@@ -117,10 +117,10 @@ def _sum_over_processes(value: Tensor) -> Tensor:
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:
-    """The mean over processes, whose gradient is that of the local value.
+    """The mean over processes, with the gradient of the local value.
 
-    The loss f(mean_r v_r) is the same on all processes, and gradients are averaged after it: (1/n) sum_r f'(mean) dv_r
-    is the gradient on the whole batch exactly if each process passes f'(mean) back to its own v_r unscaled.
+    The loss f(mean_r v_r) is the same on all processes, and DDP averages gradients afterwards: (1/n) sum_r f'(mean)
+    dv_r is the exact gradient on the whole batch if each process passes f'(mean) back to its own v_r unscaled.
     """
     if _num_processes() == 1:
         return value
@@ -150,6 +150,6 @@ def _check(anchors: Tensor, targets: Tensor, prototypes: Tensor, temperature: fl
     if not len(targets) or not len(anchors) or len(anchors) % len(targets):
         raise ValueError(f"{len(anchors)} anchors are not a whole number of views of {len(targets)} targets")
     if len(prototypes) < 2:
-        raise ValueError(f"{len(prototypes)} prototypes: at least 2 are needed to tell films apart")
+        raise ValueError(f"{len(prototypes)} prototypes; the loss needs at least 2")
     if temperature <= 0 or not 0 < target_temperature <= 1:
         raise ValueError(f"temperature {temperature} must be > 0, target_temperature {target_temperature} in (0, 1]")

@@ -1,4 +1,4 @@
-"""What a pretraining does, in numbers for metrics.jsonl, and in words when it goes wrong.
+"""Monitor a pretraining: numbers for metrics.jsonl, and warnings.
 
 Collapse shows in the effective rank of the features and in the prototypes in use, not in the mean-entropy term.
 """
@@ -25,11 +25,11 @@ from pretrain.schedule import Schedule
 from pretrain.text.notes import summary
 
 RANK_WINDOW = 512  # films over which the effective rank is measured
-PATIENCE = 200  # steps before a collapse can be told from a beginning
+PATIENCE = 200  # steps before a collapse can be distinguished from the start of training
 
 
 class Watch:
-    """What a run does, in numbers, and in words when it goes wrong."""
+    """Collects the numbers of a run, warns of collapse, stops on non-finite losses."""
 
     def __init__(
         self, config: PretrainConfig, steps: Steps, log: run.Log, accelerator: Any, num_prototypes: int
@@ -40,7 +40,7 @@ class Watch:
         films = max(RANK_WINDOW, 2 * self.num_prototypes)
         self.none = torch.zeros(0, dtype=torch.long, device=accelerator.device)
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=math.ceil(films / self.batch_size))
-        self.pending: list[tuple[int, dict[str, Tensor], float]] = []  # of the steps since the last report
+        self.pending: list[tuple[int, dict[str, Tensor], float]] = []  # steps since the last report
         self.last_finite = -1
         self.warned: set[str] = set()
         self.note, self._since = "", time.monotonic()
@@ -83,11 +83,11 @@ class Watch:
         return scalars
 
     def check(self, method: Method, done: int) -> None:
-        """Before weights are written over good ones. Raises: UserError: a loss was not finite, or they are not."""
+        """Check before weights overwrite good ones. Raises: UserError: a loss or a weight is not finite."""
         self._finite_losses()
         numbers = [value for value in method.state_dict().values() if value.is_floating_point()]
         if not torch.stack([value.isfinite().all() for value in numbers]).all():
-            self._stop(done - 1, "the update of the weights")  # its loss was finite, so they were before it
+            self._stop(done - 1, "the update of the weights")  # its loss was finite, so they were finite before it
 
     def _finite_losses(self) -> None:
         if not self.pending:
@@ -99,8 +99,8 @@ class Watch:
             self.last_finite = step
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, so that the lines of a run that goes on are those of an unbroken one."""
-        features = torch.stack([f for f, _ in self.recent], dim=1)  # (b, steps, D): films first, to be gathered
+        """State for a checkpoint, so that a resumed run writes the same lines as an unbroken one."""
+        features = torch.stack([f for f, _ in self.recent], dim=1)  # (b, steps, D): films first, for gathering
         hits = torch.stack([h for _, h in self.recent]).int()
         if self.accelerator.num_processes > 1:
             features, hits = self.accelerator.gather(features), self.accelerator.reduce(hits, "sum")
@@ -112,7 +112,7 @@ class Watch:
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave."""
+        """Restore the result of `state`."""
         device = self.accelerator.device
         self.pending = [
             (step, {key: torch.tensor(value, device=device) for key, value in row.items()}, waited)
@@ -125,7 +125,7 @@ class Watch:
             self.recent.extend(zip(mine, (hits if rank == 0 else torch.zeros_like(hits)).long(), strict=True))
 
     def _warn(self, done: int, values: dict[str, float]) -> None:
-        """Say once of each sign that the features may be collapsing."""
+        """Warn once for each sign of collapse."""
         rank, floor = values["train/effective_rank"], PROTOTYPES_FLOOR * self.num_prototypes
         used = values.get("train/prototypes_used", floor)
         signs = {
@@ -153,13 +153,13 @@ class Watch:
         )
 
 
-# ---- What a run says and writes before it begins: what is about to happen, and on whom it trains.
+# ---- Log header: what is about to run, on which films.
 
 
 def introduce(
     log: run.Log, config: PretrainConfig, steps: Steps, method: Method, plan: Schedule, accelerator: Any
 ) -> None:
-    """Say what is about to happen, to log.txt and to the trackers."""
+    """Write the header of log.txt and of the trackers."""
     films, o = steps.films, config.optim
     left_out = "; ".join(f"{n} {reason}" for reason, n in films.left_out.items() if n)
     number = sum(p.numel() for p in method.anchor.parameters()) / 1e6
@@ -180,11 +180,11 @@ def introduce(
         log.say(f"pairs: {paired} of {len(films)} films have another of their {by}; the others are their own target")
     if o.accumulate > 1 and o.accumulate_mode == "approximate":
         log.say(
-            f"note: the loss of each of {o.accumulate} parts by itself is an approximation: Sinkhorn, the mean entropy "
-            "and batch norm see a part of the batch only"
+            f"note: the loss is computed on each of {o.accumulate} parts separately, an approximation: Sinkhorn, "
+            "the mean entropy and batch norm see only a part of the batch"
         )
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu" and _batch_norm(method):
-        log.say("note: on CPUs batch norm sees the films of its own process only (torch synchronises it on GPUs)")
+        log.say("note: on CPUs batch norm uses the films of its own process only (torch synchronises it on GPUs)")
     for name, cells in unmasked(config, steps.cutter).items():
         least = math.ceil(100 / cells) / 100
         log.say(
@@ -192,7 +192,7 @@ def introduce(
         )
     groups = np.array(films.column_groups, dtype=object)
     if same := [g for g in films.available_at if (films.static[:, groups == g] == films.static[0, groups == g]).all()]:
-        log.say(f"warning: of EHR group {', '.join(same)} all films have the same: it tells the anchor nothing")
+        log.say(f"warning: EHR group {', '.join(same)} is equal for all films: it gives the anchor no information")
     if config.trackers:
         accelerator.init_trackers("pretrain", config=_flat(config.model_dump(mode="json")))
 
@@ -211,7 +211,7 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 def unmasked(config: PretrainConfig, cutter: Cutter) -> dict[str, int]:
-    """Patches of the views that are to be masked, and have too few for the ratio to be one of them."""
+    """Masked views with so few patches that the ratio masks none of them: name -> number of patches."""
     large = [cutter.random] if "random" in cutter.masked else [cutter.target] if "target" in cutter.masked else []
     views = [("encoder.image_size", v) for v in large]
     views += [("views.focal_size", cutter.focal)] if "focal" in cutter.masked else []

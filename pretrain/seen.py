@@ -1,4 +1,4 @@
-"""The subjects that weights were trained on: written beside each encoder/, read by the guard."""
+"""Record the subjects on which weights were trained: written beside each encoder/, read by the leak check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "seen_subjects.parquet"
 
 
 def read_seen(weights: str | Path) -> pd.DataFrame | None:
-    """The subjects (subject_id, split) of the run that an encoder/ folder, or its run folder, belongs to.
+    """The subjects (subject_id, split) seen by an encoder/ folder or a run folder.
 
     Returns: None for bare weights and for an encoder without its run: their films are unknown.
     Raises: UserError: the list is damaged.
@@ -32,13 +32,13 @@ def read_seen(weights: str | Path) -> pd.DataFrame | None:
 
 
 def write_seen(folder: Path, subjects: pd.DataFrame, before: str | Path | None) -> None:
-    """Write a run's list: its own subjects, and those of the weights that it started from as far as they are known.
+    """Write a run's list: its own subjects, and those of the weights from which it started, as far as they are known.
 
-    Where they are not, encoder.json says so (`ancestry`).
+    Unknown ones are recorded in encoder.json (`ancestry`).
 
     Args:
         folder: the run folder. subjects: subject_id, split; repeated rows are fine.
-        before: the weights that training started from; None for random ones.
+        before: the initial weights; None for random ones.
     """
     seen = subjects[["subject_id", "split"]]
     if before is not None and (earlier := read_seen(before)) is not None:
@@ -48,7 +48,7 @@ def write_seen(folder: Path, subjects: pd.DataFrame, before: str | Path | None) 
 
 
 def ancestry(path: str | Path) -> dict[str, Any]:
-    """What encoder.json keeps of the weights that another run starts from."""
+    """The entry in encoder.json about the initial weights of a run."""
     folder = encoder_folder(path)
     meta = read_meta(folder) if folder.is_dir() else {}
     kept = {key: meta[key] for key in ("ehr_groups", "splits_seen", "supervised_by", "started_from") if meta.get(key)}

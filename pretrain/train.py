@@ -1,6 +1,7 @@
-"""The loop: features/ + store/ -> runs/X/ with encoder/.
+"""The training loop: features/ + store/ -> runs/X/ with encoder/.
 
-Reads from top to bottom: processes and folder, films, method, then step by step. Process 0 writes; all decide alike.
+Read from top to bottom: processes and folder, films, method, then step by step. Process 0 writes; all processes take
+the same decisions.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ callable_module(__name__)
 
 
 def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None) -> Path:
-    """Pretrain, or go on with a pretraining.
+    """Pretrain, or resume a pretraining.
 
     Args:
         config: a PretrainConfig, its keys in a dict, a YAML file, or the name of a shipped one.
-        args: the command line's, for the number of processes.
+        args: command-line arguments, for the number of processes.
     Returns: the run folder, with encoder/ in it.
     Raises: UserError: the config does not fit the films, the store or the machine; Stopped: SIGTERM, saved.
     """
@@ -60,7 +61,7 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     if run.complete(folder):
         return folder
     log, store = run.Log(folder, accelerator), Store(config.store)
-    with accelerator.main_process_first():  # one process embeds the notes
+    with accelerator.main_process_first():  # one process embeds the notes, the others wait, the others wait
         ehr = config.ehr
         films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
     if config.ehr.permuted:
@@ -97,7 +98,7 @@ def _loop(
         start, spent = state["step"], state.get("processor_seconds", 0.0)
         _restore(method, state["model"], folder)
         watch.restore(state)
-        log.say(f"going on at step {start} of {plan.total}")
+        log.say(f"resuming at step {start} of {plan.total}")
     model, optimizer = build.prepare(method, optimizer, accelerator, config, state)
     log.cut(start)
 
@@ -125,7 +126,7 @@ def _loop(
             asked_at = time.monotonic()
             batch = next(ahead)
             waited = time.monotonic() - asked_at
-            chance.manual_seed(hash((config.seed, step, accelerator.process_index)))  # of drop path, where there is any
+            chance.manual_seed(hash((config.seed, step, accelerator.process_index)))  # seeds drop path, if there is any
             lr, decay, momentum = plan(step)
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
@@ -133,7 +134,7 @@ def _loop(
             try:
                 out = backward(model, method, batch, accelerator, optim.accumulate, optim.accumulate_mode == "exact")
             except RuntimeError:
-                if config.compile and stop.requested:  # SIGTERM to the whole job has ended the compiler too
+                if config.compile and stop.requested:  # SIGTERM to the whole job has stopped the compiler too
                     raise Stopped(f"{folder}: stopped while compiling; go on with\n  {typed()}") from None
                 raise
             method.before_update(step)
@@ -144,7 +145,7 @@ def _loop(
             watch.see(out, step, waited, {"lr": lr, "weight_decay": decay, "momentum": momentum, "grad_norm": norm})
             bar.advance(1, watch.note)
             done = step + 1
-            if done % config.log_every == 0 or done == plan.total:  # this waits for the device
+            if done % config.log_every == 0 or done == plan.total:  # waits for the device
                 watch.report(done)
                 if stop.any(time.monotonic() - saved_at > 60 * config.save_every_minutes):
                     save(done)
@@ -170,5 +171,5 @@ def _clip(method: Method, accelerator: Any, most: float | None) -> Tensor:
 
 def _restore(method: Method, state: dict[str, Tensor], folder: Path) -> None:
     if faults := differences(method.state_dict(), state):
-        raise UserError(f"{folder}/checkpoints: of another model than this config makes: {faults}; choose another out=")
+        raise UserError(f"{folder}/checkpoints: their model differs from the config's: {faults}; choose another out=")
     method.load_state_dict(state)

@@ -1,10 +1,10 @@
 """Target, random and focal views of films, cut from uint8 tensors.
 
-Comes in: films (B, S, S) uint8 and a plan of boxes. Goes out: views (V*B, 1, size, size) in [0, 1], view-major.
-Every random number is a hash of (seed, epoch, film, purpose), so that a film's views do not depend on the batch, the
-workers or the processes, and a checkpoint needs no generator state.
-Differs from lightly's MSNTransform: boxes are clipped to the film rather than drawn up to ten times; no colour of RGB;
-intensity changes and flips are drawn for each view; on a GPU the whole batch is cut there, as two matrix products.
+Input: films (B, S, S) uint8 and a plan of boxes. Output: views (V*B, 1, size, size) in [0, 1], view-major.
+Every random number is a hash of (seed, epoch, film, purpose), so a film's views do not depend on batch, workers or
+processes, and a checkpoint needs no generator state.
+Differs from lightly's MSNTransform: boxes are clipped to the film instead of redrawn up to ten times; no colour jitter;
+intensity changes and flips are drawn for each view; a GPU cuts the whole batch as two matrix products.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Views:
     """How one kind of view is drawn.
 
     Args:
-        count: views a film.
+        count: views per film.
         size: pixels of a side.
         scale: range of the share of the film's area.
         like: ratio, flip, brightness, contrast and gamma, which all kinds share.
@@ -41,14 +41,14 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where views of a batch are cut: all (V, B), float32 (boxes and changes) or bool."""
+    """Boxes and changes of the views of a batch: all (V, B), float32 (boxes and changes) or bool."""
 
     size: int
     flips: bool  # whether any view is flipped
     bends: bool  # whether any gamma is not 1
     boxes: Tensor  # (V, B, 4): top, left, height, width, whole pixels
     flip: Tensor
-    changes: Tensor | None  # (V, B, 3): brightness added, contrast factor, gamma; None: none of them
+    changes: Tensor | None  # (V, B, 3): brightness added, contrast factor, gamma; None: no change
 
     def to(self, device: torch.device | str) -> Plan:
         return self._map(lambda x: x.to(device, non_blocking=True))
@@ -107,8 +107,8 @@ def cut(films: Tensor, plan: Plan, turned: Tensor | None = None) -> Tensor:
     """Cut and resize (bilinear, antialiased), flip, change intensities.
 
     Args:
-        films: (B, S, S) uint8, on the device where the views are wanted.
-        turned: what `turn` made of them, where several plans are cut from the same films on a CPU.
+        films: (B, S, S) uint8, on the device of the views.
+        turned: the result of `turn` on them, if several plans are cut from the same films on a CPU.
     Returns: (V*B, 1, size, size) float32 in [0, 1], view-major.
     """
     if films.device.type == "cpu":
@@ -123,7 +123,7 @@ def _cut_by_products(films: Tensor, plan: Plan) -> Tensor:
     rows = _weights(plan.boxes[..., 0], plan.boxes[..., 2], films.shape[1], plan.size)
     columns = _weights(plan.boxes[..., 1], plan.boxes[..., 3], films.shape[2], plan.size)
     num_views = len(rows)
-    stacked = rows.transpose(0, 1).flatten(1, 2)  # (B, V*size, S): each film is read once for all its views
+    stacked = rows.transpose(0, 1).flatten(1, 2)  # (B, V*size, S): reads each film once for all its views
     views = (stacked @ (films.float() / 255)).unflatten(1, (num_views, -1)).transpose(0, 1)  # (V, B, size, S)
     views = (views @ columns.transpose(2, 3)).flatten(0, 1).clamp_(0, 1)
     return torch.where(plan.flip.flatten()[:, None, None], views.flip(2), views) if plan.flips else views
@@ -141,11 +141,11 @@ def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
 
 
 def turn(films: Tensor) -> Tensor:
-    """Rows to columns, (B, S, S) -> (B, S, S'), S' the next multiple of 4: what `cut` reads on a CPU."""
+    """Transpose films, (B, S, S) -> (B, S, S'), S' the next multiple of 4: the input of `cut` on a CPU."""
     side = films.shape[1]
     turned = films.new_zeros(len(films), side, -(-side // 4) * 4)
     for film, out in zip(films.unbind(0), turned.unbind(0), strict=True):
-        out[:, :side].copy_(film.t())  # of two dimensions: copied in blocks
+        out[:, :side].copy_(film.t())  # in two dimensions, for a blocked copy
     return turned
 
 
@@ -153,8 +153,8 @@ def _cut_one_by_one(turned: Tensor, plan: Plan) -> Tensor:
     """Resize box by box, which is faster on a CPU than a matrix product over the whole film.
 
     torch's uint8 kernel works on pixels of four channels and pads one channel to four. Resizing is separable, so four
-    neighbouring rows, then four columns, are passed as channels: the same numbers in half the time. Strides are written
-    out, because each tensor call costs as much as a row of pixels.
+    neighbouring rows, then four columns, are passed as channels: the same numbers in half the time. Strides are
+    explicit, because each tensor call costs as much as a row of pixels.
     """
     size, wide, (number, side, rows) = plan.size, -(-plan.size // 4) * 4, turned.shape
     boxes = plan.boxes.flatten(0, 1).int().tolist()
@@ -188,20 +188,20 @@ def _change(views: Tensor, changes: Tensor, bends: bool) -> Tensor:
 
 
 def draw_noise(keys: np.ndarray, num_views: int, size: int, seed: int, epoch: int, purpose: str) -> Tensor:
-    """(V*B, 1, size, size) of N(0, 1), drawn on the CPU, so that it is the same wherever the views are cut."""
+    """(V*B, 1, size, size) of N(0, 1), drawn on the CPU, so that it does not depend on the device."""
     seeds = (uniforms(keys, 1, seed, epoch, purpose)[:, 0] * 2**53).astype(np.int64).tolist()
     films = [torch.randn(num_views, 1, size, size, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(films, dim=1).flatten(0, 1)
 
 
 def mask_cells(views: Tensor, keep: Tensor, cell: int, filler: Tensor) -> Tensor:
-    """Mask the input of a network without tokens: cells of `cell` pixels that are not kept hold the filler.
+    """Mask the input of a network without tokens: fill the cells of `cell` pixels that are not kept.
 
     Args:
         views: (V*B, C, H, W), normalised, view-major.
         keep: (V*B, n) indices of kept cells, row by row.
-        filler: whatever broadcasts to the views: noise, other films, their mean (0).
-    Source: cells of 32 px and noise: arXiv:2309.12757; the ratio and the other fills are choices.
+        filler: anything that broadcasts to the views: noise, other films, their mean (0).
+    Source: cells of 32 px and noise: arXiv:2309.12757; the ratio and the other fills are ours.
     """
     rows, columns = views.shape[2] // cell, views.shape[3] // cell
     kept = torch.zeros(len(views), rows * columns, dtype=torch.bool, device=views.device)

@@ -1,9 +1,9 @@
-"""Image encoders: any timm VisionTransformer, DenseNet or ResNet, tokens dropped or not, saved under timm's own keys.
+"""Image encoders: any timm VisionTransformer, DenseNet or ResNet, saved under timm's own keys; ViTs can drop tokens.
 
-Comes in: normalised views (B, C, H, W). Goes out: features (B, D), or tokens (B, N, D) / a map (B, D, h, w).
-encoder/ holds encoder.safetensors, which loads strictly into `timm.create_model` with none of our code, and
-encoder.json. Differs from lightly's MaskedVisionTransformerTIMM: nothing is re-initialised, positions stay trainable,
-dropped tokens are not computed, and interpolating positions for smaller views is one cached matrix (timm's bicubic).
+Input: normalised views (B, C, H, W). Output: features (B, D), or tokens (B, N, D) / a map (B, D, h, w).
+encoder/ holds encoder.safetensors, which loads strictly into `timm.create_model` without our code, and encoder.json.
+Differs from lightly's MaskedVisionTransformerTIMM: nothing is re-initialised, positions stay trainable, dropped tokens
+are not computed, and positions for smaller views are interpolated by one cached matrix (timm's bicubic).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Encoder(nn.Module):
     """A timm network that can leave out tokens.
 
     Attributes:
-        net: the timm model without a classifier; its state_dict is what is saved.
-        meta: what encoder.json says (arch, model_args, in_chans, width, image_size, pool, preprocess, ...).
-        name: where it was loaded from, else its architecture.
+        net: the timm model without a classifier; its state_dict is saved.
+        meta: the content of encoder.json (arch, model_args, in_chans, width, image_size, pool, preprocess, ...).
+        name: the folder it was loaded from, else its architecture.
         width: D.
         preprocess: uint8 films -> input.
     """
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """What `pool` may be; the first is that of timm's own forward."""
+        """Valid values of `pool`; the first is that of timm's own forward."""
         if not self.is_vit:
             return "avg", "max"
         if self.net.attn_pool is not None:
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
     def features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, N, D), class token first, after the last norm; or the last map (B, D, h, w)."""
         if not self.is_vit:
-            assert keep is None, "tokens can be dropped from a ViT only; a convolutional net masks its input"
+            assert keep is None, "only a ViT can drop tokens; a convolutional net masks its input"
             return self.net.forward_features(x)
         return self._tokens(x, keep)
 
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
         first_only: bool = False,
         hide: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(B, C, H, W) -> (B, N, D); `first_only`: what comes first is the class token's, and all that is wanted."""
+        """(B, C, H, W) -> (B, N, D); with `first_only`, (B, 1, D): the class token alone."""
         net = self.net
         tokens = self._embed(x)  # (B, N, D)
         if hide is not None:
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
             return tokens, positions
         key = (grid, positions.device)
         if key not in self._resample:  # (n, N): timm's interpolation is linear in the positions
-            with torch.inference_mode(False):  # it may be cached while films are embedded, and trained through later
+            with torch.inference_mode(False):  # usable for inference and later for training
                 unit = torch.eye(native[0] * native[1]).unsqueeze(0)
                 self._resample[key] = resample_abs_pos_embed(unit, list(grid), list(native), 0)[0].to(positions.device)
         return tokens, (self._resample[key] @ positions[0].float()).unsqueeze(0)
@@ -226,11 +226,11 @@ def create(
 
 
 def save(folder: str | Path, encoder: Encoder, meta: dict[str, Any] | None = None, card: str | None = None) -> Path:
-    """Write encoder/, whole or not at all: weights under timm's keys, encoder.json, MODEL_CARD.md from `card`."""
+    """Write encoder/ atomically: weights under timm's keys, encoder.json, MODEL_CARD.md from `card`."""
     folder = Path(folder)
     with new_folder(folder) as part:
         state = {key: value.detach().cpu().contiguous().clone() for key, value in encoder.net.state_dict().items()}
-        data = to_bytes(state, metadata={"format": "pt"})  # its own writing hides a full disk's error
+        data = to_bytes(state, metadata={"format": "pt"})  # safetensors' own writer hides the error of a full disk
         (part / "encoder.safetensors").write_bytes(data)
         about = {**encoder.meta, "preprocess": encoder.preprocess.to_json(), **(meta or {})}
         write_json(part / "encoder.json", about)
@@ -240,11 +240,11 @@ def save(folder: str | Path, encoder: Encoder, meta: dict[str, Any] | None = Non
 
 
 def load(folder: str | Path) -> Encoder:
-    """The encoder that `save` wrote, in eval mode, on the CPU.
+    """Load the encoder that `save` wrote, in eval mode, on the CPU.
 
     Args:
         folder: encoder/, or a run that has one.
-    Raises: UserError: no encoder there, damaged, or weights of another architecture than encoder.json names.
+    Raises: UserError: no encoder found, damaged, or weights of another architecture than encoder.json names.
     """
     folder = encoder_folder(folder)
     meta = read_meta(folder)
@@ -266,7 +266,7 @@ def load(folder: str | Path) -> Encoder:
         raise UserError(f"{path}: damaged ({error}); copy or export it again") from None
     if faults := differences(encoder.net.state_dict(), state):
         made = f"{meta['arch']} {meta['model_args']}"
-        raise UserError(f"{path}: these weights are not of the model that encoder.json names {made}: {faults}")
+        raise UserError(f"{path}: these weights do not fit the model in encoder.json, {made}: {faults}")
     encoder.net.load_state_dict(state)
     return encoder.eval()
 
@@ -278,7 +278,7 @@ def encoder_folder(path: str | Path) -> Path:
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
-    """encoder.json, checked. Raises: UserError: absent, damaged, or without a key that is needed."""
+    """encoder.json, checked. Raises: UserError: absent, damaged, or a required key is missing."""
     path = Path(folder) / "encoder.json"
     if not path.is_file():
         raise UserError(f"{folder}: not an encoder folder (no encoder.json); give the encoder/ of a pretraining run")
@@ -332,7 +332,7 @@ def embed(
 
 
 def _film(preprocess: Preprocess, film: str | Path | np.ndarray | Tensor) -> np.ndarray:
-    """The pixels of a film that is given by its path, or by its pixels."""
+    """The pixels of a film given by its path or as pixels."""
     if not isinstance(film, (str, Path)):
         return np.asarray(film.cpu() if isinstance(film, Tensor) else film)
     try:
@@ -342,7 +342,7 @@ def _film(preprocess: Preprocess, film: str | Path | np.ndarray | Tensor) -> np.
 
 
 def check_finite(features: Tensor, encoder: str, films: Sequence[object]) -> None:
-    """Refuse features that are not finite: a head fitted on them is worth nothing. Raises: UserError."""
+    """Refuse features that are not finite, because no head can be fitted on them. Raises: UserError."""
     bad = (~features.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(
@@ -352,9 +352,9 @@ def check_finite(features: Tensor, encoder: str, films: Sequence[object]) -> Non
 
 
 def differences(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """Why weights cannot take the place of others, in a few words; empty if they can.
+    """Why weights cannot replace others, in a few words; empty if they can.
 
-    Missing, unexpected and differently shaped keys; integers or values that are not finite where numbers are wanted.
+    Missing, unexpected and differently shaped keys; integers or non-finite values in place of finite floats.
     """
     faults: dict[str, list[str]] = {
         "missing": sorted(wanted.keys() - found.keys()),

@@ -1,7 +1,7 @@
-"""From films to what an encoder takes: the same numbers in pretraining, evaluation and anywhere else.
+"""Preprocess films for an encoder, with the same numbers in pretraining, evaluation and elsewhere.
 
-Comes in: film files, or uint8 films, 0 is black. Goes out: (N, C, size, size) float32. A film becomes the square that a
-store holds, which is resized and normalised; encoder.json records every choice of the way.
+Input: film files, or uint8 films in which 0 is black. Output: (N, C, size, size) float32. A film becomes the square of
+a store, which is resized and normalised; encoder.json records every parameter.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from configs import UserError
 from pretrain.store.decode import Square, check_same, decode
 
 Normalise = Literal["crop", "film", "dataset"]
-SOFT = 0.1  # added to the standard deviation, so that an empty crop stays near 0 instead of becoming noise
+SOFT = 0.1  # added to the standard deviation, so that an empty crop stays near 0 and is not amplified to noise
 NO_STORE = (
-    "encoder.json lacks preprocess.store, as version 0.2.0 wrote it: film files are resized from their full size, so "
-    "that their features differ a little from those of stored films; copy `preprocess` of the store's store.json there"
+    "encoder.json lacks preprocess.store, as in version 0.2.0: film files are resized from their full size, so "
+    "their features differ slightly from those of stored films; copy `preprocess` of the store's store.json there"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How films become input.
+    """Preprocessing of films for an encoder.
 
     Args:
         size: pixels of a side after resizing.
-        normalise: `crop`: each view by its own mean and deviation (softened by 0.1); `film`: each by those of the film
-            that it was cut from (a whole film: the same as crop); `dataset`: by `mean` and `std`.
+        normalise: `crop`: each view by its own mean and standard deviation (plus 0.1); `film`: each by those of the
+            film from which it was cut (for a whole film the same as crop); `dataset`: by `mean` and `std`.
         mean, std: of pixels in [0, 1]; used by `dataset` only.
-        in_chans: the gray channel is repeated.
-        store: how a film becomes the square that is resized; None: unknown, a film is padded and resized as it is.
+        in_chans: number of channels; the grey channel is repeated.
+        store: the preprocessing of film files to squares; None: unknown, films are padded and resized as they are.
     """
 
     size: int
@@ -50,18 +50,18 @@ class Preprocess:
         """Resize and normalise whole films.
 
         Args:
-            films: uint8, (H, W) or (N, H, W); as decoded, or squares of the store, which give the same numbers.
+            films: uint8, (H, W) or (N, H, W); decoded films or squares of the store, which give the same numbers.
         Returns: (N, in_chans, size, size) float32.
         Raises: UserError: not uint8, or not films.
         """
         return self.to_input(self.resize(self.squares(films)[:, None].float() / 255))
 
     def read(self, path: str | Path) -> np.ndarray:
-        """A film's file -> uint8, its square where `store` is known. Raises: BadFilm."""
+        """Read a film's file as uint8, as a square if `store` is known. Raises: BadFilm."""
         return decode(path) if self.store is None else self.store(path)
 
     def squares(self, films: np.ndarray | Tensor) -> Tensor:
-        """Films of any size, uint8 (H, W) or (N, H, W) -> squares as the store holds them, (N, S, S)."""
+        """Turn films of any size, uint8 (H, W) or (N, H, W), into the squares of a store, (N, S, S)."""
         tensor = torch.as_tensor(np.array(films) if isinstance(films, np.ndarray) else films)
         if tensor.dtype != torch.uint8 or tensor.ndim not in (2, 3) or not tensor.numel():
             raise UserError(
@@ -92,7 +92,7 @@ class Preprocess:
         return normal.expand(-1, self.in_chans, -1, -1)
 
     def to_json(self) -> dict[str, Any]:
-        """What encoder.json says of it."""
+        """Its description in encoder.json."""
         return {
             **({} if self.store is None else {"store": self.store.to_json()}),
             "resize": self.size,
@@ -107,7 +107,7 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, meta: dict[str, Any], in_chans: int, where: str = "encoder.json") -> Preprocess:
-        """The reverse of `to_json`. Raises: UserError: damaged, or another preprocessing than this version does."""
+        """The reverse of `to_json`. Raises: UserError: damaged, or an unsupported preprocessing."""
         store = Square.from_json(meta["store"], f"{where}: preprocess.store") if meta.get("store") else None
         given = {key: meta[key] for key in ("normalise", "mean", "std") if meta.get(key) is not None}
         try:
@@ -122,7 +122,7 @@ class Preprocess:
 
 
 def pad_square(films: Tensor) -> Tensor:
-    """(N, H, W) -> (N, S, S), the film in the middle of a black square; never cropped."""
+    """(N, H, W) -> (N, S, S): centre films in a black square; nothing is cropped."""
     height, width = films.shape[-2:]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2

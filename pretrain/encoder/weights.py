@@ -1,8 +1,8 @@
-"""Weights that others trained: read, renamed to timm's keys, checked, put into an encoder. Nothing is re-initialised.
+"""Load weights trained elsewhere: read, rename to timm's keys, check, copy into an encoder. Nothing is re-initialised.
 
-Comes in: encoder/ (or the run it is in), or a file under the names of timm, torchvision, lightly, DINOv2 or Hugging
-Face (ViT, MAE, DINOv2, with registers or without), alone or inside a checkpoint of Lightning, solo-learn, MoCo, DINO,
-MSN or CXR-EHR-MSN. Goes out: the encoder, filled. A file is never unpickled beyond tensors and plain containers.
+Input: encoder/ (or its run), or a file with the names of timm, torchvision, lightly, DINOv2 or Hugging Face (ViT, MAE,
+DINOv2, with or without registers), alone or inside a checkpoint of Lightning, solo-learn, MoCo, DINO, MSN or
+CXR-EHR-MSN. Output: the encoder with these weights. Only tensors and plain containers of a file are unpickled.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from configs import UserError
 from pretrain.encoder.model import Encoder, differences, encoder_folder, load
 
-FIRST = ("patch_embed.proj.weight", "features.conv0.weight", "conv1.weight")  # layers that see the film's channels
+FIRST = ("patch_embed.proj.weight", "features.conv0.weight", "conv1.weight")  # layers that read the film's channels
 WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "target_encoder", "student", "encoder", "backbone")
-ROOTS = (  # a layer that a backbone has once: what stands before it in a key is the backbone's name in the checkpoint
+ROOTS = (  # layers that occur once in a backbone: the text before one in a key is the backbone's name
     "patch_embed.proj.weight",  # timm's ViTs, DINO, DINOv2, MAE, MSN
     "conv_proj.weight",  # torchvision's ViT
     "embeddings.patch_embeddings.projection.weight",  # Hugging Face's
@@ -32,7 +32,7 @@ ROOTS = (  # a layer that a backbone has once: what stands before it in a key is
     "4.0.conv1.weight",  # a ResNet's children as one Sequential, as in lightly's examples
     "conv0.weight",  # a DenseNet's features
 )
-NOT_EVALUATED = re.compile(r"momentum|anchor|student|encoder_k")  # the twin that the method's authors do not evaluate
+NOT_EVALUATED = re.compile(r"momentum|anchor|student|encoder_k")  # copies that the method's authors do not evaluate
 HEADS = re.compile(
     r"(head|heads|fc|classifier|head_dist|pooler)\.|(embeddings\.)?mask_token|decoder|proj|pred|prototypes|queue"
 )
@@ -66,29 +66,29 @@ RENAMED = tuple(
         (r"\.mlp\.(?:weights_in|w12)\.", ".mlp.fc1."),  # SwiGLU of DINOv2's largest
         (r"\.mlp\.(?:weights_out|w3|down_proj)\.", ".mlp.fc2."),
         (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2's chunks of blocks
-        (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),  # a ResNet's children by number
+        (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),  # a ResNet's children, numbered
         (r"^0\.", "conv1."),
         (r"^1\.", "bn1."),
-        (r"^(conv0|norm0|norm5|denseblock\d|transition\d)\.", r"features.\1."),  # a DenseNet's features alone
+        (r"^(conv0|norm0|norm5|denseblock\d|transition\d)\.", r"features.\1."),  # a DenseNet's features
         (r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),  # torchvision's older files
     )
 )
-JOINED = {  # what timm holds in one tensor
+JOINED = {  # tensors that timm joins into one
     ".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."),
     ".mlp.fc1.": (".mlp.gate_proj.", ".mlp.up_proj."),
 }
-COUNTER = ".num_batches_tracked"  # of batch norm; absent from old files, and used by nothing
-CXR_EHR_MSN, ITS_HEADS = "ehr_cxr_project_g.weight", 6  # of both its ViTs, where timm's have 3 and 6
+COUNTER = ".num_batches_tracked"  # of batch norm; absent from old files, and unused
+CXR_EHR_MSN, ITS_HEADS = "ehr_cxr_project_g.weight", 6  # both its ViTs have 6 heads; timm's have 3 and 6
 
 
 def load_weights(encoder: Encoder, path: str | Path, heads: int | None = None, section: str = "encoder") -> str:
-    """Fill an encoder with weights of the same architecture; positions are resampled to its film size, as timm does.
+    """Fill an encoder with weights of the same architecture; positions are resampled to its film size, as in timm.
 
     Args:
         heads: attention heads of a bare ViT file; its tensors have the same shapes for any number.
         section: of the config that describes the encoder, for errors.
     Returns: what was done, for the log.
-    Raises: UserError: no such weights, of another architecture, or of one that cannot be known to be the same.
+    Raises: UserError: no such weights, of another architecture, or of an architecture that cannot be verified.
     """
     folder, left_out = encoder_folder(path), list[str]()
     if folder.is_dir():
@@ -104,14 +104,16 @@ def load_weights(encoder: Encoder, path: str | Path, heads: int | None = None, s
     state, converted = to_channels(state, encoder.meta["in_chans"])
     state, resampled = _to_film_size(encoder, state)
     if faults := differences(wanted, state):
-        raise UserError(f"{path}: not the weights of {section}.arch={encoder.meta['arch']} as configured: {faults}")
+        raise UserError(
+            f"{path}: these weights do not fit {section}.arch={encoder.meta['arch']} as configured: {faults}"
+        )
     encoder.net.load_state_dict(state)
     dropped = [f"left out: {', '.join(left_out)}"] if left_out else []
     return "; ".join([f"{len(state)} tensors from {source}", *filter(None, (converted, resampled)), *dropped])
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[str], int | None]:
-    """The backbone of a file under timm's keys; what else the file holds, by name; attention heads where known.
+    """Read the backbone of a file under timm's keys, the names of its other contents, and its attention heads if known.
 
     Raises: UserError: absent, damaged, not only tensors, no backbone in it or more than one.
     """
@@ -130,7 +132,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str], int | None]:
         state = state[inner]
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
-        raise UserError(f"{path}: no state_dict in it; wanted names and tensors")
+        raise UserError(f"{path}: no state_dict in it; wanted a dict of names and tensors")
     name = _backbone_name(tensors, path)
     inside = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
     kept = {key: value for key, value in inside.items() if not HEADS.match(key)}
@@ -140,7 +142,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str], int | None]:
 
 
 class _Inert(dict[Any, Any]):
-    """Stands for an object of a checkpoint that is not read: its class is not imported, nothing of it runs."""
+    """Replaces an object in a checkpoint that is not read: its class is not imported, none of its code is run."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -150,7 +152,7 @@ class _Inert(dict[Any, Any]):
 
 
 def _read(path: Path) -> Any:
-    """A file's content; Lightning and training scripts keep objects (arguments, configs) beside the tensors."""
+    """Read a file; Lightning and training scripts store objects (arguments, configs) beside the tensors."""
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
@@ -162,24 +164,24 @@ def _read(path: Path) -> Any:
 
 
 def _backbone_name(state: dict[str, Tensor], path: Path) -> str:
-    """What stands before the keys of the backbone that the method's authors evaluate."""
+    """The key prefix of the backbone that the method's authors evaluate."""
     names = {key[: -len(root)] for key in state for root in ROOTS if f".{key}".endswith(f".{root}")}
     if not names:
         raise UserError(
-            f"{path}: no backbone that is known here (ViT, DenseNet, ResNet) among its {len(state)} tensors, e.g. "
+            f"{path}: no known backbone (ViT, DenseNet, ResNet) among its {len(state)} tensors, e.g. "
             f"{', '.join(list(state)[:3])}; save the backbone's state_dict under timm's names"
         )
     chosen = {name for name in names if not NOT_EVALUATED.search(name)} or names
     chosen = {name for name in chosen if "online" in name} or chosen  # BYOL
     if len(chosen) > 1:
         raise UserError(
-            f"{path}: {len(chosen)} backbones in it: {', '.join(sorted(chosen))}; save the state_dict of the one wanted"
+            f"{path}: {len(chosen)} backbones in it: {', '.join(sorted(chosen))}; save the state_dict of one of them"
         )
     return chosen.pop()
 
 
 def _timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys as timm has them; queries, keys and values together; positions as timm adds them to registers."""
+    """Rename keys to timm's; join queries, keys and values; add registers to positions as in timm."""
     out = {}
     for key, value in state.items():
         for pattern, by in RENAMED:
@@ -197,7 +199,8 @@ def _timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_channels(state: dict[str, Tensor], in_chans: int) -> tuple[dict[str, Tensor], str]:
-    """The same function of a gray film seen through another number of equal channels; what was changed, in words."""
+    """Change the number of equal input channels without changing the function of a grey film; also say what was
+    changed."""
     first = next((key for key in FIRST if key in state and state[key].ndim == 4), None)
     if first is None or state[first].shape[1] == in_chans:
         return state, ""
@@ -207,7 +210,7 @@ def to_channels(state: dict[str, Tensor], in_chans: int) -> tuple[dict[str, Tens
 
 
 def _to_film_size(encoder: Encoder, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Positions for the encoder's grid of patches; what was changed, in words."""
+    """Resample positions to the encoder's grid of patches; also say what was changed."""
     mine, theirs = getattr(encoder.net, "pos_embed", None), state.get("pos_embed")
     if mine is None or theirs is None or theirs.ndim != 3 or mine.shape[1] == theirs.shape[1]:
         return state, ""
@@ -215,33 +218,33 @@ def _to_film_size(encoder: Encoder, state: dict[str, Tensor]) -> tuple[dict[str,
     prefix = mine.shape[1] - math.prod(grid)
     side = math.isqrt(max(0, theirs.shape[1] - prefix))
     if side**2 != theirs.shape[1] - prefix or side == 0:
-        return state, ""  # `differences` names the shapes
+        return state, ""  # `differences` reports the shapes
     new = resample_abs_pos_embed(theirs, grid, [side, side], num_prefix_tokens=prefix)
     return state | {"pos_embed": new}, f"positions resampled from {side} x {side} to {grid[0]} x {grid[1]} patches"
 
 
 def _same_heads(encoder: Encoder, path: str | Path, heads: int | None, section: str) -> None:
-    """Refuse a bare ViT whose number of attention heads is unknown or another: no tensor's shape shows it."""
+    """Refuse a bare ViT whose number of attention heads is unknown or different; tensor shapes do not show it."""
     if not encoder.is_vit:
         return
     if heads is None:
         raise UserError(
-            f"{path}: a bare ViT file does not say how many attention heads it has; give encoder.init_heads "
-            f"(this config makes {encoder.heads})"
+            f"{path}: a bare ViT file does not contain its number of attention heads; set encoder.init_heads "
+            f"(this config has {encoder.heads})"
         )
     if heads != encoder.heads:
         raise UserError(
-            f"{path}: its ViT has {heads} attention heads, and this config makes {encoder.heads}; set "
+            f"{path}: its ViT has {heads} attention heads, but this config has {encoder.heads}; set "
             f"{section}.model_args: {{num_heads: {heads}}}"
         )
 
 
 def _same_network(encoder: Encoder, theirs: Encoder, folder: Path) -> None:
-    """Refuse a network whose encoder.json names another, where the tensors' shapes need not show it."""
+    """Refuse weights whose encoder.json names another network, which tensor shapes may not show."""
     free = ("img_size", "dynamic_img_size")  # positions are resampled
     mine, found = (
         {"arch": e.meta["arch"], "model_args": {k: v for k, v in e.meta["model_args"].items() if k not in free}}
         for e in (encoder, theirs)
     )
     if faults := [f"{key} {found[key]} there, {mine[key]} in this config" for key in mine if mine[key] != found[key]]:
-        raise UserError(f"encoder.init {folder}: another network: {'; '.join(faults)}; make the config agree")
+        raise UserError(f"encoder.init {folder}: another network: {'; '.join(faults)}; change the config accordingly")

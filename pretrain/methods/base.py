@@ -191,7 +191,8 @@ class Method(nn.Module):
         return out | {"features": seen["features"][0].detach()}
 
     def train(self, mode: bool = True) -> Method:
-        """Training mode for all modules but the target's stochastic ones (dropout, drop path, DenseNet's layers)."""
+        """Set training mode for all modules except the target's stochastic ones (dropout, drop path, DenseNet's
+        layers)."""
         super().train(mode)
         if self.has_target:
             for module in [*self.target.modules(), *self.target_head.modules()]:
@@ -262,5 +263,5 @@ def mlp(
 
 
 def _is_token(name: str) -> bool:
-    """Learned tokens and positions: of several dimensions, but biases in what they do."""
+    """Learned tokens and positions: multi-dimensional parameters that are treated like biases."""
     return name.rpartition(".")[2] in ("cls_token", "reg_token", "pos_embed", "mask_token")

@@ -1,6 +1,6 @@
-"""A film file (JPEG, PNG or DICOM) -> uint8 grayscale; what cannot be read whole raises BadFilm with its reason.
+"""Decode a film file (JPEG, PNG or DICOM) to uint8 grayscale; BadFilm names why a file cannot be read completely.
 
-No crop anywhere: the costophrenic angles lie at the border of the film.
+Nothing is cropped: the costophrenic angles are at the border of the film.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 MARK = re.compile(
     rb"\xff[^\x00\xd0-\xd7\xff]"
 )  # of JPEG; behind 0xff, 0 is a value of a scan and 0xd0 to 0xd7 restarts it
-HEAD = 132  # bytes that tell what a file is
+HEAD = 132  # first bytes that identify a file's kind
 
 
 class BadFilm(ValueError):
-    """This film cannot be used; the message is the reason, in a few words, and holds no patient's values."""
+    """This film cannot be used; the message is a short reason without patient values."""
 
 
 def film_id(path: str | Path) -> str:
-    """A film's id outside MIMIC: its file's name without a film's suffix; a DICOM UID keeps all its parts."""
+    """A film's id outside MIMIC: its file name without the suffix of a film; a DICOM UID keeps all its parts."""
     name = Path(path).name
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s) and len(name) > len(s)), name)
 
 
 def film_kind(head: bytes) -> Literal["JPEG", "PNG", "DICOM"] | None:
-    """What a file is by its first `HEAD` bytes; None: no film."""
+    """The kind of a file from its first `HEAD` bytes; None: not a film."""
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
-    # The magic word behind the preamble, or no preamble and an element of group 2 or 8, its VR written out or not
+    # DICM after the preamble, or no preamble and an element of group 2 or 8, with explicit or implicit VR
     bare = re.match(rb"[\x02\x08]\0.\0(UL|CS|UI|SH|OB|DA|[^\0][\0-\x03]\0\0)", head, re.DOTALL)
     return "DICOM" if head[128:132] == b"DICM" or bare else None
 
@@ -58,12 +58,12 @@ def decode(
     """Read one film.
 
     Args:
-        path: a file; its content says what it is, not its name.
-        dicom: how DICOM pixels become 8 bits: `mimic-jpg` as MIMIC-CXR-JPG was made, `window` by the file's own window.
-        near: the film may come smaller than it is (JPEG decodes faster so), its longer side at least `near` px.
-        data: the file's content, where it has been read already (from a URL).
+        path: a file; its kind is detected from its content, not its name.
+        dicom: how DICOM pixels become 8 bits: `mimic-jpg` as in MIMIC-CXR-JPG, `window` by the file's own window.
+        near: a JPEG may be decoded at a reduced scale, which is faster, with its longer side at least `near` px.
+        data: the file's content, if it was read already (from a URL).
     Returns: (H, W) uint8; air is dark, bone is bright. More than 8 bits are scaled from the film's lowest to its
-        highest value; padding and transparent pixels are black and count in no scale; colours become luminance.
+        highest value; padding and transparent pixels are black and excluded from the scale; colours become luminance.
     Raises: BadFilm: absent, empty, truncated, of another kind, without content; UserError: DICOM without pydicom.
     """
     path = Path(path)
@@ -115,7 +115,7 @@ def fit(film: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Square:
-    """The one way from a film's file to the square that a store holds, and that an encoder resizes.
+    """The preprocessing of a film's file to the square that a store holds and an encoder resizes.
 
     Args:
         size: pixels of its side.
@@ -128,15 +128,15 @@ class Square:
     encoding: Literal["raw", "jpeg"] = "raw"
 
     def __call__(self, path: str | Path) -> np.ndarray:
-        """A film's file -> (size, size) uint8. Raises: BadFilm."""
+        """Turn a film's file into (size, size) uint8. Raises: BadFilm."""
         return self.unpack(self.pack(path))
 
     def of(self, film: np.ndarray) -> np.ndarray:
-        """A film as decoded, (H, W) uint8 -> its square; a square of this size is one already."""
+        """Turn a decoded film, (H, W) uint8, into its square; a square of this size is returned unchanged."""
         return film if film.shape == (self.size, self.size) else self.unpack(self._bytes(fit(film, self.size)))
 
     def pack(self, path: str | Path, data: bytes | None = None) -> bytes:
-        """A film's file, or its content -> the square as a store holds it. Raises: BadFilm."""
+        """Turn a film's file, or its content, into the bytes of its square in a store. Raises: BadFilm."""
         return self._bytes(fit(decode(path, dicom=self.dicom, near=2 * self.size, data=data), self.size))
 
     def unpack(self, data: Any) -> np.ndarray:
@@ -153,10 +153,10 @@ class Square:
         return file.getvalue()
 
     def to_json(self) -> dict[str, Any]:
-        """What store.json and encoder.json say of it."""
+        """Its description in store.json and encoder.json."""
         return {
             "decode_at_least": 2
-            * self.size,  # a larger JPEG is decoded at a reduced scale, its longer side this or more
+            * self.size,  # a larger JPEG is decoded at a reduced scale, its longer side at least this
             "dicom": self.dicom,
             "resize": self.size,  # the longer side
             "interpolation": "area",
@@ -169,21 +169,21 @@ class Square:
 
     @classmethod
     def from_json(cls, meta: dict[str, Any], where: str) -> Square:
-        """The reverse of `to_json`; what version 0.2.0 left out is as it is here. Raises: UserError."""
+        """The reverse of `to_json`; keys missing in version 0.2.0 get their present values. Raises: UserError."""
         try:
             square = cls(int(meta["resize"]), meta["dicom"], meta.get("encoding", "raw"))
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{where}: damaged (resize, dicom or encoding is not what it should be)") from None
+            raise UserError(f"{where}: damaged (resize, dicom or encoding is invalid)") from None
         check_same(square.to_json(), meta, where)
         return square
 
 
 def check_same(ours: dict[str, Any], given: dict[str, Any], where: str) -> None:
-    """Refuse a description of another preprocessing than the one that it is read as. Raises: UserError."""
+    """Refuse a description of a different preprocessing. Raises: UserError."""
     if odd := [key for key, value in ours.items() if key in given and given[key] != value]:
         raise UserError(
-            f"{where}: `{odd[0]}` is {given[odd[0]]!r}, and this version does {ours[odd[0]]!r} alone; it was made by "
-            "another version, or changed by hand"
+            f"{where}: `{odd[0]}` is {given[odd[0]]!r}, but this version supports only {ours[odd[0]]!r}; the file "
+            "was made by another version, or edited"
         )
 
 
@@ -229,7 +229,8 @@ def _opened(data: bytes, near: int | None) -> Image.Image:
 
 
 def _deep_colour(data: bytes, key: int | tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """A PNG of 16 bits with colour or transparency, of which Pillow reads 8 (a 12-bit film would be black)."""
+    """Decode a PNG of 16 bits with colour or transparency; Pillow would keep only 8 bits (a 12-bit film would be
+    black)."""
     import torch
     from torchvision.io import decode_image
 
@@ -243,9 +244,9 @@ def _deep_colour(data: bytes, key: int | tuple[int, ...] | None) -> tuple[np.nda
 
 
 def _jpeg_end(data: bytes) -> int | None:
-    """Where the end mark of the first picture stands, which may be followed by more; None: there is none.
+    """Position of the end mark of the first picture, which may be followed by other data; None: there is none.
 
-    libjpeg fills what is missing with grey, without a word if the end of the file is zeros.
+    libjpeg fills missing data with grey, without a warning if the end of the file is zeros.
     """
     at = 2
     while (mark := MARK.search(data, at)) is not None:
@@ -259,8 +260,8 @@ def _jpeg_end(data: bytes) -> int | None:
 def _cut_inside(image: Image.Image, data: bytes, near: int | None) -> bool:
     """Whether a scan ends before the picture does although the end mark follows.
 
-    libjpeg then fills the rest with grey. What follows the scan is read only where something is missing: more of it
-    changes the picture. (Damage in the middle of a scan cannot be told: JPEG has no check sums.)
+    libjpeg then fills the rest with grey. The data after the scan is read only if something is missing: then more data
+    changes the picture. (Damage in the middle of a scan cannot be detected: JPEG has no check sums.)
     """
     pixels, end = np.asarray(image), _jpeg_end(data)
     if (pixels[-1, -1] != 128).any():
@@ -270,7 +271,7 @@ def _cut_inside(image: Image.Image, data: bytes, near: int | None) -> bool:
 
 
 def _png_fault(data: bytes) -> str | None:
-    """What is wrong with the chunks, down to the last, and their check sums, which Pillow does not look at."""
+    """The fault in the chunks of a PNG, down to the last, or in their check sums, which Pillow does not verify."""
     at, kind = 8, b""
     while kind != b"IEND":
         if at + 12 > len(data):
@@ -307,7 +308,7 @@ def _dicom(data: bytes, mode: Dicom) -> tuple[np.ndarray, np.ndarray | None]:
         ds = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")
     except Exception as error:
         raise BadFilm(f"not a whole DICOM file ({type(error).__name__})") from None
-    if "TransferSyntaxUID" not in ds.file_meta:  # a file without meta information, as old archives hold them
+    if "TransferSyntaxUID" not in ds.file_meta:  # a file without meta information, as in old archives
         implicit = ds.original_encoding[0]
         ds.file_meta.TransferSyntaxUID = (
             pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
@@ -330,7 +331,7 @@ def _dicom(data: bytes, mode: Dicom) -> tuple[np.ndarray, np.ndarray | None]:
     if pixels.ndim == 3:
         pixels = pixels[..., :3] @ LUMINANCE
     for name in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"):
-        if name in ds and ds[name].is_empty:  # many archives write the tag and leave it empty: as good as absent
+        if name in ds and ds[name].is_empty:  # many archives write the tag empty: treat it as absent
             del ds[name]
     image = None
     if kind.startswith("MONO"):
@@ -342,13 +343,13 @@ def _dicom(data: bytes, mode: Dicom) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _not_padding(pixels: np.ndarray, ds: Any) -> np.ndarray | None:
-    """Which pixels are image (DICOM PS3.3, C.7.5.1.1.2); None: all, or the file names no padding."""
+    """Which pixels are image (DICOM PS3.3, C.7.5.1.1.2); None: all, or the file defines no padding."""
     first = ds.get("PixelPaddingValue")
     if first is None or first == "":
         return None
     last = ds.get("PixelPaddingRangeLimit")
     ends = [int(first), int(first if last is None or last == "" else last)]
-    if ds.get("PixelRepresentation"):  # written as an unsigned number by some
+    if ds.get("PixelRepresentation"):  # some programs write it as an unsigned number
         ends = [end - 2**16 if end >= 2**15 else end for end in ends]
     padding = (pixels >= min(ends)) & (pixels <= max(ends))
     if padding.all():
@@ -357,7 +358,7 @@ def _not_padding(pixels: np.ndarray, ds: Any) -> np.ndarray | None:
 
 
 def _modality(pixels: np.ndarray, ds: Any) -> np.ndarray:
-    """Stored values -> the values that the window is of (DICOM PS3.3, C.11.1)."""
+    """Convert stored values to those to which the window applies (DICOM PS3.3, C.11.1)."""
     if ds.get("ModalityLUTSequence"):
         return _looked_up(pixels, ds, "ModalityLUTSequence")
     slope, intercept = float(ds.get("RescaleSlope", 1)), float(ds.get("RescaleIntercept", 0))
@@ -365,11 +366,11 @@ def _modality(pixels: np.ndarray, ds: Any) -> np.ndarray:
 
 
 def _looked_up(values: np.ndarray, ds: Any, sequence: str) -> np.ndarray:
-    """Values by a table of the file; pydicom's own takes 8 or 16 bits an entry alone, where files have 10 to 16."""
+    """Map values by a table of the file; pydicom supports tables of 8 or 16 bits only, files have 10 to 16."""
     item = ds[sequence][0]
     entries, first, _bits = item.LUTDescriptor
     table, entries = item.LUTData, int(entries) or 2**16
-    if isinstance(table, bytes):  # of two bytes an entry, or of one
+    if isinstance(table, bytes):  # two bytes per entry, or one
         order = "<" if ds.original_encoding[1] else ">"
         table = np.frombuffer(table, np.uint8 if len(table) < 2 * entries else f"{order}u2")
     if len(table) < entries:
@@ -378,7 +379,8 @@ def _looked_up(values: np.ndarray, ds: Any, sequence: str) -> np.ndarray:
 
 
 def _window(values: np.ndarray, ds: Any, image: np.ndarray | None) -> np.ndarray:
-    """The grey window of the file (DICOM PS3.3, C.11.2), else a table of it, else lowest to highest value."""
+    """Apply the grey window of the file (DICOM PS3.3, C.11.2), else its table, else scale from lowest to highest
+    value."""
     if "WindowCenter" not in ds or "WindowWidth" not in ds:
         return _eight_bits(_looked_up(values, ds, "VOILUTSequence") if ds.get("VOILUTSequence") else values, image)
     first = [
@@ -399,10 +401,10 @@ def _window(values: np.ndarray, ds: Any, image: np.ndarray | None) -> np.ndarray
 
 
 def equalise(film: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
-    """Histogram equalisation as OpenCV's equalizeHist does it, which MIMIC-CXR-JPG was made with (uint8 -> uint8).
+    """Histogram equalisation as in OpenCV's equalizeHist, with which MIMIC-CXR-JPG was made (uint8 -> uint8).
 
     Args:
-        image: which pixels count; None: all.
+        image: the pixels to count; None: all.
     """
     counts = np.bincount(film.ravel() if image is None else film[image], minlength=256)
     first = int(np.flatnonzero(counts)[0])

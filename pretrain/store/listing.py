@@ -1,4 +1,4 @@
-"""Which films a store holds: the metadata table of MIMIC-CXR, a folder, or a list -> one row a film."""
+"""The films of a store, from the metadata table of MIMIC-CXR, a folder, or a list: one row per film."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pretrain.store.decode import HEAD, SUFFIXES, film_id, film_kind
 
 
 def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
-    """List the films to pack, in the order in which they are packed.
+    """List the films to pack, in packing order.
 
-    Returns: a row a film (dicom_id, path), and the number of films by what became of them, e.g. `packed AP`.
+    Returns: one row per film (dicom_id, path), and the number of films by outcome, e.g. `packed AP`.
     Raises: UserError: no such folder or table, columns missing, two films of one dicom_id, nothing left.
     """
     if config.mimic_cxr is not None:
@@ -38,8 +38,8 @@ def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
     if len(twice):
         first, second = twice.path.iloc[0], twice.path.iloc[1]
         raise UserError(
-            f"{twice.dicom_id.nunique()} dicom_ids stand for more than one film, e.g. {twice.dicom_id.iloc[0]}: "
-            f"{first} and {second}; a film's id is its file's name: rename one, or give a list with a column dicom_id"
+            f"{twice.dicom_id.nunique()} dicom_ids have more than one film, e.g. {twice.dicom_id.iloc[0]}: "
+            f"{first} and {second}; a film's id is its file name: rename one, or give a list with a column dicom_id"
         )
     return films.reset_index(drop=True), counts
 
@@ -69,7 +69,7 @@ def _mimic(root: str, config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int
 
 def _metadata(root: str) -> pd.DataFrame:
     columns = ["dicom_id", "subject_id", "study_id", "ViewPosition", "ViewCodeSequence_CodeMeaning"]
-    path = find_table(root, READ["cxr_metadata"])  # the releases and the file of `features`
+    path = find_table(root, READ["cxr_metadata"])  # supports the same releases and files as `features`
     if path is None:
         raise UserError(
             f"{root}: no {' or '.join(READ['cxr_metadata'].places)} (.csv.gz, .csv, .parquet) here; mimic_cxr is the "
@@ -83,7 +83,7 @@ def _as_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """The rows with all ids, which become text without blanks or decimals, and how many rows lack one."""
+    """The rows with all ids, as text without blanks or decimals, and the number of rows without one."""
     ids = {name: whole_numbers(table[name]).astype("string") for name in ("subject_id", "study_id")}
     ids["dicom_id"] = table.dicom_id.str.strip().replace("", None)
     table = table.assign(**ids)
@@ -92,9 +92,9 @@ def _with_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 
 def films_of(place: str) -> tuple[pd.DataFrame, dict[str, int]]:
-    """The films of a folder or of a list (.txt, .csv, .parquet; its paths are relative to where it lies).
+    """The films of a folder or of a list (.txt, .csv, .parquet; paths are relative to the list's folder).
 
-    Returns: a row a film (dicom_id, path), and how many files or rows were left out, by what they are.
+    Returns: one row per film (dicom_id, path), and the number of files or rows left out, by kind.
     Raises: UserError: no such folder or list, no column `path`.
     """
     found = _files_below(place)
@@ -118,9 +118,9 @@ def films_of(place: str) -> tuple[pd.DataFrame, dict[str, int]]:
 
 
 def films_among(files: Iterable[str]) -> tuple[list[str], dict[str, int]]:
-    """The films among files, sorted, and how many others there are of each kind.
+    """The films among files, sorted, and the number of other files of each kind.
 
-    A file is a film by its suffix, or, without one of a film's, by its content.
+    A file is a film by its suffix or, without such a suffix, by its content.
     """
     names = {path: Path(path).name for path in sorted(files)}
     odd = [p for p, n in names.items() if not n.lower().endswith(SUFFIXES) and n[0] != "." and n.upper() != "DICOMDIR"]
@@ -138,7 +138,7 @@ def films_among(files: Iterable[str]) -> tuple[list[str], dict[str, int]]:
 
 
 def _heads(paths: list[str]) -> list[bytes]:
-    """The first bytes of files; none of one that cannot be read."""
+    """The first bytes of files; empty for a file that cannot be read."""
     if paths and is_url(paths[0]):
         filesystem = fsspec.url_to_fs(paths[0])[0]
         found = filesystem.cat_ranges(paths, [0] * len(paths), [HEAD] * len(paths), on_error="return")
@@ -146,7 +146,7 @@ def _heads(paths: list[str]) -> list[bytes]:
     heads = []
     for path in paths:
         try:
-            with open(path, "rb") if os.path.isfile(path) else io.BytesIO() as file:  # a pipe would wait
+            with open(path, "rb") if os.path.isfile(path) else io.BytesIO() as file:  # opening a pipe would block
                 heads.append(file.read(HEAD))
         except OSError:
             heads.append(b"")
@@ -154,7 +154,7 @@ def _heads(paths: list[str]) -> list[bytes]:
 
 
 def _files_below(place: str) -> list[str] | None:
-    """The files of a folder; None: it is a file. Raises: UserError: neither."""
+    """The files of a folder; None if it is a file. Raises: UserError: neither."""
     if is_url(place):
         with explained(place):
             filesystem, inner = fsspec.url_to_fs(place)
@@ -173,14 +173,15 @@ def _files_below(place: str) -> list[str] | None:
 
 
 def _beside(place: str, path: str) -> str:
-    """A path of a list, relative to where the list lies."""
+    """A path of a list, relative to the list's folder."""
     if is_url(place) and not is_url(path):
         return f"{place.rpartition('/')[0]}/{path}"
     return path if is_url(path) else (Path(place).parent / path).as_posix()
 
 
 def _places(place: str, paths: pd.Series) -> pd.Series:
-    """Where the films of a list are: beside it, else below the working folder, else by their names below the list's."""
+    """Where the films of a list are: relative to its folder, else to the working directory, else by name below its
+    folder."""
     beside = paths.map(lambda path: _beside(place, path))
     if beside.head(100).map(lambda path: is_url(path) or os.path.exists(path)).any():
         return beside
@@ -190,19 +191,19 @@ def _places(place: str, paths: pd.Series) -> pd.Series:
 
 
 def located(files: pd.Series, roots: Sequence[Path]) -> pd.Series:
-    """The file of each film by its relative path below a root, with its first folder or without; None: absent."""
+    """The file of each film by its relative path below a root, with or without the first folder; None: absent."""
     found = pd.Series(None, index=files.index, dtype=object)
-    inside = files.str.split("/", n=1).str[-1]  # CheXpert's own folder leads its paths
+    inside = files.str.split("/", n=1).str[-1]  # CheXpert's paths begin with the name of its own folder
     for root, names in ((root, names) for root in roots for names in (files, inside)):
-        missing = found.isna()  # a folder is asked once for each film: there may be 224,000 on a slow disk
+        missing = found.isna()  # each root is searched only for missing films: there may be 224,000 on a slow disk
         tried = names[missing].map(lambda name, at=root: at / name)
         found[missing] = tried.map(lambda path: path.as_posix() if path.is_file() else None)
     return found
 
 
 def by_id(ids: pd.Series, root: Path) -> pd.Series:
-    """The file of each film anywhere below a folder, by its id; None: absent, or there are several."""
-    there = films_of(root.as_posix())[0].drop_duplicates("dicom_id", keep=False)  # no guess between two
+    """The file of each film anywhere below a folder, by its id; None: absent or ambiguous."""
+    there = films_of(root.as_posix())[0].drop_duplicates("dicom_id", keep=False)  # ambiguous ids are dropped
     return ids.map(there.set_index("dicom_id")["path"]).astype(object)
 
 

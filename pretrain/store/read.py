@@ -1,4 +1,4 @@
-"""Reads store/: films packed once into memory-mapped shards of equal squares, without decoding or copying.
+"""Read store/: films in memory-mapped shards of equal squares, without decoding or copying.
 
 store/: shard-NNNNN.arrow (Arrow IPC, one record batch: dicom_id, height, width, encoding raw | jpeg, bytes),
 index.parquet (dicom_id, shard, row, height, width), rejected.parquet (dicom_id, path, reason), store.json.
@@ -24,11 +24,11 @@ FORMAT = 1
 
 
 class Store:
-    """Reads a store/; cheap to pickle and to fork: each process maps the shards when it first reads them.
+    """Reads a store/; cheap to pickle and to fork: each process maps the shards at its first read.
 
     Attributes:
         index: DataFrame dicom_id, shard, row, height, width.
-        size: side of the squares; hash: 16 hex digits of what is stored; square: how the films were made.
+        size: side of the squares; hash: 16 hex digits of the content; square: the preprocessing of the films.
     Raises: UserError: not a store, unfinished, or damaged.
     """
 
@@ -55,7 +55,7 @@ class Store:
         self.square = Square.from_json({"encoding": encoding, **about["preprocess"]}, f"{self.folder}/store.json")
         self.index = _read_index(self.folder / "index.parquet")
         self._places = dict(zip(self.index.dicom_id, zip(self.index.shard, self.index.row, strict=True), strict=True))
-        self._frames: dict[str, Any] = about.get("frames", {})  # of older stores unknown
+        self._frames: dict[str, Any] = about.get("frames", {})  # unknown for older stores
         self._shards: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -65,10 +65,10 @@ class Store:
         return dicom_id in self._places
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}  # maps do not travel between processes
+        return self.__dict__ | {"_shards": {}}  # memory maps cannot be pickled
 
     def __getitem__(self, dicom_id: str) -> np.ndarray:
-        """One film, (size, size) uint8; of raw shards a view of the file, which cannot be written to."""
+        """One film, (size, size) uint8; from a raw shard a read-only view of the file."""
         try:
             shard, row = self._places[dicom_id]
         except KeyError:
@@ -82,7 +82,7 @@ class Store:
         return films[row] if isinstance(films, np.ndarray) else self.square.unpack(films[row].as_buffer())
 
     def read(self, dicom_ids: Sequence[str]) -> np.ndarray:
-        """Films in the order asked for: (N, size, size) uint8, a copy."""
+        """Films in the given order: (N, size, size) uint8, a copy."""
         if absent := [i for i in dicom_ids if i not in self._places]:
             raise UserError(
                 f"{self.folder}: {len(absent)} of {len(dicom_ids)} films are not in this store, e.g. {absent[0]}; "
@@ -95,14 +95,14 @@ class Store:
 
 
 def _check_frame(path: Path, frame: Any) -> None:
-    """Refuse a shard whose framing was changed, before Arrow reads it: that can end the process."""
+    """Refuse a shard with changed framing before Arrow reads it, because that can crash the process."""
     try:
         start, stop, wanted = frame
         found = frame_hash(path, start, stop)
     except (TypeError, ValueError, OverflowError, OSError) as error:
         raise UserError(f"{path}: cannot be checked ({error}); was the store copied whole?") from None
     if found != wanted:
-        raise UserError(f"{path}: damaged (around its films); was the store copied whole?")
+        raise UserError(f"{path}: damaged (outside its films); was the store copied whole?")
 
 
 def _map(path: Path, size: int) -> Any:
@@ -123,7 +123,7 @@ def _read_about(path: Path) -> dict[str, Any]:
     wanted = {"format": int, "shards": dict, "size": int, "hash": str, "preprocess": dict}
     found = about if isinstance(about, dict) else {}
     if odd := [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]:
-        raise UserError(f"{path}: damaged (`{odd[0]}` is not what it should be); was the store copied whole?")
+        raise UserError(f"{path}: damaged (`{odd[0]}` is invalid); was the store copied whole?")
     return found
 
 

@@ -1,7 +1,7 @@
-"""Films -> store/, in parallel, shard by shard.
+"""Pack films into store/, in parallel, shard by shard.
 
-A shard is whole or absent; store.json is written last, so that a folder without it is a store in the making, which the
-same command goes on with.
+A shard is complete or absent. store.json is written last: a folder without it is unfinished, and the same command
+resumes it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ SHARD_BYTES = 128 * 2**20  # a shard is held in memory until it is written
 
 
 def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: int | None = None) -> Path:
-    """Pack films into config.out; goes on with what an interrupted call left.
+    """Pack films into config.out; resume after an interruption.
 
     Args:
-        part: (i, n): pack the i-th of n parts of the shards (i from 1), for n machines on one shared folder; who
-            comes last completes the store.
+        part: (i, n): pack the i-th of n parts of the shards (i from 1), for n machines on one shared folder; the last
+            machine to finish completes the store.
         shard_films: films in a shard; None: as many as make 128 MiB.
     Returns: the folder.
     Raises: UserError: nothing to pack, no film can be read, the folder holds something else, the disk is too small.
@@ -89,7 +89,7 @@ def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: i
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
 def _plan(config: ImagesConfig, films: pd.DataFrame, per_shard: int) -> dict[str, Any]:
-    """What must be equal for a call to go on with a folder."""
+    """The settings that must be equal to resume a folder."""
     settings = config.model_dump(mode="json", exclude={"out", "workers", "storage"})
     return {
         "format": FORMAT,
@@ -101,7 +101,7 @@ def _plan(config: ImagesConfig, films: pd.DataFrame, per_shard: int) -> dict[str
 
 
 def _opened(out: Path, plan: dict[str, Any], part: tuple[int, int]) -> bool:
-    """Lock the folder and see what it holds. Returns: whether the store is complete already."""
+    """Lock the folder and read its state. Returns: whether the store is complete already."""
     if not 1 <= part[0] <= part[1]:
         raise UserError(f"--shard {part[0]}/{part[1]}: wanted i/n with 1 <= i <= n")
     held = next((out / name for name in ("store.json", "packing.json") if (out / name).is_file()), None)
@@ -114,7 +114,7 @@ def _opened(out: Path, plan: dict[str, Any], part: tuple[int, int]) -> bool:
     if keys := [k for k in {**old, **plan} if old.get(k) != plan.get(k)]:
         lines = [f"  {k}: {old.get(k)!r} there, {plan.get(k)!r} now" for k in keys]
         raise UserError(
-            "\n".join([f"{out}: holds a store made otherwise:", *lines, "remove it, or choose another out=..."])
+            "\n".join([f"{out}: holds a store with other settings:", *lines, "remove it, or choose another out=..."])
         )
     if held.name == "store.json":
         print(f"{out}: complete, nothing to do; to redo it, remove the folder or choose another out=...")
@@ -130,7 +130,7 @@ def _finished(path: Path, plan: dict[str, Any]) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What stands in a shard beside its films: plan, sha256, rejected."""
+    """The metadata of a shard: plan, sha256, rejected."""
     with pa.memory_map(str(path)) as file:
         return dict(json.loads(pa.ipc.open_file(file).schema.metadata[b"ehr_msn"]))
 
@@ -163,7 +163,7 @@ def _write_shard(path: Path, rows: list[Row], config: ImagesConfig, plan: dict[s
 
 
 def _frame(path: Path) -> tuple[int, int, str]:
-    """Where a shard's films begin and end, and the hash of all that stands around them: Arrow trusts it blindly."""
+    """Start and end of a shard's films, and the hash of all bytes around them, which Arrow does not check."""
     with pa.memory_map(str(path)) as file:
         films = pa.ipc.open_file(file).get_batch(0).column("bytes").buffers()[2]
         file.seek(0)
@@ -181,7 +181,7 @@ def _complete(
     shards: int,
     seconds: float,
 ) -> None:
-    """All shards are there: write index, rejected and, last, store.json."""
+    """Once all shards exist, write index, rejected and, last, store.json."""
     tidy(out)
     index, rejected, hashes, frames = [], [], [], {}
     for number in range(shards):
@@ -223,15 +223,15 @@ def _complete(
         print(f"{len(bad)} films set aside: {says}; each with its reason in {out / 'rejected.parquet'}")
 
 
-# ---- Processes that turn film files into packed squares, in order; a film that kills its decoder costs only itself.
+# ---- Processes that pack film files into squares, in order; a film that crashes its decoder affects no other film.
 
-AHEAD = 128  # films of a URL that are read while the ones before them are decoded
+AHEAD = 128  # films of a URL that are prefetched during decoding
 Row = tuple[str, bytes | None, str]  # dicom_id, the packed film or None, the path, or path and reason on two lines
-Job = tuple[str, str, Square, bytes | None]  # dicom_id, path, how it becomes a square, what a URL gave
+Job = tuple[str, str, Square, bytes | None]  # dicom_id, path, preprocessing, content from a URL
 
 
 def pack_film(job: Job) -> Row:
-    """One film, decoded, resized, padded and encoded; or why not."""
+    """Decode, resize, pad and encode one film; or return the reason of failure."""
     dicom_id, path, square, data = job
     try:
         if is_url(path) and data is None:
@@ -242,19 +242,19 @@ def pack_film(job: Job) -> Row:
 
 
 def _existing(path: str) -> str:
-    """The path, or the same film as .dcm or .png beside where it should be (MIMIC-CXR has .dcm, MIMIC-CXR-JPG .jpg)."""
+    """The path, or the same film as .dcm or .png in that folder (MIMIC-CXR has .dcm, MIMIC-CXR-JPG .jpg)."""
     if os.path.exists(path):
         return path
     return next((other for other in _twins(path) if os.path.exists(other)), path)
 
 
 def _twins(path: str) -> list[str]:
-    """The path with each suffix of a film."""
+    """The path with each film suffix."""
     return [os.path.join(os.path.dirname(path), film_id(path) + suffix) for suffix in SUFFIXES]
 
 
 def streamed(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
-    """The jobs with the content of films that lie at a URL, some at a time; the next are read meanwhile."""
+    """The jobs with the content of films at a URL, prefetched in groups."""
     if not jobs or not is_url(jobs[0][1]):
         yield jobs
         return
@@ -269,7 +269,7 @@ def streamed(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
 
 
 def _fetched(jobs: Sequence[Job]) -> list[Job]:
-    """Read the films, or the same ones as .dcm or .png beside where they should be."""
+    """Read the films, or the same films as .dcm or .png in their folder."""
     contents: dict[str, bytes | None] = dict(
         zip((job[1] for job in jobs), fetch([job[1] for job in jobs]), strict=True)
     )
@@ -283,9 +283,9 @@ def _fetched(jobs: Sequence[Job]) -> list[Job]:
 def workers(
     number: int | None, work: Callable[[Any], Row] = pack_film
 ) -> Iterator[Callable[[Sequence[Any]], Iterator[Row]]]:
-    """Give a function that does `work` on jobs, in their order, with `number` processes (None: one a core).
+    """A function that runs `work` on jobs in order, with `number` processes (None: one per core).
 
-    The processes end with this one, however it ends. A job at which a process dies is set aside.
+    The processes end with this one, in every case. A job whose process dies is set aside.
     """
     number = number or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
     if number == 1:
@@ -297,7 +297,7 @@ def workers(
         if number not in pools:
             context = multiprocessing.get_context("spawn")
             pools[number] = ProcessPoolExecutor(number, context, _begin_worker, (os.getpid(),))
-        # Processes start here, with Ctrl-C blocked for good: it is for the first process, which ends the others.
+        # Processes start here with Ctrl-C blocked for good: the first process handles it and ends the others.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             try:
@@ -317,7 +317,7 @@ def workers(
                 for row in ask(number, jobs[at:]):
                     at += 1
                     yield row
-            for job in jobs[at : at + 64]:  # a decoder died of one of these: ask for them one by one
+            for job in jobs[at : at + 64]:  # one of these crashed its decoder: run them one by one
                 at += 1
                 try:
                     row = next(ask(1, [job]))
@@ -339,13 +339,14 @@ def workers(
 
 
 def _no_stumble(fault: threading.ExceptHookArgs) -> None:
-    """The pool's own thread may raise when its processes are killed: it fails futures that are cancelled already."""
+    """Ignore errors in the pool's own thread after its processes are killed: it fails futures that are already
+    cancelled."""
     if fault.exc_type is not InvalidStateError:
         threading.__excepthook__(fault)
 
 
 def _begin_worker(parent: int) -> None:
-    """Leave when the first process is gone, however it went."""
+    """Exit when the first process has ended, in whatever way."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -75,7 +75,7 @@ def test_two_processes_stop_together(data, tmp_path):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=400)[0]
     assert process.returncode == 75 and "go on with" in said and "Traceback" not in said
-    assert "batch norm sees the films of its own process only" in said
+    assert "batch norm uses the films of its own process only" in said
     assert run.load_checkpoint(tmp_path / "x")["step"] >= 1
 
 
