@@ -48,7 +48,7 @@ def test_weights_of_another_architecture_or_none_are_refused(tmp_path: Path) -> 
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     other = given(arch="resnet10t", model_args={})
     for name, weights, says in (
-        ("w.safetensors", other, "not the weights of weights.arch=resnet10t"),
+        ("w.safetensors", other, "do not fit weights.arch=resnet10t"),
         ("bad.pth", given(), "not a weights file"),
         ("w.safetensors", None, "say what it is"),
         ("none.pth", given(), "no such weights file"),

@@ -121,7 +121,7 @@ def test_odd_tables_are_named(data, tmp_path, change, says):
     change(pd.read_parquet(data / "features/images.parquet")).to_parquet(tmp_path / "features/images.parquet")
     settings = config(data, tmp_path / "x", "ehr.groups=[sex,age]", "optim.steps=1", f"features={tmp_path}/features")
     if says is None:
-        assert "warning: of EHR group age all films have the same" in (train.train(settings) / "log.txt").read_text()
+        assert "warning: EHR group age is equal for all films" in (train.train(settings) / "log.txt").read_text()
     else:
         with pytest.raises(UserError, match=says):
             train.train(settings)

@@ -171,7 +171,7 @@ def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
         ("loss.prototypes=1", "loss.prototypes"),
         ("loss.prototypes=1000000000", "loss.prototypes"),
         ("encoder.model_args={checkpoint_path: x.pth}", "give encoder.init"),
-        ("encoder.model_args={patch_drop_rate: 0.5}", "dropped by mask.ratio"),
+        ("encoder.model_args={patch_drop_rate: 0.5}", "mask.ratio sets the dropped patches"),
         ("optim.betas=[0.9,1.0]", "betas must be in"),
         ("precision=fp16", "GPU"),
         ("encoder.image_size=48", "films are 40 px"),

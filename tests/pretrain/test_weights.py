@@ -356,7 +356,7 @@ def test_a_bare_vit_needs_its_heads_and_the_right_number(tmp_path):
     torch.save(torchvision_vit().state_dict(), tmp_path / "vit.pth")
     with pytest.raises(UserError, match="init_heads"):
         load_weights(tiny(), tmp_path / "vit.pth")
-    with pytest.raises(UserError, match="this config makes 2"):
+    with pytest.raises(UserError, match="this config has 2"):
         load_weights(tiny(), tmp_path / "vit.pth", heads=6)
 
 
