@@ -28,7 +28,7 @@ def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any
     """
     if files := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & args.keys():
         raise UserError(
-            f"encoder.model_args: {', '.join(sorted(files))}: weights are not read here; set encoder.init=PATH"
+            f"encoder.model_args: {', '.join(sorted(files))}: no weights are read here; give encoder.init=PATH"
         )
     if args.get("patch_drop_rate"):
         raise UserError("encoder.model_args: patch_drop_rate is not used; mask.ratio sets the dropped patches")
