@@ -177,8 +177,8 @@ def whole(column: ir.Value) -> ir.Value:
     if column.type().is_integer():
         return column.cast("int64")
     number = (column.strip() if column.type().is_string() else column).try_cast("float64")
-    is_whole = (number == number.floor()) & (number.abs() < 2**53)  # false for NaN and infinity
-    return ibis.cases((is_whole, number)).try_cast("int64")
+    number = ibis.cases((number.abs() < 2**53, number))  # null for NaN and infinity; floor() would stop at them
+    return ibis.cases((number == number.floor(), number)).try_cast("int64")
 
 
 def _cast(table: ir.Table, raw: Raw, names: Mapping[str, str]) -> dict[str, ir.Value]:

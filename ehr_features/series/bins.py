@@ -148,7 +148,7 @@ def with_fate(events: ir.Table, step_hours: int) -> ir.Table:
     """Add `fate`: what becomes of each event, `used` or why it is left out."""
     width = 3600 * step_hours
     fate = ibis.cases(
-        (_.drawn.isnull(), "no charttime"),
+        (_.drawn.isnull() | (_.seconds.isnull() & ~_.reported), "no charttime"),
         (_.v.isnull(), "no number"),
         (~_.v.between(_.low, _.high), "out of range"),
         (_.specimen.notnull(), _.specimen),

@@ -1,6 +1,7 @@
 """The audit proves a clean folder and catches each planted leak."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -240,6 +241,19 @@ def _one_column_more(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _finding_called_sex(tables: dict[str, Any]) -> None:
     tables["images"]["Pneumonia"]["group"] = "sex"
+
+
+def test_preset_medfuse_is_judged_by_its_own_rule_of_times(clean: Path, tmp_path: Path) -> None:
+    built_with = json.loads((clean / "provenance.json").read_text())["config"]
+    keys = {"preset": "medfuse", "out": tmp_path / "features", "tasks": ("mortality",)}
+    folder = build(FeaturesConfig(**built_with | keys))
+    told = {v.claim: v for v in audit.audit(folder, [])}
+    assert {v.outcome for v in told.values()} == {PROVED}
+    assert re.search(
+        r"from their draw, as published: [1-9]\d* from before their report", told[audit.series.KNOWN].counts
+    )
+    change_series(_an_hour_early)(folder)
+    assert outcomes(folder)[audit.series.KNOWN] == REFUTED
 
 
 LEAKS: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -31,7 +31,7 @@ def faulty(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     row, intime, outtime = rate.iloc[0], stays.intime[0], stays.outtime[0]
     dead = rate[rate.stay_id == 30_000_004].iloc[0]  # at hour 90 of 100
     chart = [row.to_dict() | changed for changed in (
-        {"charttime": pd.NaT, "storetime": pd.NaT},
+        {"charttime": pd.NaT, "storetime": pd.NaT}, {"charttime": pd.NaT},
         {"charttime": intime - HOUR}, {"charttime": outtime + HOUR}, {"charttime": outtime},
         {"value": "high", "valuenum": None}, {"value": "900", "valuenum": 900.0},
         {"stay_id": None}, {"stay_id": 39_999_999},

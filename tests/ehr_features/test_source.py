@@ -214,3 +214,16 @@ def test_spark_without_java_says_what_to_install(monkeypatch):
     monkeypatch.delenv("JAVA_HOME", raising=False)
     with pytest.raises(UserError, match="Java is not installed"):
         connect("pyspark")
+
+
+def test_whole_numbers_in_any_form_are_read_and_all_else_is_null() -> None:
+    forms = ["220045", " 220045 ", "0220045", "220045.0", "2.20045e5", "220045.5", "itemid", "nan", "inf", "1e400"]
+    forms += ["9" * 25, ""]
+    wanted = [220045] * 5 + [None] * 7
+    text = pd.DataFrame({"itemid": forms, "label": "x"})
+    numbers = text.assign(itemid=pd.to_numeric(text["itemid"], errors="coerce"))
+    for frame in (text, numbers):
+        source = Source.from_frames({"d_items": frame})
+        found = source._tables["d_items"].itemid.to_pyarrow().to_pylist()
+        assert found == wanted
+        assert source.rows("d_items") == len(forms) and source.dropped == {"d_items": 7}
