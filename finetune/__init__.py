@@ -1,4 +1,4 @@
-"""encoder/ + features/ -> results: linear evaluation, ICU fusion, metrics, report."""
+"""Evaluate an encoder: linear evaluation, ICU fusion, metrics, report."""
 
 from configs import __version__
 from configs.face import lazy

@@ -99,7 +99,7 @@ def _runs(args: argparse.Namespace) -> None:
 
 
 def _count(text: str) -> int:
-    """A whole number from 0, of an argument."""
+    """Parse an argument as a whole number >= 0."""
     try:
         number = int(text)
     except ValueError:
@@ -110,7 +110,7 @@ def _count(text: str) -> int:
 
 
 def _trains(commands: Any) -> None:
-    """What takes a config and makes a run: probe, fuse, grid."""
+    """Commands with a config that write a run: probe, fuse, grid."""
     probe = cli.config_command(commands, "probe", ProbeConfig, _probe)
     probe.add_argument("--shift", metavar="FIELD", help="also train on some groups, test on others: view, year_group")
     probe.add_argument("--watch", metavar="RUN", help="follow a pretraining: probe each encoder that it exports")
@@ -123,7 +123,7 @@ def _trains(commands: Any) -> None:
 
 
 def _scores(commands: Any) -> None:
-    """Numbers of any predictions, and of two methods: score, compare."""
+    """Commands on predictions: score, compare."""
     score = cli.command(commands, "score")
     score.add_argument("labels", metavar="LABELS", help=".npy, .csv or .parquet: rows x labels of 0, 1 and empty")
     score.add_argument("scores", metavar="SCORES", help="the same rows and labels; probabilities, or any scores")
@@ -144,7 +144,7 @@ def _scores(commands: Any) -> None:
 
 
 def _films(commands: Any) -> None:
-    """Any films, by an encoder alone: embed, nearest."""
+    """Commands on any films with an encoder alone: embed, nearest."""
     embed = cli.command(commands, "embed")
     embed.add_argument("encoder", metavar="ENCODER", help="encoder/, or a run that has one")
     embed.add_argument("films", metavar="FILMS", help="a folder, a list (.txt, .csv with a column path), or one film")
@@ -160,7 +160,7 @@ def _films(commands: Any) -> None:
 
 
 def _shows(commands: Any) -> None:
-    """What one looks at: report, runs, demo."""
+    """Commands that show results: report, runs, demo."""
     report = cli.command(commands, "report")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a folder that holds runs")
     report.add_argument("--out", metavar="FILE", default="report.html", help="default report.html")
@@ -185,7 +185,7 @@ def _shows(commands: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, run, and leave with an exit code."""
+    """Parse the arguments, run the command, exit with its code."""
     top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
     for add in (_trains, _scores, _films, _shows):
         add(commands)

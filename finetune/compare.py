@@ -1,11 +1,11 @@
-"""Whether one method beats another: paired differences on the same subjects, over training seeds if there are some.
+"""Compare methods: paired differences on the same subjects, over training seeds if there are several.
 
-Comes in: predictions of two methods on the same test rows, one or more runs (training seeds) each. Goes out: a row a
-label and one for `macro`, the primary one: difference, interval, p, and p after Holm over the labels.
-Interval and p are Student's, of `resample.spread`: subjects vary together for both methods, and where both have
-several runs, runs vary too (as pairs where their seeds are equal): they hold for the methods, not for these trainings.
-Fewer than three trainings of a method: `claim` is `one run`, and no more than the runs at hand is meant. Probes of one
-pretraining are one training of it, whatever their seeds.
+Input: predictions of two methods on the same test rows, one or more runs (training seeds) each. Output: one row per
+label and one for `macro`, the primary comparison: difference, interval, p, and p adjusted by Holm over the labels.
+Interval and p are Student's, of `resample.spread`: subjects vary jointly for both methods, and if both have several
+runs, runs vary too (as pairs if their seeds are equal), so the result is about the methods. With fewer than three
+trainings of a method, `claim` is `one run`: the result is about these runs only. Probes of one pretraining count as one
+training, whatever their seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from finetune.results import check_table, read_predictions, read_results, write_
 
 ENOUGH_SEEDS = 3
 COSTS = ("parameters", "image_size", "films_seen", "films_trained", "processor_seconds")
-CARRIED = {"parameters": "parameters", "image_size": "px", "films_seen": "films seen"}  # by each row of a comparison
+CARRIED = {
+    "parameters": "parameters",
+    "image_size": "px",
+    "films_seen": "films seen",
+}  # columns added to each row of a comparison
 
 
 def paired(
@@ -83,7 +87,7 @@ def paired(
     chosen |= {name: both & (np.arange(len(named)) == i) for i, name in enumerate(named)}
     rows = []
     for name, member in chosen.items():
-        # of each side: values (runs,) and resamples (runs, samples)
+        # per side: values (runs,) and resamples (runs, samples)
         values = [np.array([macro(value[metric][None], member)[0] for value, _ in runs]) for runs in found]
         draws = [np.stack([macro(drawn[metric], member) for _, drawn in runs]) for runs in found]
         means = [float(of.mean()) for of in values]
@@ -102,7 +106,7 @@ def paired(
 
 
 def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Holm's step-down adjustment; NaN stays NaN and does not count."""
+    """Holm's step-down adjustment; NaN stays NaN and is not counted."""
     adjusted = np.full(len(p), np.nan)
     known = np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known], kind="stable")]
@@ -211,7 +215,7 @@ def pairs(a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def each_training(runs: Sequence[str | Path]) -> list[str | Path]:
-    """The runs, a fusion of several seeds as the folders of its trainings."""
+    """The runs, with a fusion of several seeds replaced by the folders of its trainings."""
     found: list[str | Path] = []
     for run in runs:
         found += sorted(Path(run).glob("seed_*/")) or [run]
@@ -231,14 +235,15 @@ def _by_count(
 
 
 def trainings(abouts: Sequence[Mapping[str, Any]]) -> int:
-    """How many trainings runs are, from `run` of results.json: distinct weights if pretrained, else distinct seeds."""
+    """Number of trainings behind runs, from `run` of results.json: distinct weights if pretrained, else distinct
+    seeds."""
     by = [about.get("compared_by") or {} for about in abouts]
     pretrained = [b["hash"] for b in by if b.get("hash") and str(b.get("weights")).startswith("step")]
     return len(set(pretrained)) if len(pretrained) == len(abouts) else len({about["seed"] for about in abouts})
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What besides the encoder differs between two runs of `probe`."""
+    """Differences between two runs of `probe` besides the encoder."""
     found = []
     for name, of in (
         ("method", lambda about: about.get("model")),
@@ -258,7 +263,7 @@ def show(
     if out is not None:
         check_table(out)
     table = compare_runs(a, b, split=split, samples=samples, seed=seed)
-    if out is not None:  # before the screen, whose reader may leave (`| head`)
+    if out is not None:  # before printing, which may fail (`| head`)
         write_table(out, table)
     every = [[read_results(folder)[0] for folder in each_training(runs)] for runs in (a, b)]
     abouts = [of[0] for of in every]
@@ -279,12 +284,14 @@ def show(
 
 
 def _bounds(row: pd.Series, paired_seeds: bool) -> str:
-    """What the primary comparison cannot say."""
+    """Limits of the primary comparison."""
     n, m = int(row["runs_a"]), int(row["runs_b"])
     if row["claim"] == "one run":
         return f"this compares the runs at hand; a claim between methods takes {ENOUGH_SEEDS} trainings of each"
     said = f"a true difference below {(row['high'] - row['low']) / 2:.3f} would be missed more often than found"
-    floor = 2 / 2**n if paired_seeds else 2 / comb(n + m, n)  # of the exact test by sign-flips or permutations
+    floor = (
+        2 / 2**n if paired_seeds else 2 / comb(n + m, n)
+    )  # smallest p of the exact test by sign-flips or permutations
     if floor > 0.05:
         said += (
             f"\nwith {n} and {m} trainings p and interval assume that trainings vary normally, which so few cannot "

@@ -1,8 +1,7 @@
 """`demo [OUT]`: from raw synthetic tables and films to report.html, on two CPU cores.
 
-Comes in: a folder. Goes out: the folder, filled by the same commands that a user types, each with its log in OUT/logs,
-and a table of what was measured beside what the generator says is possible. A step that is done is not done again, so
-the same command goes on after a stop.
+Input: a folder. Output: the folder, filled by the same commands that a user types, each with its log in OUT/logs, and a
+table of the measured and the best possible AUROCs. Finished steps are skipped, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Step:
 
 
 def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
-    """The steps in the order in which they are shown."""
+    """The steps, in the order of display."""
     data, features, store, runs = out / "data", out / "features", out / "store", out / "runs"
     inputs = [f"features={features}", f"store={store}"]
 
@@ -139,7 +138,7 @@ FUSIONS = {
 
 
 def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path:
-    """Run what is not done yet, then print the table.
+    """Run the unfinished steps, then print the table.
 
     Returns: the path of report.html.
     Raises: UserError: the folder holds something else, or a step failed (its log is named).
@@ -153,7 +152,7 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
         if digest(step.words) == done.get(step.name, {}).get("words"):
             step.state, step.seconds = "done", done[step.name]["seconds"]
         else:
-            break  # what comes after a step that is not done rests on it
+            break  # later steps depend on an unfinished one
     kept = {s.name: done[s.name] for s in steps if s.state == "done"}
     hospital = "findings, codes and deaths shuffled: nothing can be learned" if shuffled else f"seed {seed}"
     console.print(f"[bold]EHR-MSN demo[/]  a synthetic hospital of {subjects} subjects ({hospital})")
@@ -178,7 +177,7 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
 
 
 def table(out: Path) -> Table:
-    """What was measured on the test split, with 95% intervals over subjects, beside the best that is possible."""
+    """Measured AUROC on the test split with 95% intervals over subjects, beside the best possible one."""
     bayes = read_json(out / "data" / "truth.json")["bayes"]
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     result.caption = (
@@ -201,7 +200,7 @@ def table(out: Path) -> Table:
 
 
 def _cells(run: Path, subset: str) -> tuple[str, str, str]:
-    """The macro AUROC of the test rows. Mortality: of the stays with a film, the same for all three models."""
+    """The macro AUROC of the test rows; for mortality, of the stays with a film, the same for all three models."""
     rows = auroc_rows(run, subset)
     row = next(r for r in rows if r["label"] == "macro")
     if row["value"] is None:
@@ -227,8 +226,8 @@ def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(steps: list[Step], out: Path, kept: dict[str, Any], settings: dict[str, Any], console: Console) -> None:
-    """Start each step when its inputs are there and a core is free."""
-    write_json(out / "demo.json", {"settings": settings, "steps": kept})  # first: it says whose folder this is
+    """Start each step once its inputs exist and a core is free."""
+    write_json(out / "demo.json", {"settings": settings, "steps": kept})  # first: it marks the folder as a demo
     make_folder(out / "logs")
     with Live(console=console, refresh_per_second=8, transient=False) as live:
         while any(step.state != "done" for step in steps):
@@ -289,7 +288,7 @@ def _show(steps: list[Step]) -> Group:
 
 
 def _short(path: Path) -> str:
-    """Relative to the working directory where that is shorter."""
+    """Relative to the working directory if that is shorter."""
     try:
         return path.relative_to(Path.cwd()).as_posix()
     except ValueError:

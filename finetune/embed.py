@@ -75,7 +75,7 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
 
 
 def _opened(encoder: str) -> tuple[Frozen, encoders.Encoder]:
-    """An encoder that takes films. Raises: UserError: no such one."""
+    """An encoder that takes films. Raises: UserError: there is none."""
     frozen = open_encoder(encoder)
     if frozen.encoder is None:
         raise UserError(f"{encoder}: no encoder; give an encoder/ folder or a run that has one")
@@ -85,7 +85,7 @@ def _opened(encoder: str) -> tuple[Frozen, encoders.Encoder]:
 
 
 def _films(place: str) -> pd.DataFrame:
-    """A row a film (dicom_id, path) of a folder, a list, or a film. Raises: UserError: none."""
+    """One row per film (dicom_id, path) of a folder, a list, or a file. Raises: UserError: no film."""
     path = Path(place)
     if path.is_file() and path.suffix not in (".txt", ".csv", ".parquet"):
         return pd.DataFrame({"dicom_id": [film_id(path)], "path": [place]})
@@ -98,12 +98,12 @@ def _films(place: str) -> pd.DataFrame:
 
 
 def nearest(embeddings: str, film: str, *, number: int = 10, encoder: str | None = None) -> pd.DataFrame:
-    """Print the films most alike to one, by the cosine of centred features.
+    """Print the films most similar to one, by the cosine of centred features.
 
     Args:
         embeddings: a file that `embed` wrote.
         film: an id or a path in it, or another film's file (then its encoder is needed).
-        encoder: in place of the one that the file names.
+        encoder: instead of the one that the file names.
     Raises: UserError: not such a file, no such film.
     """
     try:

@@ -1,7 +1,7 @@
-"""The encoder that a config names, and frozen features of films, kept on disk under the hashes of what made them.
+"""Open the encoder that a config names, and compute frozen features of films, cached under the hashes of their inputs.
 
-Comes in: an encoder's name (encoder/, a run, a weights file, `random:...`, `pixels`), a store, film ids. Goes out: the
-encoder; (N, D) a pool.
+Input: an encoder's name (encoder/, a run, a weights file, `random:...`, `pixels`), a store, film ids. Output: the
+encoder; (N, D) per pool.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ Features = dict[str, NDArray[np.float32]]  # pool -> (N, D)
 
 @dataclass(frozen=True)
 class Frozen:
-    """What turns films into features.
+    """A frozen function from films to features.
 
     Attributes:
         name: for tables: the folder, `pixels`, `random:...`.
-        key: changes when anything that the features depend on does.
+        key: changes with anything that the features depend on.
         encode: uint8 (B, S, S) -> {pool: (B, D)}.
         encoder: None for `pixels`.
-        folder: encoder/ or the weights file whose pretraining the guard looks into; None where nothing was learned.
-        about: parameters, input size, films seen: what every row of a comparison carries.
-        said: what was done to weights of another form, or what an older encoder.json lacks; for the log.
+        folder: encoder/ or the weights file that the leak check examines; None without pretraining.
+        about: parameters, input size, films seen: columns of every row of a comparison.
+        said: for the log: how weights were converted, or what an older encoder.json lacks.
     """
 
     name: str
@@ -115,7 +115,7 @@ def _pixels(side: int) -> Frozen:
 
 
 def _random(rest: str, seed: int, weights: WeightsConfig | None) -> Encoder:
-    """Random weights of an architecture, as `weights` says it where given, or of the one in a folder."""
+    """Random weights of an architecture, as `weights` describes it if given, or of the one in a folder."""
     if weights is not None and rest != weights.arch:
         raise UserError(f"encoder=random:{rest} and weights.arch={weights.arch} differ; give one architecture")
     folder = encoder_folder(rest)
@@ -170,7 +170,8 @@ def _hash(value: Tensor) -> str:
 
 
 def to_be_tuned(frozen: Frozen, store: Store) -> Encoder:
-    """The encoder, to be trained on films of this store and saved again: encoder.json says how films are stored."""
+    """The encoder, prepared for training on films of this store: its encoder.json describes the store's
+    preprocessing."""
     encoder = frozen.encoder
     assert encoder is not None, "checked by the config"
     if encoder.preprocess.store is None:
@@ -179,7 +180,7 @@ def to_be_tuned(frozen: Frozen, store: Store) -> Encoder:
 
 
 def store_warnings(frozen: Frozen, store: Store) -> list[str]:
-    """What a reader of the results must know of a store whose films an encoder was not made for."""
+    """Warnings for the results if the encoder was not made for the store's films."""
     if frozen.encoder is None:
         return []
     size, theirs = frozen.encoder.meta["image_size"], frozen.encoder.preprocess.store
@@ -199,7 +200,7 @@ def store_warnings(frozen: Frozen, store: Store) -> list[str]:
 def film_features(
     frozen: Frozen, store: Store, films: Sequence[str], *, cache: Path | None = None, batch_size: int = 128
 ) -> Features:
-    """Features of films, read from `cache` where they were computed before.
+    """Features of films, read from `cache` if they were computed before.
 
     Args:
         films: M dicom_ids, all in the store.
@@ -227,8 +228,8 @@ def film_features(
 
 
 def _read(path: Path | None) -> Features | None:
-    """What is in the cache; a damaged file counts as absent and is written anew, and so is one with values that are
-    not finite, which version 0.2.0 wrote."""
+    """Read the cache; a damaged file, or one with non-finite values (as version 0.2.0 could write), counts as
+    absent."""
     if path is None or not path.is_file():
         return None
     try:

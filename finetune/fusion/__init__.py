@@ -1,4 +1,4 @@
-"""ICU fusion models: the record and the films before the prediction, to logits."""
+"""ICU fusion models: logits from the record and the films before the prediction."""
 
 from finetune.fusion.models import MODELS
 from finetune.fusion.train import fuse

@@ -5,7 +5,7 @@ Every model is called as `model(film, has_image, note, lengths)`:
     film       (B, N, D)  token states of a frozen encoder
     has_image  (B,)       bool
     note       (B, W, E)  token states of a frozen text encoder, zero after a note's end
-    lengths    (B,)       tokens of the note that count, 0 where there is none
+    lengths    (B,)       number of tokens of the note, 0 without a note
 
 Missing inputs and padding are masked; each side begins with a learned token, so that attention always has a key.
 `film_tokens` and `note_tokens` have the depth and width of `cross_attention`: comparing the three shows for which
@@ -74,7 +74,7 @@ class CrossAttention(nn.Module):
         return Output(self.head(self.drop(self.norm(torch.cat(means, dim=1)))))
 
     def _step(self, layers: Any, name: str, states: dict[str, Tensor], absent: dict[str, Tensor]) -> Tensor:
-        """One layer of one side; all sides of a layer read the states before it."""
+        """One layer of one side; both sides of a layer read the states before it."""
         layer = layers[name]
         if len(self.sees) == 1:
             out: Tensor = layer(states[name], src_key_padding_mask=absent[name])
@@ -122,7 +122,7 @@ def kind_of(name: str) -> Any:
 
 
 def _layer(sizes: Sizes, cross: bool) -> nn.Module:
-    """Self-attention, attention to the other side where there is one, and a small network; pre-norm."""
+    """Self-attention, attention to the other side if there is one, and an MLP; pre-norm."""
     kind = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
     heads = max(1, sizes.hidden // 32)
     return kind(

@@ -1,8 +1,8 @@
 """First stage of the film branch: logistic heads for the findings on frozen features of all labelled train films.
 
-Many films have finding labels, few stays have an outcome. The heads reduce a film to one logit a finding, from which an
-outcome can be learned with few stays. MedFuse (arXiv:2207.07027) trains the whole encoder on the 14 findings first;
-here only the heads are trained, and an encoder is tuned in the second stage, if at all.
+Many films have finding labels, few stays have an outcome. The heads reduce a film to one logit per finding, from which
+an outcome can be learned with few stays. MedFuse (arXiv:2207.07027) trains the whole encoder on the 14 findings first;
+here only the heads are trained, and an encoder is fine-tuned in the second stage, if at all.
 
 The logits of train films are cross-fitted over subjects: a head is overconfident on the films it was fitted on, and a
 model trained on such logits would rely on films too much.

@@ -1,7 +1,7 @@
-"""What a fusion run starts from: the samples with their films, and the film branch, fitted on train films.
+"""The inputs of a fusion run: samples with their films, and the film branch, fitted on train films.
 
-Comes in: a FuseConfig. Goes out: samples, a film branch (none for a model of the record alone), and what results.json
-says of them.
+Input: a FuseConfig. Output: samples, a film branch (None for a record-only model), and their description for
+results.json.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
 def _films(
     config: FuseConfig, samples: Samples, frozen: Frozen, store: Store
 ) -> tuple[Samples, FilmBranch, dict[str, Any]]:
-    """The samples with features, and the branch fitted on train films."""
+    """The samples with film features, and the branch fitted on train films."""
     cache = _cache(config)
     name = config.pool or getattr(kind_of(config.model), "pool", None)
     rows = samples.films[samples.rows("train")]
@@ -115,7 +115,9 @@ def _films(
 
 
 def _scale(features: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, deviation = fit_scale(features, constant=1)  # a tuned encoder may give life to a constant column
+    mean, deviation = fit_scale(
+        features, constant=1
+    )  # a column that is constant now may vary once the encoder is tuned
     return torch.from_numpy(mean), torch.from_numpy(deviation)
 
 
@@ -124,7 +126,7 @@ def _cache(config: FuseConfig) -> Path:
 
 
 def pool(pools: Features, name: str | None) -> NDArray[np.float32]:
-    """One pool of the features, all side by side for `both`, the class token's (else the mean) if None.
+    """One pool of the features; `both` concatenates all; None is the class token's (else the mean).
 
     Raises: UserError: no such pool.
     """
@@ -135,16 +137,16 @@ def pool(pools: Features, name: str | None) -> NDArray[np.float32]:
     return pools[name or max(pools)]
 
 
-# ---- What a fusion run reads of its films' notes: a token's content, or token states.
+# ---- Notes of the films: one vector per note, or token states.
 
 
 def read(config: FuseConfig, samples: Samples, cache: Path, tokens: bool) -> tuple[Samples, dict[str, Any]]:
-    """The samples with their notes.
+    """Add their notes to the samples.
 
     Args:
-        tokens: the states of each token, for the models over tokens; else one vector a note.
-    Returns: samples; what results.json says.
-    Raises: UserError: no notes, one from after its film, none of these films.
+        tokens: the states of each token, for the models over tokens; else one vector per note.
+    Returns: samples; their description for results.json.
+    Raises: UserError: no notes, a note from after its film, no note of these films.
     """
     assert config.notes is not None and config.text_encoder is not None, "checked by read_by_model"
     images = read_table(config.features, "images")
@@ -182,7 +184,8 @@ def _findings(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Logits of the findings for each film's note, by heads fitted on the notes of all labelled train films.
 
-    As the films' own (finetune/fusion/findings.py): those of train subjects come from heads that have not seen them.
+    As for films (finetune/fusion/findings.py), the logits of train subjects come from heads that were not fitted on
+    them.
     """
     assert config.text_encoder is not None
     labelled = read_films(config.features)

@@ -1,8 +1,8 @@
-"""One training of a net: epochs until validation stops getting better, and predictions.
+"""Train one net: epochs until validation stops improving, and predictions.
 
-Comes in: a fresh net, samples, row numbers of train and val. Goes out: the net with the weights of its best epoch. A
-run that was stopped goes on from its last checkpoint and gives the losses of an unbroken one: order and dropout of an
-epoch depend on seed and epoch only, not on the number of processes.
+Input: a fresh net, samples, row numbers of train and val. Output: the net with the weights of its best epoch. A stopped
+run resumes from its last checkpoint with the losses of an unbroken one: order and dropout of an epoch depend on seed
+and epoch only, not on the number of processes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from pretrain import run
 
 
 class Scores(NamedTuple):
-    """What validation says of an epoch; the higher AUROC is better, then the lower loss."""
+    """The validation scores of an epoch; a higher AUROC is better, at equal AUROC a lower loss."""
 
-    auroc: float  # NaN where no label has both classes
+    auroc: float  # NaN if no label has both classes
     loss: float
 
     def better(self, other: Scores | None) -> bool:
@@ -45,9 +45,9 @@ class Scores(NamedTuple):
 
 
 class WholeBatchDropout(TorchFunctionMode):
-    """Dropout as one process would draw it: for the whole batch, of which a process takes its own rows.
+    """Dropout drawn for the whole batch as in one process; each process uses its own rows.
 
-    All processes are seeded alike. Attention's own dropout and drop path are not reached: they draw by process.
+    All processes have the same seed. Dropout inside attention and drop path are not replaced: they differ by process.
     """
 
     def __init__(self, own: NDArray[np.int64], total: int) -> None:
@@ -70,13 +70,13 @@ def loss_of(
     exclusive: bool = False,
     accelerator: Accelerator | None = None,
 ) -> Tensor:
-    """The loss of the logits, plus part_weight times that of each branch (the film's where there is a film).
+    """The loss of the logits, plus part_weight times that of each branch (the film's only for rows with a film).
 
     Args:
-        labels: (B, L) 0, 1, NaN (does not count).
+        labels: (B, L) 0, 1, NaN (ignored).
         has_image: (B, K).
         exclusive: exactly one label of a row is 1: softmax, not sigmoid.
-        accelerator: of several processes; the mean over them of what is returned is then the loss of the whole batch.
+        accelerator: with several processes, the mean of the result over them is the loss of the whole batch.
 
     `late` detaches its fused logits: its branches train at full weight and `part_weight` is ignored.
     """
@@ -97,7 +97,7 @@ def entropy(
     exclusive: bool = False,
     accelerator: Accelerator | None = None,
 ) -> Tensor:
-    """Mean binary cross-entropy over the labels that are known, or cross-entropy over the rows; of the rows `where`."""
+    """Over the rows `where`: mean binary cross-entropy of the known labels, or cross-entropy if `exclusive`."""
     known, targets = ~labels.isnan(), labels.nan_to_num()
     if exclusive:
         losses = functional.cross_entropy(logits.float(), targets, reduction="none")[:, None]
@@ -120,9 +120,9 @@ def train(
     log: run.Log,
     folder: Path,
 ) -> Scores:
-    """Train on rows["train"], choose the epoch on rows["val"]; leaves the best epoch's weights in `net`.
+    """Train on rows["train"], choose the epoch on rows["val"]; `net` ends with the best epoch's weights.
 
-    Returns: the best epoch's scores. Raises: Stopped: SIGTERM came; a checkpoint is in `folder`.
+    Returns: the best epoch's scores. Raises: Stopped: on SIGTERM; a checkpoint is in `folder`.
     """
     optimizer = torch.optim.AdamW(_groups(net, config), betas=config.betas)
     best: Scores | None = None
@@ -176,20 +176,22 @@ def _epoch(
     accelerator: Accelerator,
     epoch: int,
 ) -> float:
-    """One pass over the rows. Returns: the mean loss; n processes give that of one, up to rounding."""
+    """One pass over the rows. Returns: the mean loss, which does not depend on the number of processes up to
+    rounding.
+    """
     rng = np.random.default_rng([config.seed, epoch])
     if config.epoch_samples is not None and config.epoch_samples < len(rows):
         rows = rng.choice(rows, config.epoch_samples, replace=False)
     whole = [rows[part] for part in batches(samples.length[rows], config.batch_size, rng)]
     own = [_own(len(part), accelerator) for part in whole]
-    torch.manual_seed(int(rng.integers(2**62)))  # of dropout
+    torch.manual_seed(int(rng.integers(2**62)))  # seeds dropout
     wrapped.train()
     total = 0.0
     parts = [part[mine] for part, mine in zip(whole, own, strict=True)]
     ahead = stream(samples, parts, config.workers, _tuned(config, epoch))
     for part, mine, batch in zip(whole, own, ahead, strict=True):
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        if accelerator.process_index >= len(part):  # a short batch has no row for this process: one that does not count
+        if accelerator.process_index >= len(part):  # a short batch has no row for this process: use one without weight
             batch["labels"].fill_(torch.nan)
         shared = WholeBatchDropout(mine, len(part)) if accelerator.num_processes > 1 else nullcontext()
         with accelerator.autocast(), shared:
@@ -209,7 +211,7 @@ def _epoch(
 
 
 def _own(rows: int, accelerator: Accelerator) -> NDArray[np.int64]:
-    """This process's places in a batch of so many rows; the first where there are fewer rows than processes."""
+    """This process's positions in a batch; the first row if there are fewer rows than processes."""
     return (
         np.arange(rows)[accelerator.process_index :: accelerator.num_processes]
         if (accelerator.process_index < rows)
@@ -226,8 +228,8 @@ def _tuned(config: FuseConfig, epoch: int) -> bool:
 def predict(
     net: Net, samples: Samples, rows: NDArray[np.int64], config: FuseConfig, accelerator: Accelerator
 ) -> Predictions:
-    """Logits of the rows, each exactly once, whatever the number of processes; log-odds of the softmax where labels
-    exclude each other."""
+    """Logits of the rows, each exactly once with any number of processes; log-odds of the softmax for exclusive
+    labels."""
     net.eval()
     parts = [rows[part] for part in batches(samples.length[rows], 4 * config.batch_size)]
     parts, found = parts[accelerator.process_index :: accelerator.num_processes], []
@@ -257,7 +259,7 @@ def scores(predictions: Predictions, samples: Samples) -> Scores:
 def choose_share(
     net: Net, samples: Samples, rows: NDArray[np.int64], config: FuseConfig, accelerator: Accelerator
 ) -> Scores | None:
-    """Set the film's weight of a `late` net to that of the best validation AUROC; None for other nets."""
+    """Set the film's weight of a `late` net by validation AUROC; None for other nets."""
     model = net.model
     if not isinstance(model, Late):
         return None
@@ -273,7 +275,7 @@ def choose_share(
 
 
 def _groups(net: Net, config: FuseConfig) -> list[dict[str, Any]]:
-    """Weights of the model with decay, its biases without, and the encoder's with its own lr."""
+    """Parameter groups: the model's weights with decay, its biases without, and the encoder's with its own lr."""
     learned = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     encoder = [p for name, p in learned if name.startswith("films.encoder.")]
     own = [p for name, p in learned if not name.startswith("films.encoder.")]

@@ -1,20 +1,20 @@
-"""ICU fusion models: a record (hourly series) and the films taken before the prediction, to logits. A small class each.
+"""ICU fusion models: logits from a record (hourly series) and the films taken before the prediction. One class each.
 
 Every model is called as `model(series, lengths, film, has_image, hours)` and returns an `Output`:
 
     series     (B, T, F)  normalised, zero after a stay's end
-    lengths    (B,)       hours that count, >= 1
-    film       (B, D)     the encoder's features of the last film, zero where there is none
+    lengths    (B,)       hours of the series without padding, >= 1
+    film       (B, D)     the encoder's features of the last film, zero if there is none
     has_image  (B,)       bool
-    hours      (B,)       hours between the film and the prediction, 0 where there is none
+    hours      (B,)       hours between the film and the prediction, 0 without a film
 
-A model with `many_films` gets the last K films in time order from the left: (B, K, D), (B, K), (B, K).
+A model with `many_films` gets the last K films, oldest first, padded on the right: (B, K, D), (B, K), (B, K).
 
-Nothing depends on what stands after a stay's end, in the place of a missing film, or in another row.
+Outputs do not depend on values after a stay's end, in place of a missing film, or in other rows.
 
-Differs from MedFuse (arXiv:2207.07027): means over time leave the padding out (there they depend on batch mates); a
-batch of one works; DAFT and MMTM take stays without a film (scale 1, shift 0; gate 1); each branch keeps its own
-head, for a loss on the parts (`part_weight`) that keeps both alive.
+Differs from MedFuse (arXiv:2207.07027): means over time exclude the padding (published: they depend on the other rows
+of a batch); a batch of one works; DAFT and MMTM accept stays without a film (scale 1, shift 0; gate 1); each branch has
+its own head, for an additional loss (`part_weight`) that trains both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model needs to know to be built; the defaults are the published ones."""
+    """Sizes of a model; the defaults are the published ones."""
 
     inputs: int  # F, columns of the series
     film: int  # D, width of a film's features
@@ -48,7 +48,7 @@ class Sizes:
 
 
 class Output(NamedTuple):
-    """logits (B, L); parts: the branches' own logits; weights of record, film (, note), where a model has such."""
+    """logits (B, L); parts: the logits of each branch; weights of record, film (, note), if the model has them."""
 
     logits: Tensor
     parts: dict[str, Tensor] = {}
@@ -56,7 +56,7 @@ class Output(NamedTuple):
 
 
 class Note(NamedTuple):
-    """The film's note as one more token: text (B, D), zero where there is none; has_text, has_record (B,) bool."""
+    """The film's note as one more token: text (B, D), zero without a note; has_text, has_record (B,) bool."""
 
     text: Tensor
     has_text: Tensor
@@ -64,7 +64,7 @@ class Note(NamedTuple):
 
 
 class Head(nn.Linear):
-    """A linear layer in fp32 whatever the autocast outside: logits in bf16 tie (8 bits of mantissa)."""
+    """A linear layer in fp32 under any autocast: bf16 logits (8 bits of mantissa) have ties."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -72,7 +72,7 @@ class Head(nn.Linear):
 
 
 class LSTM(nn.LSTM):
-    """In fp32 on a CPU whatever the autocast outside: many processors have no LSTM in bf16."""
+    """In fp32 on a CPU under any autocast: many processors have no LSTM in bf16."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         with torch.autocast("cpu", enabled=False) if input.device.type == "cpu" else nullcontext():
@@ -101,7 +101,7 @@ class RecordLSTM(nn.Module):
         return states
 
     def finish(self, states: Tensor, lengths: Tensor) -> Tensor:
-        """The other layers, and of them the last hour: (B, T, hidden) -> (B, hidden)."""
+        """The other layers, and their state at the last hour: (B, T, hidden) -> (B, hidden)."""
         for layer in self.layers[1:]:
             states, _ = layer(states)
         return self.drop(last_hour(states, lengths))
@@ -115,7 +115,7 @@ class RecordLSTM(nn.Module):
 
 
 class RecordTransformer(nn.Module):
-    """A pre-norm transformer over the hours, mean over the hours of the stay."""
+    """A pre-norm transformer over the hours; mean over the hours of the stay."""
 
     uses_film = False
 
@@ -164,7 +164,7 @@ class Fusion(nn.Module):
             self.note = nn.Sequential(nn.Dropout(sizes.dropout), nn.Linear(sizes.text, sizes.hidden))
 
     def tokens(self, record: Tensor, film: Tensor, has_image: Tensor, note: Note | None) -> tuple[Tensor, Tensor]:
-        """Record, film and, where notes are read, note: (B, n, hidden), zero where missing; which are there (B, n)."""
+        """Record, film and, if used, note: (B, n, hidden), zero if missing; and their presence (B, n)."""
         tokens, present = [record, self.project(film)], [torch.ones_like(has_image), has_image]
         if note is not None:
             tokens, present = [*tokens, self.note(note.text)], [note.has_record, has_image, note.has_text]
@@ -172,7 +172,7 @@ class Fusion(nn.Module):
         return torch.stack(tokens, dim=1) * there[..., None], there
 
     def parts(self, record: Tensor, film: Tensor) -> dict[str, Tensor]:
-        """The logits of each branch by itself: record (B, hidden) and film (B, D) -> (B, L) each."""
+        """The logits of each branch alone: record (B, hidden) and film (B, D) -> (B, L) each."""
         parts = {"record": self.record.head(record)}
         if self.same_labels:
             parts["film"] = self.film.head(self.film.drop(film))
@@ -180,7 +180,7 @@ class Fusion(nn.Module):
 
 
 class MedFuse(Fusion):
-    """An LSTM over [record token, film token, note token], those that there are: it skips what is missing."""
+    """An LSTM over the tokens [record, film, note], skipping missing ones."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
@@ -192,14 +192,14 @@ class MedFuse(Fusion):
     ) -> Output:
         record = self.record.encode(series, lengths)
         tokens, present = self.tokens(record, film, has_image, note)
-        order = (~present).long().argsort(dim=1, stable=True)  # what is there to the left, in the same order
+        order = (~present).long().argsort(dim=1, stable=True)  # move present tokens to the left, in the same order
         states, _ = self.fuse(tokens.gather(1, order[..., None].expand_as(tokens)))
-        count = present.sum(1).clamp(min=1)  # where nothing is there: one token of zeros
+        count = present.sum(1).clamp(min=1)  # if all are missing: one token of zeros
         return Output(self.head(last_hour(states, count)), self.parts(record, film))
 
 
 class MedFuseTime(Fusion):
-    """An LSTM over [record, films in time order]; a film's token holds its age and its change to the film before."""
+    """An LSTM over [record, films in time order]; a film's token contains its age and its change to the film before."""
 
     many_films = True
 
@@ -211,9 +211,7 @@ class MedFuseTime(Fusion):
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         record = self.record.encode(series, lengths)
-        change = torch.cat(
-            [torch.zeros_like(film[:, :1]), film[:, 1:] - film[:, :-1]], dim=1
-        )  # films stand at the left
+        change = torch.cat([torch.zeros_like(film[:, :1]), film[:, 1:] - film[:, :-1]], dim=1)  # films are left-aligned
         age = torch.log1p(hours.clamp(min=0))[..., None] / 4
         films = self.project(torch.cat([film, change, age], dim=2))  # (B, K, 2 D + 1) -> (B, K, hidden)
         states, _ = self.fuse(torch.cat([record[:, None], films], dim=1))
@@ -222,7 +220,7 @@ class MedFuseTime(Fusion):
 
 
 class Concat(Fusion):
-    """A linear head on [record, projected film], zeros or a learned token in a missing film's place."""
+    """A linear head on [record, projected film], with zeros or a learned token in place of a missing film."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
@@ -236,10 +234,10 @@ class Concat(Fusion):
 
 
 class Attention(Fusion):
-    """Weighs record, film and note for each stay by learned scores; what is missing has weight 0.
+    """Weights record, film and note for each stay by learned scores; missing ones have weight 0.
 
-    All are brought to one scale first: a state of an LSTM stays within 1, a projected film does not, and one
-    head reads their mean.
+    All are normalised to one scale first: an LSTM state is within 1, a projected film is not, and one head reads their
+    mean.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -260,7 +258,7 @@ class Attention(Fusion):
 
 
 class Late(Fusion):
-    """The two branches trained apart; their logits are averaged with a weight that is chosen on validation."""
+    """Two branches trained separately; their logits are averaged with a weight chosen on validation."""
 
     share: Tensor
 
@@ -268,17 +266,17 @@ class Late(Fusion):
         super().__init__(sizes)
         assert self.same_labels, "both branches predict the same labels"
         del self.project
-        self.register_buffer("share", torch.tensor(0.5))  # of the film
+        self.register_buffer("share", torch.tensor(0.5))  # weight of the film
 
     def forward(self, series: Tensor, lengths: Tensor, film: Tensor, has_image: Tensor, hours: Tensor) -> Output:
         parts = self.parts(self.record.encode(series, lengths), film)
         share = self.share * has_image[:, None]
-        logits = torch.lerp(parts["record"], parts["film"], share.expand_as(parts["film"]))  # both fp32: of `Head`
+        logits = torch.lerp(parts["record"], parts["film"], share.expand_as(parts["film"]))  # both fp32, from `Head`
         return Output(logits.detach(), parts)
 
 
 class DAFT(Fusion):
-    """Film and record together scale and shift the record's states; the film speaks only through the record.
+    """Film and record together scale and shift the record's states; the film acts only through the record.
 
     Source: the direction is MedFuse's; the DAFT paper (arXiv:2107.09311) modulates the image by the table.
     """
@@ -303,8 +301,8 @@ class DAFT(Fusion):
 class MMTM(Fusion):
     """Film and record gate each other's channels after their last common layer; a head on both.
 
-    The film's side is the mean over its last map or patch tokens: gating channels and averaging places commute, so that
-    the map itself need not be kept. Source: arXiv:1911.08670.
+    The film's side is the mean over its last map or patch tokens: gating channels and averaging positions commute, so
+    the map itself is not needed. Source: arXiv:1911.08670.
     """
 
     pool = "avg"
@@ -342,17 +340,17 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 def last_hour(states: Tensor, lengths: Tensor) -> Tensor:
-    """The state at the last step that counts: (B, T, H), (B,) >= 1 -> (B, H)."""
+    """The state at the last unpadded step: (B, T, H), (B,) >= 1 -> (B, H)."""
     return states[torch.arange(len(states), device=states.device), lengths - 1]
 
 
 def within(lengths: Tensor, steps: int) -> Tensor:
-    """True where a step counts: (B,) -> (B, T)."""
+    """True for unpadded steps: (B,) -> (B, T)."""
     return torch.arange(steps, device=lengths.device) < lengths[:, None]
 
 
 def mean_hours(states: Tensor, lengths: Tensor) -> Tensor:
-    """The mean over the steps that count: (B, T, H) -> (B, H)."""
+    """The mean over unpadded steps: (B, T, H) -> (B, H)."""
     return (states * within(lengths, states.shape[1])[..., None]).sum(1) / lengths[:, None]
 
 

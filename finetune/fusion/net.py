@@ -1,7 +1,6 @@
-"""What stands around a fusion model: the film encoder, frozen or tuned, and the scale of its features.
+"""The film encoder of a fusion model, frozen or tuned, and the scale of its features.
 
-Comes in: batches of `Samples.batch`. Goes out: the `Output` of the model. A film that is not there never reaches the
-encoder.
+Input: batches of `Samples.batch`. Output: the `Output` of the model. Missing films are not encoded.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class FilmBranch(nn.Module):
-    """Films -> what a model is given of each: scaled features, logits of findings, view and age.
+    """The inputs that a model gets from films: scaled features, logits of findings, view and age.
 
     Args:
-        encoder: to be tuned; None where batches bring the features of a frozen one.
-        origin: where it was trained; None for random weights.
-        pool: of the encoder; `both` puts its two side by side.
+        encoder: the encoder to tune; None if batches contain the features of a frozen one.
+        origin: the folder of its weights; None for random weights.
+        pool: of the encoder; `both` concatenates its two.
         mean, deviation: (D,) of the train films' features.
         findings: a fitted head for the findings; None leaves its logits out.
-        keep: give the features themselves.
-        context: give the film's view and age.
-        fixed_norm: batch norm keeps its statistics (a batch may hold one film); False for random weights.
+        keep: include the features themselves.
+        context: include the film's view and age.
+        fixed_norm: batch norm keeps its statistics (a batch may have one film); False for random weights.
     """
 
     mean: Tensor
@@ -62,7 +61,7 @@ class FilmBranch(nn.Module):
         self.width = len(mean) * keep + (0 if findings is None else findings.out_features) + CONTEXT * context
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """A batch of `Samples` -> (B, K, width), zero where there is no film."""
+        """A batch of `Samples` -> (B, K, width), zero for missing films."""
         present = batch["has_image"]  # (B, K)
         if "images" in batch:
             assert self.encoder is not None, "a batch of films needs an encoder"
@@ -74,13 +73,13 @@ class FilmBranch(nn.Module):
         film, logits = film.split([len(self.mean), film.shape[2] - len(self.mean)], dim=2)
         film = (film - self.mean) / self.deviation
         given = [film] if self.keep else []
-        if self.findings is not None:  # features of a frozen encoder come with their logits
+        if self.findings is not None:  # for a frozen encoder, the features include the logits
             given += [logits if logits.shape[2] else self.findings(film)]
         given += [batch["context"]] if self.context else []
         return torch.where(present[..., None], torch.cat(given, dim=2), 0.0)
 
     def train(self, mode: bool = True) -> FilmBranch:
-        """Batch norm stays in eval mode where its statistics are fixed."""
+        """Keep batch norm in eval mode if its statistics are fixed."""
         super().train(mode)
         for module in self.encoder.modules() if self.encoder is not None and self.fixed_norm else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -89,7 +88,7 @@ class FilmBranch(nn.Module):
 
 
 class Net(nn.Module):
-    """A film branch (None for a model of the record alone) and a model of fusion.MODELS."""
+    """A film branch (None for a record-only model) and a model of fusion.MODELS."""
 
     def __init__(self, films: FilmBranch | None, model: nn.Module) -> None:
         super().__init__()
@@ -110,7 +109,7 @@ class Net(nn.Module):
 
 
 def load_branch(branch: nn.Module, folder: str | Path, model: str) -> None:
-    """Put the weights of a finished run of one branch alone into that branch; every name and shape must fit.
+    """Load the weights of a finished single-branch run into that branch; every name and shape must match.
 
     Args:
         folder: a run of `fuse model=MODEL`.
@@ -123,7 +122,7 @@ def load_branch(branch: nn.Module, folder: str | Path, model: str) -> None:
 
 
 def read_branch(folder: str | Path, model: str) -> dict[str, Tensor]:
-    """The weights of a finished run of one branch alone. Raises: UserError: no such run."""
+    """The weights of a finished single-branch run. Raises: UserError: no such run."""
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a finished `fuse model={model}` run")

@@ -1,4 +1,4 @@
-"""What a fusion run leaves: results.json, predictions/, the weights; and what it says before and after."""
+"""Outputs of a fusion run: results.json, predictions/, the weights; and its messages."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from pretrain.text.notes import summary
 
 
 class Predictions(NamedTuple):
-    """What a net says of some samples, in their order, each once."""
+    """A net's predictions for samples, in their order, each once."""
 
     rows: NDArray[np.int64]  # (N,)
     logits: NDArray[np.float64]  # (N, L)
-    weights: NDArray[np.float64] | None  # (N, 2 or 3) record, film (, note), of a model that weighs them
+    weights: NDArray[np.float64] | None  # (N, 2 or 3) record, film (, note), for models that weight them
 
 
 def write(
@@ -45,7 +45,7 @@ def write(
     config: FuseConfig,
     about: dict[str, Any],
 ) -> pd.DataFrame:
-    """predictions/ (of the first training) and results.json (means over trainings); returns the rows of the latter."""
+    """Write predictions/ (of the first training) and results.json (means over trainings); returns the latter's rows."""
     ages = read_table(config.features, "stays", ["stay_id", "age_years"]).set_index("stay_id")["age_years"]
     table = samples.table.assign(age_years=samples.table["stay_id"].map(ages).astype(float))
     absent = np.isin(samples.names, list(metrics.unlearned(samples.labels[rows["train"]], samples.names)))
@@ -53,7 +53,7 @@ def write(
     for split in trainings[0]:
         found = [training[split] for training in trainings]
         at = found[0].rows
-        if split not in HELD_OUT:  # the test split made poorer: its name is the subset
+        if split not in HELD_OUT:  # a test split with reduced inputs; its name is the subset
             chances = torch.from_numpy(np.stack([f.logits for f in found])).sigmoid().numpy()
             tables.append(_rate(samples, rows["train"], at, chances, config).assign(split="test", subset=split))
             continue
@@ -82,7 +82,8 @@ def write(
 
 
 def poorer(samples: Samples, has_films: bool, seed: int) -> dict[str, Samples]:
-    """The samples with less to see: no film, half of the films (drawn by seed), a series that ends 6 or 24 h early."""
+    """The samples with reduced inputs: no film, half of the films (drawn by seed), or a series that ends 6 or 24 h
+    early."""
     steps = {h: round(h / samples.step_hours) for h in (6, 24)}
     out = {
         f"without the last {h} h": replace(samples, length=np.maximum(samples.length - n, 0)) for h, n in steps.items()
@@ -95,7 +96,7 @@ def poorer(samples: Samples, has_films: bool, seed: int) -> dict[str, Samples]:
 
 
 def subsets(table: pd.DataFrame, has_image: NDArray[np.bool_], split: str) -> dict[str, NDArray[np.bool_]]:
-    """All samples, those with a film; of the test split also age bands and code status."""
+    """All samples, and those with a film; for the test split also age bands and code status."""
     out = {"all": np.ones(len(table), bool), "paired": has_image}
     if split == "test":
         bands = age_bands(table["age_years"])
@@ -114,7 +115,7 @@ def _rate(
     chances: NDArray[np.float64],
     config: FuseConfig,
 ) -> pd.DataFrame:
-    """Metrics of some rows; chances (trainings, N, L)."""
+    """Metrics of the given rows; chances (trainings, N, L)."""
     subjects = samples.table["subject_id"].to_numpy()[at]
     shares = prevalence(samples.names, samples.labels[train])
     reasons = metrics.unlearned(samples.labels[train], samples.names)
@@ -135,7 +136,7 @@ def _rate(
 
 
 def save(folder: Path, net: Net, samples: Samples, config: FuseConfig) -> None:
-    """model.safetensors (without the encoder), and encoder/ where it was tuned."""
+    """Write model.safetensors (without the encoder), and encoder/ if it was tuned."""
     state = {k: v.contiguous() for k, v in weights_of(net).items() if not k.startswith("films.encoder.")}
     with new_file(folder / "model.safetensors") as part:
         save_file(state, part)
@@ -145,7 +146,7 @@ def save(folder: Path, net: Net, samples: Samples, config: FuseConfig) -> None:
         more: dict[str, Any] = ({} if origin is None else ancestry(origin)) | {"tuned_from": config.encoder}
         if config.task in FILM_TASKS:
             more["supervised_by"] = "findings"
-        else:  # an outcome, known at discharge only
+        else:  # trained on an outcome, which is known at discharge only
             more["ehr_groups"] = {**(encoder.meta.get("ehr_groups") or {}), config.task: "discharge"}
         encoders.save(folder / "encoder", encoder, more)
         write_seen(folder, samples.table[samples.table["split"] == "train"], origin)
@@ -159,7 +160,7 @@ def announce(
     films: FilmBranch | None,
     about: dict[str, Any],
 ) -> None:
-    """What will be done, before it is done. Raises: UserError: an empty split."""
+    """Print what will be trained. Raises: UserError: an empty split."""
     seen = films is not None or samples.film_tokens is not None
     encoder = f"{config.encoder} {'frozen' if config.freeze else 'tuned'}" if seen else "no films"
     control = "" if config.control == "none" else f", control: {config.control}"
@@ -180,7 +181,7 @@ def announce(
 
 
 def show(log: run.Log, table: pd.DataFrame, folder: Path) -> None:
-    """The test numbers with their intervals, where they are, and what to run next."""
+    """Print the test metrics with their intervals, the output folder, and the next command."""
     chosen = table["metric"].isin(["auroc", "auprc", "kappa", "mae_hours"]) & table["subset"].isin(["all", "paired"])
     kept = table[(table["split"] == "test") & chosen]
     labels = list(dict.fromkeys(kept["label"]))

@@ -1,8 +1,8 @@
-"""features/ -> batches: the hourly series, the films before the prediction, the labels.
+"""Load features/ as batches: the hourly series, the films before the prediction, the labels.
 
-Comes in: samples/TASK.parquet, series.safetensors, stay_films.parquet, and the ids of the films that can be read.
-Goes out: `Samples`, all of a task in memory (the series once a stay, however many predictions it has), which gathers a
-batch with one index operation; and the order of batches, by length, so that little is padded.
+Input: samples/TASK.parquet, series.safetensors, stay_films.parquet, and the ids of the readable films.
+Output: `Samples`, all of a task in memory (each stay's series once, for all its predictions), which gathers a batch
+with one index operation; and the order of batches, by length, to reduce padding.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 
     pass
 
-VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for another or an unknown view
+VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for other or unknown views
 CONTEXT = len(VIEWS) + 1  # columns of `Samples.context`
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Predictions to make; rows of `table` and of every array of length N agree."""
+    """The samples of a task; the rows of `table` and of every array of length N correspond."""
 
     table: pd.DataFrame  # N rows: KEYS
     labels: NDArray[np.float32]  # (N, L), NaN where unknown
     names: list[str]  # (L,)
     values: NDArray[np.float32]  # (all stays' hours, F), normalised
     start: NDArray[np.int64]  # (N,) first row of the sample's stay in `values`
-    length: NDArray[np.int64]  # (N,) hours that may be read, 0 where none is complete
+    length: NDArray[np.int64]  # (N,) visible hours, 0 if none is complete
     film_ids: list[str]  # M films
-    films: NDArray[np.int64]  # (N, K) rows of `film_ids` in time order from the left, -1 behind the last
+    films: NDArray[np.int64]  # (N, K) rows of `film_ids`, oldest first, padded with -1 on the right
     hours: NDArray[np.float32]  # (N, K) between film and prediction
     views: NDArray[np.float32]  # (M, len(VIEWS)) one-hot
     features: NDArray[np.float32] | None = None  # (M, D) of a frozen encoder
@@ -67,7 +67,7 @@ class Samples:
         return self.films[:, 0] >= 0
 
     def film_subjects(self) -> NDArray[np.int64]:
-        """(M,) whose film each of `film_ids` is."""
+        """(M,) the subject of each of `film_ids`."""
         subjects = np.zeros(len(self.film_ids), np.int64)
         rows, places = np.nonzero(self.films >= 0)
         subjects[self.films[rows, places]] = self.table["subject_id"].to_numpy(np.int64)[rows]
@@ -86,10 +86,9 @@ class Samples:
         """Gather rows.
 
         Returns: series (B, T, F), lengths (B,), has_image and hours (B, K), context (B, K, CONTEXT), labels (B, L),
-            rows (B,); and film (B, K, D) features, or if `images` the films that there are, row by row, uint8
-            (P, S, S).
+            rows (B,); and film (B, K, D) features, or with `images` the films present, row by row, uint8 (P, S, S).
         """
-        lengths = np.maximum(self.length[rows], 1)  # a stay without a complete hour shows one hour of zeros
+        lengths = np.maximum(self.length[rows], 1)  # without a complete hour the series is one hour of zeros
         steps = np.arange(lengths.max())
         inside = steps < self.length[rows][:, None]  # (B, T)
         values = self.values[np.where(inside, self.start[rows][:, None] + steps, 0)]
@@ -139,14 +138,14 @@ def load(
     films: int = 1,
     max_hours: int | None = None,
 ) -> Samples:
-    """Read all predictions of a task.
+    """Read all samples of a task.
 
     Args:
         folder: a features/ folder.
         task: a table of its samples/.
-        readable: the store, or any container of dicom_id; others count as absent; None: all are there.
-        films: K, the last films before the prediction to give; the sample's own film is the last of them.
-        max_hours: read no more than the last so many hours before the prediction; all if None.
+        readable: the store, or any container of dicom_id; other films count as absent; None: all are readable.
+        films: K, the number of last films before the prediction; the last of them is the sample's own film.
+        max_hours: largest number of hours before the prediction to read; None: all.
     Raises: UserError: no such task, a stay without a series.
     """
     table = read_samples(folder, task)
@@ -178,8 +177,8 @@ def load(
 def _record(
     folder: str | Path, table: pd.DataFrame, task: str, step: float
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """All series on end (hours, F), and each sample's first row and number of hours in them."""
-    if task == "findings":  # films alone
+    """All series concatenated (hours, F), and each sample's first row and number of hours in them."""
+    if task == "findings":  # no record
         return np.zeros((1, 1), np.float32), *np.zeros((2, len(table)), np.int64)
     loaded = series.load(folder, stay_ids=table["stay_id"].unique().tolist())
     ids = np.array(list(loaded))
@@ -195,7 +194,7 @@ def _record(
 def complete_steps(
     predict_at_hours: NDArray[np.float64], los_hours: NDArray[np.float64], step: float, size: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Steps of a series that end at or before the prediction; all `size` of them when it is made at the stay's end."""
+    """Steps of a series that end at or before the prediction; all `size` of them if it is made at the stay's end."""
     steps = np.floor(predict_at_hours / step + 1e-6).astype(np.int64)
     return np.where(predict_at_hours >= los_hours - 1e-6, size, np.clip(steps, 0, size))
 
@@ -203,12 +202,12 @@ def complete_steps(
 def batches(
     lengths: NDArray[np.int64], batch_size: int, rng: np.random.Generator | None = None
 ) -> list[NDArray[np.int64]]:
-    """Put rows of like length together.
+    """Group rows of similar length.
 
     Args:
         lengths: (N,).
-        rng: shuffles the rows among their like, and the batches; in order of length if None.
-    Returns: arrays of row numbers, each row once; only one batch may be short.
+        rng: shuffles rows of similar length, and the batches; None: in order of length.
+    Returns: arrays of row numbers, each row once; at most one batch is short.
     """
     jitter = 1.0 if rng is None else rng.uniform(0.95, 1.05, len(lengths))
     order = np.argsort(lengths * jitter, kind="stable")
@@ -217,15 +216,15 @@ def batches(
 
 
 def padding(lengths: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> float:
-    """The share of all steps of all batches that are padding."""
+    """The share of padded steps over all batches."""
     steps = sum(len(rows) * int(lengths[rows].max()) for rows in parts)
     return 1 - int(lengths.sum()) / steps if steps else 0.0
 
 
 def another_film(samples: Samples, seed: int = 0) -> Samples:
-    """Give each prediction with a film the film of another subject: same view, same split; a control.
+    """Give each sample with a film the film of another subject, of the same view and split: a control.
 
-    Its age and view stay those of the prediction's own film, so nothing but the picture changes.
+    Age and view stay those of the sample's own film, so only the pixels change.
     """
     rng = np.random.default_rng(seed)
     films = samples.films.copy()
@@ -267,7 +266,9 @@ def _film_rows(
     if count > 1:
         earlier = pairs.merge(taken, on="stay_id", suffixes=("_own", ""))
         keep = (earlier["hours_from_intime"] < earlier["hours_from_intime_own"]) & (earlier["hours_from_intime"] >= 0)
-        keep &= earlier["view"].isin(FRONTAL) | ~earlier["view_own"].isin(FRONTAL)  # frontal with frontal
+        keep &= earlier["view"].isin(FRONTAL) | ~earlier["view_own"].isin(
+            FRONTAL
+        )  # a frontal film is paired with frontal films only
         columns = ["row", "dicom_id", "predict_at_hours", "hours_from_intime", "view"]
         pairs = pd.concat([earlier.loc[keep, columns], pairs[columns]])
         pairs = pairs.sort_values(["row", "hours_from_intime"], kind="stable").groupby("row").tail(count)
@@ -314,7 +315,7 @@ def stream(
         )
 
 
-# ---- What is particular to a task: which rows it has, groups of its labels, scores beyond AUROC.
+# ---- Specific to tasks: their rows, groups of their labels, metrics other than AUROC.
 
 KEYS = ("sample_id", "stay_id", "subject_id", "split", "predict_at_hours", "dicom_id")
 FILM_TASKS = (
@@ -322,7 +323,7 @@ FILM_TASKS = (
     "radiology",
 )  # findings: films alone; radiology: those of ICU stays, with the record before them
 
-RETROSPECTIVE = ("phenotypes",)  # read to the stay's end: an account of it, no forecast; `phenotypes_early` is one
+RETROSPECTIVE = ("phenotypes",)  # read to the stay's end, so not a forecast; `phenotypes_early` is one
 # Source of the groups: MIMIC-III benchmark (arXiv:1703.07771), table 4: 13 acute, 5 mixed, 7 chronic.
 MIXED, CHRONIC = (50, 105, 106, 108, 151), (49, 53, 98, 99, 101, 127, 158)
 
@@ -361,7 +362,7 @@ def read_samples(folder: str | Path, task: str) -> pd.DataFrame:
 
 
 def one_hot(table: pd.DataFrame) -> pd.DataFrame:
-    """The ten bins of the length of stay as ten labels of which one is 1."""
+    """The ten bins of the length of stay as ten one-hot labels."""
     bins = table.pop("los_bin").to_numpy(np.int64)
     hot = pd.DataFrame(np.eye(10, dtype=np.float32)[bins], columns=[f"los_bin_{i}" for i in range(10)])
     return pd.concat([table.drop(columns="los_remaining_hours").reset_index(drop=True), hot], axis=1)
@@ -379,8 +380,10 @@ def length_of_stay(
     """Cohen's kappa (linear weights) of the likeliest bin, and the error in hours of the expected train median.
 
     Args:
-        train, at: row numbers of the train samples, and of those predicted. chances: (trainings, N, 10), rows sum to 1.
-    Returns: rows like `metrics.evaluate`'s, label `los_hours`, metrics `kappa` and `mae_hours`; subjects are resampled.
+        train, at: row numbers of the train samples, and of the predicted ones. chances: (trainings, N, 10), rows sum to
+        1.
+    Returns: rows like those of `metrics.evaluate`, label `los_hours`, metrics `kappa` and `mae_hours`; subjects are
+        resampled.
     """
     assert samples.hours_left is not None
     bins, hours = samples.labels.argmax(1), samples.hours_left

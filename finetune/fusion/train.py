@@ -1,8 +1,8 @@
-"""`fuse`: features/ + films + encoder/ -> results.json, predictions, a model.
+"""`fuse`: train a fusion model on features/, films and encoder/; write results.json, predictions and the model.
 
-Comes in: a FuseConfig. Goes out: runs/X/ with results.json, predictions/{val,test}.parquet, model.safetensors and,
-where the encoder was tuned, encoder/. Validation chooses the epoch and the lr; the test split is read once, at the end.
-With `seeds` above 1 each training leaves its own in runs/X/seed_N/, and the results.json above them holds their means.
+Input: a FuseConfig. Output: runs/X/ with results.json, predictions/{val,test}.parquet, model.safetensors and, if the
+encoder was tuned, encoder/. Validation chooses the epoch and the lr; the test split is read once, at the end.
+With `seeds` above 1 each training is written to runs/X/seed_N/, and runs/X/results.json has their means.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> 
 
     Args:
         config: a FuseConfig, its keys in a dict, a YAML file, or the name of a shipped one.
-        args: the command line's, for the number of processes.
+        args: command-line arguments, for the number of processes.
     Returns: the run folder.
-    Raises: UserError: unreadable inputs, an encoder that saw val or test subjects, a split without samples; Stopped:
-        SIGTERM came, and the same command goes on.
+    Raises: UserError: unreadable inputs, an encoder that saw val or test subjects, a split without samples; Stopped: on
+        SIGTERM; the same command resumes.
     """
     config = load(FuseConfig, config)
     config, unused = read_by_model(config)
     if unused and run.is_main():
         print(f"model={config.model} reads no films; not used: {', '.join(unused)}")
-    uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may hold no film
+    uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may have no film
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
     run.share(config.batch_size, accelerator.num_processes, "batch_size")
     samples, films, about = prepare(config, accelerator)
@@ -77,7 +77,7 @@ def _fuse(
     accelerator: Accelerator,
     folder: Path,
 ) -> None:
-    """Train, each seed; predict; write."""
+    """Train with each seed, predict, write."""
     log = run.Log(folder, accelerator)
     outputs.announce(log, config, samples, rows, films, about)
     found: list[dict[str, Predictions]] = []
@@ -103,10 +103,10 @@ def _fuse(
 
 
 def read_by_model(config: FuseConfig) -> tuple[FuseConfig, list[str]]:
-    """The config without what only models of films read, so that any config of `fuse` serves a model of the record.
+    """Remove settings that only film models use, so that any config of `fuse` works with a record-only model.
 
-    Returns: the config; `key=value` of what was taken out.
-    Raises: UserError: no such model, no films for a model of films, or what only such a model can do.
+    Returns: the config; `key=value` of the removed settings.
+    Raises: UserError: no such model, no films for a film model, or a setting that needs a film model.
     """
     if getattr(kind_of(config.model), "uses_film", True):
         if missing := " and ".join(key for key in ("store", "encoder") if getattr(config, key) is None):
@@ -118,13 +118,13 @@ def read_by_model(config: FuseConfig) -> tuple[FuseConfig, list[str]]:
         if (value := getattr(config, key)) != off:
             raise UserError(f"`{key}` {value}: model={config.model} looks at no film; choose a model of films")
     alone: dict[str, Any] = {"encoder": None, "weights": None, "freeze": True, "unfreeze_after": None}
-    alone |= {"record_weights": None, "freeze_record": False}  # such a model is what they come from
+    alone |= {"record_weights": None, "freeze_record": False}  # such a model produces these weights
     unused = [f"{key}={getattr(config, key)}" for key, value in alone.items() if getattr(config, key) != value]
     return config.model_copy(update=alone), unused
 
 
 def choose_rows(config: FuseConfig, samples: Samples) -> Rows:
-    """Row numbers of each split; a model that needs a film, or pairing=paired, takes those with one."""
+    """Row numbers of each split; with a model that needs a film, or pairing=paired, only rows with a film."""
     needs = "paired" if getattr(kind_of(config.model), "needs_film", False) else None
     given = {"train": None, "val": config.val_pairing, "test": config.test_pairing}
     rows = {split: samples.rows(split, needs or own or config.pairing) for split, own in given.items()}
@@ -147,9 +147,10 @@ def search(
     log: run.Log,
     folder: Path,
 ) -> tuple[Net, list[dict[str, Any]]]:
-    """Train with each lr that is to be tried. No trial is done twice.
+    """Train with each lr of the search. Finished trials are not repeated.
 
-    Returns: the net of the best validation score; of each trial its lr, seed, scores on validation, and if it was kept.
+    Returns: the net with the best validation score; and each trial's lr, seed, validation scores, and whether it was
+        kept.
     """
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if not config.lr_draws:
@@ -175,7 +176,7 @@ def search(
 def _trial(
     config: FuseConfig, samples: Samples, films: FilmBranch | None, rows: Rows, accelerator: Accelerator, folder: Path
 ) -> tuple[Net, Scores]:
-    """One training of a search, read back if it was finished before."""
+    """One training of a search, or its saved result."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     net, done = build(config, samples, films), folder / "trial.json"
     if done.is_file():
@@ -204,7 +205,7 @@ def _say(
 
 
 def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net:
-    """A fresh net on a copy of the film branch, with the weights of stage one where the config names them."""
+    """A fresh net on a copy of the film branch, with the weights of stage one if the config names them."""
     torch.manual_seed(config.seed)
     given = {key: getattr(config, key) for key in ("hidden", "layers", "joint", "dropout", "missing")}
     sizes = Sizes(
@@ -231,7 +232,7 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
 
 
 def _token_sizes(samples: Samples) -> dict[str, Any]:
-    """Of `Sizes`: what notes add, and for the models over tokens what replaces the film's width."""
+    """Fields of `Sizes` for notes, and for models over tokens the film's width."""
     text = {} if samples.text is None else {"text": samples.text.shape[1]}
     if samples.note_tokens is not None:
         text["text"] = samples.note_tokens.width
@@ -240,6 +241,6 @@ def _token_sizes(samples: Samples) -> dict[str, Any]:
 
 
 def _sources(config: FuseConfig) -> list[Path]:
-    """Files by whose content a run knows its input again."""
+    """Files whose content identifies a run's input."""
     names: list[Any] = ["provenance.json", *sorted(p.name for p in Path(config.features).glob("samples/*.parquet"))]
     return [Path(config.features) / (name if name == "provenance.json" else f"samples/{name}") for name in names]

@@ -1,8 +1,8 @@
-"""From logits of films to rows of results.json: by study, by label, by subgroup.
+"""Turn logits of films into rows of results.json: by study, by label, by subgroup.
 
 A study's score is the mean of its films' probabilities. A gap is the difference of macro AUROC between two groups of a
-field, over the labels that have both classes in both, with the interval of the same resamples of subjects; the largest
-of several gaps is larger than its true value, and its interval does not know that it was picked.
+field, over the labels that have both classes in both, with the interval of the same resamples of subjects. The largest
+of several gaps overestimates the true gap, and its interval does not account for the selection.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from finetune.config import ProbeConfig
 
 
-# ---- What `probe` prints.
+# ---- Messages of `probe`.
 
 
 def plan(config: ProbeConfig, films: Films, name: str) -> str:
-    """What will be done, in a line."""
+    """One line on what will be fitted."""
     counts = ", ".join(f"{len(films.rows(split)):,} {split}" for split in SPLITS)
     if config.folds:
         counts = f"{films.table['subject_id'].nunique():,} subjects in {config.folds} folds, {len(films):,}"
@@ -65,7 +65,7 @@ def table(rows: pd.DataFrame, title: str) -> None:
         _row(grid, ", ".join(words), part)
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 110  # a log file
+        console.width = 110  # width of a log file
     console.print(grid)
 
 
@@ -82,7 +82,7 @@ def _row(grid: Table, name: str, part: pd.DataFrame) -> None:
 
 
 def notes(more: Mapping[str, Any]) -> list[str]:
-    """What else is worth a line: the head that was chosen, the largest gap between groups, the shift."""
+    """More lines for the screen: the chosen head, the largest gap between groups, the shift."""
     lines = []
     for fit in more.get("fractions", [])[-1:]:
         known = {k: v for k, v in fit.items() if k not in ("fraction", "draw", "films", "subjects")}
@@ -102,17 +102,17 @@ def _short(value: Any) -> str:
 
 
 CHEXPERT5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-SMALLEST = 20  # a group with fewer studies is not compared
+SMALLEST = 20  # groups with fewer studies are not compared
 RACES = {"WHITE": "white", "PORTUGUESE": "white", "BLACK": "black", "HISPANIC": "hispanic", "ASIAN": "asian"}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """N studies (or films) with what was predicted; `table` holds subject_id and a column a subgroup field."""
+    """N studies (or films) with their predictions; `table` holds subject_id and one column per subgroup field."""
 
     table: pd.DataFrame
     labels: NDArray[np.float32]  # (N, L) 1, 0, NaN
-    probabilities: NDArray[np.float64]  # (runs, N, L), or (N, L) of one; NaN: a label that was not learned
+    probabilities: NDArray[np.float64]  # (runs, N, L), or (N, L) of one run; NaN: a label that was not learned
     names: list[str]
 
     @property
@@ -121,7 +121,7 @@ class Scored:
         return self.probabilities.reshape(-1, *self.labels.shape)
 
     def write(self, folder: Path, split: str, run: int = 0) -> None:
-        """Write a run's predictions: what was scored, a row a study (named by its first film) or a film."""
+        """Write a run's predictions, one row per study (named by its first film) or film."""
         ids = self.table[["dicom_id", "study_id", "subject_id", "view", "num_films"]]
         p = np.clip(self.runs[run], 1e-15, 1 - 1e-15)
         write_predictions(folder, split, ids, pd.DataFrame(self.labels, columns=self.names), logit(p))
@@ -133,7 +133,7 @@ class Scored:
 
 
 def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *, unit: str = "study") -> Scored:
-    """Films of `rows` as studies or films; a study is positive where a film is.
+    """Films of `rows` as studies or films; a study is positive if any of its films is.
 
     Args:
         logits: (len(rows), L), or (runs, len(rows), L).
@@ -153,7 +153,7 @@ def scored(films: Films, rows: NDArray[np.intp], logits: NDArray[np.float64], *,
 
 
 def fields(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """The subgroup fields that these films have; missing values are a group of no one."""
+    """The subgroup fields of these films; missing values belong to no group."""
     found: dict[str, pd.Series] = {}
     if "sex" in table:
         found["sex"] = table["sex"]
@@ -175,14 +175,14 @@ def fields(table: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def check_fields(wanted: Sequence[str], table: pd.DataFrame) -> None:
-    """Raises: UserError: a subgroup field that these films do not have."""
+    """Raises: UserError: a subgroup field that is absent from these films."""
     have = fields(table)
     if unknown := [field for field in wanted if field not in have]:
         raise UserError(f"subgroups: no field `{unknown[0]}` here; there are {', '.join(have) or 'none'}")
 
 
 def macros(names: Sequence[str]) -> dict[str, list[str]]:
-    """The means over some of the labels that papers report."""
+    """The means over subsets of labels that papers report."""
     found = {}
     if "No Finding" in names and len(names) > 2:
         found["macro without No Finding"] = [name for name in names if name != "No Finding"]
@@ -216,7 +216,7 @@ def score(
 def subgroups(
     on: Scored, wanted: Sequence[str], *, samples: int, seed: int, **more: Any
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Rows for each group of each field (see `check_fields`; `more` as `score`), and the gaps, the largest first."""
+    """Rows for each group of each field (see `check_fields`; `more` as in `score`), and the gaps, the largest first."""
     tables: list[pd.DataFrame] = []
     gaps: list[dict[str, Any]] = []
     for field in wanted:
@@ -231,7 +231,7 @@ def subgroups(
 
 
 def _gaps(on: Scored, field: str, samples: int, seed: int) -> list[dict[str, Any]]:
-    """The largest gap of a field, in a list; empty where no two groups can be compared."""
+    """The largest gap of a field, in a list; empty if no two groups can be compared."""
     values = on.table[f"by_{field}"]
     groups = {value: (values == value).to_numpy(dtype=bool) for value in sorted(set(values.dropna()), key=str)}
     parts = {str(value): on.only(rows) for value, rows in groups.items() if rows.sum() >= SMALLEST}
@@ -247,7 +247,7 @@ def _gaps(on: Scored, field: str, samples: int, seed: int) -> list[dict[str, Any
 
 
 class Reached(NamedTuple):
-    """AUROC of some rows."""
+    """AUROC of a set of rows."""
 
     values: Floats  # (runs, L)
     draws: Floats  # (runs, samples, L)
@@ -255,7 +255,7 @@ class Reached(NamedTuple):
 
 
 def reached(parts: Sequence[Scored], *, samples: int, seed: int) -> list[Reached]:
-    """Of each part; all see the same subjects drawn."""
+    """The AUROC of each part, on the same resampled subjects."""
     subject = pd.factorize(np.concatenate([[], *(part.table["subject_id"] for part in parts)]))[0]
     found, start = [], 0
     for part in parts:
@@ -273,7 +273,8 @@ def reached(parts: Sequence[Scored], *, samples: int, seed: int) -> list[Reached
 
 
 def difference(a: Reached, b: Reached) -> dict[str, Any] | None:
-    """Macro AUROC of two parts over the labels that have both classes in both, and its difference; None without one."""
+    """Macro AUROC of two parts over the labels that have both classes in both, and its difference; None without such a
+    label."""
     common = ~np.isnan(a.values[0]) & ~np.isnan(b.values[0])
     if not common.any():
         return None

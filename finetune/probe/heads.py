@@ -1,6 +1,6 @@
-"""Linear heads on frozen features, a whole grid of them at once.
+"""Fit a grid of linear heads on frozen features at once.
 
-Comes in: `Data` of train and val. Goes out: logits of any rows by the head that validation chose, and what was chosen.
+Input: `Data` of train and val. Output: logits of any rows by the head chosen on validation, and its settings.
 A head is one of (pool, ...); pool `cls` and `avg` are blocks of the features' columns, `both` is all of them.
 """
 
@@ -30,14 +30,14 @@ Say = Callable[[int, float], None]  # epoch, best validation AUROC so far
 
 @dataclass(frozen=True)
 class Data:
-    """Features and labels (N, L; NaN is not counted) of one split."""
+    """Features and labels (N, L; NaN is ignored) of one split."""
 
     features: Features
     labels: NDArray[np.float32]
 
 
 def blocks(features: Features, pools: Sequence[str]) -> dict[str, list[str]]:
-    """pool -> the blocks that it uses, for the pools that this encoder has. Raises: UserError: it has none of them."""
+    """pool -> its feature blocks, for the pools of this encoder. Raises: UserError: it has none of them."""
     have = list(features)
     found = {pool: [pool] for pool in pools if pool in have}
     if "both" in pools and len(have) > 1:
@@ -49,7 +49,7 @@ def blocks(features: Features, pools: Sequence[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class LinearHead:
-    """logits = features of `names`, side by side, @ weights + bias; the standardisation is folded in."""
+    """logits = concatenated features of `names` @ weights + bias; the standardisation is folded in."""
 
     names: list[str]
     weights: NDArray[np.float64]  # (D, L)
@@ -68,14 +68,14 @@ class LinearHead:
 
 
 class Scale:
-    """Columns to mean 0 and deviation 1 on the films that it was fitted on; a constant column becomes 0."""
+    """Standardise columns to mean 0 and deviation 1 on the films it was fitted on; a constant column becomes 0."""
 
     def __init__(self, features: Features) -> None:
         self.names = list(features)
         self.fitted = {name: fit_scale(values, dtype=np.float64) for name, values in features.items()}
 
     def __call__(self, features: Features, names: Sequence[str] | None = None) -> NDArray[np.float32]:
-        """(N, D of the blocks named, side by side)."""
+        """(N, D), the named blocks concatenated."""
         mean, deviation = self.columns(names or self.names)
         x = np.concatenate([features[name] for name in names or self.names], axis=1)
         return ((x - mean) / deviation).astype(np.float32)
@@ -101,9 +101,9 @@ def linear(
     device: str | torch.device = "cpu",
     say: Say = lambda epoch, value: None,
 ) -> tuple[LinearHead, dict[str, Any]]:
-    """Linear heads over pool x lr x weight decay, trained as one tensor by AdamW, stopped by validation AUROC.
+    """Linear heads over pool x lr x weight decay, trained as one tensor by AdamW, each stopped by validation AUROC.
 
-    The heads do not touch each other: the loss is their sum, and lr and decay are tensors over them.
+    The heads are independent: the loss is their sum, and lr and decay are tensors over them.
     """
     scale, used = Scale(train.features), blocks(train.features, pools)
     widths = {name: train.features[name].shape[1] for name in scale.names}
@@ -115,7 +115,7 @@ def linear(
     mask = torch.stack([_mask(used[pool], widths) for pool, _, _ in grid], dim=1)[:, :, None].to(device)  # (D+1, H, 1)
     lr = torch.tensor([lr for _, lr, _ in grid], device=device)[None, :, None]
     decay = torch.tensor([decay for _, _, decay in grid], device=device)[None, :, None].repeat(x.shape[1], 1, 1)
-    decay[-1] = 0  # the bias
+    decay[-1] = 0  # no decay of the bias
     weights = torch.zeros(x.shape[1], len(grid), target.shape[1], device=device)  # (D+1, H, L)
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     generator = torch.Generator().manual_seed(seed)
@@ -152,7 +152,7 @@ def linear(
 
 
 def balance(labels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Weights (N, L) by which both classes of each label weigh alike, and all films as before; 1 for a lone class."""
+    """Weights (N, L) that give both classes of a label equal weight with an unchanged total; 1 for a single class."""
     n, positives = (~np.isnan(labels)).sum(0), np.nansum(labels, axis=0)
     both = (positives > 0) & (positives < n)
     weight = np.where(labels > 0, n / np.maximum(2 * positives, 1), n / np.maximum(2 * (n - positives), 1))
@@ -160,7 +160,7 @@ def balance(labels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _gradient(x: Tensor, weights: Tensor, target: Tensor, known: Tensor) -> Tensor:
-    """Of the mean cross-entropy over known labels, for each head: x (B, D), weights (D, H, L) -> (D, H, L)."""
+    """Gradient of the mean cross-entropy over known labels, per head: x (B, D), weights (D, H, L) -> (D, H, L)."""
     logits = (x @ weights.flatten(1)).unflatten(1, weights.shape[1:])  # (B, H, L)
     error = (logits.sigmoid() - target[:, None]) * (known / known.sum().clamp(min=1))[:, None]
     return (x.T @ error.flatten(1)).unflatten(1, weights.shape[1:])
@@ -177,17 +177,17 @@ def _with_one(x: Tensor) -> Tensor:
 
 
 def _mask(names: Sequence[str], widths: dict[str, int]) -> Tensor:
-    """(D + 1,): 1 for the columns of the blocks named, and for the bias."""
+    """(D + 1,): 1 for the columns of the named blocks, and for the bias."""
     return torch.cat([torch.full((width,), float(name in names)) for name, width in widths.items()] + [torch.ones(1)])
 
 
-# ---- Logistic regression, nearest neighbours and boosted trees on frozen features. Comes in, goes out: as in `heads`.
+# ---- Logistic regression, nearest neighbours and boosted trees on frozen features, with the interface of `linear`.
 
 
 def logistic(
     train: Data, val: Data, *, pools: Sequence[str], strengths: Sequence[float], balanced: bool = False
 ) -> tuple[LinearHead, dict[str, Any]]:
-    """L2-regularised logistic regression, a label at a time; validation chooses pool and strength for all labels.
+    """L2-regularised logistic regression, one label at a time; validation chooses pool and strength for all labels.
 
     Args:
         strengths: inverse regularisation, scikit-learn's C.
@@ -211,9 +211,9 @@ def logistic(
 def boosting(
     train: Data, val: Data, *, iterations: int = 200, seed: int = 0, balanced: bool = False
 ) -> tuple[Head, dict[str, Any]]:
-    """Gradient-boosted trees, a label at a time; validation chooses the number of trees for all labels.
+    """Gradient-boosted trees, one label at a time; validation chooses the number of trees for all labels.
 
-    NaN features are fine. Few leaves and a small rate: the inputs are a handful of columns of the record.
+    NaN features are allowed. Few leaves and a small rate, because the inputs are a handful of columns of the record.
     """
 
     def x(features: Features) -> NDArray[np.float32]:
@@ -239,7 +239,7 @@ def boosting(
 
 
 def trees(x: NDArray[np.float32], labels: NDArray[np.float32], **more: Any) -> list[Any]:
-    """Boosted trees of 8 leaves, a label (column) at a time; the log odds of a label with one class."""
+    """Boosted trees of 8 leaves, one label (column) at a time; the log odds for a label with one class."""
     found: list[Any] = []
     for y in labels.T:
         known = ~np.isnan(y)
@@ -256,7 +256,7 @@ def knn(
 ) -> tuple[Head, dict[str, Any]]:
     """Weighted mean of the labels of the nearest train films by cosine; validation chooses pool and number.
 
-    A neighbour weighs exp(cosine / temperature); one without the label is left out; without any, the train mean.
+    A neighbour has weight exp(cosine / temperature); unlabelled neighbours are skipped; without any, the train mean.
     """
     scale = Scale(train.features)
     numbers = sorted({min(k, len(train.labels)) for k in neighbours})
@@ -294,7 +294,7 @@ def _logistic(x: NDArray[np.float32], y: NDArray[np.float32], c: float, balanced
 
 
 def _log_odds(y: NDArray[np.float32]) -> float:
-    """Of a label with one class only, smoothed so that it is finite."""
+    """Log odds of a label with one class only, smoothed to be finite."""
     return math.log((float(y.sum()) + 0.5) / (len(y) - float(y.sum()) + 0.5))
 
 

@@ -1,8 +1,8 @@
-"""`probe`: how much of the findings an encoder's features hold.
+"""`probe`: how well findings can be predicted from an encoder's features.
 
-Comes in: labelled films (features/ and store/, or a public data set) and an encoder. Goes out: runs/X/ with
-results.json, predictions/, the head where there is one, and a table on the screen. Validation chooses; the test split
-is read once, at the end.
+Input: labelled films (features/ and store/, or a public data set) and an encoder. Output: runs/X/ with results.json,
+predictions/, the head if there is one, and a table on the screen. Validation chooses; the test split is read once, at
+the end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pretrain import run
 
 
 class Through(NamedTuple):
-    """What films are seen through: its name, what a comparison says of it, and what its pretraining saw."""
+    """The encoder of a probe: its name, its description for comparisons, and what its pretraining saw."""
 
     name: str
     about: Mapping[str, Any]
@@ -53,9 +53,9 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
 
     Args:
         config: a ProbeConfig, its keys in a dict, a YAML file, or the name of a shipped one.
-        args: the command line's, for the number of processes.
+        args: command-line arguments, for the number of processes.
     Returns: the run folder.
-    Raises: UserError: an encoder that saw the test subjects, films or labels that are not there, another run in `out`.
+    Raises: UserError: an encoder that saw the test subjects, missing films or labels, another run in `out`.
     """
     config = load(ProbeConfig, config)
     began = time.monotonic()
@@ -64,7 +64,9 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
         raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
     run.check_precision(config.precision, cpu=not torch.accelerator.is_available())
     accelerator = run.accelerator(args, mixed_precision=config.precision) if tuned else None
-    with accelerator.main_process_first() if accelerator else nullcontext():  # one process packs
+    with (
+        accelerator.main_process_first() if accelerator else nullcontext()
+    ):  # one process packs the films, the others wait
         films, store = open_films(config)
     if config.method != "transfer" and not config.folds:
         check_splits(films)
@@ -106,7 +108,7 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
 
 
 def check_asked(config: ProbeConfig, films: Films) -> None:
-    """That what is wanted at the end can be given, before hours are spent. Raises: UserError."""
+    """Check that the requested outputs are possible before hours are spent. Raises: UserError."""
     check_fields(config.subgroups, films.table)
     if config.shift is not None:
         sides(config.shift, films)
@@ -115,7 +117,7 @@ def check_asked(config: ProbeConfig, films: Films) -> None:
 
 
 def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: bool) -> tuple[Frozen | None, Through]:
-    """The frozen encoder (None where the method trains it, or sees no film), and what is known of it."""
+    """The frozen encoder (None if the method trains it, or uses no film), and its description."""
     if config.encoder == "metadata":
         about = {"hash": None, "parameters": 0, "image_size": 0, "films_seen": 0, "weights": "none"}
         return None, Through(f"metadata ({', '.join(config.groups)})", about, NOTHING)
@@ -125,7 +127,7 @@ def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: 
         subjects = films.table[["subject_id", "split"]]
         if config.features:
             subjects = read_table(config.features, "images", ["subject_id", "split"])
-        if config.folds:  # whoever is here is tested
+        if config.folds:  # with folds every subject is tested
             subjects = films.table[["subject_id"]].assign(split="test")
         seen = check_encoder(
             frozen.folder,
@@ -165,13 +167,13 @@ def _learner(
 
 
 class Trained(NamedTuple):
-    """The fits of one seed: one, or one a fold."""
+    """The fits of one seed: one, or one per fold."""
 
     parts: list[Part]
     fits: list[Fitted]
 
     def predict(self, split: str) -> tuple[Rows, NDArray[np.float64]]:
-        """Rows and logits; a label that some fold did not learn is NaN in all."""
+        """Rows and logits; a label that any fold did not learn is NaN in all."""
         rows: list[Rows] = [getattr(part, split) for part in self.parts]
         logits = np.concatenate([fit.predict(own) for fit, own in zip(self.fits, rows, strict=True)])
         order = np.argsort(np.concatenate(rows), kind="stable")
@@ -185,9 +187,9 @@ class Trained(NamedTuple):
 def evaluate(
     config: ProbeConfig, films: Films, learn: Learner, folder: Path, through: Mapping[str, Any]
 ) -> tuple[pd.DataFrame, dict[str, Any], dict[int, pd.DataFrame]]:
-    """Fit all fractions, then score val and, once, test; subgroups and shift of the largest fraction.
+    """Fit all fractions, then score val and, once, test; subgroups and shift use the largest fraction.
 
-    Returns: rows, what else results.json says, and the rows of each seed where there are several.
+    Returns: rows, further entries of results.json, and the rows of each seed if there are several.
     """
     fits, said = fitted(config, films, learn)
     more: dict[str, Any] = {"fractions": said}
@@ -230,7 +232,7 @@ def evaluate(
 def fitted(
     config: ProbeConfig, films: Films, learn: Learner
 ) -> tuple[dict[float, list[Trained]], list[dict[str, Any]]]:
-    """The fits of each fraction, and what results.json says of each."""
+    """The fits of each fraction, and their entries in results.json."""
     found: dict[float, list[Trained]] = {}
     said = []
     for fraction in config.fractions:
@@ -249,7 +251,7 @@ def fitted(
 
 
 def rated(config: ProbeConfig, films: Films, trained: Sequence[Trained]) -> tuple[dict[str, Scored], dict[str, Any]]:
-    """Val and test as predicted by each training; thresholds (runs, L), of the largest F1 on val, and `reasons`.
+    """Val and test predictions of each training; thresholds (runs, L) with the largest F1 on val, and `reasons`.
 
     Folds have no threshold: each head would need its own.
     """
@@ -266,7 +268,7 @@ def rated(config: ProbeConfig, films: Films, trained: Sequence[Trained]) -> tupl
 def by_radiologists(
     config: ProbeConfig, films: Films, fits: Sequence[Fitted], cut: NDArray[np.float64]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The test films by the radiologists' labels of MIMIC-CXR 2.1.0, over the labels that they gave."""
+    """The test films with the radiologists' labels of MIMIC-CXR 2.1.0, over the labels in that file."""
     theirs = radiologists(str(config.radiologists), films)
     place = [films.names.index(name) for name in theirs.names]
     logits = np.stack([fit.predict(theirs.table["row"].to_numpy(np.intp))[:, place] for fit in fits])

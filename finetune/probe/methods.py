@@ -1,7 +1,7 @@
 """The methods of `probe`: fit on train rows, choose on val rows, return logits of any rows.
 
-Comes in: films, a config, and the features (of an encoder, raw pixels, or the record). Goes out: a `Learner`, which
-serves whole and fractional training sets and shifts.
+Input: films, a config, and the features (of an encoder, raw pixels, or the record). Output: a `Learner`, which is also
+used for fractions of the training set and for shifts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def grid(config: ProbeConfig) -> dict[str, Any]:
 
 
 def learned_only(config: ProbeConfig, films: Films, learn: Learner) -> Learner:
-    """The learner with NaN for labels that it cannot learn. Raises: UserError: there is no other label."""
+    """The learner, with NaN for labels that it cannot learn. Raises: UserError: there is no other label."""
 
     def careful(train_rows: Rows, val_rows: Rows, seed: int) -> Fitted:
         why = unlearned(films.trained(train_rows, config.uncertain, config.empty), films.names)
@@ -70,7 +70,7 @@ def learned_only(config: ProbeConfig, films: Films, learn: Learner) -> Learner:
 
 
 def val_labels(films: Films, rows: Rows, trained: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Labels to choose by: evaluation's, without those that were not learned."""
+    """Validation labels by the evaluation policy, without those that were not learned."""
     labels = films.evaluated(rows)
     labels[:, np.isin(films.names, list(unlearned(trained, films.names)))] = np.nan
     return labels
@@ -83,7 +83,7 @@ def at(features: Features, rows: Rows) -> Features:
 def on_features(
     config: ProbeConfig, films: Films, given: Features | Callable[[Rows], Features], device: str, say: Say
 ) -> Learner:
-    """Heads on fixed features, one row a film; a function makes them, fitted on the train rows."""
+    """Heads on fixed features, one row per film; if `given` is a function, it makes them, fitted on the train rows."""
     balanced = config.class_weights == "balanced"
 
     def learn(train_rows: Rows, val_rows: Rows, seed: int) -> Fitted:
@@ -122,7 +122,7 @@ def on_features(
 def record(config: ProbeConfig, films: Films, train_rows: Rows) -> Features:
     """Record features of each film, without its pixels: columns of `groups`, fitted on the train rows.
 
-    Raises: UserError: a group that is known only at discharge, or that these films lack.
+    Raises: UserError: a group that is known only at discharge, or missing for these films.
     """
     refuse_discharge(config.groups, static.available_at(config.groups))
     if lacking := [group for group in config.groups if not set(READS[group]) <= set(films.table)]:

@@ -1,9 +1,9 @@
 """Distribution shift: a probe trained on one subgroup and tested on another (AP -> PA, early -> late years).
 
-Comes in: a `Learner` and a subgroup field. Goes out: rows of results.json (subset `view: AP -> PA`), and two paired
-differences with intervals, both resampling the same subjects: on the target's test films between training on the source
-and training on the target (`comparison`), and of the source's probe between the two sides' test films (`drop`). A probe
-that relies on a shortcut of the source (a marker, a device, a view) is lower in both.
+Input: a `Learner` and a subgroup field. Output: rows of results.json (subset `view: AP -> PA`), and two paired
+differences with intervals over the same resampled subjects. `comparison`: on the target's test films, training on the
+source against training on the target. `drop`: for the source's probe, the two sides' test films. A probe that relies on
+a shortcut of the source (a marker, a device, a view) is lower in both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Zero-training transfer: the head of a finished probe, scored on other films whose labels it shares.
+"""Transfer without training: score the head of a finished probe on other films, over the labels common to both.
 
-Comes in: a run with head.safetensors and the encoder that it was trained on. Goes out: rows of the test split of the
-new films; nothing is fitted to them, not even thresholds.
+Input: a run with head.safetensors and the encoder on which it was trained. Output: rows of the test split of the new
+films; nothing is fitted to them, not even thresholds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load(folder: str | Path) -> tuple[LinearHead, dict[str, Any]]:
 def apply(
     config: ProbeConfig, films: Films, frozen: Frozen, store: Any, folder: Path
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Score the head on the test films, over the labels that both have.
+    """Score the head on the test films, over the labels common to both.
 
     Raises: UserError: another encoder, or no label in common.
     """

@@ -1,8 +1,9 @@
-"""Training through an encoder: `finetune` moves all its weights, `attentive` one query over its frozen tokens.
+"""Train through an encoder: `finetune` trains all its weights, `attentive` one query over its frozen tokens.
 
-Comes in: films, an encoder (random: supervised from scratch). Goes out: a `Learner`. Lower layers move less (layer-wise
-lr decay); films are turned, zoomed, shifted and changed in contrast, never flipped. Validation AUROC stops; SIGTERM
-saves, and the same command goes on to the same weights, as order and augmentation depend on seed and step alone.
+Input: films, an encoder (random: supervised from scratch). Output: a `Learner`. Lower layers have smaller learning
+rates (layer-wise decay); films are rotated, zoomed, shifted and changed in contrast, never flipped. Training stops by
+validation AUROC. SIGTERM saves, and the same command resumes to the same weights, because order and augmentation depend
+on seed and step alone.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 def through_encoder(
     config: ProbeConfig, films: Films, store: Store, folder: Path, log: run.Log, accelerator: Accelerator
 ) -> Learner:
-    """A learner that keeps each fit in FOLDER/fits/N, so that the command goes on where it stopped."""
+    """A learner that saves each fit in FOLDER/fits/N, so that the command resumes where it stopped."""
     count = 0
 
     def learn(train: Rows, val: Rows, seed: int) -> Fitted:
@@ -84,7 +85,7 @@ class _Fit:
         self.best = folder / "best.safetensors"
 
     def train(self, train: Rows, val: Rows) -> dict[str, Any]:
-        """Fit on `train`, keep the epoch that is best on `val`."""
+        """Fit on `train`, keep the epoch with the best AUROC on `val`."""
         accelerator, tune = self.accelerator, self.config.tune
         self.weights = np.ones_like(self.labels)
         if self.config.class_weights == "balanced":  # the head then starts from even odds
@@ -140,7 +141,7 @@ class _Fit:
         return {"epoch": best_epoch, "steps": step, "val_auroc": reached}
 
     def export(self, out: Path) -> None:
-        """Write OUT/encoder, and the subjects it has seen now: those of its pretraining and the train split."""
+        """Write OUT/encoder, and the subjects it has seen: those of its pretraining and the train split."""
         write_seen(out, self.films.table.iloc[self.films.rows("train")], self.origin)
         before = {} if self.origin is None else ancestry(self.origin)
         more = before | {"supervised_by": "findings", "tuned_from": self.config.encoder}
@@ -181,7 +182,7 @@ class _Fit:
         return float(loss.item())
 
     def _input(self, pixels: Tensor) -> Tensor:
-        """(B, 1, S, S) in [0, 1] -> what the encoder takes."""
+        """Preprocess (B, 1, S, S) in [0, 1] for the encoder."""
         preprocess = self.net.encoder.preprocess
         return preprocess.to_input(preprocess.resize(pixels))
 
@@ -215,19 +216,19 @@ class _Fit:
 
 
 def _mix(*numbers: int) -> int:
-    """A seed that differs where any of the numbers does."""
+    """A seed that depends on all the numbers."""
     return int(np.random.SeedSequence(list(numbers)).generate_state(1)[0])
 
 
-# ---- What `tune` trains: a head on an encoder, its parameter groups, how films are changed.
+# ---- The trained network: a head on an encoder, its parameter groups, the augmentation.
 
 
 class Tuned(nn.Module):
     """Films -> logits.
 
     Args:
-        attentive: freeze the encoder and weigh its tokens by one learned query.
-        prior: (L,) log odds that the head starts from.
+        attentive: freeze the encoder and weight its tokens by one learned query.
+        prior: (L,) initial log odds of the head.
         scratch: random weights: batch norm learns its statistics too.
     """
 
@@ -254,12 +255,12 @@ class Tuned(nn.Module):
         return self._logits((weight[:, :, None] * tokens).sum(1))
 
     def _logits(self, features: Tensor) -> Tensor:
-        """In fp32 whatever the autocast outside: logits in bf16 tie."""
+        """In fp32 under any autocast: bf16 logits have ties."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.float())
 
     def train(self, mode: bool = True) -> Tuned:
-        """A frozen encoder stays in eval mode; a pretrained one keeps its batch norm's statistics."""
+        """Keep a frozen encoder in eval mode, and a pretrained one's batch norm with its statistics."""
         super().train(mode)
         if self.attentive:
             self.encoder.eval()
@@ -271,7 +272,7 @@ class Tuned(nn.Module):
 
 
 def groups(net: Tuned, config: TuneConfig) -> list[dict[str, Any]]:
-    """Parameter groups with `lr_scale`: the head's 1, lower layers less; no decay on biases and norms."""
+    """Parameter groups with `lr_scale`: 1 for the head, less for lower layers; no decay on biases and norms."""
     own = [(n, p) for n, p in net.named_parameters() if not n.startswith("encoder.")]
     found: list[dict[str, Any]] = []
     if not net.attentive:
@@ -282,7 +283,8 @@ def groups(net: Tuned, config: TuneConfig) -> list[dict[str, Any]]:
 
 
 def augment(films: Tensor, config: TuneConfig, generator: torch.Generator) -> Tensor:
-    """Turn, zoom, shift and change the contrast of uint8 (B, S, S) -> (B, 1, S, S) in [0, 1]; outside is black."""
+    """Rotate, zoom, shift and change the contrast of uint8 (B, S, S) -> (B, 1, S, S) in [0, 1]; the outside is
+    black."""
     pixels, n = films[:, None].float() / 255, len(films)
     draw = (2 * torch.rand(5, n, generator=generator) - 1).to(films.device)
     angle, scale = draw[0] * math.radians(config.rotate), 1 + draw[1] * config.zoom
