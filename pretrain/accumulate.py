@@ -12,13 +12,13 @@ from pretrain.methods import Batch, Method
 
 
 def backward(model: Any, method: Method, batch: Batch, accelerator: Any, number: int, exact: bool) -> dict[str, Tensor]:
-    """Leave the gradients in the parameters.
+    """Compute the gradients of the parameters.
 
     Args:
-        model: `method` as accelerate prepared it.
+        model: `method` as prepared by accelerate.
         number: parts in which the batch passes the network.
-        exact: as if in one pass, for networks without batch norm; else each part has a loss of its own.
-    Returns: what `Method.forward` does, of the whole batch.
+        exact: as in one pass, for networks without batch norm; else each part has its own loss.
+    Returns: the result of `Method.forward` for the whole batch.
     """
     if number == 1:
         out = model(batch)
@@ -28,9 +28,10 @@ def backward(model: Any, method: Method, batch: Batch, accelerator: Any, number:
 
 
 def _exact(model: Any, method: Method, batch: Batch, accelerator: Any, number: int) -> dict[str, Tensor]:
-    """Embed all films without a graph; the loss's gradients at the embeddings then stand for the loss, part by part.
+    """Embed all films without a graph, take the loss's gradients at the embeddings, and backpropagate them part by
+    part.
 
-    A part draws the same dropout and drop path in both passes: the generator's state is kept and restored.
+    Both passes of a part use the same dropout and drop path: the generator's state is kept and restored.
     """
     generator, parts = random_generator(accelerator.device), batch.parts(number)
     states, embedded, observed = [], [], []
@@ -54,7 +55,7 @@ def _exact(model: Any, method: Method, batch: Batch, accelerator: Any, number: i
 
 
 def _whole(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors (V, B, ...) of all films."""
+    """Join tensors (V, B, ...) of the parts."""
     return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
 
 

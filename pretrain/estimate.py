@@ -1,4 +1,4 @@
-"""What a step costs on this machine, measured on a network that is thrown away."""
+"""Measure the cost of a step on this machine, with a temporary network."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from pretrain.data import Steps, batches, select_films
 from pretrain.schedule import Schedule
 from pretrain.store import Store
 
-FIRST, MEASURED = 4, 16  # steps that warm up, and steps that count
+FIRST, MEASURED = 4, 16  # warm-up steps, and measured steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds of a step: of the clock, and of the processors of all processes together."""
+    """Seconds of a step: wall-clock time, and processor time of all processes together."""
 
     wall: float
     processor: float
 
 
 def processor_seconds() -> float:
-    """Of this process, and of those that it started and that have ended."""
+    """Processor time of this process and its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(of.ru_utime + of.ru_stime for of in used)
 
 
 def step_cost(config: PretrainConfig, steps: Steps, accelerator: Any) -> Cost:
-    """Mean of `MEASURED` steps, films read and cut included. The generators of the run are left as they were."""
+    """Mean of `MEASURED` steps, including reading and cutting films. The run's generators are not changed."""
     optim, device = config.optim, accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         method = build.method(config, steps.films).to(device)
@@ -61,7 +61,7 @@ def step_cost(config: PretrainConfig, steps: Steps, accelerator: Any) -> Cost:
 
 
 def affordable_steps(config: PretrainConfig, steps: Steps, folder: Path, accelerator: Any) -> int:
-    """How many steps `optim.processor_seconds` pays for; decided once, and kept in the run's budget.json."""
+    """Number of steps within `optim.processor_seconds`; determined once and kept in the run's budget.json."""
     seconds, path = config.optim.processor_seconds, folder / "budget.json"
     assert seconds is not None
     if not path.is_file():
@@ -72,7 +72,7 @@ def affordable_steps(config: PretrainConfig, steps: Steps, folder: Path, acceler
 
 
 def estimate(config: PretrainConfig, args: argparse.Namespace | None = None) -> str:
-    """How long a run of this config takes on this machine; nothing is written.
+    """Estimate how long a run of this config takes on this machine; nothing is written.
 
     Raises: UserError: the config does not fit the films, the store or the machine.
     """

@@ -1,4 +1,4 @@
-"""Events -> hourly series of the 17 variables, and their reader."""
+"""Bin events into hourly series of the 17 variables, and read them."""
 
 from ehr_features.series.file import fit, load
 

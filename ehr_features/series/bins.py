@@ -1,10 +1,10 @@
-"""Events -> hourly series, and the reader of what was written.
+"""Bin events into hourly series.
 
-Comes in: events of the cohort's subjects, the stays, the variables. Goes out: for each stay (T, F) values, forward
-filled, then the variable's normal value, not normalised; and (T, number of variables) observed. Bin h is [h, h +
-step) hours after intime, T = ceil(los_hours / step). A value counts from the moment at which it was known
-(`known_events`); a value without such a moment is left out and counted. Of several values at one time the latest
-storetime wins, then the larger value; of several times in a bin the last.
+Input: events of the cohort's subjects, the stays, the variables. Output: for each stay (T, F) unnormalised values,
+carried forward, with the variable's normal value before the first; and (T, number of variables) observed. Bin h is
+[h, h + step) hours after intime, T = ceil(los_hours / step). A value counts from the time at which it was known
+(`known_events`); a value without such a time is left out and counted. A bin has its latest value; of values at one
+time the one with the latest storetime, then the larger one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ibis import _
 from ehr_features.raw.source import Source
 from ehr_features.series.channels import SPECIMEN_TYPE, Channel, copy_table, item_table, specimen_table, text_table
 
-NEVER = -(2**62)  # a storetime that is missing is older than any other
+NEVER = -(2**62)  # a missing storetime is older than any other
 PLAIN_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)$"
 
 
@@ -29,9 +29,8 @@ PLAIN_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)$"
 class Layout:
     """The columns of a series.
 
-    values: names, in order. source: for each, the variable whose last value it shows. category: for each, the code
-    that it is one-hot for, or -1: the number itself; -2: the variable's mark. normal: what stands before the first
-    value.
+    values: names, in order. source: for each, the index of its variable. category: for each, the code for which it is
+    one-hot, or -1: the number itself; -2: the variable's mark. normal: the value before the first measurement.
     """
 
     values: tuple[str, ...]
@@ -44,7 +43,7 @@ class Layout:
 
 
 def layout(channels: Sequence[Channel]) -> Layout:
-    """The columns of preset `default`: each variable, with its mark behind it where it has one."""
+    """The columns of preset `default`: each variable, followed by its mark if it has one."""
     rows: list[tuple[str, str, int, int, float, bool]] = []
     for number, channel in enumerate(channels):
         rows.append(
@@ -59,7 +58,7 @@ def read_values(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
     """Read the number of each event in the unit of its variable.
 
     Args:
-        table: chartevents or labevents. items, texts: as `item_table` and `text_table` give them.
+        table: chartevents or labevents. items, texts: the results of `item_table` and `text_table`.
     Returns: the table's rows of the variables' items, with v, marked (0 or 1), drawn and stored (epoch seconds).
     """
     events = table.join(items, "itemid")
@@ -78,7 +77,7 @@ def read_values(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
 
 
 def with_specimen(results: ir.Table, labs: ir.Table, allowed: ir.Table) -> ir.Table:
-    """Add `specimen`: null where the kind of specimen counts, else why the result does not."""
+    """Add `specimen`: null if the kind of specimen is allowed, else the reason for leaving the result out."""
     kinds = labs.filter(_.itemid == SPECIMEN_TYPE).mutate(kind=_.value.strip().re_replace(r"[ .]+$", "").upper())
     kinds = kinds.group_by("specimen_id").agg(kind=_.kind.max(), n=_.kind.nunique())
     results = results.left_join(kinds.filter(_.n == 1), "specimen_id")
@@ -90,8 +89,8 @@ def with_specimen(results: ir.Table, labs: ir.Table, allowed: ir.Table) -> ir.Ta
 
 
 def reports(results: ir.Table, copies: ir.Table) -> ir.Table:
-    """When the results that a chart item copies were reported: subject_id, itemid (of the copy), drawn, v, reported_at
-    (null: never), elsewhere (none of the rows is of a kind of specimen that counts, and their kinds are known)."""
+    """Report times of the results that a chart item copies: subject_id, itemid (of the copy), drawn, v, reported_at
+    (null: never), elsewhere (all rows have known kinds of specimen, none of them allowed)."""
     rows = results.filter(_.v.notnull()).rename(lab="itemid")
     rows = rows.join(copies, rows.lab == copies.copied)
     other = (_.specimen == "other specimen").fill_null(False).cast("int64")
@@ -102,11 +101,11 @@ def reports(results: ir.Table, copies: ir.Table) -> ir.Table:
 def known_events(con: object, chart: ir.Table, labs: ir.Table, channels: Sequence[Channel]) -> ir.Table:
     """Every event of the variables with its value and the time from which it counts.
 
-    Measured at the bedside: from charttime. Reported by a laboratory: from the later of charttime and storetime; a
-    copy in chartevents without a storetime of its own from the report of the laboratory row that it copies.
+    Bedside measurements count from charttime. Laboratory results count from the later of charttime and storetime; a
+    copy in chartevents without a storetime counts from the report of the laboratory row that it copies.
 
     Returns: stay_id (null: of labevents), subject_id, channel, drawn, at (null: no time known), stored, v, marked, low,
-        high, specimen (why it does not count, or null), unstored (a reported value without a storetime of its own).
+        high, specimen (why it is left out, or null), unstored (a reported value without a storetime of its own).
     """
     channels = tuple(channels)
     items, texts = item_table(con, channels), text_table(con, channels)
@@ -130,8 +129,8 @@ def known_events(con: object, chart: ir.Table, labs: ir.Table, channels: Sequenc
 
 
 def of_stays(events: ir.Table, stays: ir.Table) -> ir.Table:
-    """Give each event its stay: that of its row, or of its subject at the time (laboratory rows, whatever their
-    hadm_id). Adds seconds (since intime; null: no time known), left (until outtime), lived (until death)."""
+    """Give each event its stay: that of its row, or for laboratory rows the subject's stay at that time, whatever their
+    hadm_id. Adds seconds (since intime; null: no time known), left (until outtime), lived (until death)."""
     death = _.death_at.epoch_seconds() if "death_at" in stays.columns else ibis.null("int64")
     window = stays.select(
         "stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds(), dies=death
@@ -145,7 +144,7 @@ def of_stays(events: ir.Table, stays: ir.Table) -> ir.Table:
 
 
 def with_fate(events: ir.Table, step_hours: int) -> ir.Table:
-    """Add `fate`: what becomes of each event, `used` or why it is left out."""
+    """Add `fate` to each event: `used`, or why it is left out."""
     width = 3600 * step_hours
     fate = ibis.cases(
         (_.drawn.isnull() | (_.seconds.isnull() & ~_.reported), "no charttime"),
@@ -163,7 +162,7 @@ def with_fate(events: ir.Table, step_hours: int) -> ir.Table:
 
 
 def sums(used: ir.Table, channels: Sequence[Channel]) -> list[ir.Table]:
-    """The variables that are sums of others, where all parts share a time."""
+    """Variables that are sums of others, at times when all parts are present."""
     out = []
     for number, channel in enumerate(channels):
         if not channel.sum_of:
@@ -202,7 +201,7 @@ def binned(used: ir.Table, step_hours: int) -> ir.Table:
 def extract(
     source: Source, chart: ir.Table, labs: ir.Table, stays: ir.Table, channels: Sequence[Channel], step_hours: int
 ) -> tuple[ir.Table, pd.DataFrame]:
-    """Preset `default`: last values by bin, and how many events met which fate.
+    """Preset `default`: last values by bin, and the number of events by fate.
 
     Returns: stay_id, channel, bin, v, mark, n, unstored; and a small table of counts: channel, fate, n, unstored.
     """

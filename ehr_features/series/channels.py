@@ -1,4 +1,4 @@
-"""The variables of the series as channels.yaml declares them."""
+"""The variables of the series, read from channels.yaml."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPECIMEN_TYPE = 52033  # the laboratory item whose text is the kind of its speci
 
 
 class Conversion(Settings):
-    """value * factor + add, where the value is above `above`; else the value as it is."""
+    """value * factor + add if the value is above `above`; else the value unchanged."""
 
     factor: float = 1.0
     add: float = 0.0
@@ -39,7 +39,7 @@ CONVERSIONS = {
 
 
 def celsius(temperature: ir.NumericValue) -> ir.NumericValue:
-    """A body temperature in Celsius: above 50 it was charted in Fahrenheit."""
+    """A body temperature in Celsius; values above 50 are Fahrenheit."""
     c = CONVERSIONS["celsius"]
     return (temperature > c.above).ifelse(temperature * c.factor + c.add, temperature)
 
@@ -51,7 +51,7 @@ def _known(conversion: str | Conversion) -> str | Conversion:
 
 
 class Published(Settings):
-    """A variable as the published extraction has it; without `clean` its values stay text, and compare as text."""
+    """A variable of the published extraction; without `clean` its values stay text, and compare as text."""
 
     name: str
     items: tuple[int, ...]
@@ -120,18 +120,18 @@ def read_channels(path: Path | None = None) -> tuple[Channel, ...]:
 
 
 def item_ids(channels: tuple[Channel, ...], preset: str) -> set[int]:
-    """The itemids that a preset reads."""
+    """The itemids used by a preset."""
     if preset == "medfuse":
         return {i for c in channels if c.medfuse for i in c.medfuse.items}
     return {i for c in channels for i in c.items}
 
 
 def check_items(source: Source, channels: tuple[Channel, ...], preset: str, path: Path | None = None) -> list[int]:
-    """Refuse itemids that nobody knows.
+    """Refuse unknown itemids.
 
     Returns: itemids of the shipped file that the dictionaries of this release lack; they have no events there.
     Raises: UserError: other itemids that are in neither dictionary; a laboratory result in chartevents (category Labs)
-        that is neither declared measured nor reported.
+        declared neither as measured nor as reported.
     """
     known: set[int] = set()
     for table in ("d_items", "d_labitems"):

@@ -1,7 +1,7 @@
 """Check that the event tables describe the cohort. A stay without events would get a series of normal values.
 
-Comes in: events, stays, and the series file. Goes out: counts of events without a stay, a warning for each variable
-observed in far fewer stays than in the MIMIC-IV demo, and an error where most stays have no observed value.
+Input: events, stays, and the series file. Output: counts of events without a stay, a warning for each variable observed
+in far fewer stays than in the MIMIC-IV demo, and an error if most stays have no observed value.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ehr_features.raw.source import Source
 from ehr_features.series.channels import Channel
 
 FAR_UNDER = 0.6  # warn below this fraction of the demo's share of stays
-BY_CHANCE = 1e-3  # and only where chance explains the difference with a smaller probability than this
-STAYLESS = 0.05  # warn where more than this share of events has no stay
+BY_CHANCE = 1e-3  # and only if chance explains the difference with a smaller probability than this
+STAYLESS = 0.05  # warn if more than this share of events has no stay
 CHARTED = 220_000  # the first itemid of chartevents; those below are of labevents
 SAMPLED = 200_000  # rows of an event table that `look` reads
 NO_STAY = ("no stay_id", "stay_id of no row of icustays", "stay outside of the cohort")
@@ -64,7 +64,7 @@ def without_stay(
 def charted_stays(
     source: Source, chart: ir.Table, stays: ir.Table, declared: Sequence[Channel], preset: str
 ) -> np.ndarray:
-    """stay_ids of which chartevents has a value of any variable (all stays, where no variable has items there)."""
+    """stay_ids with a chartevents value of any variable (all stays, if no variable has items there)."""
     of = variables(declared, preset)
     if max((item for _name, _share, items in of for item in items), default=0) < CHARTED:
         return stays.stay_id.to_pyarrow().to_numpy()

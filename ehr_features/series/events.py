@@ -1,7 +1,7 @@
-"""chartevents and labevents, filtered once into Parquet.
+"""Filter chartevents and labevents once into Parquet.
 
-Comes in: a source, the itemids and subjects that count. Goes out: small Parquet files in the cache folder, named by a
-key of what they depend on, and how many rows were read. A file appears only when it is complete.
+Input: a source, itemids and subjects. Output: small Parquet files in the cache folder, named by a key of their inputs,
+and the number of rows read. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ CODE_STATUS = (223758, 228687)
 
 
 def selected(source: Source, declared: tuple[Channel, ...], folder: Path) -> dict[str, tuple[ir.Table, int]]:
-    """The events of both presets' items and of all ICU subjects: whatever preset and cohort, so filtered once."""
+    """The events of both presets' items and of all ICU subjects, so that one filtering serves every preset and
+    cohort."""
     items = {i for preset in ("default", "medfuse") for i in item_ids(declared, preset)}
     subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
     return cached(source, items | {*CODE_STATUS, SPECIMEN_TYPE}, set(subjects), folder)
@@ -96,7 +97,7 @@ def _write(source: Source, table: ir.Table, path: Path) -> int:
 
 
 def _rows_scanned(profile: Any) -> int:
-    """The rows that came out of the file scan; lists of items and subjects, which are scanned too, are no files."""
+    """The rows that came out of the file scan, without scans of the lists of items and subjects."""
     found = [0]
     if isinstance(profile, dict):
         if profile.get("type") == "TABLE_SCAN" and "ARROW" not in str(profile.get("name", "")):
@@ -107,7 +108,7 @@ def _rows_scanned(profile: Any) -> int:
 
 @contextmanager
 def progress(con: Any, what: str) -> Iterator[None]:
-    """Show how far the engine's query is, with the time left; a line now and then where stderr is no terminal."""
+    """Show the progress of the engine's query, with the time left; without a terminal, a line at intervals."""
     if con.name != "duckdb":
         print(f"  {what} ...", file=sys.stderr, flush=True)
         yield

@@ -1,4 +1,4 @@
-"""series.safetensors: the series of a cohort, made once and kept in the cache; it may be larger than memory."""
+"""series.safetensors: the series of a cohort, computed once and cached; the file may be larger than memory."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def cached(
     declared: tuple[channels.Channel, ...],
     config: FeaturesConfig,
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """The unnormalised series of a cohort, from the cache if what they depend on has not changed.
+    """The unnormalised series of a cohort, from the cache if its inputs have not changed.
 
     Args:
-        found: as `events.cached` gives. stays: as `cohort.stays` gives.
-    Returns: the file, and what became of the events: channel, fate, n.
+        found: the result of `events.cached`. stays: the result of `cohort.stays`.
+    Returns: the file, and the counts of events: channel, fate, n.
     """
     frame = stays.select("stay_id", "subject_id", "hadm_id", "intime", "outtime", "los_hours", "death_at")
     frame = frame.order_by("stay_id").to_pandas()
@@ -76,7 +76,7 @@ def write(
 
     Args:
         bins: the columns of BINS, ordered by stay_id.
-        stay_ids: (S,) sorted. num_bins: (S,) T of each. chunk: stays that are held at a time.
+        stay_ids: (S,) sorted. num_bins: (S,) T of each. chunk: stays held in memory at a time.
     Returns: (3, number of variables): observed bins, their events, observed bins whose value is `unstored`.
     """
     offsets = np.concatenate([[0], np.cumsum(num_bins)]).astype(np.int64)
@@ -120,10 +120,10 @@ def write(
 
 
 def fates(counts: pd.DataFrame, standing: np.ndarray, *, exact: bool) -> pd.DataFrame:
-    """Split `used` into the values that stand in the series and those that a later value of their bin replaced.
+    """Split `used` into values in the series and values replaced by a later value of their bin.
 
     Args:
-        counts: channel, fate, n, unstored; as `extract` gives it. standing: as `write` gives it.
+        counts: channel, fate, n, unstored; from `extract`. standing: from `write`.
         exact: each event that `extract` counts as used is in a bin of one stay (not so with preset `medfuse`).
     """
     used = counts[counts["fate"] == "used"].set_index("channel")
@@ -138,17 +138,17 @@ def fates(counts: pd.DataFrame, standing: np.ndarray, *, exact: bool) -> pd.Data
 
 
 def filled(last: np.ndarray, starts: np.ndarray, columns: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Carry the last value forward within each stay, then the normal value.
+    """Carry the last value forward within each stay; before the first value use the normal value.
 
     Args:
-        last: (2, N, number of variables) value and mark of the bins of several stays on end; NaN: not observed.
+        last: (2, N, number of variables) value and mark of the concatenated bins of several stays; NaN: not observed.
         starts: the first row of each stay.
     Returns: (N, F) float32 values, (N, number of variables) uint8 observed.
     """
     observed = ~np.isnan(last[0])
     num = observed.shape[0]
     began = np.zeros(num, np.int64)
-    starts = starts[starts < num]  # a stay of no hours at the end has no first row
+    starts = starts[starts < num]  # a last stay without hours has no first row
     began[starts] = starts
     began = np.maximum.accumulate(began)[:, None]
     at = np.maximum.accumulate(np.where(observed, np.arange(num)[:, None], -1), axis=0)
@@ -165,7 +165,7 @@ def filled(last: np.ndarray, starts: np.ndarray, columns: Layout) -> tuple[np.nd
 def about(
     path: Path, stays: ir.Table, columns: Layout, config: FeaturesConfig, fates: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """series.json: what the columns are, and the normaliser, fitted on train."""
+    """The content of series.json: the columns, and the normaliser, fitted on train."""
     train = stays.order_by("stay_id").select("stay_id", "split").to_pandas()["split"].eq("train").to_numpy()
     return {
         "preset": config.preset,
@@ -199,7 +199,7 @@ def fit(path: Path, columns: Layout, train: np.ndarray, chunk: int = 2_000) -> d
     """Mean and standard deviation of each number among the train stays' observed values.
 
     Args:
-        train: (S,) bool. Returns: `mean` and `std`, (F,) each; null where a column stays as it is.
+        train: (S,) bool. Returns: `mean` and `std`, (F,) each; null for columns that are not normalised.
     """
     total, square, count = (np.zeros(len(columns.values)) for _ in range(3))
     source = np.array(columns.source)

@@ -1,12 +1,11 @@
-"""Preset `medfuse`: the series of the published extraction, rule for rule, for comparison.
+"""Preset `medfuse`: the series of the published extraction with all its rules, for comparison.
 
-Comes in: events, the published cohort. Goes out: the same as `bins.extract`, with 59 value columns.
-Source: nyuad-cai/MedFuse, mimic4extract (from mimic3-benchmarks), re-derived from its rules; no code is taken over.
+Input: events, the published cohort. Output: as `bins.extract`, with 59 value columns.
+Source: nyuad-cai/MedFuse, mimic4extract (from mimic3-benchmarks), reimplemented from its rules; no code is copied.
 
-Kept although wrong: urine and other body fluids among glucose and pH; 226707 in inches; FiO2 always / 100; of the
-values at one time the largest, compared as text where the variable is not cleaned ("87" beats "108"); bins closed on
-the right; nothing is out of range; laboratory rows without hadm_id are lost; capillary refill and the GCS total are
-constant.
+Known errors that are kept: urine and other body fluids among glucose and pH; 226707 in inches; FiO2 always / 100; of
+values at one time the largest, compared as text if the variable is not cleaned ("87" beats "108"); bins closed on the
+right; no valid ranges; laboratory rows without hadm_id are lost; capillary refill and the GCS total are constant.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def lengths(los_hours: np.ndarray, step_hours: int) -> np.ndarray:
 def extract(
     source: Source, chart: ir.Table, labs: ir.Table, stays: ir.Table, channels: Sequence[Channel], step_hours: int
 ) -> tuple[ir.Table, pd.DataFrame]:
-    """Last values by bin (stay_id, channel, bin, v, mark, n, unstored), and how many events met which fate."""
+    """Last values by bin (stay_id, channel, bin, v, mark, n, unstored), and the number of events by fate."""
     items, codes = _items(source, published(channels)), _codes(source, published(channels))
     events = _validated(chart, labs, stays).join(items, "itemid")
     events = _cleaned(events)

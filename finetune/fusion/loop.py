@@ -176,9 +176,7 @@ def _epoch(
     accelerator: Accelerator,
     epoch: int,
 ) -> float:
-    """One pass over the rows. Returns: the mean loss, which does not depend on the number of processes up to
-    rounding.
-    """
+    """One pass over the rows. Returns: the mean loss, equal for any number of processes up to rounding."""
     rng = np.random.default_rng([config.seed, epoch])
     if config.epoch_samples is not None and config.epoch_samples < len(rows):
         rows = rng.choice(rows, config.epoch_samples, replace=False)

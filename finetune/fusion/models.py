@@ -236,8 +236,7 @@ class Concat(Fusion):
 class Attention(Fusion):
     """Weights record, film and note for each stay by learned scores; missing ones have weight 0.
 
-    All are normalised to one scale first: an LSTM state is within 1, a projected film is not, and one head reads their
-    mean.
+    All are normalised to one scale first: an LSTM state is within 1, a projected film is not; one head reads the mean.
     """
 
     def __init__(self, sizes: Sizes) -> None:

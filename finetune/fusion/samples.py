@@ -266,9 +266,7 @@ def _film_rows(
     if count > 1:
         earlier = pairs.merge(taken, on="stay_id", suffixes=("_own", ""))
         keep = (earlier["hours_from_intime"] < earlier["hours_from_intime_own"]) & (earlier["hours_from_intime"] >= 0)
-        keep &= earlier["view"].isin(FRONTAL) | ~earlier["view_own"].isin(
-            FRONTAL
-        )  # a frontal film is paired with frontal films only
+        keep &= earlier["view"].isin(FRONTAL) | ~earlier["view_own"].isin(FRONTAL)  # frontal only with frontal
         columns = ["row", "dicom_id", "predict_at_hours", "hours_from_intime", "view"]
         pairs = pd.concat([earlier.loc[keep, columns], pairs[columns]])
         pairs = pairs.sort_values(["row", "hours_from_intime"], kind="stable").groupby("row").tail(count)

@@ -64,9 +64,7 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
         raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
     run.check_precision(config.precision, cpu=not torch.accelerator.is_available())
     accelerator = run.accelerator(args, mixed_precision=config.precision) if tuned else None
-    with (
-        accelerator.main_process_first() if accelerator else nullcontext()
-    ):  # one process packs the films, the others wait
+    with accelerator.main_process_first() if accelerator else nullcontext():  # one process packs the films
         films, store = open_films(config)
     if config.method != "transfer" and not config.folds:
         check_splits(films)

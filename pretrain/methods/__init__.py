@@ -1,4 +1,4 @@
-"""Self-supervised methods, one class each; the loop does not know which one runs."""
+"""Self-supervised methods, one class each, behind one interface for the training loop."""
 
 from pretrain.methods.base import Batch, Method, Setup
 from pretrain.methods.names import find

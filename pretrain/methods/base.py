@@ -1,9 +1,9 @@
-"""What a method is to the loop: views in, a loss out, and what follows a step.
+"""The interface between a method and the training loop.
 
-A method is one class. `embed` computes what the loss needs and what gets a gradient, `observe` what needs none, `score`
-the loss. They are apart so that a batch can pass the network in parts while its loss is that of the whole batch.
-Every trained parameter gets a gradient in every step. A new method overrides `head`, `embed` and `score`, and `observe`
-where it has a target; docs/adding_a_method.md writes one.
+A method is one class. `embed` computes the inputs of the loss that need a gradient, `observe` those that do not,
+`score` the loss. They are separate so that a batch can pass the network in parts while the loss is that of the whole
+batch. Every trained parameter gets a gradient in every step. A new method overrides `head`, `embed` and `score`, and
+`observe` if it has a target; docs/adding_a_method.md shows an example.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pretrain.methods.record import NO_RECORD, Record, RecordUse
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one step computes on; the leading dimension is view-major (all films of view 0, then view 1).
+    """The inputs of one step; the leading dimension is view-major (all films of view 0, then view 1).
 
     Args:
         target: (B, C, H, W).
         anchors: random views (V*B, C, H, W), then focal views (F*B, C, h, w); either may be missing.
         keep: for each of `anchors`, indices (V*B, n) of the patches to compute, or None: all.
         static: (B, S), or None: no record.
-        known: (B, S), whether the film's record tells this column; None: all of them.
-        subjects: (B,), equal numbers are of one subject; None: all differ.
+        known: (B, S), whether the film's record has this column; None: all of them.
+        subjects: (B,), equal numbers mark one subject; None: all differ.
         target_keep: as `keep`, for `target`.
     """
 
@@ -69,15 +69,15 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config gives to any method.
+    """The settings of a config for any method.
 
     Args:
         hidden, out: widths of the projection head.
         norm: of the head, `batch`, `layer` or `none`.
-        record: how the record takes part.
+        record: how the record is used.
         options: the method's own section of the config.
-        num_random: random views of a film.
-        steps_per_epoch: for schedules of the method's own.
+        num_random: random views per film.
+        steps_per_epoch: for schedules of the method itself.
     """
 
     hidden: int
@@ -92,13 +92,13 @@ class Setup:
 class Method(nn.Module):
     """A trained encoder `anchor` under a head, and often their moving average `target`."""
 
-    has_target: ClassVar[bool] = True  # a moving average is kept, and is the encoder that a run exports
-    is_told: ClassVar[bool] = True  # there are embeddings that the record can condition
+    has_target: ClassVar[bool] = True  # there is a moving average, which is the exported encoder
+    is_told: ClassVar[bool] = True  # the record can condition its embeddings
     needs_vit: ClassVar[bool] = False  # tokens are dropped, replaced or reconstructed
     masked: ClassVar[tuple[str, ...]] = ("random",)  # the kinds of view to which mask.ratio applies
-    least_films: ClassVar[int] = 1  # in a batch, over all processes
-    least_anchors: ClassVar[int] = 1  # views of a film beside the target view
-    num_prototypes: int = 0  # what `hits` counts; 0: nothing
+    least_films: ClassVar[int] = 1  # smallest batch, over all processes
+    least_anchors: ClassVar[int] = 1  # smallest number of views of a film besides the target view
+    num_prototypes: int = 0  # length of `hits`; 0: no prototypes
 
     def __init__(self, encoder: Encoder, setup: Setup) -> None:
         super().__init__()
@@ -112,36 +112,36 @@ class Method(nn.Module):
         self.record = RecordUse(encoder.width, setup.out, setup.record)
         self.train()
 
-    # ---- What a method says.
+    # ---- Defined by each method.
 
     def head(self, width: int, setup: Setup) -> nn.Module:
         """The projection head."""
         raise NotImplementedError
 
     def begin(self, setup: Setup) -> None:
-        """Make what else the method has: prototypes, a predictor, a decoder."""
+        """Create the method's further modules: prototypes, a predictor, a decoder."""
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
-        """What the loss is computed on, each (V, B, ...); without a target also `features` (1, B, D)."""
+        """Inputs of the loss with a gradient, each (V, B, ...); without a target also `features` (1, B, D)."""
         raise NotImplementedError
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:
-        """What gets no gradient, each (V, B, ...); with a target also its `features` (1, B, D)."""
+        """Inputs of the loss without a gradient, each (V, B, ...); with a target also its `features` (1, B, D)."""
         return {}
 
     def score(self, seen: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """`loss` and other scalars, of what `embed` and `observe` gave, in fp32; `hits` (K,) where prototypes are."""
+        """`loss` and other scalars from the results of `embed` and `observe`, in fp32; `hits` (K,) with prototypes."""
         raise NotImplementedError
 
     def loss_parameters(self) -> list[nn.Parameter]:
-        """Parameters that `score` alone reads: neither decayed nor clipped."""
+        """Parameters that only `score` uses: without weight decay and clipping."""
         return []
 
     def before_step(self, step: int) -> None:
-        """Set what changes with the step."""
+        """Update values that depend on the step."""
 
     def before_update(self, step: int) -> None:
-        """Change gradients, before they are clipped."""
+        """Change gradients before they are clipped."""
 
     def after_step(self, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * anchor; parameters only, as in the original MSN."""
@@ -151,16 +151,16 @@ class Method(nn.Module):
 
     @property
     def product(self) -> tuple[str, Encoder]:
-        """The branch that a run exports: the moving average where there is one."""
+        """The exported branch: the moving average if there is one."""
         return ("target", self.target) if self.has_target else ("anchor", self.anchor)
 
-    # ---- What all methods share.
+    # ---- Common to all methods.
 
     def forward(self, batch: Batch, grads: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Scalars with `loss`, `features` (B, D) of the exported encoder, and `hits` where there are prototypes.
+        """Scalars with `loss`, `features` (B, D) of the exported encoder, and `hits` if there are prototypes.
 
-        With `grads`, the loss's gradients at what is embedded, `loss` is what has those gradients: the second pass of
-        exact accumulation.
+        With `grads`, the loss's gradients at the embeddings, `loss` is a scalar with those gradients: the second pass
+        of exact accumulation.
         """
         embedded = self.embed_all(batch)
         if grads is not None:
@@ -169,7 +169,7 @@ class Method(nn.Module):
         return self.finish(embedded, self.observe_all(batch), batch)
 
     def embed_all(self, batch: Batch) -> dict[str, Tensor]:
-        """What `embed` gives, and what the record is compared with."""
+        """The results of `embed`, and the inputs of the record's loss."""
         embedded = self.embed(batch)
         if self.record.compares and batch.static is not None:
             embedded |= self.record.embed(embedded["views"], batch.static)
@@ -181,7 +181,7 @@ class Method(nn.Module):
         return self.observe(batch)
 
     def finish(self, embedded: dict[str, Tensor], observed: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The loss on embeddings, in fp32 whatever the precision of the networks."""
+        """The loss on embeddings, in fp32 under any precision of the networks."""
         seen = {name: value.float() for name, value in {**embedded, **observed}.items()}
         with torch.autocast(batch.target.device.type, enabled=False):
             out = self.score(seen, batch)
@@ -213,13 +213,13 @@ class Method(nn.Module):
         return [self.anchor(view, keep=one) for view, one in zip(views, kept, strict=True)]
 
     def tell(self, parts: list[Tensor], batch: Batch) -> list[Tensor]:
-        """Features that know the record, where it conditions them before the head."""
+        """Condition features on the record, if it enters before the head."""
         return [self.record.condition(part, batch.static) for part in parts]
 
     def project(self, parts: list[Tensor], batch: Batch, told: bool = True) -> Tensor:
-        """Features of some views -> (V, B, out). `told`: the record conditions what the head gives, if so configured.
+        """Features of some views -> (V, B, out). `told`: condition the head's output on the record, if so configured.
 
-        A ViT's views pass the head as one batch, as in the original MSN; a convolutional net's passes stay apart.
+        A ViT's views pass the head as one batch, as in the original MSN; a convolutional net needs separate passes.
         """
         groups = [torch.cat(parts)] if self.anchor.is_vit else parts
         projected = torch.cat([self.anchor_head(group) for group in groups])
@@ -228,7 +228,8 @@ class Method(nn.Module):
         return projected.unflatten(0, (-1, len(batch.target)))
 
     def groups(self, decay_all: bool = False) -> list[dict[str, Any]]:
-        """Optimizer groups; `decays` says whether weight decay applies. What only the loss reads stands alone."""
+        """Optimizer groups; `decays` marks those with weight decay. Parameters of the loss alone are a separate
+        group."""
         alone = {id(p) for p in self.loss_parameters()}
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in alone]
         decayed = [p for n, p in named if decay_all or (p.ndim > 1 and not _is_token(n))]
@@ -248,12 +249,12 @@ def by_view(parts: list[Tensor], films: int) -> Tensor:
 def mlp(
     widths: list[int], norm: str, activation: Callable[[], nn.Module], *, last_norm: bool = False, bias: bool = False
 ) -> nn.Sequential:
-    """Linear layers with norm and activation between them: lightly's heads, of which layer norm is one more choice.
+    """Linear layers with norm and activation between them: lightly's heads, with layer norm as a further option.
 
     Args:
         widths: of the input, the hidden layers and the output.
         last_norm: normalise the output too.
-        bias: biases also where a norm follows, which does away with them.
+        bias: use biases also before a norm, which cancels them.
     """
     norms: dict[str, Any] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": lambda _: None}
     make, bias = norms[norm], bias or norm == "none"

@@ -1,4 +1,4 @@
-"""BYOL: a predictor on one view guesses the moving average's embedding of another (arXiv:2006.07733)."""
+"""BYOL: a predictor on one view predicts the moving average's embedding of another (arXiv:2006.07733)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.methods.base import Batch, Method, Setup, by_view, mlp
 
 
 class BYOL(Method):
-    """The student sees all views, told of the record; the target sees the large ones."""
+    """The student sees all views, conditioned on the record; the target sees the large ones."""
 
     def head(self, width: int, setup: Setup) -> nn.Module:
         return mlp([width, setup.hidden, setup.out], setup.norm, nn.ReLU)

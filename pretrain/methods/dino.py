@@ -1,4 +1,4 @@
-"""DINO: the student's view of a film has the classes that the teacher sees in another view (arXiv:2104.14294)."""
+"""DINO: the student's view of a film is assigned to the classes of the teacher's other views (arXiv:2104.14294)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pretrain.methods.base import Batch, Method, Setup, by_view
 
 
 class DINO(Method):
-    """The student (anchor) sees all views, told of the record; the teacher (target) the large ones."""
+    """The student (anchor) sees all views, conditioned on the record; the teacher (target) the large ones."""
 
     def head(self, width: int, setup: Setup) -> nn.Module:
-        """lightly's; its batch norm is for networks that have it too."""
+        """lightly's head, with batch norm only if the network has it too."""
         o = setup.options
         return DINOProjectionHead(
             width, setup.hidden, o.bottleneck, setup.out, batch_norm=setup.norm == "batch",
@@ -37,13 +37,13 @@ class DINO(Method):
         )  # fmt: skip
 
     def before_step(self, step: int) -> None:
-        """The teacher's temperature rises in a straight line over its warm-up."""
+        """Raise the teacher's temperature linearly during its warm-up."""
         o, epoch = self.setup.options, step / self.setup.steps_per_epoch
         share = min(1.0, epoch / o.warmup_epochs) if o.warmup_epochs else 1.0
         self.teacher_temperature = o.teacher_start + share * (o.teacher_temperature - o.teacher_start)
 
     def before_update(self, step: int) -> None:
-        """The last layer stays as it is during the first epochs."""
+        """Freeze the last layer during the first epochs."""
         if step / self.setup.steps_per_epoch < self.setup.options.freeze_epochs:
             last: Any = self.anchor_head.last_layer
             for parameter in last.parameters():

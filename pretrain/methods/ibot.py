@@ -1,7 +1,7 @@
-"""iBOT: DINO, and masked patches have the classes that the teacher sees in them (arXiv:2111.07832).
+"""iBOT: DINO, and masked patches are assigned to the teacher's classes of these patches (arXiv:2111.07832).
 
-Differs from the original: a large view has a fixed share of masked patches (mask.ratio), in one block; there the share
-is drawn, and half of the views have none.
+Differs from the original: every large view has a fixed share of masked patches (mask.ratio), in one block; published:
+the share is random, and half of the views have none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pretrain.methods.dino import DINO
 
 
 class IBOT(DINO):
-    """Classes of films and of patches come from one head."""
+    """One head gives the classes of films and of patches."""
 
     needs_vit = True
     masked = ("target", "random")
@@ -62,7 +62,7 @@ class IBOT(DINO):
         return out | parts | {"loss": of_films + self.setup.options.patch_weight * of_patches}
 
     def _views(self, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
-        """Groups of views (V*B, C, H, W) with the patches that stay; the large ones are masked, and come first."""
+        """Groups of views (V*B, C, H, W) with the patches to keep; the large ones are masked, and come first."""
         return list(zip([batch.target, *batch.anchors], [batch.target_keep, *batch.keep], strict=True))
 
     def _hidden(self, keep: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LeJEPA: all views of a film agree with the mean of its large ones; embeddings are Gaussian (arXiv:2511.08544)."""
+"""LeJEPA: all views of a film match the mean of its large views; embeddings are Gaussian (arXiv:2511.08544)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pretrain.methods.base import Batch, Method, Setup, by_view, mlp
 
 
 class LeJEPA(Method):
-    """One encoder sees all views; the record conditions those of the anchors. Neither target nor stopped gradient."""
+    """One encoder sees all views; the record conditions those of the anchors. No target network and no
+    stop-gradient."""
 
     has_target = False
     least_films = 2

@@ -1,4 +1,4 @@
-"""MAE: a small decoder paints the patches that the encoder did not see (arXiv:2111.06377)."""
+"""MAE: a small decoder reconstructs the masked patches (arXiv:2111.06377)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.methods.base import Batch, Method, Setup
 
 
 class MAE(Method):
-    """The encoder computes the kept patches of the one view; `anchor_head` is the decoder. It has no embedding."""
+    """The encoder computes the kept patches of one view; `anchor_head` is the decoder. There is no embedding."""
 
     has_target = False
     is_told = False

@@ -1,12 +1,11 @@
-"""MSN: masked anchors, told of the record, predict the prototypes of an unmasked target (arXiv:2204.07141).
+"""MSN: masked anchors, conditioned on the record, predict the prototypes of an unmasked target (arXiv:2204.07141).
 
-The target is a moving average of the anchor; EHR enters on the anchor's side only and is dropped after pretraining.
-The target draws nothing at random: dropout and drop path act on the anchor only. Batch norm of the target normalises
-by the batch at hand, as in the original, so that its output depends on the batch alone; its running statistics, those
-of unmasked views, are exported.
-Differs from CXR-EHR-MSN: prototypes are trained; `add` conditions by h + W e with W = 0 at the start (there, and with
-`concat`: [h; f(e)] -> g); focal views are unmasked unless asked; every patch can be masked (there the last always was).
-PMSN is MSN with another prior over the prototypes (arXiv:2210.07277).
+The target is a moving average of the anchor; the record enters on the anchor's side only and is dropped after
+pretraining. The target is deterministic: dropout and drop path act on the anchor only. Batch norm of the target
+normalises by the current batch, as in the original; its running statistics, those of unmasked views, are exported.
+Differs from CXR-EHR-MSN: prototypes are trained; `add` conditions by h + W e with W = 0 at the start (published, and
+here `concat`: [h; f(e)] -> g); focal views are unmasked by default; every patch can be masked (published: the last one
+always is). PMSN is MSN with another prior over the prototypes (arXiv:2210.07277).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class MSN(Method):
     """Anchor and target branches over trained prototypes."""
 
     def head(self, width: int, setup: Setup) -> nn.Module:
-        """Three linear layers with norm and GELU between; biases and initial weights as the original's."""
+        """Three linear layers with norm and GELU between; biases and initial weights as in the original."""
         head = mlp([width, setup.hidden, setup.hidden, setup.out], setup.norm, nn.GELU, bias=True)
         for layer in head:
             if isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""From the name of a method in a config to its class."""
+"""Find a method's class by its name in a config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.methods.base import Method
 def find(name: str) -> type[Method]:
     """The class of a method: ours by its name, or one of a user's file, `my_method.py:MyMethod`.
 
-    Raises: UserError: there is no such file or class, or it is no `Method`.
+    Raises: UserError: there is no such file or class, or it is not a `Method`.
     """
     if name not in METHODS:
         return load_class(name, Method, "method")

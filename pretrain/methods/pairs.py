@@ -1,4 +1,4 @@
-"""What SimCLR and VICReg share: one trained branch, and a loss between the target view and each anchor."""
+"""Base of SimCLR and VICReg: one trained branch, and a loss between the target view and each anchor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pretrain.methods.base import Batch, Method, by_view
 
 
 class Pairs(Method):
-    """One encoder sees all views; the record conditions those of the anchors. `pair_loss` is the subclass's."""
+    """One encoder sees all views; the record conditions those of the anchors. Subclasses define `pair_loss`."""
 
     has_target = False
     pair_loss: nn.Module

@@ -1,6 +1,6 @@
-"""The record in a method: it conditions the embeddings, is predicted from the film, or is contrasted with it.
+"""Uses of the record: condition the embeddings on it, predict it from the film, or contrast it with the film.
 
-What a record does not tell (`known` is false) is neither a target nor a pair. Over several processes the losses are
+Missing columns of a record (`known` is false) are neither targets nor pairs. With several processes the losses are
 those of the whole batch: their mean over processes equals one process on all films.
 """
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """How the static vector (S,) takes part.
+    """How the static vector (S,) is used.
 
     Args:
-        width: S; 0: not at all.
+        width: S; 0: no record.
         use: condition, predict or contrast.
         inject: where it conditions: add and concat before the head, predictor after it.
         hidden: width of its embedding.
-        binary: of each column, whether it is 0 or 1 (predicted by classification, else by regression); empty: none is.
+        binary: for each column, whether it is 0 or 1 (predicted by classification, else by regression); empty: none.
         weight: of the loss of predicting or contrasting.
         temperature: of the contrast.
     """
@@ -49,7 +49,7 @@ NO_RECORD = Record()
 
 
 class RecordUse(nn.Module):
-    """The modules of one use; without a record it has none and changes nothing."""
+    """The modules of one use; without a record there are none."""
 
     def __init__(self, width: int, out: int, record: Record) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class RecordUse(nn.Module):
         return made
 
     def embed(self, views: Tensor, static: Tensor) -> dict[str, Tensor]:
-        """Features of views (V, B, D) and records (B, S) -> what `losses` compares."""
+        """Features of views (V, B, D) and records (B, S) -> the inputs of `losses`."""
         if self.guess is not None:
             return {"record_guess": self.guess(views)}
         assert self.film is not None and self.reader is not None
@@ -112,7 +112,7 @@ class RecordUse(nn.Module):
 
 
 def prediction_error(guess: Tensor, static: Tensor, known: Tensor, binary: Tensor) -> Tensor:
-    """Squared error of numbers and cross-entropy of yes and no, mean over all that is known in the batch.
+    """Squared error of numeric columns and cross-entropy of binary ones, mean over all known values of the batch.
 
     Args:
         guess: (V, B, S), logits where `binary` (S,).
@@ -125,12 +125,12 @@ def prediction_error(guess: Tensor, static: Tensor, known: Tensor, binary: Tenso
 
 
 def contrast(films: Tensor, records: Tensor, usable: Tensor, subjects: Tensor, *, temperature: float) -> Tensor:
-    """InfoNCE both ways between the views of films and their records, over the films of all processes.
+    """InfoNCE in both directions between the views of films and their records, over the films of all processes.
 
     Args:
         films: (V, B, E); records: (B, E).
-        usable: (B,): records that tell something; the others are neither a pair nor a negative.
-        subjects: (B,): a film and a record of one subject are no negatives of each other.
+        usable: (B,): records with information; the others are neither pairs nor negatives.
+        subjects: (B,): film and record of one subject are not negatives of each other.
     """
     films, records = F.normalize(films, dim=-1), F.normalize(records, dim=-1)
     all_films, all_records, all_usable, all_subjects, start = films, records, usable, subjects, 0
@@ -151,7 +151,7 @@ def contrast(films: Tensor, records: Tensor, usable: Tensor, subjects: Tensor, *
 
 
 class Add(nn.Module):
-    """h + W e, W = 0 at the start: the anchor begins as without a record, and a zero record is no record."""
+    """h + W e with W = 0 at the start: training starts as without a record; a zero record adds nothing."""
 
     def __init__(self, width: int, record_width: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Concat(nn.Module):
 
 
 class Predictor(nn.Module):
-    """z + g([z; e]) with two layers, the last 0 at the start: the encoder and its head are not told the record."""
+    """z + g([z; e]) with two layers, the last 0 at the start: encoder and head are independent of the record."""
 
     def __init__(self, out: int, record_width: int, hidden: int) -> None:
         super().__init__()

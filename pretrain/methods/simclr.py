@@ -1,4 +1,4 @@
-"""SimCLR: two views of a film agree, and differ from those of all other films of the batch (arXiv:2002.05709)."""
+"""SimCLR: two views of a film are similar, and differ from those of all other films of the batch (arXiv:2002.05709)."""
 
 from __future__ import annotations
 

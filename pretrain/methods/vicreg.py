@@ -1,4 +1,5 @@
-"""VICReg: two views of a film agree; over films each output varies, and no two vary together (arXiv:2105.04906)."""
+"""VICReg: two views of a film are similar; over films each output has variance and outputs do not correlate
+(arXiv:2105.04906)."""
 
 from __future__ import annotations
 
