@@ -3,7 +3,7 @@
 A method is one class. `embed` computes the inputs of the loss that need a gradient, `observe` those that do not,
 `score` the loss. They are separate so that a batch can pass the network in parts while the loss is that of the whole
 batch. Every trained parameter gets a gradient in every step. A new method overrides `head`, `embed` and `score`, and
-`observe` if it has a target; docs/adding_a_method.md shows an example.
+`observe` if it has a target; docs/methods.md shows an example.
 """
 
 from __future__ import annotations
