@@ -1,8 +1,8 @@
-"""`grid CONFIG`: every combination of some choices, each taken through the same commands.
+"""`grid CONFIG`: run the same commands for every combination of the choices.
 
-Comes in: a YAML file with `axes` (the choices) and `steps` (the commands). Goes out: OUT/NAME/STEP, a run folder for
-each combination and step, made by the commands that a user would type. Complete runs are skipped, so the same command
-resumes after a stop; several machines share a grid by `--shard i/n`.
+Input: a YAML file with `axes` (the choices) and `steps` (the commands). Output: OUT/NAME/STEP, a run folder for each
+combination and step, made by the commands that a user would type. Complete runs are skipped, so the same command
+resumes; several machines share a grid with `--shard i/n`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def plan(config: GridConfig) -> list[list[Command]]:
 
 
 def methods(config: GridConfig) -> dict[str, str]:
-    """Each combination's name -> its name without the axes that set seeds alone, so that a table can average them."""
+    """Map each combination's name to its name without axes that only set seeds, so that a table can average over
+    seeds."""
 
     def seeds(axis: Mapping[str, Mapping[str, list[str]]]) -> bool:
         return all(word.startswith("seed=") for own in axis.values() for words in own.values() for word in words)
@@ -91,9 +92,9 @@ def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bo
     Args:
         shard: `i/n`: every n-th combination, beginning with the i-th (from 1).
         only: a pattern for the names of combinations, e.g. `tiny-*`.
-        dry_run: print the commands that are not done yet, and stop.
-        processes: of each run, one a GPU.
-    Returns: 0, or the exit code of the worst step that failed; the others are still run.
+        dry_run: print the unfinished commands, and stop.
+        processes: of each run, one per GPU.
+    Returns: 0, or the highest exit code of the failed steps; the others are still run.
     Raises: UserError: a fault in any combination, before anything starts; Stopped: SIGTERM, passed on.
     """
     combinations = plan(config)

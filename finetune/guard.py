@@ -1,9 +1,9 @@
-"""Which subjects an encoder has seen, and whether it may be tested on these (README, decision 9).
+"""Check which subjects an encoder has seen, and whether it may be tested on the given ones.
 
-Comes in: an encoder folder and the split that it is to be tested on. Goes out: what is known, with its warnings; or a
-UserError where its pretraining saw a val or test subject. Weights of unknown films pass, named `unknown`. A column
-known only at discharge, used in pretraining on train subjects, passes too, named `outcome-supervised`, and is kept out
-of self-supervised tables; as an input of a probe or a fusion it is refused.
+Input: an encoder folder and the split for its test. Output: what is known of its pretraining, with warnings; or a
+UserError if the pretraining saw a val or test subject. Weights with unknown films pass and are labelled `unknown`.
+Pretraining with a column known only at discharge, on train subjects, passes too, is labelled `outcome-supervised`, and
+is kept out of self-supervised tables; as an input of a probe or a fusion such a column is refused.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def check_encoder(
     """Refuse an encoder whose pretraining saw a val or test subject of this split.
 
     Args:
-        folder: an encoder/ folder (a run's seen_subjects.parquet is looked for beside it), or a bare weights file.
-        subjects: subject_id, split of what the encoder is to be tested on; repeated rows are fine.
-        features: the features/ folder that the split comes from.
-        same_source: the films come from a features/ folder; False: from a table of another data set, where equal ids
-            are refused alike, since they may be the same people.
-        other_people: the user states that equal ids are different people.
-        allow_leak: go on all the same, with a warning for the top of the report.
-    Raises: UserError: it saw some, or its list of subjects is damaged.
+        folder: an encoder/ folder (with its run's seen_subjects.parquet beside it), or a bare weights file.
+        subjects: subject_id, split of the films to be tested; repeated rows are fine.
+        features: the features/ folder of the split.
+        same_source: the films are from a features/ folder; False: from a table of another data set, where equal ids are
+            refused too, since they may be the same subjects.
+        other_people: the user states that equal ids are different subjects.
+        allow_leak: continue with a warning at the top of the report.
+    Raises: UserError: it saw some of them, or its list of subjects is damaged.
     """
-    if folder.is_file():  # bare weights of anyone
+    if folder.is_file():  # bare weights without a run
         return Seen("unknown", "unknown", [f"{folder}: the films and labels of its training are unknown"])
     meta = read_json(folder / "encoder.json")
     groups = meta.get("ehr_groups") or {}
@@ -100,7 +100,7 @@ def refuse_discharge(groups: Iterable[str], available_at: dict[str, str]) -> Non
     """Refuse inputs that are known only at discharge.
 
     Args:
-        groups: EHR groups that are to be a model's input.
+        groups: EHR groups for a model's input.
         available_at: group or column -> study | admission | discharge.
     Raises: UserError: one of them is an outcome.
     """
@@ -119,7 +119,7 @@ def _available(groups: object) -> list[tuple[str, str]]:
 def _overlap(
     folder: Path, meta: dict[str, Any], held_out: set[str], features: str | Path | None
 ) -> tuple[str, str, dict[str, int] | None]:
-    """How the films seen stand to the held-out subjects, how many of these were seen, and the counts that prove it."""
+    """The relation of the seen films to the held-out subjects, how many of these were seen, and the counts."""
     if (listed := read_seen(folder)) is not None:
         seen = set(listed["subject_id"].map(_id))
         both = seen & held_out
@@ -134,7 +134,7 @@ def _overlap(
 
 
 def _id(subject: object) -> str:
-    """One spelling of an id that one table holds as a number and another as text: 7, 7.0 and "7" are equal."""
+    """Normalise an id that may be a number in one table and text in another: 7, 7.0 and "7" are equal."""
     text = str(subject).strip()
     return text.removesuffix(".0").lstrip("0") or text
 

@@ -1,8 +1,8 @@
-"""Films with labels: which there are, of whom, in which split, and what an uncertain or empty finding counts as.
+"""Labelled films: their subjects, splits, and the policy for uncertain and empty findings.
 
-Comes in: features/images.parquet. Goes out: `Films`, with labels as the source has them: 1, 0, -1 (uncertain), empty.
-Evaluation has one policy whatever the training's, so that runs compare: uncertain is left out; empty is negative where
-labels were read from reports (MIMIC-CXR, CheXpert), which name what is there, and left out where they were not.
+Input: features/images.parquet. Output: `Films`, with labels as in the source: 1, 0, -1 (uncertain), empty.
+The evaluation policy is fixed, so that runs are comparable: uncertain is left out; empty is negative if labels were
+extracted from reports (MIMIC-CXR, CheXpert), which name what is present, and left out otherwise.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Films:
     """N films.
 
     Attributes:
-        table: dicom_id, study_id, subject_id, split, view, and whatever subgroups need; index 0 .. N - 1.
+        table: dicom_id, study_id, subject_id, split, view, and the subgroup columns; index 0 .. N - 1.
         labels: (N, L) 1, 0, -1, NaN, columns named.
-        left_out: why films of the source are not here -> how many.
-        warnings: what a reader of the results must know.
-        empty: what an empty label is in evaluation, and in training unless a config says otherwise: `zeros`, `ignore`.
+        left_out: reason -> number of films of the source that were left out.
+        warnings: warnings for readers of the results.
+        empty: the meaning of an empty label in evaluation, and by default in training: `zeros`, `ignore`.
     """
 
     table: pd.DataFrame
@@ -56,22 +56,22 @@ class Films:
         return np.flatnonzero(self.table["split"].to_numpy() == split)
 
     def trained(self, rows: NDArray[np.intp], uncertain: Uncertain, empty: Empty | None) -> NDArray[np.float32]:
-        """Labels (len(rows), L) to train on; `empty` None: as in evaluation."""
+        """Labels (len(rows), L) for training; `empty` None: as in evaluation."""
         return training_labels(self.labels.iloc[rows], Policy(uncertain, empty or self.empty))
 
     def evaluated(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Labels (len(rows), L) to evaluate on: uncertain is left out, empty is as `empty` says."""
+        """Labels (len(rows), L) for evaluation: uncertain is left out, empty follows `empty`."""
         return training_labels(self.labels.iloc[rows], EVALUATION._replace(empty=self.empty))
 
     def keep(self, wanted: NDArray[np.bool_], why: str) -> Films:
-        """Only the films wanted; the others are counted under `why`."""
+        """Keep the wanted films; count the others under `why`."""
         if wanted.all():
             return self
         table, labels = (part[wanted].reset_index(drop=True) for part in (self.table, self.labels))
         return replace(self, table=table, labels=labels, left_out={**self.left_out, why: int((~wanted).sum())})
 
     def in_store(self, store: Container[str]) -> Films:
-        """Only the films that were packed. Raises: UserError: none was."""
+        """Keep the films in the store. Raises: UserError: none is."""
         found = self.keep(np.array([film in store for film in self.table["dicom_id"]], dtype=bool), "not in the store")
         if not len(found):
             raise UserError(f"none of {len(self)} films is in the store; pack the films that features/ was made from")
@@ -98,14 +98,14 @@ def read_films(features: str | Path, *, labels: Sequence[str] = (), views: str =
     names = list(labels) or known
     values = table[names].astype(np.float64)
     table = _with_groups(table, features)
-    read = table[known].notna().any(axis=1).to_numpy()  # whatever `labels` says: other empty findings are negative
+    read = table[known].notna().any(axis=1).to_numpy()  # a film with one known finding has negatives
     films = Films(table.drop(columns=known).reset_index(drop=True), values.reset_index(drop=True), {})
     wanted = films.table["view"].isin(FRONTAL).to_numpy(dtype=bool) | (views != "frontal")
     return films.keep(wanted, "not frontal").keep(read[wanted], "no labels")
 
 
 def _with_groups(table: pd.DataFrame, features: str | Path) -> pd.DataFrame:
-    """Subgroup columns that are no columns yet: support_devices, and the care_unit of films of an ICU stay."""
+    """Add derived subgroup columns: support_devices, and the care_unit of films in an ICU stay."""
     more = {"support_devices": table["Support Devices"] == 1} if "Support Devices" in table else {}
     if "in_icu" in table:
         more["care_unit"] = table["in_icu"].map({1: "ICU, unit unknown", 0: "not ICU"}).astype(object)
@@ -145,16 +145,16 @@ class Part(NamedTuple):
 
 
 def folded(films: Films, folds: int, seed: int) -> list[Part]:
-    """Subjects in folds; each fold is scored by what the others taught, the next one chooses.
+    """Cross-validation over subjects: each fold is tested once, the next one validates, the others train.
 
-    Stratified: of each class of each label, the rarest first, the subjects go to the folds that have fewest of it.
+    Stratified: for each class of each label, the rarest first, subjects go to the folds that have fewest of it.
     Raises: UserError: fewer subjects than folds.
     """
     subject, who = pd.factorize(films.table["subject_id"])
     if len(who) < folds:
         raise UserError(f"folds={folds}: {len(who)} subjects; wanted at least one for each fold")
     labels = films.evaluated(np.arange(len(films)))
-    has = np.zeros((len(who), 2 * labels.shape[1]), bool)  # of each subject: a positive film, a negative one
+    has = np.zeros((len(who), 2 * labels.shape[1]), bool)  # per subject: has a positive film, has a negative one
     np.logical_or.at(has, subject, np.concatenate([labels == 1, labels == 0], axis=1))
     rng = np.random.default_rng([seed, 3])
     fold, counts, sizes = np.full(len(who), -1), np.zeros((folds, has.shape[1])), np.zeros(folds)
@@ -173,7 +173,7 @@ def folded(films: Films, folds: int, seed: int) -> list[Part]:
 
 
 def fraction_rows(films: Films, rows: NDArray[np.intp], fraction: float, seed: int) -> NDArray[np.intp]:
-    """Those of a share of the subjects of `rows`: never half a subject, and 1% lies inside 5% of the same seed.
+    """Rows of a share of the subjects: whole subjects, and 1% is a subset of 5% with the same seed.
 
     Raises: UserError: less than one subject.
     """

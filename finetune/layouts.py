@@ -1,8 +1,8 @@
 """Labelled films outside MIMIC: NIH ChestX-ray14 and CheXpert as published, and any CSV.
 
-Comes in: a table in its published layout and the folder of its films. Goes out: `Films` with a column path.
-Official splits are kept; where there is no val, an eighth of the train subjects becomes it, by hash. Without an
-official split all subjects go 70 / 10 / 20 by hash, with a warning.
+Input: a table in its published layout and the folder of its films. Output: `Films` with a column path.
+Official splits are kept; without a val split, an eighth of the train subjects becomes val, by hash. Without an official
+split all subjects are split 70 / 10 / 20 by hash, with a warning.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ NIH = (
     "Hernia",
     "No Finding",
 )
-# NIH's names as CheXpert's. Infiltration, Emphysema, Fibrosis and Hernia have no counterpart; several of NIH's may make
-# one of CheXpert's.
+# NIH's names -> CheXpert's. Infiltration, Emphysema, Fibrosis and Hernia have no counterpart; several of NIH's may map
+# to one of CheXpert's.
 NIH_AS_CHEXPERT = {
     "Atelectasis": "Atelectasis",
     "Cardiomegaly": "Cardiomegaly",
@@ -66,12 +66,12 @@ NIH_AS_CHEXPERT = {
 }
 VAL_OF_TRAIN = 0.125  # as 10 of 80
 CHEXPERT_TESTS = ("test.csv", "test_labels.csv")
-AS_CHEXPERT = {"Airspace Opacity": "Lung Opacity"}  # so called in MIMIC-CXR-JPG 2.1.0's file, and in CheXlocalize
+AS_CHEXPERT = {"Airspace Opacity": "Lung Opacity"}  # its name in MIMIC-CXR-JPG 2.1.0's file, and in CheXlocalize
 AGE = r"^\s*0*(?P<number>\d+(?:\.\d+)?)(?P<unit>[YMD]?)"
 
 
-# A row a film (dicom_id, study_id, subject_id, split, view, ...), its labels, warnings for a reader of the results, and
-# how many rows were left out because an id is missing.
+# One row per film (dicom_id, study_id, subject_id, split, view, ...), its labels, warnings for readers of the results,
+# and the number of rows left out because an id is missing.
 Read = tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...], dict[str, int]]
 
 
@@ -117,7 +117,7 @@ def read_layout(config: TableConfig, *, labels: Sequence[str] = (), seed: int = 
 
 
 def to_chexpert(labels: pd.DataFrame) -> pd.DataFrame:
-    """NIH's labels under CheXpert's names: positive where one of its own is."""
+    """NIH's labels under CheXpert's names: positive if any of the mapped labels is."""
     own = {name: [o for o, n in NIH_AS_CHEXPERT.items() if n == name and o in labels] for name in FINDINGS}
     return pd.DataFrame({name: labels[of].max(axis=1) for name, of in own.items() if of})
 
@@ -156,9 +156,10 @@ def _nih(config: TableConfig, seed: int) -> Read:
 
 
 def _chexpert(config: TableConfig, seed: int) -> Read:
-    """train.csv, with valid.csv and test.csv (or test_labels.csv) beside it; without a test, valid is the test.
+    """train.csv, with valid.csv and test.csv (or test_labels.csv) beside it; without a test file, valid is the test
+    split.
 
-    A `table` that is not the train table is a test set by itself, for `method: transfer`.
+    A `table` other than the train table is a test set, for `method: transfer`.
     """
     given, warnings = Path(config.table), list[str]()
     valid, test = given.with_name("valid.csv"), None
@@ -202,13 +203,13 @@ def _chexpert(config: TableConfig, seed: int) -> Read:
 
 
 def _csv(config: TableConfig, seed: int) -> Read:
-    """A row a film: path, labels, and whatever of subject, study, split, view, sex, age it has."""
+    """One row per film: path, labels, and, if present, subject, study, split, view, sex, age."""
     asked = {"subject_id": config.subject, "study_id": config.study, "split": config.split, "view": config.view}
     keys = [c for c in (config.path, config.subject) if c]
     wanted = [config.path, *config.columns, *(c for c in asked.values() if c)]
     raw, left_out = read(config.table, wanted, keys, [c for c in (config.study,) if c])
     stem = raw[config.path].map(film_id)
-    if stem.duplicated().any():  # as view1_frontal of every patient
+    if stem.duplicated().any():  # e.g. view1_frontal of every patient
         stem = raw[config.path].map(lambda name: (Path(name).parent / film_id(name)).as_posix())
     table = pd.DataFrame({"dicom_id": stem, "file": raw[config.path]})
     table["subject_id"] = _ids(raw[config.subject] if config.subject else stem, config.table)
@@ -243,7 +244,7 @@ def _carve(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def _paths(table: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
-    """The file of each film: below `images` by its relative path, else anywhere there by its id."""
+    """The file of each film: below `images` by its relative path, else anywhere below it by its id."""
     root, why = Path(config.images), f"no file below {config.images}"
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; `images` is the folder of the films of {config.table}")
@@ -255,13 +256,13 @@ def _paths(table: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
 
 
 def _years(raw: pd.DataFrame, column: str) -> pd.Series:
-    """Ages as numbers, also as the first release has them: 058Y, 011M, 003D."""
+    """Ages as numbers, including the first release's form: 058Y, 011M, 003D."""
     parts = (raw[column] if column in raw else pd.Series("", index=raw.index)).astype(str).str.extract(AGE)
     return pd.to_numeric(parts["number"]) / parts["unit"].map({"M": 12.0, "D": 365.25}).fillna(1.0)
 
 
 def _ids(values: pd.Series, path: str) -> pd.Series:
-    """Subjects as whole numbers; text ones by the order of their names."""
+    """Subjects as whole numbers; text ids are numbered in the order of their names."""
     numbers = whole_numbers(values)
     if numbers.notna().all():
         return numbers.astype(np.int64)
@@ -291,7 +292,7 @@ def read(
     return table.reset_index(drop=True), left_out
 
 
-# ---- Open the labelled films that a config names, and the store of their pixels.
+# ---- Open the labelled films of a config, and the store of their pixels.
 
 
 def open_films(config: ProbeConfig) -> tuple[Films, Store | None]:
@@ -318,7 +319,7 @@ def open_films(config: ProbeConfig) -> tuple[Films, Store | None]:
 
 
 def _packed(config: ProbeConfig, films: Films) -> Store:
-    """The films of a table, packed once beside `out`."""
+    """The films of a table, packed once into the parent folder of `out`."""
     assert config.films is not None
     where = films.table["path"].map(lambda path: Path(path).resolve().as_posix())
     paths = films.table[["dicom_id"]].assign(path=where)
@@ -336,7 +337,7 @@ def _packed(config: ProbeConfig, films: Films) -> Store:
 
 
 def radiologists(path: str, films: Films) -> Films:
-    """The test films whose study radiologists have read, with the labels that they gave; `row`: where it is in `films`.
+    """The test films of studies read by radiologists, with their labels; `row`: the position in `films`.
 
     Raises: UserError: another file, or none of its studies is among the test films.
     """

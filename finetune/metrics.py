@@ -1,13 +1,13 @@
-"""How good predictions are, with intervals over subjects, and over trainings where there are several.
+"""Metrics of predictions, with intervals over subjects and, if there are several, over trainings.
 
-Comes in: labels and scores, one column a label. Goes out: a table, a row per label and metric, and label `macro`.
+Input: labels and scores, one column per label. Output: a table with one row per label and metric, and label `macro`.
 Rules: a missing (NaN) label leaves its row out for that label. A label with one class in the sample, or without scores,
-has no value, and its row gives the reason. The macro is the mean over the labels with a value. A resample in which a
-label has one class is left out of that label's variance, and the label out of that resample's macro; where more than 5%
-of the resamples fall out (fewer than about three positive subjects), the interval is null.
-Intervals are those of `resample.spread`, on the logit scale where a metric lies between 0 and 1. The calibration
-intercept and slope of a resample are one Newton step from the whole sample's fit. The binned calibration error has no
-interval: it is biased upwards, in a resample more than in the sample.
+has no value but a reason. The macro is the mean over the labels with a value. A resample in which a label has one class
+is skipped for that label's variance, and its macro is computed without that label; if more than 5% of the resamples are
+skipped (fewer than about three positive subjects), the interval is null.
+Intervals are those of `resample.spread`, on the logit scale for metrics between 0 and 1. The calibration intercept and
+slope of a resample are one Newton step from the whole sample's fit. The binned calibration error has no interval: it is
+biased upwards, and more so in a resample than in the sample.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COLUMNS = ["label", "metric", "value", "low", "high", "n", "positives", "reason"
 
 
 class _Sample(NamedTuple):
-    """What the rows of the table share."""
+    """Values common to all rows of the table."""
 
     names: list[str]
     known: NDArray[np.bool_]  # (N, L)
@@ -244,7 +244,7 @@ def unlearned(labels: NDArray[np.float32], names: Sequence[str]) -> dict[str, st
 
 
 def without_value(rows: pd.DataFrame) -> list[str]:
-    """For `warnings`: the labels of rows of results.json that have no AUROC, and so no part in `macro`, by split."""
+    """The labels of results.json without AUROC, and so excluded from `macro`, by split: for `warnings`."""
     none = rows[(rows["metric"] == "auroc") & (rows["subset"] == "all") & rows["value"].isna()]
     none = none[~none["label"].str.startswith("macro") & ~none.duplicated(["split", "label"])]
     return [
@@ -254,7 +254,7 @@ def without_value(rows: pd.DataFrame) -> list[str]:
 
 
 def f1_thresholds(labels: ArrayLike, scores: ArrayLike) -> Floats:
-    """The score from which calling 1 gives the largest F1, for each label; on validation rows, (N, L) -> (L,)."""
+    """The threshold with the largest F1 for each label; on validation rows, (N, L) -> (L,)."""
     given = _floats(scores)
     y, s, _, _ = check(np.where(np.isnan(given).all(0), np.nan, _floats(labels)), given, None, None)
     best = np.full(y.shape[1], np.nan)
@@ -298,7 +298,7 @@ def _no_value(metric: str, label: int | None, n: int, sample: _Sample) -> str:
     return "no finite fit: the scores separate the classes, or are all equal"
 
 
-# ---- Findings by how common they are, and films by how many findings they have: where a note might help.
+# ---- Findings by their prevalence, and films by their number of findings, for the value of notes.
 
 THIRDS = ("macro rarest third", "macro middle third", "macro commonest third")
 NOT_FINDINGS = ("No Finding", "Support Devices")  # not counted among a film's findings

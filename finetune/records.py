@@ -1,8 +1,8 @@
 """`Records`: a torch Dataset of films with their records, over features/, store/ and notes, for your own models.
 
-Comes in: a features/ folder, and, where wanted, a store/ and a folder of notes. Goes out: an item for each film (or for
-each prediction of a task): pixels, note, static vector, hourly series up to the film, labels. Films, series and notes
-are mapped from files, never read whole; nothing is pickled, and an item depends on its row alone.
+Input: a features/ folder and, optionally, a store/ and a folder of notes. Output: an item for each film (or for each
+prediction of a task): pixels, note, static vector, hourly series up to the film, labels. Films, series and notes are
+memory-mapped; nothing is pickled, and an item depends on its row alone.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Records(torch.utils.data.Dataset[Item]):
         return torch.as_tensor(ids, dtype=torch.int64).flatten()[: self.max_tokens]
 
     def collate(self, items: Sequence[Item]) -> Item:
-        """`collate` with the padding token of the tokenizer."""
+        """`collate` with the tokenizer's padding token."""
         return collate(items, pad=getattr(self.tokenizer, "pad_token_id", None) or 0)
 
 
@@ -220,7 +220,7 @@ def _rows(
 
 
 def _images(folder: Path, groups: Sequence[str], subjects: Callable[[int], str] | None) -> pd.DataFrame:
-    """The columns of all films that the static groups and the notes are read from, under the split in use."""
+    """The columns of all films for the static groups and the notes, with the split in use."""
     names = static.resolve(groups)
     refuse_discharge(names, static.available_at(names))
     reads = {c for name in names for c in static.READS[name]}
@@ -257,7 +257,7 @@ def _labels(table: pd.DataFrame, values: pd.DataFrame, labels: str, policy: Poli
 
 
 class MappedSeries:
-    """The hours that may be read of each row's stay; `self[i]` is (T, F) float32, normalised.
+    """The visible hours of each row's stay; `self[i]` is (T, F) float32, normalised.
 
     Args:
         start, length: (N,) rows of series.safetensors; length 0: no series. mean, std: (values,) of the train stays.
@@ -316,7 +316,7 @@ class MappedSeries:
 
 
 def _layout(about: dict[str, Any]) -> bins.Layout:
-    """What `series.fit` needs to know of the columns, from series.json."""
+    """The columns as `series.fit` needs them, from series.json."""
     num = len(about["normaliser"]["mean"])
     names = about["columns"]
     return bins.Layout(
@@ -331,9 +331,9 @@ def _layout(about: dict[str, Any]) -> bins.Layout:
 
 
 class MappedNotes:
-    """The note of each row, empty where there is none; `self[i]` is a text.
+    """The note of each row, empty if there is none; `self[i]` is a text.
 
-    Parquet cannot be mapped: the texts are copied once into an Arrow file under the hash of notes.parquet.
+    Parquet cannot be memory-mapped: the texts are copied once into an Arrow file under the hash of notes.parquet.
     """
 
     def __init__(self, folder: str | Path, films: pd.Series, taken_at: pd.Series, cache: str | Path | None) -> None:

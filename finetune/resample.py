@@ -1,11 +1,11 @@
-"""Statistics of many weighted samples at once, and intervals from them: the arithmetic under `metrics` and `compare`.
+"""Statistics of many weighted samples at once, and their intervals: the arithmetic of `metrics` and `compare`.
 
-Comes in: one label's outcomes and scores, the subject of each row, and how often each resample drew each subject.
-Goes out: each statistic for each resample. A resample is a column of multiplicities (G, R), so that every statistic is
-a few sums over the rows sorted once; nothing is sorted or copied for a resample.
+Input: one label's outcomes and scores, the subject of each row, and how often each resample drew each subject. Output:
+each statistic for each resample. A resample is a column of multiplicities (G, R), so every statistic is a few sums over
+rows that are sorted once.
 
-An interval is Student's: the variance over subjects comes from the resamples, that over trainings from the values of
-the trainings themselves: resampling three units understates their variance. `benchmarks.intervals` measures both.
+An interval is Student's: the variance over subjects comes from the resamples, that over trainings from the trainings'
+values, because resampling three units underestimates their variance. `benchmarks.intervals` measures both.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 CHUNK = 4_000_000  # rows x resamples held at a time: 32 MB in each temporary array
 SPECIFICITY = 0.9
 BINS = 15
-ROUNDING = 1e-24  # a variance that is rounding alone
-LEAST = 0.3  # of the trainings' variance: how far below 0 that of subjects alone is taken
+ROUNDING = 1e-24  # variances below this are rounding errors
+LEAST = 0.3  # the variance over subjects alone is at least minus this share of the trainings' variance
 RANKS = ("auroc", "auprc", "sensitivity_at_specificity_90")
 PROBABILITIES = ("brier", "calibration_error", "calibration_slope", "calibration_intercept")
 THRESHOLDED = ("f1", "sensitivity", "specificity")
@@ -35,7 +35,7 @@ def multiplicities(num_groups: int, samples: int, seed: int, rows: int | None = 
     """How often each resample draws each group, `num_groups` draws with replacement.
 
     Args:
-        rows: rows of the sample, which bound the memory; `num_groups` if None. The draws do not depend on it.
+        rows: rows of the sample, which limit the memory; `num_groups` if None. The draws do not depend on it.
     Yields: (num_groups, r) float64, r resamples at a time, `samples` in all.
     """
     rng = np.random.default_rng(seed)
@@ -50,10 +50,10 @@ def multiplicities(num_groups: int, samples: int, seed: int, rows: int | None = 
 
 @dataclass(frozen=True)
 class Label:
-    """One label, sorted once: what every resample of it needs.
+    """One label, sorted once for all its resamples.
 
-    `thresholds` are the K distinct scores that a positive row has, from high to low; a rank statistic of a weighted
-    sample needs only the weight of positives at each, of negatives at or above each, and of negatives tied with each.
+    `thresholds` are the K distinct scores of positive rows, from high to low; a rank statistic of a weighted sample
+    needs only the weight of positives at each, of negatives at or above each, and of negatives tied with each.
     """
 
     positives: sparse.csr_array  # (K, G): positive rows of each group at each threshold
@@ -62,7 +62,7 @@ class Label:
     )  # (K + 1, G): negative rows from each threshold up to the next higher one; the last: below all
     tied: sparse.csr_array  # (ties, G): negative rows equal to a threshold
     tied_at: NDArray[np.intp]  # (ties,): which thresholds
-    sums: Floats  # (S, G): what is summed over rows for the other statistics
+    sums: Floats  # (S, G): sums over rows for the other statistics
     gaps: sparse.csr_array | None  # (BINS, G): outcomes less probabilities, by bin of probability
     fit: tuple[float, float]  # calibration intercept and slope of the whole sample
     threshold: float | None
@@ -165,13 +165,13 @@ class Label:
 
 
 class Spread(NamedTuple):
-    """Variance of an estimate, and the degrees of freedom of that variance; NaN where it cannot be given."""
+    """Variance of an estimate, and its degrees of freedom; NaN if undefined."""
 
     variance: float
     df: float
 
     def around(self, value: float, between_0_and_1: bool = False) -> tuple[float, float]:
-        """The 95% interval; on the logit scale where the value lies between 0 and 1, and none if it is 0 or 1."""
+        """The 95% interval; on the logit scale for values between 0 and 1, and none for 0 and 1."""
         half = stats.t.ppf(0.975, self.df) * np.sqrt(self.variance)
         if not between_0_and_1:
             return float(value - half), float(value + half)
@@ -181,27 +181,27 @@ class Spread(NamedTuple):
         return float(low), float(high)
 
     def p(self, value: float) -> float:
-        """Two-sided, of the hypothesis that the value is 0."""
+        """Two-sided p-value of the hypothesis that the value is 0."""
         if self.variance < ROUNDING:
             return 1.0 if value == 0 else np.nan
         return float(2 * stats.t.sf(abs(value) / np.sqrt(self.variance), self.df))
 
 
 def spread(sides: Sequence[tuple[Floats, Floats]], df: float = np.inf) -> Spread:
-    """How far a sum of means over trainings is from that of other trainings and subjects.
+    """Variance of a sum of means over trainings, for other trainings and other subjects.
 
-    The variance over trainings holds what trainings and subjects do together; the variance of the resampled mean holds
-    it a second time, which is taken off. What is left for subjects alone may be estimated below 0: cutting it at 0
-    would reject too seldom, keeping it whole too often. With one training on a side only subjects vary, and the result
-    is for these trainings. The trainings' degrees of freedom are Welch's; those of the sum weigh the two parts by their
-    share of the variance to the power of 1.25: with three trainings Satterthwaite's 2 rejects up to 8% of true
-    hypotheses, 1 as few as 3%.
+    The variance over trainings contains the interaction of trainings and subjects; the variance of the resampled mean
+    contains it a second time, so it is subtracted. The remaining variance over subjects alone may be estimated below 0:
+    cutting it at 0 would reject too seldom, keeping it fully too often. With one training on a side only subjects vary,
+    and the result is for these trainings. The trainings' degrees of freedom are Welch's; those of the sum weight the
+    two parts by their share of the variance to the power of 1.25: with three trainings Satterthwaite's 2 rejects up to
+    8% of true hypotheses, 1 as few as 3%.
 
     Args:
         sides: the terms of the sum, each the values of its trainings (n,) and their resamples (n, R), which draw the
             same subjects in all sides.
         df: degrees of freedom of the variance over subjects.
-    Returns: NaN where more than 5% of the resamples are undefined.
+    Returns: NaN if more than 5% of the resamples are undefined.
     """
     total = np.sum([draws.mean(0) for _, draws in sides], axis=0)
     kept = ~np.isnan(total)
@@ -225,17 +225,17 @@ def spread(sides: Sequence[tuple[Floats, Floats]], df: float = np.inf) -> Spread
 
 
 def smaller_class(y: Floats, group: NDArray[np.intp]) -> Floats:
-    """Of each label, how many subjects its smaller class has: (N, L) -> (L,)."""
+    """The number of subjects in each label's smaller class: (N, L) -> (L,)."""
     return np.array([min(len(np.unique(group[column == k])) for k in (0, 1)) for column in y.T], np.float64)
 
 
 def degrees(smaller: float) -> float:
-    """Degrees of freedom of a variance over subjects, by those of the smaller class."""
+    """Degrees of freedom of a variance over subjects, from the number in the smaller class."""
     return max(2 * smaller - 2, 1.0)
 
 
 def calibrated_error(probabilities: Floats) -> float:
-    """What the binned error of perfectly calibrated probabilities (n,) is on average, by the normal approximation."""
+    """Expected binned error of perfectly calibrated probabilities (n,), by the normal approximation."""
     p = np.clip(probabilities, 0, 1)
     variance = np.bincount(_bins(p), weights=p * (1 - p))
     return float(np.sqrt(2 / np.pi * variance).sum() / max(len(p), 1))
@@ -244,7 +244,7 @@ def calibrated_error(probabilities: Floats) -> float:
 def calibrate(y: Floats, probabilities: Floats) -> tuple[float, float]:
     """Intercept and slope of the logistic regression of outcomes on logit(probability); ideal (0, 1).
 
-    Probabilities are kept 1e-6 away from 0 and 1. NaN where no finite fit exists: one score only, or separate classes.
+    Probabilities are clipped to [1e-6, 1 - 1e-6]. NaN if there is no finite fit: a single score, or separable classes.
     """
     x = logit(np.clip(probabilities, 1e-6, 1 - 1e-6))
     low, high = x[y > 0], x[y <= 0]
@@ -262,7 +262,7 @@ def _bins(probabilities: Floats) -> NDArray[np.intp]:
 
 
 def _terms(y: Floats, s: Floats, fit: tuple[float, float], probabilities: bool, threshold: float | None) -> Floats:
-    """(S, n): what each row adds to each sum."""
+    """(S, n): each row's contribution to each sum."""
     terms = []
     if probabilities:
         x = logit(np.clip(s, 1e-6, 1 - 1e-6))

@@ -1,8 +1,8 @@
-"""results.json and predictions/: what a probe or a fusion run leaves for the report, and for anyone.
+"""results.json and predictions/: the output of a probe or fusion run.
 
 results.json = {run: {task, model, encoder, seed, allow_leak, warnings, ...}, rows: [...]}; a row is one metric of one
-label, of a split, of a subset of its subjects (`all`, or `sex=F`), of a fraction of the training subjects. The schema
-stands in results.schema.json, as JSON Schema, for any other reader: `python -m finetune.results` prints it.
+label, of a split, of a subset of its subjects (`all`, or `sex=F`), of a fraction of the training subjects.
+results.schema.json is its JSON Schema; `python -m finetune.results` prints it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Gap(BaseModel):
 
 
 class Run(BaseModel):
-    """What was run; a command adds keys of its own. A key with a default may be absent: other versions lack it."""
+    """Description of the run; commands add their own keys. Keys with a default may be missing in files of other
+    versions."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -56,7 +57,7 @@ class Run(BaseModel):
 
 
 class Row(BaseModel):
-    """One value. `reason` says why `value` or its interval is null."""
+    """One value. `reason` explains a null `value` or interval."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -74,7 +75,7 @@ class Row(BaseModel):
 
 
 class Results(BaseModel):
-    """What is read: results.json of this and of other versions."""
+    """Schema for reading: results.json of this and of other versions."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -83,7 +84,7 @@ class Results(BaseModel):
 
 
 class WrittenRun(Run):
-    """What was run; a command adds keys of its own."""
+    """Description of the run; commands add their own keys."""
 
     model: str
     encoder: str | None
@@ -93,7 +94,7 @@ class WrittenRun(Run):
 
 
 class WrittenRow(Row):
-    """One value. `reason` says why `value` or its interval is null."""
+    """One value. `reason` explains a null `value` or interval."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -111,7 +112,7 @@ class WrittenRow(Row):
 
 
 class Written(BaseModel):
-    """What is written: the schema of results.json."""
+    """Schema for writing results.json."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -153,7 +154,7 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
 
 
 class Tables(NamedTuple):
-    """What `read` gives."""
+    """The result of `read`."""
 
     run: dict[str, Any]  # task, model, encoder, seed, warnings, ...
     rows: pd.DataFrame  # split, label, subset, fraction, metric, value, low, high, n, positives, reason
@@ -172,7 +173,7 @@ def read(folder: str | Path) -> Tables:
 
 
 def _always(run: Run) -> dict[str, Any]:
-    """The keys that every run has, whatever version wrote it."""
+    """The keys that runs of every version have."""
     return run.model_dump(include={"task", "model", "encoder", "seed", "allow_leak", "warnings"})
 
 
@@ -215,7 +216,7 @@ def predictions(folder: str | Path, split: str) -> pd.DataFrame:
 
 
 def read_predictions(folder: str | Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """`predictions` in three: ids, labels (N, L), logits (N, L), named by label."""
+    """`predictions` as three tables: ids, labels (N, L), logits (N, L), named by label."""
     table = predictions(folder, split)
     columns = [str(c) for c in table.columns]
     names = [c.removeprefix("label_") for c in columns if c.startswith("label_")]
@@ -228,7 +229,7 @@ TABLES = (".csv", ".md", ".tex")
 
 
 def check_table(path: str | Path) -> None:
-    """That `write_table` can write there. Raises: UserError, OSError."""
+    """Check that `write_table` can write there. Raises: UserError, OSError."""
     check_new_file(path)
     if Path(path).suffix not in TABLES:
         raise UserError(f"{path}: wanted a file that ends in {', '.join(TABLES)}: CSV, Markdown or LaTeX")
@@ -255,7 +256,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """numpy and NaN as JSON has them."""
+    """Convert numpy values and NaN for JSON."""
     if isinstance(value, Mapping):
         return {str(key): _plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):

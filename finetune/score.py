@@ -1,6 +1,6 @@
-"""`ehr-msn score LABELS SCORES`: metrics with intervals for any two arrays, ours or not.
+"""`ehr-msn score LABELS SCORES`: metrics with intervals for any two arrays.
 
-Comes in: .npy, .csv or .parquet; predictions/ of a run too (its label_*, logit_* and subject_id are found). Goes out:
+Input: .npy, .csv or .parquet, including predictions/ of a run (its label_*, logit_* and subject_id are found). Output:
 the table of `metrics.evaluate`. A CSV whose first line is numbers has no header, unless they are 0, 1, 2, ... (pandas).
 """
 
@@ -47,7 +47,7 @@ def score(
         group = _groups(groups, labels, left)
     names = [str(c) for c in (s if isinstance(y.columns, pd.RangeIndex) else y).columns]
     table = evaluate(y.to_numpy(), s.to_numpy(), names=names, groups=group, samples=samples, seed=seed)
-    if out is not None:  # before the screen, whose reader may leave (`| head`)
+    if out is not None:  # before printing, which may fail (`| head`)
         with new_file(out) as part:
             table.to_csv(part, index=False)
     shown = table.drop(columns="reason").round(4).astype(object).where(table.drop(columns="reason").notna(), "-")
@@ -88,7 +88,7 @@ def _read(path: str, *, header: bool = True) -> pd.DataFrame:
 
 
 def _whole(path: str, frame: pd.DataFrame, rows: int) -> pd.DataFrame:
-    """The file read without a header where its first line may be either (0, 1, ...) and a row is missing."""
+    """Read the file without a header if its first line could be either (0, 1, ...) and a row is missing."""
     doubtful = path.endswith(CSV) and list(frame.columns) == [str(i) for i in range(frame.shape[1])]
     return _read(path, header=False) if doubtful and len(frame) == rows - 1 else frame
 
@@ -104,19 +104,19 @@ def _all_numbers(line: list[str]) -> bool:
 
 
 def _values(path: str, frame: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """The columns that hold labels or scores, as float64; logits of a run's predictions as probabilities."""
+    """The columns with labels or scores, as float64; logits of a run's predictions become probabilities."""
     own = [c for c in frame if str(c).startswith(kind)]
     kept = frame[own].rename(columns=lambda name: name.removeprefix(kind)) if own else frame
     kept = kept if own else frame.drop(columns=[c for c in KEYS if c in frame])
     try:
         values = kept.astype(np.float64)
-    except (ValueError, TypeError):  # whose message holds the value, which may be a patient's
+    except (ValueError, TypeError):  # their message contains the value, which may be a patient's
         raise UserError(f"{path}: not an array of numbers: {_no_number(kept)}; wanted numbers or empty cells") from None
     return pd.DataFrame(expit(values)) if own and kind == "logit_" else values
 
 
 def _no_number(frame: pd.DataFrame) -> str:
-    """Where the first cell is that is no number."""
+    """The position of the first cell that is not a number."""
     found = frame.astype(str).apply(pd.to_numeric, errors="coerce").isna() & frame.notna()
     rows, columns = np.nonzero(found.to_numpy())
     if not len(rows):
@@ -164,6 +164,6 @@ def _groups(path: str, labels: str, left: pd.DataFrame) -> np.ndarray:
         frame = _read(path, header=False)
     if frame.shape[1] != 1 and "subject_id" not in frame:
         raise UserError(f"{path}: {frame.shape[1]} columns; wanted one, the subject of each row, or one `subject_id`")
-    if len(frame) == rows:  # `evaluate` refuses another number
+    if len(frame) == rows:  # `evaluate` refuses other numbers of rows
         frame = frame.iloc[_order(labels, left, path, frame)]
     return (frame["subject_id"] if "subject_id" in frame else frame.iloc[:, 0]).to_numpy()
