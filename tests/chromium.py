@@ -1,4 +1,4 @@
-"""Headless Chromium for tests of pages: what a page logs and asks for, and where its figures lie."""
+"""Headless Chromium for tests of pages: console messages, requests, and positions of figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ parent.document.body.append(out);
 
 
 def visit(page: Path, profile: Path, width: int) -> tuple[str, list[str], list[str]]:
-    """The page's final markup, its console messages, and what it asked for beside itself."""
+    """The page's final markup, its console messages, and its requests to other addresses."""
     log = profile / "net.json"
     profile.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},900", f"--log-net-log={log}"]

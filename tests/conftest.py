@@ -1,4 +1,4 @@
-"""Fixtures shared by all rooms' tests."""
+"""Fixtures for the tests of all packages."""
 
 import hashlib
 import importlib.util
@@ -121,7 +121,7 @@ class WordEncoder:
 
 @pytest.fixture
 def word_encoder(monkeypatch: pytest.MonkeyPatch) -> type[WordEncoder]:
-    """Put WordEncoder in the place of text encoders, whatever folder is named."""
+    """Replace text encoders by WordEncoder, for any folder."""
     monkeypatch.setattr("pretrain.text.notes.TextEncoder", WordEncoder)
     monkeypatch.setattr(WordEncoder, "embedded", [])
     return WordEncoder

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: their rows are found, their tables find their place. What they measure no test asserts."""
+"""Parts of the benchmarks: their rows are collected, their tables inserted. No measured value is asserted."""
 
 import subprocess
 import sys

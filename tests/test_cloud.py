@@ -1,8 +1,4 @@
-"""Tables and films in buckets: the same features and store as from local folders, and what a bad day looks like.
-
-A storage emulator on loopback (gcp-storage-emulator) behind a small proxy of ours, which answers some requests itself:
-429, 503, 401, `requester pays`, or a connection that it cuts.
-"""
+"""Tables and films in buckets: the same features and store as from local folders; network errors."""
 
 from __future__ import annotations
 
@@ -48,7 +44,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.busy, self.most, self.lock = 0, 0, threading.Lock()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that ended in mid-answer is no fault."""
+        """A client that disconnects is not a fault."""
 
     @property
     def url(self) -> str:
@@ -322,7 +318,7 @@ def test_without_credentials_the_message_says_how_to_get_them(proxy: Proxy, hous
 
 @pytest.mark.slow
 def test_another_file_system_of_fsspec_works_the_same_way(house: Path, tmp_path: Path) -> None:
-    """The memory file system lives in one process: both steps run in it."""
+    """The memory file system exists in one process only: both steps run in it."""
     code = f"""
 import fsspec
 from configs import load

@@ -116,7 +116,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a reader has it after `./launch.sh demo`, only smaller; the commands there are short ones."""
+    """A folder like that after `./launch.sh demo`, with smaller data and shorter commands."""
     world = tmp_path_factory.mktemp("world")
     for name in ("configs", "docs", "ehr_features"):
         (world / name).symlink_to(ROOT / name)

@@ -1,4 +1,4 @@
-"""`import ehr_features, pretrain, finetune`: what a notebook sees, loaded when it is used."""
+"""`import ehr_features, pretrain, finetune`: the public names, imported lazily."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The rules of the house that can be checked by reading the code."""
+"""Rules of the code base that can be checked by reading the code."""
 
 import ast
 import graphlib
@@ -44,7 +44,7 @@ def _modules() -> dict[str, Path]:
 
 
 def _unit(module: str) -> str:
-    """A sub-package, or a file at the top of a room."""
+    """A sub-package, or a file at the top of a package."""
     return ".".join(module.split(".")[:2])
 
 

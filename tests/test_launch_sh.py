@@ -1,4 +1,4 @@
-"""launch.sh: the set-up; it installs nothing unasked, and passes every word on to `python -P -m configs`."""
+"""launch.sh: set-up; it installs nothing without consent, and passes all arguments to `python -P -m configs`."""
 
 import os
 import shutil

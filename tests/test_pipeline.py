@@ -1,4 +1,4 @@
-"""The whole pipeline by its commands, as a user types them: synthetic and real input, one and two processes."""
+"""The whole pipeline with its commands, as typed by a user: synthetic and real input, one and two processes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ QUICK_FUSE = ["epochs=3", "samples=50"]
 
 
 def command(*words: object, code: int = 0, env: dict[str, str] | None = None) -> str:
-    """Run `python -m words`; give what it printed; fail with it if the exit code is another."""
+    """Run `python -m words` and return its output; fail with the output if the exit code differs."""
     own = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     done = subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, env=own)
     assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -205,7 +205,7 @@ def test_a_run_folder_of_another_config_is_refused(house: Path, run: Path) -> No
 
 
 def test_an_encoder_that_saw_test_subjects_is_refused(house: Path, run: Path, tmp_path: Path) -> None:
-    """Fine-tuning on another split than the one pretraining kept to."""
+    """Fine-tuning on another split than that of pretraining."""
     data, features = house / "data", tmp_path / "features"
     tables = [f"mimic_iv={data / 'mimic-iv'}", f"mimic_cxr={data / 'mimic-cxr'}", f"out={features}", "seed=99"]
     command("ehr_features", "build", CONFIGS / "features.yaml", *tables)

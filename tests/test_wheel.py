@@ -1,4 +1,4 @@
-"""The wheel: built, installed in a new environment, and used from an empty folder as after `pip install`."""
+"""The wheel: built, installed in a new environment, and used from an empty folder."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The arithmetic of what fusion gains."""
+"""Computation of the fusion gain."""
 
 from __future__ import annotations
 

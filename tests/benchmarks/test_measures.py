@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: folds that keep persons whole, operations counted as by hand."""
+"""Parts of the benchmarks: folds of whole subjects, counts of operations compared with hand counts."""
 
 import numpy as np
 import pandas as pd

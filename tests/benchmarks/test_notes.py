@@ -1,4 +1,4 @@
-"""The reference of `benchmarks.notes`, written film by film in pandas, is a second source of the notes."""
+"""The reference of `benchmarks.notes`, written film by film in pandas, gives the same notes as the product."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of the extraction print is what `benchmarks.run` collects."""
+"""`benchmarks.run` collects the rows that the extraction benchmarks print."""
 
 from benchmarks import features, linking, run
 

@@ -1,4 +1,4 @@
-"""Exit codes: what a signal does, wherever it finds a command."""
+"""Exit codes after a signal, at any stage of a command."""
 
 import os
 import subprocess

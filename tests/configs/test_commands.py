@@ -1,4 +1,4 @@
-"""The commands: what each name starts, in how many processes, and how it is typed."""
+"""Commands: the module of each name, its number of processes, and its printed form."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What would run: the words after `python -m` in this process, or a job and the words of its processes."""
+    """What would be started: the words after `python -m` in this process, or a job and the words of its processes."""
     ran: list[Any] = []
 
     class Room:

@@ -1,4 +1,4 @@
-"""The launcher: processes get their ranks, exit codes and signals come through."""
+"""The launcher: ranks of processes, their exit codes and signals."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""configs.load: typed, frozen, every fault at once."""
+"""configs.load: typed, frozen, all faults in one message."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The shipped YAMLs, the keys of the schemas, and what is generated from them."""
+"""The shipped YAMLs, the keys of the schemas, and the files generated from them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A word that YAML reads as a boolean reaches each field of each schema as what that field takes."""
+"""A word that YAML reads as a boolean reaches every field of every schema in the field's type."""
 
 import typing
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def leaves(value: Any) -> list[Any]:
 
 
 def read(folder: Path, name: str, field: Any, text: str, *, override: bool) -> Any:
-    """What a schema of that field alone makes of the text; or the message of the refusal."""
+    """The value that a schema with that field alone reads from the text; or the error message."""
     one = create_model("One", __base__=Settings, **{name: (field.annotation, field)})
     path = folder / "one.yaml"
     path.write_text("" if override else f"{name}: {text}")

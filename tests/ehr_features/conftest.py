@@ -109,7 +109,7 @@ def write_tables(folder: Path, frames: Frames, layout: str = "2.2", suffix: str 
 
 @pytest.fixture
 def apart() -> Callable[..., dict[str, list[dict[str, Any]]]]:
-    """Tables of several cases -> the tables of all, the ids of each case shifted; a film is called by its case."""
+    """Combine the tables of several cases, with the ids of each case shifted; the dicom_id is the name of the case."""
 
     def shifted(cases: dict[str, dict[str, list[dict[str, Any]] | None]]) -> dict[str, list[dict[str, Any]]]:
         together: dict[str, list[dict[str, Any]]] = {}

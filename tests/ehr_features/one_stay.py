@@ -1,4 +1,4 @@
-"""Events of one stay, and the series that they become."""
+"""Events of one stay, and the resulting series."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit proves a clean folder and catches each planted leak."""
+"""The audit proves a clean folder and refutes each planted leak."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def _an_hour_early(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _placed(table: str, item: int, when: str, kind: str | None = None) -> Callable[[Path], None]:
-    """Put a value of an item where nothing was observed, at the hour of its charttime or storetime."""
+    """Put a value of an item into an unobserved hour, at its charttime or storetime."""
 
     def place(folder: Path, arrays: dict[str, np.ndarray]) -> None:
         root = Path(FeaturesConfig(**json.loads((folder / "provenance.json").read_text())["config"]).mimic_iv)
@@ -145,7 +145,7 @@ def _placed(table: str, item: int, when: str, kind: str | None = None) -> Callab
 
 
 def _forgotten(names: Sequence[str], share: float) -> Callable[[Path, dict[str, np.ndarray]], None]:
-    """Take variables (all if none is named) out of a share of the stays: normal values stand in their place."""
+    """Remove variables (all if none is named) from a share of the stays, as if filled with normal values."""
 
     def leak(folder: Path, arrays: dict[str, np.ndarray]) -> None:
         about = json.loads((folder / "series.json").read_text())

@@ -1,4 +1,4 @@
-"""The whole extraction on a tiny MIMIC: contracts of the folder, cache, layouts, bad input, interruption."""
+"""The whole extraction on a tiny MIMIC: content of the folder, cache, layouts, bad input, interruption."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_changed_events_are_read_again(mimic, frames, write, config):
 
 
 def test_sixty_hours_of_series_hold_nothing_from_later(tmp_path, frames, write, config):
-    """Events after hour 48 may change, and the first 48 hours stay as they were."""
+    """Changing events after hour 48 leaves the first 48 hours unchanged."""
     root = write(tmp_path / "a", frames)
     one = series.load(build.build(config(mimic_iv=str(root), out=tmp_path / "fa")), hours=48, normalise=False)
     chart = frames["chartevents"].merge(frames["icustays"][["stay_id", "intime"]], on="stay_id")

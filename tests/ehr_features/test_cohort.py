@@ -1,4 +1,4 @@
-"""Who is in the cohort, what fell out, and why."""
+"""The cohort, and the exclusions with their reasons."""
 
 from __future__ import annotations
 

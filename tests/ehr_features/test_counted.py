@@ -1,4 +1,4 @@
-"""Tables with every kind of fault that docs/features.md lists: each file and key that it names is written."""
+"""Tables with every fault in docs/features.md: each file and key named there is written."""
 
 from __future__ import annotations
 

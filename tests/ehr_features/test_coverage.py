@@ -1,4 +1,4 @@
-"""Event tables that do not describe the cohort are refused or warned of, not replaced by normal values."""
+"""Event tables that do not describe the cohort cause an error or a warning, not series of normal values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic MIMIC: its schemas, its oddities, its determinism, and the truth that it states."""
+"""The synthetic MIMIC: its schemas, data errors, determinism, and truth.json."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SMALL = {"subjects": 150, "film_size": 48}
 
 
 def read(folder: Path, name: str) -> pd.DataFrame:
-    """A table as it stands: text is text."""
+    """A raw table; text columns stay text."""
     return pd.read_csv(folder / f"{name}.csv.gz", dtype=str, keep_default_na=False)
 
 

@@ -1,4 +1,4 @@
-"""The words of the synthetic emergency tables: what they tell, and that no other table changes with them."""
+"""Texts of the synthetic emergency tables: their information, and that other tables do not depend on them."""
 
 from __future__ import annotations
 

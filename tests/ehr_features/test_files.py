@@ -1,4 +1,4 @@
-"""What carries a final name: through symbolic links, and never in the place of what is no file."""
+"""Atomic writes: through symbolic links, and never replacing a device, pipe or folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record's columns of each film: worked tables, and nothing from after the film."""
+"""The record's columns of each film: hand-worked tables, and nothing from after the film."""
 
 import shutil
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which items are read, in which unit, from which specimen and text; what channels.yaml may say."""
+"""The items of the series: units, specimens, texts; the valid contents of channels.yaml."""
 
 from __future__ import annotations
 

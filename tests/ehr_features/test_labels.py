@@ -1,4 +1,4 @@
-"""Tasks: who is predicted when, and their labels."""
+"""Tasks: samples, prediction times and labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Film -> admission, ICU stay, emergency stay, against loops over rows."""
+"""Links from films to admissions, ICU stays and emergency stays, compared with loops over rows."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The notes of a demo hospital: against a plain reading of its tables, whatever the labels, threads and chunks."""
+"""Notes of a demo hospital, compared with a simple reading of its tables; independent of labels, threads and chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit of notes: a planted leak is found, is gone after the filter, and what does not belong is refuted."""
+"""The audit of notes: planted leaks are found before the filter and not after it; wrong notes are refuted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def outcomes(folder: Path, world: Path) -> dict[str, str]:
 
 
 def told(world: Path, mode: str) -> dict[str, notes_audit.Predicted | str]:
-    """What the notes of films in their own visit tell, on halves of the subjects."""
+    """How well the notes of films in their own visit predict the findings, on halves of the subjects."""
     films = pd.read_parquet(world / "features/images.parquet")
     table = pd.read_parquet(world / mode / "notes.parquet")[["dicom_id", "note"]].merge(films, on="dicom_id")
     table = table[table["ed_stay_id_link"] == "inside"].reset_index(drop=True)

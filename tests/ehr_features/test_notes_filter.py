@@ -1,4 +1,4 @@
-"""The leak filter: what goes, what stays, and that it reads nothing but the text."""
+"""The leak filter: removed and kept texts, and its dependence on the text alone."""
 
 from __future__ import annotations
 

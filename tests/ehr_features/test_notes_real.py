@@ -52,7 +52,7 @@ def test_earlier_diagnoses_are_those_of_admissions_that_had_ended(folders, share
 
 
 def test_the_filter_empties_no_item_halfway(folders) -> None:
-    """A title that names a finding goes whole: what is left of the list are titles that were there."""
+    """A title that names a finding is removed whole: the list keeps only complete titles."""
     notes, before = (pd.read_parquet(folders[1] / f"{n}.parquet") for n in ("notes", "unfiltered"))
     told = read_json(folders[1] / "attrition.json")["counts"]["terms taken out by the leak filter (standard)"]
     assert told["Edema"] > 0 and told["Pneumonia"] > 0  # heart failure is what CheXpert takes for edema

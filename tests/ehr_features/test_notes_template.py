@@ -1,4 +1,4 @@
-"""The template of notes: data, with faults named by file, line and field."""
+"""The template of notes: it is data, and faults name file, line and field."""
 
 from __future__ import annotations
 

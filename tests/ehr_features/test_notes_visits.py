@@ -1,4 +1,4 @@
-"""Notes of visits worked by hand: what each says, and what odd rows change."""
+"""Notes of hand-worked visits: their text, and the effect of unusual rows."""
 
 from __future__ import annotations
 
@@ -151,7 +151,8 @@ def test_without_emergency_tables_the_admission_is_told_of() -> None:
 
 
 def test_odd_rows_change_no_word_of_a_note() -> None:
-    """Rows twice, further classes of a drug, odd spelling, no time, NaN as text, and everything from after the film."""
+    """Repeated rows, further classes of a drug, unusual spelling, no time, NaN as text, and rows from after the
+    film."""
     plain, odd = frames(), frames()
     late = dict(charttime=hour(0.5))
     odd["vitalsign"] = pd.concat(

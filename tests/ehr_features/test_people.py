@@ -1,4 +1,4 @@
-"""Deaths and history from raw tables to the audit, which tells them by SQL of its own."""
+"""Deaths and history from raw tables to the audit, which recomputes them with separate SQL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ DAY, HOUR = pd.Timedelta(days=1), pd.Timedelta(hours=1)
 
 @pytest.fixture
 def made(tmp_path: Path, frames: Any, write: Callable[..., Path], config: Callable[..., Any]) -> Callable[[], Path]:
-    """Features of persons who are told of badly: dead before a stay, discharged before they came or left the ICU."""
+    """Features of subjects with contradictory times: dead before a stay, discharged before arrival or before leaving
+    the ICU.
+    """
     stays, admissions = frames["icustays"], frames["admissions"]
     donor = stays.iloc[[3]].assign(
         hadm_id=29, stay_id=39, intime=stays.outtime[3] + DAY, outtime=stays.outtime[3] + 3 * DAY

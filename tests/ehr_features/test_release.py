@@ -1,4 +1,4 @@
-"""Which release the tables are of."""
+"""Detection of the tables' release."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""From events to hourly series: bins, order, when a value is known, the published layout, loading."""
+"""Hourly series from events: bins, order, when a value is known, the published layout, loading."""
 
 from __future__ import annotations
 

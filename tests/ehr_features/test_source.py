@@ -1,4 +1,4 @@
-"""Raw tables of any layout, form and place; what is wrong with them is said."""
+"""Raw tables of any layout, format and location; errors name what is wrong."""
 
 from __future__ import annotations
 

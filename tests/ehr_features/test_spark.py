@@ -1,4 +1,4 @@
-"""engine: pyspark gives the features that DuckDB gives."""
+"""engine: pyspark gives the same features as DuckDB."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ IDS = st.lists(st.integers(10_000_000, 10_000_400), min_size=1, max_size=60)
 
 
 def naive(ids: list[int], official: dict[int, str], seed: int) -> dict[int, str]:
-    """The rule once more, the slow way."""
+    """A slow implementation of the same rule."""
     out = {}
     for subject in set(ids):
         share = int(hashlib.sha256(f"{seed}:{subject}".encode()).hexdigest()[:16], 16) / 16**16

@@ -1,4 +1,4 @@
-"""EHR columns of a film -> a vector: fitted on train, missing marked, the published sets reproduced."""
+"""EHR columns of a film as a vector: fitted on train, missing values marked, the published sets reproduced."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Small worlds: films with planted findings for the probes, ICU stays for the fusion models; a store in memory."""
+"""Small test data: films with planted findings for the probes, ICU stays for the fusion models; a store in memory."""
 
 from __future__ import annotations
 

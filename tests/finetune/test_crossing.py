@@ -1,4 +1,4 @@
-"""The models over tokens, and the note as one more token: what their outputs may not depend on."""
+"""Models over tokens, and the note as one more token: invariances of their outputs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_weight_can_learn(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [MedFuse, Attention])
 def test_record_film_and_note_may_each_be_missing(kind: type[nn.Module]) -> None:
-    """All eight cases, alone and together; what stands in a missing one's place changes nothing."""
+    """All eight cases, alone and together; values in place of a missing input have no effect."""
     torch.manual_seed(0)
     model = kind(SIZES).eval()
     there = torch.tensor(list(itertools.product([True, False], repeat=3)))

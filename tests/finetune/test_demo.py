@@ -1,4 +1,4 @@
-"""`./launch.sh demo`: every step once, the same folder goes on, another demo is refused; with short trainings here."""
+"""`./launch.sh demo`: every step once, resuming in the same folder, refusing another demo; with short trainings."""
 
 from __future__ import annotations
 

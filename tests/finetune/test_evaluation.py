@@ -1,4 +1,4 @@
-"""Fractions, subgroups, shifts, transfer, and what needs no film."""
+"""Fractions, subgroups, shifts, transfer, and methods without films."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -9,7 +9,7 @@ from finetune.fusion import findings
 
 
 def world(seed: int, num: int, width: int = 60) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """Features of noise, labels of chance, a film a subject: nothing can be learned, much can be memorised."""
+    """Random features and labels, one film per subject: nothing can be learned, much can be memorised."""
     rng = np.random.default_rng(seed)
     labels = (rng.random((num, 1)) < 0.5).astype(np.float32)
     return torch.from_numpy(rng.normal(size=(num, width)).astype(np.float32)), labels, np.arange(num) + 1000 * seed

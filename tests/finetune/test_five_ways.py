@@ -1,4 +1,5 @@
-"""A film gives the same features by every way to them; `pytest -s` prints the table of docs/using_the_encoder.md."""
+"""A film's features are equal in all ways of computing them; `pytest -s` prints the table of
+docs/using_the_encoder.md."""
 
 import re
 from collections.abc import Callable
@@ -37,7 +38,7 @@ PREPARED = {"ViT": Preprocess(32), "DenseNet": Preprocess(40, "dataset", 0.45, 0
 
 
 def draw(folder: Path, ids: list[str]) -> dict[str, Path]:
-    """Films of all shapes, as PNG and JPEG, smooth enough to be films."""
+    """Films of all shapes, as PNG and JPEG, smooth like real films."""
     folder.mkdir()
     paths = {}
     for i, name in enumerate(ids):
@@ -50,7 +51,7 @@ def draw(folder: Path, ids: list[str]) -> dict[str, Path]:
 
 
 def plain(folder: Path, films: list[Path]) -> np.ndarray:
-    """The lines of the page, run as they stand there."""
+    """Run the lines of the docs page unchanged."""
     (code,) = re.findall(r"```python\n(import json.*?)```", PAGE, re.DOTALL)
     own = code.replace("demo/runs/pretrain_ehr/encoder", folder.as_posix()).partition("\nfilms = ")[0]
     assert sum(bool(re.match(r"    \w", line)) for line in own.splitlines()) <= 12, (

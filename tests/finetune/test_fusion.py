@@ -1,4 +1,4 @@
-"""The fusion models: sizes, and what their outputs may not depend on."""
+"""The fusion models: sizes, and invariances of their outputs."""
 
 from __future__ import annotations
 

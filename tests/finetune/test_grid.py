@@ -1,4 +1,4 @@
-"""finetune.grid: every combination once, nothing before all are valid, what is complete is left alone."""
+"""finetune.grid: every combination once, all checked before the first starts, complete runs skipped."""
 
 import json
 from pathlib import Path

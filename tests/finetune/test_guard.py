@@ -1,4 +1,4 @@
-"""Which encoders may be tested on which subjects."""
+"""Which subjects an encoder may be tested on."""
 
 from pathlib import Path
 

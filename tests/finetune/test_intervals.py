@@ -1,4 +1,4 @@
-"""Intervals and p: against scipy where it has the same test, and on simulated trainings whose truth is known."""
+"""Intervals and p: compared with scipy's tests, and on simulated trainings with known truth."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ CASES = [(subjects, sd, own) for subjects in (100, 300) for sd in SDS for own in
 
 
 def still(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Trainings whose values no resample of subjects moves."""
+    """Trainings whose values are equal in all resamples of subjects."""
     return values, np.repeat(values[:, None], 9, axis=1)
 
 

@@ -1,4 +1,4 @@
-"""Fusion runs that read notes: the token's gain on a planted signal, and what is refused."""
+"""Fusion runs with notes: the gain of the note token on a planted signal, and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reads(notes: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def told(make_icu: Make, write_notes: Make) -> tuple[Path, Path]:
-    """A world whose notes tell of death, for most films; findings for the film tasks."""
+    """Data in which most films have notes that indicate death; findings for the film tasks."""
     folder = make_icu(stays=500)
     rng = np.random.default_rng(1)
     samples = pd.read_parquet(folder / "features/samples/mortality.parquet").dropna(subset="dicom_id")

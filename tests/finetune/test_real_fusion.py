@@ -1,4 +1,4 @@
-"""All fusion models on the open MIMIC-IV demo, from raw tables to predictions; 12 deaths: that it runs, no more."""
+"""All fusion models on the open MIMIC-IV demo, from raw tables to predictions; with 12 deaths, only a smoke test."""
 
 from __future__ import annotations
 

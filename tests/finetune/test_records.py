@@ -1,4 +1,4 @@
-"""`Records`: what an item holds, that nothing in it is from the future, and that it travels to workers."""
+"""`Records`: content of an item, no information from the future, use in DataLoader workers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_item_has_its_film_note_record_series_and_labels(world: tuple[Path, A
 
 
 def test_what_comes_after_a_film_changes_nothing(world: tuple[Path, Any, Path]) -> None:
-    """Every hour that is not over when the film is taken gets another value."""
+    """Every hour that is not complete when the film is taken gets another value."""
     features, store, notes = world
     before = Records(features, store, notes)
     kept = [before[i]["series"].clone() for i in range(len(before))]

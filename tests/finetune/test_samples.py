@@ -1,4 +1,4 @@
-"""What goes into a batch: the hours that may be read, the films that were there, each sample once."""
+"""Content of a batch: visible hours, available films, each sample once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[..., Path]
 
 
 def test_only_complete_hours_count_but_at_the_stays_end() -> None:
-    """A stay of 10.5 hours has 11 bins; at 10.2 hours the last one is not over."""
+    """A stay of 10.5 hours has 11 bins; at 10.2 hours the last one is not complete."""
     at = np.array([48.0, 10.2, 10.5, 0.4, 7.0])
     los = np.array([90.0, 10.5, 10.5, 10.5, 7.0])
     assert complete_steps(at, los, 1, np.array([90, 11, 11, 11, 7])).tolist() == [48, 10, 11, 0, 7]

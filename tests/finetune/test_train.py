@@ -1,4 +1,4 @@
-"""The loop of the fusion models, on a small world with a planted signal."""
+"""The training loop of the fusion models, on small data with a planted signal."""
 
 from __future__ import annotations
 
@@ -333,7 +333,7 @@ def test_findings_are_predicted_from_the_film_and_with_the_record_before_it(make
 
 
 def test_a_poorer_test_split_is_rated_beside_the_whole(make_icu: Make) -> None:
-    """Without films a fused model says what it says of stays without films; predictions/ stay those of the whole."""
+    """Without films a fused model predicts as for stays without films; predictions/ keep those of the whole split."""
     folder = make_icu(stays=400)
     run = fuse(config(folder, robustness=True, epochs=6, seed=1))
     table = read_results(run)[1].set_index(["split", "subset", "label", "metric"])["value"]
@@ -346,7 +346,7 @@ def test_a_poorer_test_split_is_rated_beside_the_whole(make_icu: Make) -> None:
 
 
 def test_what_the_film_adds_is_told_against_record_view_and_anothers_film(make_icu: Make) -> None:
-    """Half of the planted risk is in the film, so that each difference is above 0; a second call trains nothing."""
+    """Half of the planted risk is in the film, so each difference is above 0; a second call trains nothing."""
     folder = make_icu(stays=900)
     run = fuse(config(folder, adds=True, film="findings", model="concat", epochs=15, samples=100))
     _, rows = read_results(run)

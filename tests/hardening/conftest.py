@@ -1,4 +1,4 @@
-"""A finished small world, a server that forks commands, and a room for each test."""
+"""Finished runs on small data, a server that forks commands, and a folder for each test."""
 
 import multiprocessing
 import shutil

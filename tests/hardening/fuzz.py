@@ -1,10 +1,10 @@
-"""Damage what each reader reads, and see that it says so.
+"""Damage the input files of each reader, and check that it reads or refuses them.
 
     python -m tests.hardening.fuzz OUT [--inputs 200] [--seed 0] [--kinds config table ...]
 
-Comes in: an empty folder. Goes out: a Markdown table: damaged inputs by kind, how many were still readable, were
-refused with a message, and what else happened: another exception, or more than `PATIENCE` seconds. Damage is flipped,
-repeated, moved, inserted, zeroed or cut bytes, at seeded places.
+Input: an empty folder. Output: a Markdown table: damaged inputs by kind, how many were still readable, were refused
+with a message, or had another outcome: another exception, or more than `PATIENCE` seconds. Damage is flipped, repeated,
+moved, inserted, zeroed or cut bytes, at seeded places.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def patience() -> Iterator[None]:
 
 
 def attempt(path: Path, read: Reader, data: bytes) -> str:
-    """`read`, `refused`, or what else happened. The file is as before afterwards."""
+    """`read`, `refused`, or a description of another outcome. The file is restored afterwards."""
     whole = path.read_bytes()
     path.write_bytes(data)
     try:
@@ -283,7 +283,7 @@ def attempt(path: Path, read: Reader, data: bytes) -> str:
 
 
 def torment(files: list[tuple[Path, Reader]], inputs: int, seed: int) -> Counter[str]:
-    """Damage the files in turn. Returns: how often each thing happened."""
+    """Damage the files in turn. Returns: the number of each outcome."""
     outcomes: Counter[str] = Counter()
     for i in range(inputs):
         path, read = files[i % len(files)]

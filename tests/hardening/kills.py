@@ -144,7 +144,7 @@ def start(command: Command, log: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(command: Command, log: Path) -> None:
-    """Run to the end. Raises: RuntimeError: it did not."""
+    """Run to the end. Raises: RuntimeError: it failed."""
     began = time.monotonic()
     code = start(command, log).wait()
     command.seconds = command.seconds or time.monotonic() - began
@@ -167,7 +167,7 @@ def result(command: Command) -> dict[str, Any]:
 
 
 def content(path: Path) -> Any:
-    """What a file says, to compare: tables as tables, results as rows, everything else as bytes."""
+    """A file's content for comparison: tables as tables, results as rows, everything else as bytes."""
     if path.suffix == ".parquet":
         return pd.read_parquet(path)
     if path.name == "results.json":
@@ -188,7 +188,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def damaged(command: Command) -> list[str]:
-    """Files that carry a final name and cannot be read whole."""
+    """Files under their final name that cannot be read completely."""
     faults = []
     paths = [command.out] if command.out.is_file() else sorted(command.out.rglob("*"))
     for path in paths:
@@ -230,7 +230,7 @@ def catches(pid: int) -> bool:
 
 
 def left(session: int, patience: float = 10.0) -> list[int]:
-    """Processes of a session that are still there after a while."""
+    """Processes of a session that still run after some time."""
     deadline = time.monotonic() + patience
     while True:
         found = []
@@ -245,7 +245,7 @@ def left(session: int, patience: float = 10.0) -> list[int]:
 
 
 def kill(command: Command, number: signal.Signals, seconds: float, log: Path, *, alone: bool) -> list[str]:
-    """Start it, and kill it after so many seconds. Returns: what was wrong."""
+    """Start it, and kill it after some seconds. Returns: the faults found."""
     said = log.stat().st_size if log.exists() else 0
     process = start(command, log)
     if number != signal.SIGKILL:
@@ -272,7 +272,7 @@ def kill(command: Command, number: signal.Signals, seconds: float, log: Path, *,
 
 
 def torment(command: Command, kills: int, seed: int, logs: Path, number: signal.Signals = signal.SIGKILL) -> list[str]:
-    """Kill it `kills` times. Returns: what was wrong, nothing if nothing was."""
+    """Kill it `kills` times. Returns: the faults found; empty if there are none."""
     logs.mkdir(parents=True, exist_ok=True)
     log, draw, faults = logs / f"{command.name.replace(' ', '_')}.txt", random.Random(f"{seed}/{command.name}"), []
     remove(command)

@@ -1,7 +1,4 @@
-"""Every command in the words that a user types, each in a process of its own.
-
-It is forked from one that has imported the libraries, which saves seconds each.
-"""
+"""Every command as a user types it, each in its own process."""
 
 import shutil
 import time
@@ -44,7 +41,7 @@ runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 @dataclass
 class Command:
-    """What to type, what it writes, and a file that tells that its work has begun (None: what it prints tells)."""
+    """A command line, its output, and a file that shows that its work has begun (None: its messages show it)."""
 
     words: list[str]
     out: Path
@@ -119,7 +116,7 @@ def begin(server: ForkServerContext, words: list[str], folder: Path, log: Path) 
 
 @dataclass
 class Room:
-    """Commands that write below `own`, one after another or at once."""
+    """A folder for commands that write below `own`, one after another or at once."""
 
     server: ForkServerContext
     world: Path
@@ -148,7 +145,7 @@ class Room:
         return begin(self.server, command.words, self.logs, log), log
 
     def end(self, process: ForkServerProcess, log: Path) -> tuple[int, str]:
-        """The exit code, and what was printed; no process of it may be left."""
+        """The exit code, and the printed text; no process of it may be left."""
         process.join(500)  # a grid is six commands
         assert process.exitcode is not None and process.pid is not None, "it does not end"
         assert not kills.left(process.pid), log.read_text()
@@ -174,6 +171,6 @@ SHORT = {
 
 
 def short(here: Room, name: str) -> Command:
-    """The command with as little to do as there is."""
+    """The command with as little work as possible."""
     command = here.command(name)
     return Command([*command.words, *SHORT.get(name, [])], command.out)

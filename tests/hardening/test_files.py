@@ -1,4 +1,4 @@
-"""Code in files, values of patients in what is printed, and files of the future."""
+"""Code in files, patient values in messages, and files with future timestamps."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from tests.hardening.rooms import (
 
 # ---- files that somebody may have sent ------------------------------------------------------------------------------
 class Bomb:
-    """Pickled, it makes a file where it is unpickled by a reader that runs what it reads."""
+    """A pickle that creates a file if a reader executes it."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -39,7 +39,7 @@ class Bomb:
 
 
 def plant(path: Path, mark: Path) -> None:
-    """Write a file with code in it, in the form that its name promises."""
+    """Write a file with code in it, in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".pth", ".pt", ".bin"):
         torch.save({"state_dict": {"a": Bomb(mark)}}, path)
@@ -120,7 +120,7 @@ NEVER = {"dicom_id", "split", "path", "itemid", "language"}
 
 
 def with_markers(data: Path) -> int:
-    """Plant a word in each raw column that holds words, and odd numbers in those that hold numbers."""
+    """Plant a word in each raw text column, and unusual numbers in numeric columns."""
     planted = 0
     for path in data.glob("*/**/*.csv.gz"):
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -177,7 +177,7 @@ def test_no_value_of_a_patient_is_printed_or_passed_on(room: Callable[..., Room]
 
 # ---- the clock ------------------------------------------------------------------------------------------------------
 def put_ahead(folder: Path) -> None:
-    """All that is there was written in ten years: the clock was put back since."""
+    """Set all timestamps ten years ahead, as if the clock had been set back."""
     ahead = time.time() + 10 * 365 * 86_400
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (ahead, ahead))

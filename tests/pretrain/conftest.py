@@ -23,7 +23,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """store/ and features/ of 24 films of 8 subjects: 5 train, 1 val, 2 test; findings stand in the table."""
+    """store/ and features/ of 24 films of 8 subjects: 5 train, 1 val, 2 test; the table has findings."""
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     (folder / "films").mkdir()

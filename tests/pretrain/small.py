@@ -1,4 +1,4 @@
-"""A small pretraining: its config, and the losses that it wrote."""
+"""A small pretraining: its config and its losses."""
 
 import json
 from pathlib import Path

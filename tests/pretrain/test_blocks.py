@@ -1,4 +1,4 @@
-"""Blocks: timm's numbers and gradients, without what nobody reads."""
+"""ViT blocks: timm's numbers and gradients, without unused outputs."""
 
 import pytest
 import timm

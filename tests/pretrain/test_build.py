@@ -1,4 +1,4 @@
-"""What a run is built of: what does not fit together is refused, and a GPU's batch norm changes no network."""
+"""Parts of a run: combinations that do not fit are refused, and synchronised batch norm changes no output."""
 
 import importlib.util
 
@@ -31,7 +31,7 @@ def test_synchronised_batch_norm_is_everywhere_and_changes_no_output(arch):
 
 
 def test_moments_follow_the_memory_order_of_their_parameters():
-    """The fused AdamW walks over memory: moments in another order would be those of other weights."""
+    """The fused AdamW steps through memory: moments in another order would belong to other weights."""
 
     def three_steps(reload: bool) -> torch.Tensor:
         random = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Which films a run trains on, their pairs, their record, and their batches."""
+"""The films of a run, their pairs, records and batches."""
 
 import shutil
 

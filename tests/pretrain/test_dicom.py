@@ -18,7 +18,7 @@ DEEP = (200 + 12 * GREY.astype(np.uint16)).astype(np.uint16)
 
 
 def as_mimic(pixels: np.ndarray, invert: bool) -> np.ndarray:
-    """How the MIMIC-CXR-JPG paper tells it, value by value: min-max to 8 bits, invert, equalise."""
+    """The steps in the MIMIC-CXR-JPG paper, value by value: min-max to 8 bits, invert, equalise."""
     film = ((pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255).astype(int)
     film = 255 - film if invert else film
     lowest = (film == film.min()).sum()

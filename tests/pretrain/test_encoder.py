@@ -1,4 +1,4 @@
-"""Encoders: the same numbers as timm, tokens really dropped, weights that load elsewhere."""
+"""Encoders: timm's numbers, dropped tokens are not computed, weights load elsewhere."""
 
 import json
 import os

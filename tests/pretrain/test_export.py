@@ -1,4 +1,4 @@
-"""Exports: the same features elsewhere; and what the end of a run says of the record."""
+"""Exports: the same features elsewhere; and the readability of the record at the end of a run."""
 
 import importlib.util
 

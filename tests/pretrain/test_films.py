@@ -1,4 +1,4 @@
-"""Films of every kind become the right 8-bit grey; what is not a whole film is refused with its reason."""
+"""Films of every kind become correct 8-bit grey; incomplete films are refused with a reason."""
 
 import struct
 import zlib

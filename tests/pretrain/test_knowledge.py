@@ -1,4 +1,4 @@
-"""Passages near a note: each note asks for itself, and what comes back stays in a column of its own."""
+"""Passages for notes: each note is its own query, and results stay in a column of their own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_example_has_ten_passages_that_pass_both_filters() -> None:
 
 
 def test_different_notes_get_different_passages(word_encoder: Any, write_notes: Make, tmp_path: Path) -> None:
-    """Were the query constant, all rows would be equal."""
+    """With a constant query all rows would be equal."""
     passages = tmp_path / "passages"
     passages.mkdir()
     for name, words in {"a": "breathing swollen legs", "b": "fall hip pain", "c": "metformin insulin sugar"}.items():

@@ -1,4 +1,4 @@
-"""The loss against lightly's, and two processes against one."""
+"""The loss compared with lightly's, and two processes compared with one."""
 
 import math
 import os
@@ -98,7 +98,7 @@ def test_views_are_matched_view_major():
 
 
 def test_stays_finite_where_probabilities_underflow():
-    """Sharp temperatures and a prototype that no target is near: 0 / 0 in a plain Sinkhorn."""
+    """Sharp temperatures and a prototype far from all targets: 0 / 0 in a plain Sinkhorn."""
     anchors, targets, prototypes = batch()
     targets = prototypes[:1].detach().repeat(8, 1)
     parts = msn_loss(anchors, targets, prototypes, temperature=0.02, target_temperature=0.05)

@@ -1,4 +1,4 @@
-"""Memory: what a training process frees, it uses again."""
+"""Memory: a training process reuses freed memory."""
 
 import subprocess
 import sys

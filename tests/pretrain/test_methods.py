@@ -1,4 +1,4 @@
-"""Every method: its loss against lightly's, its gradients in parts and over two processes, and what the loop needs."""
+"""Every method: its loss compared with lightly's, its gradients in parts and over two processes, its loop interface."""
 
 import os
 import socket
@@ -46,7 +46,7 @@ def method(name: str, norm: str = "layer", arch: str = VIT, **record) -> Method:
 
 
 def batch(name: str, films: int = 4, static: int = 0, seed: int = 1) -> Batch:
-    """Of 32 px views in 4 patches; a random view and two focal ones, but of MAE."""
+    """Views of 32 px with 4 patches; a random view and two focal ones, except for MAE."""
     random = torch.Generator().manual_seed(seed)
     views = [torch.randn(n * films, 1, side, side, generator=random) for n, side in ((1, 32), (1, 32), (2, 16))]
     keep = torch.stack([torch.randperm(4, generator=random)[:3].sort()[0] for _ in range(films)])
@@ -67,7 +67,7 @@ def no_masks(views: Batch) -> Batch:
 
 
 def expected_loss(name: str, m: Method, views: Batch) -> torch.Tensor:
-    """As lightly's examples write the method, on our networks."""
+    """The loss of the method as in lightly's examples, on our networks."""
     student = [m.anchor_head(m.anchor(view)) for view in views.views] if name != "mae" else []
     if name in ("simclr", "vicreg"):
         loss = theirs.NTXentLoss(0.1) if name == "simclr" else theirs.VICRegLoss()
@@ -232,7 +232,8 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
 
 
 def test_what_is_unknown_is_no_target():
-    """By hand: a yes or no of logit 0 costs log 2, a number 2 off costs 4; the unknown entry counts for nothing."""
+    """By hand: a binary column with logit 0 costs log 2, a number that is 2 off costs 4; the unknown entry costs
+    nothing."""
     guess, static = torch.tensor([[[0.0, 3.0], [0.0, 9.0]]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
     known, binary = torch.tensor([[True, True], [True, False]]), torch.tensor([True, False])
     found = prediction_error(guess, static, known, binary)
@@ -241,7 +242,8 @@ def test_what_is_unknown_is_no_target():
 
 
 def test_the_contrast_knows_subjects_and_empty_records():
-    """Films 0 and 1 are of one subject and film 3 has no record: film 0 is told from the record of film 2 alone."""
+    """Films 0 and 1 are of one subject and film 3 has no record: the only negative of film 0 is the record of film
+    2."""
     random = torch.Generator().manual_seed(0)
     films, records = torch.randn(1, 4, 5, generator=random), torch.randn(4, 5, generator=random)
     usable, subjects = torch.tensor([True, True, True, False]), torch.tensor([0, 0, 1, 2])

@@ -1,4 +1,4 @@
-"""The method: what moves, what does not, and what the record can and cannot reach."""
+"""MSN: which parts are trained, which are not, and what the record can affect."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_target_is_the_moving_average_of_the_anchor():
 
 @pytest.mark.parametrize(("arch", "args"), STOCHASTIC, ids=["drop_path", "dropout", "densenet", "resnet"])
 def test_the_target_draws_nothing_and_the_anchor_does(arch, args):
-    """Two passes agree to the bit, leave the generator alone, and are those of a network without dropout."""
+    """Two passes are bitwise equal, do not use the generator, and equal those of a network without dropout."""
     msn, plain = method(arch, args=args), method(arch, args={k: v for k, v in args.items() if "drop" not in k})
     plain.load_state_dict(msn.state_dict())
     views = batch(films=8)
@@ -113,7 +113,7 @@ def test_batch_norm_of_the_target_uses_the_batch_and_keeps_statistics_of_its_own
 
 @pytest.mark.parametrize(("arch", "args"), STOCHASTIC[:2], ids=["drop_path", "dropout"])
 def test_exact_accumulation_draws_alike_in_both_passes(arch, args):
-    """The gradients are those of one graph over all parts, each drawing what it drew in the first pass."""
+    """The gradients equal those of one graph over all parts; both passes of a part draw the same random numbers."""
     views, accelerator = batch(films=4, static=3), Accelerator(cpu=True)
     two_pass, one_graph = (method(arch, norm="layer", args=args, width=3) for _ in range(2))
     torch.manual_seed(7)
@@ -128,7 +128,7 @@ def test_exact_accumulation_draws_alike_in_both_passes(arch, args):
 
 
 def test_the_head_is_lightlys_in_values_and_gradients():
-    """Ours has biases before batch norm, as the original; they change neither outputs nor the other gradients."""
+    """Our head has biases before batch norm, as the original; they change neither outputs nor the other gradients."""
     ours, theirs = method().head(24, Setup(16, 8)), MSNProjectionHead(24, 16, 8)
     theirs.layers.load_state_dict({k: v for k, v in ours.state_dict().items() if k not in ("0.bias", "3.bias")})
     x = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Several processes: the world size is checked, one writes, a stop is agreed on, machines find each other."""
+"""Several processes: check of the world size, one writer, a common stop, connection between machines."""
 
 import argparse
 import json
@@ -216,7 +216,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_an_accelerate_config_that_starts_fewer_processes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """accelerate starts one process, without a word, where its config says MULTI_CPU."""
+    """accelerate silently starts one process if its config says MULTI_CPU."""
     env(monkeypatch)
     path = tmp_path / "acc.yaml"
     asked = argparse.Namespace(accelerate_config=str(path))

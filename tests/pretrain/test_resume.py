@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or out of disk goes on as if it had not been."""
+"""A stopped or killed run, or one whose disk was full, resumes as if it had not been interrupted."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_going_on_measures_rank_and_prototypes_over_the_same_films(data, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_saves_and_exits_75(data, tmp_path, workers):
-    """As SLURM sends it: to every process of the job, those that read films too."""
+    """As SLURM sends it: to every process of the job, including those that read films."""
     config(data, tmp_path / "x", optim={**SMALL["optim"], "steps": 100000}, workers=workers)
     process = subprocess.Popen(
         [sys.executable, "-m", "pretrain", "train", str(tmp_path / "x.yaml")],
@@ -80,7 +80,7 @@ def test_two_processes_stop_together(data, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(data, tmp_path, monkeypatch):
-    """As when EHR columns have become more since: the widths are named."""
+    """For example after EHR columns were added: the error names the widths."""
     train.train(config(data, tmp_path / "a", "ehr.groups=[sex]", "optim.steps=1"))
     with monkeypatch.context() as patch:
         patch.setattr(run, "load_checkpoint", lambda _: load_checkpoint(tmp_path / "a"))

@@ -1,4 +1,4 @@
-"""The run folder: what it refuses, what it keeps, what a kill or a full disk leaves."""
+"""The run folder: refused configs, kept files, and its state after a kill or a full disk."""
 
 import json
 import os

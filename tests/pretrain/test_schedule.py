@@ -1,4 +1,4 @@
-"""Schedules: their ends, torch's cosine, the original's learning rate."""
+"""Schedules: end values, torch's cosine, the original's learning rate."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The store holds every film once, whole, in order, whatever stops its packing; reading it copies nothing."""
+"""The store holds every film once, complete and in order, after any interruption of packing; reads copy nothing."""
 
 import gzip
 import os
@@ -240,7 +240,7 @@ def test_the_cap_draws_films_of_each_subject_by_seed(tmp_path: Path, mimic: Path
 
 
 def test_a_cap_keeps_the_same_films_in_the_store_and_in_pretraining(tmp_path: Path, mimic: Path) -> None:
-    """The same seed and cap: nothing is left out twice."""
+    """With the same seed and cap, no film of the store is left out in pretraining."""
     store = Store(pack(config(tmp_path / "store", mimic=mimic, per_subject_cap=2, seed=5)))
     ids = Store(pack(config(tmp_path / "all", mimic=mimic))).index.dicom_id.tolist()
     table = pd.DataFrame({"dicom_id": ids, "study_id": 1, "subject_id": [i[:8] for i in ids], "split": "train"})

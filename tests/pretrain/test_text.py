@@ -1,4 +1,4 @@
-"""Text encoders from a local folder, and the notes that they read."""
+"""Text encoders from a local folder, and their notes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTES = ["woman with cough", "man with chest pain and leg swelling", "fever", "t
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network at all."""
+    """Block the network."""
 
     def refuse(*args: object, **more: object) -> None:
         raise AssertionError("something reached for the network")

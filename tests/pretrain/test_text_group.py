@@ -47,7 +47,7 @@ def test_a_note_conditions_as_a_group_with_zeros_and_a_mask_where_there_is_none(
 
 
 def test_columns_of_a_text_encoder_that_say_nothing_are_zero(data, tmp_path, write_notes, minilm):
-    """Two columns of MiniLM's vectors are 0 but for 1e-33: no card of an encoder can hold what their squares give."""
+    """Two columns of MiniLM's vectors are 0 up to 1e-33; dividing by such a deviation would give useless numbers."""
     given = text(write_notes(TOLD), text_encoder=str(minilm))
     folder = train.train(config(data, tmp_path / "a", "optim.steps=1", **given))
     readable = json.loads((folder / "encoder/encoder.json").read_text())["readability"]

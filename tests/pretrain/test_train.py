@@ -1,4 +1,4 @@
-"""The loop on two dozen small films: what it reads, writes, refuses."""
+"""The training loop on two dozen small films: inputs, outputs, errors."""
 
 import json
 import os
@@ -257,7 +257,7 @@ def test_tensorboard_gets_what_metrics_jsonl_gets(data, tmp_path):
 
 
 def test_weights_hand_on_whom_they_have_seen(data, tmp_path):
-    """A run that starts from another's encoder has seen that run's subjects and outcomes too."""
+    """A run that starts from another run's encoder has seen that run's subjects and outcomes too."""
     first = train.train(config(data, tmp_path / "a", "optim.steps=1", "films.splits=[train,val]"))
     second = train.train(config(data, tmp_path / "b", "optim.steps=1", f"encoder.init={first}", "ehr.groups=[sex]"))
     assert set(pd.read_parquet(second / "seen_subjects.parquet")["subject_id"]) == set(range(6))

@@ -1,4 +1,4 @@
-"""Each method in the loop: it trains, goes on where it stopped, watches for collapse, and exports to plain timm."""
+"""Each method in the training loop: training, resuming, collapse warnings, and export to plain timm."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ SMALL = {
 
 
 def settings(data, out, name, *words):
-    """Published values of the method, on networks and batches of a test's size; its views are the method's own."""
+    """Published values of the method, on small networks and batches; with the method's own views."""
     less = ("optim.epochs=1", "optim.lr=1e-3", *SMALL.get(name, ()), *words)
     return config(data, out, f"method={name}", *less)
 

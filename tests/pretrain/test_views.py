@@ -1,4 +1,4 @@
-"""Views: what is drawn does not depend on who asks; both ways of cutting agree with Pillow."""
+"""Views: independent of batch, workers and processes; both implementations agree with Pillow."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_boxes_are_resized_as_pillow_does():
 
 
 def test_matrix_products_cut_what_boxes_cut():
-    """What a GPU does, against what a CPU does."""
+    """The GPU implementation, compared with the CPU one."""
     kind = views(3, 24, (0.1, 1.0), flip=0.5)
     plan = vw.draw(kind, KEYS, 80, 0, 0, "x")
     assert plan.flips
@@ -84,7 +84,7 @@ def test_matrix_products_cut_what_boxes_cut():
 
 @pytest.mark.parametrize("side, size", [(80, 24), (81, 17), (16, 30), (96, 96), (515, 98)])
 def test_rows_in_place_of_channels_change_no_pixel(side, size):
-    """Against torch's kernel on each box by itself, also where four divides neither the film nor the view."""
+    """Compared with torch's kernel on each box alone, also if four divides neither the film nor the view."""
     plan = vw.draw(views(4, size, (0.01, 1.0), flip=0.5), KEYS, side, 0, 0, "x")
     ours = vw._cut_one_by_one(vw.turn(films(side)), plan).unflatten(0, (4, 6))
     for v in range(4):

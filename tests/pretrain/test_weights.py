@@ -1,4 +1,5 @@
-"""Starting from others' weights: the features of their owner's own model, or a refusal that names what differs."""
+"""Initial weights from elsewhere: the features of the original library's model, or an error that names the
+difference."""
 
 import argparse
 import os
@@ -42,7 +43,7 @@ def under(name: str, state: dict) -> dict:
 
 
 def other(state: dict) -> dict:
-    """The weights of a twin that must not be taken."""
+    """Weights of a copy that must not be loaded."""
     return {key: torch.randn(value.shape) for key, value in state.items()}
 
 

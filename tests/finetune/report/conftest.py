@@ -1,4 +1,4 @@
-"""Run folders written from the contract, for the report."""
+"""Run folders for tests of the report."""
 
 from __future__ import annotations
 

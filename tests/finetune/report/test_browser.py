@@ -1,4 +1,4 @@
-"""The report in a real browser: no console error, no request, each figure drawn and whole, on a page and a phone."""
+"""The report in a browser: no console error, no request, each figure complete, on a page and a phone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(browser() is None, reason=
 
 @pytest.fixture(scope="module")
 def page(report_runs: list[Path]) -> Path:
-    """All runs, and two whose names nothing can break."""
+    """All runs, and two with very long names without breaks."""
     long = [report_runs[0].parents[1] / "long" / f"{path.name}_{'x' * 90}" for path in report_runs[-3:-1]]
     for path, copy in zip(report_runs[-3:-1], long, strict=True):
         shutil.copytree(path, copy, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the report shows of an encoder: points for all, films only where asked for."""
+"""The report's encoder section: points for all, films only on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report draws why films found no admission, stay, visit, file or note, and names the ambiguous ones."""
+"""The report shows why films have no admission, stay, visit, file or note, and lists the ambiguous ones."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Words for a reader, and colours that all readers can tell apart."""
+"""Labels for readers, and colours that all readers can distinguish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of other versions, unfinished, damaged or edited: a page or a UserError, and never a traceback."""
+"""Runs of other versions, unfinished, damaged or edited give a page or a UserError, never a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report, on run folders written from the contract."""
+"""The report on synthetic run folders."""
 
 from __future__ import annotations
 
