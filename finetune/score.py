@@ -6,6 +6,7 @@ the table of `metrics.evaluate`. A CSV whose first line is numbers has no header
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from tokenize import TokenError
 
 import numpy as np
@@ -27,8 +28,9 @@ def score(
 
     Args:
         labels: rows x labels of 0, 1 and empty. Columns that name the row (`KEYS`) are no labels.
-        scores: the same rows; joined on all keys that both files have, else in the same order. Columns are matched by
-            name where both files name them and share some, else by position.
+        scores: the same rows; joined on all keys that both files have (`KEYS`, columns of text, and columns beside
+            label_*, logit_*), else in the same order. Columns are matched by name where both files name them and share
+            some, else by position.
         groups: a file of one column, or with a column subject_id: a subject for each row, joined in the same way. None:
             `labels`' own subject_id, if it has one; else rows are resampled one by one.
     Raises: UserError: a file that is no table of numbers, rows or columns that do not fit, keys that differ and are not
@@ -38,10 +40,11 @@ def score(
         check_new_file(out)
     left, right = _read(labels), _read(scores)
     left, right = _whole(labels, left, len(right)), _whole(scores, right, len(left))
-    y, s = _values(labels, left, "label_"), _values(scores, right, "logit_")
+    keys = [key for key in left if key in right and _is_key(left, str(key)) and _is_key(right, str(key))]
+    y, s = _values(labels, left, "label_", keys), _values(scores, right, "logit_", keys)
     if len(y) != len(s):
         raise UserError(f"{labels} has {len(y)} rows and {scores} {len(s)}; wanted the same rows")
-    s = _same_columns(y, s.iloc[_order(labels, left, scores, right)], scores)
+    s = _same_columns(y, s.iloc[_order(labels, left, scores, right, keys)], scores)
     group = left["subject_id"].to_numpy() if "subject_id" in left else None
     if groups:
         group = _groups(groups, labels, left)
@@ -71,7 +74,7 @@ def _read(path: str, *, header: bool = True) -> pd.DataFrame:
             frame = pd.read_parquet(path)
         elif path.endswith(CSV):
             named = header and not _all_numbers(pd.read_csv(path, nrows=1, header=None, dtype=str).iloc[0].tolist())
-            frame = pd.read_csv(path, header=0 if named else None)
+            frame = pd.read_csv(path, header=0 if named else None, dtype=dict.fromkeys(KEYS, str) if named else None)
             if "Unnamed: 0" in frame and frame["Unnamed: 0"].tolist() == list(range(len(frame))):
                 frame = frame.drop(columns="Unnamed: 0")  # the index that pandas writes
         else:
@@ -103,11 +106,23 @@ def _all_numbers(line: list[str]) -> bool:
     return names != [str(i) for i in range(len(names))]
 
 
-def _values(path: str, frame: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """The columns with labels or scores, as float64; logits of a run's predictions become probabilities."""
+def _is_key(frame: pd.DataFrame, column: str) -> bool:
+    """Whether a named column identifies rows: it is neither a label nor a score."""
+    values = ("label_", "logit_")
+    if isinstance(frame.columns, pd.RangeIndex) or column.startswith(values):
+        return False
+    return (
+        column in KEYS
+        or any(str(other).startswith(values) for other in frame)
+        or not pd.api.types.is_numeric_dtype(frame[column])
+    )
+
+
+def _values(path: str, frame: pd.DataFrame, kind: str, keys: Sequence[str]) -> pd.DataFrame:
+    """The columns that hold labels or scores, as float64; logits of a run's predictions become probabilities."""
     own = [c for c in frame if str(c).startswith(kind)]
     kept = frame[own].rename(columns=lambda name: name.removeprefix(kind)) if own else frame
-    kept = kept if own else frame.drop(columns=[c for c in KEYS if c in frame])
+    kept = kept if own else frame.drop(columns=[c for c in frame if c in KEYS or c in keys])
     try:
         values = kept.astype(np.float64)
     except (ValueError, TypeError):  # their message contains the value, which may be a patient's
@@ -124,13 +139,13 @@ def _no_number(frame: pd.DataFrame) -> str:
     return f"{len(rows)} cells are none, the first in row {rows[0] + 1} of column `{frame.columns[columns[0]]}`"
 
 
-def _order(labels: str, left: pd.DataFrame, other: str, right: pd.DataFrame) -> np.ndarray:
-    """Row numbers of `right` in the order of `left`, by all keys that both have.
+def _order(labels: str, left: pd.DataFrame, other: str, right: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
+    """Row numbers of `right` in the order of `left`, by all keys that both have; 7, 7.0 and 007 are equal.
 
     Raises: UserError: other rows, or rows in another order that the keys cannot tell apart.
     """
-    keys = [key for key in KEYS if key in left and key in right]
-    a, b = (frame[keys].convert_dtypes().astype("string").fillna("") for frame in (left, right))
+    number = {r"^\s*0*(\d+)(?:\.0+)?\s*$": r"\1"}
+    a, b = (frame[list(keys)].astype("string").replace(number, regex=True).fillna("") for frame in (left, right))
     if not keys or a.reset_index(drop=True).equals(b.reset_index(drop=True)):
         return np.arange(len(right))
     by = ", ".join(f"`{key}`" for key in keys)
@@ -165,5 +180,5 @@ def _groups(path: str, labels: str, left: pd.DataFrame) -> np.ndarray:
     if frame.shape[1] != 1 and "subject_id" not in frame:
         raise UserError(f"{path}: {frame.shape[1]} columns; wanted one, the subject of each row, or one `subject_id`")
     if len(frame) == rows:  # `evaluate` refuses other numbers of rows
-        frame = frame.iloc[_order(labels, left, path, frame)]
+        frame = frame.iloc[_order(labels, left, path, frame, [key for key in KEYS if key in left and key in frame])]
     return (frame["subject_id"] if "subject_id" in frame else frame.iloc[:, 0]).to_numpy()

@@ -216,14 +216,20 @@ KEYED = pd.DataFrame({"subject_id": [1, 1, 2, 3], "view": ["AP", "PA", "AP", "PA
         pytest.param({}, {"subject_id": ["1", "1", "2", "3"]}, id="numbers and text"),
         pytest.param({"view": ["AP", "PA", None, "PA"]}, {"view": ["AP", "PA", None, "PA"]}, id="a missing one"),
         pytest.param({"sample_id": range(4)}, {"stay_id": range(4)}, id="keys of their own"),
+        pytest.param({"subject_id": ["01", "01", "02", "03"]}, {"subject_id": [1.0, 1, 2, 3]}, id="padded and real"),
+        pytest.param({"subject_id": ["01", "01", "02", "03"]}, {"subject_id": ["01", "01", "02", "03"]}, id="padded"),
+        pytest.param({"image": list("abcd")}, {"image": list("abcd")}, id="text that is no known key"),
     ],
 )
 def test_rows_are_joined_on_all_keys_that_both_files_have(tmp_path: Path, labels: dict, scores: dict) -> None:
     p, order, y, s = np.array([0.2, 0.9, 0.4, 0.3]), [3, 1, 0, 2], tmp_path / "y.csv", tmp_path / "s.parquet"
-    KEYED.assign(**labels).to_csv(y, index=False)
-    KEYED.assign(**scores, x=p).iloc[order].to_parquet(s, index=False)
-    got = score(str(y), str(s), samples=9)
-    pd.testing.assert_frame_equal(got, evaluate(KEYED["x"], p, names=["x"], groups=[1, 1, 2, 3], samples=9))
+    for name in ({}, {"x": "label_x"}):  # as any table, and as a run's predictions
+        KEYED.assign(**labels).rename(columns=name).to_csv(y, index=False)
+        KEYED.assign(**scores, x=np.log(p / (1 - p)) if name else p).iloc[order].rename(
+            columns={x: "logit_x" for x in name}
+        ).to_parquet(s, index=False)
+        got = score(str(y), str(s), samples=9)
+        pd.testing.assert_frame_equal(got, evaluate(KEYED["x"], p, names=["x"], groups=[1, 1, 2, 3], samples=9))
     groups = tmp_path / "g.csv"
     KEYED.drop(columns="subject_id").assign(dicom_id=list("abcd")).to_csv(y, index=False)
     KEYED.assign(dicom_id=list("abcd"))[["dicom_id", "subject_id"]].iloc[order].to_csv(groups, index=False)
@@ -241,6 +247,19 @@ def test_rows_that_their_keys_cannot_tell_apart_are_refused_unless_in_the_same_o
         KEYED.drop(columns="view").assign(x=0.5).iloc[order].to_csv(s, index=False)
         with pytest.raises(UserError, match="2 rows share their `subject_id` with another row"):
             score(str(y), str(s), samples=0)
+
+
+@pytest.mark.parametrize("name", ["image", "number", "fold"])
+def test_columns_beside_labels_and_logits_are_keys(tmp_path: Path, name: str) -> None:
+    y, s, p = tmp_path / "y.csv", tmp_path / "s.csv", np.array([0.2, 0.9, 0.4, 0.3])
+    table = pd.DataFrame({name: list("abcd") if name == "image" else range(4), "label_x": [0, 1, 0, 1]})
+    table.to_csv(y, index=False)
+    other = table[[name]].assign(logit_x=np.log(p / (1 - p))).iloc[[3, 1, 0, 2]]
+    other.to_csv(s, index=False)
+    assert score(str(y), str(s), samples=0)["value"][0] == 0.75
+    other.assign(**{name: "z"}).to_csv(s, index=False)
+    with pytest.raises(UserError, match=f"`{name}`"):
+        score(str(y), str(s), samples=0)
 
 
 @pytest.mark.real
