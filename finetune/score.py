@@ -40,7 +40,7 @@ def score(
         check_new_file(out)
     left, right = _read(labels), _read(scores)
     left, right = _whole(labels, left, len(right)), _whole(scores, right, len(left))
-    keys = [key for key in left if key in right and _is_key(left, str(key)) and _is_key(right, str(key))]
+    keys = [str(key) for key in left if key in right and _is_key(left, str(key)) and _is_key(right, str(key))]
     y, s = _values(labels, left, "label_", keys), _values(scores, right, "logit_", keys)
     if len(y) != len(s):
         raise UserError(f"{labels} has {len(y)} rows and {scores} {len(s)}; wanted the same rows")
