@@ -1,4 +1,4 @@
-"""Two dozen small films, and a fresh accelerator."""
+"""Small films and tables of them, and a fresh accelerator."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from pretrain.config import ImagesConfig
 from pretrain.store import pack
+from tests.pretrain.drawn import VIEWS, draw
 from tests.pretrain.small import NUM
 
 
@@ -48,3 +49,32 @@ def data(tmp_path_factory) -> Path:
     table.to_parquet(folder / "features/images.parquet")
     (folder / "features/provenance.json").write_text("{}")
     return folder
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    """A folder of ten good films in two sizes and formats, and four that are not."""
+    folder = tmp_path / "films"
+    for number in range(10):
+        draw(folder / f"s{number % 3}/film{number}.{'png' if number % 2 else 'jpg'}", number, 40 + 8 * (number % 3))
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("not a film")
+    (folder / "half.jpg").write_bytes((folder / "s0/film0.jpg").read_bytes()[:500])
+    Image.new("L", (40, 40)).save(folder / "black.png")
+    (folder / "readme.txt").write_text("no film, and not named as one")
+    return folder
+
+
+@pytest.fixture
+def mimic(tmp_path: Path) -> Path:
+    """Three subjects with a film of each entry of VIEWS."""
+    root, rows = tmp_path / "mimic", []
+    for subject in (10000001, 10000002, 19000003):
+        for number, (view, code) in enumerate(VIEWS):
+            dicom_id, study = f"{subject}-{number}", 50000000 + number
+            rows.append((dicom_id, subject, study, view, code))
+            draw(root / f"files/p{str(subject)[:2]}/p{subject}/s{study}/{dicom_id}.jpg", number)
+    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition", "ViewCodeSequence_CodeMeaning"]
+    table = pd.DataFrame(rows, columns=columns).assign(Rows=40)
+    table.to_csv(root / "mimic-cxr-2.0.0-metadata.csv.gz", index=False)
+    return root
