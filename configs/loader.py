@@ -1,7 +1,7 @@
 """Read a config: YAML file + `key=value` overrides -> a frozen, validated object of a pydantic schema.
 
-Comes in: a schema (a subclass of `Settings`), a YAML path, overrides such as `ehr.groups=[sex,age]`.
-Goes out: an instance of the schema; or one UserError that lists every fault, each with file, full key, nearest valid
+Input: a schema (a subclass of `Settings`), a YAML path, overrides such as `ehr.groups=[sex,age]`.
+Output: an instance of the schema; or one UserError that lists every fault, each with file, full key, nearest valid
 key.
 """
 

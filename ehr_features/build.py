@@ -1,8 +1,8 @@
-"""Raw tables -> features/: every step in order.
+"""Extract features/ from raw tables, step by step.
 
-Comes in: a FeaturesConfig. Goes out: the folder of features, written aside and renamed when it is complete. The
-events, the linked films and the unnormalised series are kept in the cache folder under a key of what they depend on,
-so that a changed config redoes only what depends on it, and an unchanged one nothing.
+Input: a FeaturesConfig. Output: the folder of features, written under a temporary name and renamed when complete. The
+events, the linked films and the unnormalised series are cached under a key of their inputs, so a changed config
+recomputes only what depends on it.
 """
 
 from __future__ import annotations

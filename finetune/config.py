@@ -371,9 +371,12 @@ class FuseConfig(Settings):
         if self.lr_range[0] > self.lr_range[1] or self.lr_range[0] <= 0:
             raise ValueError("`lr_range` is [lowest, highest], both above 0")
         if self.unfreeze_after is not None and self.freeze:
-            raise ValueError("`unfreeze_after` needs freeze=false: it says when tuning begins")
+            raise ValueError("`unfreeze_after` needs freeze=false: it is the epoch at which fine-tuning begins")
         if self.freeze_record and self.record_weights is None:
-            raise ValueError("`freeze_record` needs `record_weights`: a record branch that never learned says nothing")
+            raise ValueError(
+                "freeze_record=true needs record_weights=RUN (a finished record_lstm run); otherwise the record branch "
+                "keeps random weights"
+            )
         if self.record_weights is not None and self.model == "film_only":
             raise ValueError(f"`record_weights` {self.record_weights}: model={self.model} has no LSTM to take them")
         if self.control != "none" and not self.freeze:

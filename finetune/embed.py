@@ -1,6 +1,6 @@
 """`embed` and `nearest`: features of any films by an exported encoder, without a record.
 
-Comes in: encoder/ and a folder of films, a list of paths (.txt, .csv with a column path), or one film. Goes out:
+Input: encoder/ and a folder of films, a list of paths (.txt, .csv with a column path), or one film. Output:
 Parquet with dicom_id, path and columns f0 ... f(D-1); films that cannot be read are set aside, named and counted.
 """
 

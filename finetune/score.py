@@ -136,7 +136,7 @@ def _no_number(frame: pd.DataFrame) -> str:
     rows, columns = np.nonzero(found.to_numpy())
     if not len(rows):
         return "columns of " + ", ".join(sorted({str(kind) for kind in frame.dtypes}))
-    return f"{len(rows)} cells are none, the first in row {rows[0] + 1} of column `{frame.columns[columns[0]]}`"
+    return f"{len(rows)} cells are not numbers, the first in row {rows[0] + 1} of column `{frame.columns[columns[0]]}`"
 
 
 def _order(labels: str, left: pd.DataFrame, other: str, right: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:

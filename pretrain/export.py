@@ -1,6 +1,6 @@
 """Write encoder/ from a run, with a model card, and copies of it for other uses.
 
-Comes in: a run folder, or the method of a running one. Goes out: encoder/ (see pretrain/encoder/model.py).
+Input: a run folder, or the method of a running one. Output: encoder/ (see pretrain/encoder/model.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The leak filter: takes terms of the 14 findings and of radiology out of a text.
 
-Comes in: texts. Goes out: the texts without the terms of leak_terms.csv, and their counts. The result depends on the
+Input: texts. Output: the texts without the terms of leak_terms.csv, and their counts. The result depends on the
 text alone: no label, no other text, no fitted list. `standard` removes terms of the findings and of imaging;
 `aggressive` also related organs, diseases and procedures.
 

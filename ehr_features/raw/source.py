@@ -82,7 +82,7 @@ class Source:
         """
         if name not in self._tables:
             if name not in self.files:
-                raise UserError(self._absent.get(name, f"table `{name}` is not there"))
+                raise UserError(self._absent.get(name, f"table `{name}` was not found"))
             self._tables[name] = self._open(name)
         return self._tables[name].filter(named(name, self._tables[name]))
 

@@ -1,6 +1,6 @@
 """`fuse adds=true`: the gain in AUROC from the film, on the test samples with a film.
 
-Comes in: a finished run of a fused model. Goes out: in RUN/controls/, trainings on the same samples without the pixels,
+Input: a finished run of a fused model. Output: in RUN/controls/, trainings on the same samples without the pixels,
 and in its results.json the paired differences of AUROC (metric `auroc_difference`), each with its interval:
 
     the best record-only model (on validation): the total gain;

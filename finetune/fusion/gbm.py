@@ -1,6 +1,6 @@
 """record_gbm: gradient boosting on window statistics of the series, a baseline without a network.
 
-Comes in: samples. Goes out: a prediction function. Each label has its own 200 trees of 8 leaves.
+Input: samples. Output: a prediction function. Each label has its own 200 trees of 8 leaves.
 """
 
 from __future__ import annotations

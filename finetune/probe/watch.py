@@ -1,6 +1,6 @@
 """`probe --watch RUN`: probe every encoder that a running pretraining exports, on train and val labels only.
 
-Comes in: a pretraining run (it rewrites encoder/ every export_every_epochs) and a probe's config. Goes out: a line of
+Input: a pretraining run (it rewrites encoder/ every export_every_epochs) and a probe's config. Output: a line of
 RUN/probe.jsonl for each step: {"step", "linear/auroc", "knn/auroc", ...}. Ends with the pretraining. An encoder that is
 replaced before the previous one has been probed is skipped.
 """

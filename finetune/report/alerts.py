@@ -1,6 +1,6 @@
 """Warnings above the numbers: leaks, outcome-supervised or unknown encoders, collapse, few positives.
 
-Comes in: runs. Goes out: a list for the top of the page.
+Input: runs. Output: a list for the top of the page.
 """
 
 from __future__ import annotations

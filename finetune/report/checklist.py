@@ -83,7 +83,7 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
     found["16"] = f"One split by subject.{_guarded(done)}"
     found["23"] = "In this report: AUROC, AUPRC, calibration, curves; intervals resample subjects."
     weights = [run.name for run in runs if run.encoder or (run.folder / "model.safetensors").is_file()]
-    found["22"] = f"Weights and configs stand in the run folders of {', '.join(weights)}." if weights else ""
+    found["22"] = f"Weights and configs are in the run folders of {', '.join(weights)}." if weights else ""
     if any("=" in str(s) for run in done for s in run.rows["subset"]):
         found["14"] = "Performance is reported in subgroups; nothing was done to make it equal."
     return {item: text for item, text in found.items() if text}

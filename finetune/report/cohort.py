@@ -1,6 +1,6 @@
 """The report's data section: cohort flow, splits, and how much of the series was measured.
 
-Comes in: the folders of features and of notes that the runs' configs name. Goes out: one section.
+Input: the folders of features and of notes that the runs' configs name. Output: one section.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def splits_figure(folder: Path, key: str) -> Markup | None:
     if not rows:
         return None
     splits = pd.concat(placed).drop_duplicates()["subject_id"].value_counts() if placed else pd.Series(dtype=int)
-    caption = f"Split by subject: of {len(splits):,} subjects, {(splits > 1).sum():,} stand in more than one column."
+    caption = f"Split by subject: of {len(splits):,} subjects, {(splits > 1).sum():,} are in more than one column."
     return figure(f"splits{key}", "Splits", table(["", *SPLITS, "all"], rows), caption)
 
 

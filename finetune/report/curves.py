@@ -1,6 +1,6 @@
 """ROC, precision and recall, calibration and net benefit, from predictions/test.parquet.
 
-Comes in: evaluated runs of one task. Goes out: one figure, with a block for each label and a line for each run. Curves
+Input: evaluated runs of one task. Output: one figure, with a block for each label and a line for each run. Curves
 have no bands; the forest plots show the intervals of results.json.
 """
 

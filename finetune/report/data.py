@@ -1,6 +1,6 @@
 """Read run folders and the features they were made from, for the report and for `runs`.
 
-Comes in: folders of design section 4 (a run, or a folder of runs). Goes out: `Run` records; what a run does not have
+Input: folders of design section 4 (a run, or a folder of runs). Output: `Run` records; what a run does not have
 is empty, what is damaged is named in a UserError. Nothing is computed here but what the files say.
 """
 

@@ -1,6 +1,6 @@
 """Charts as SVG: line panels and point maps.
 
-Comes in: numbers and names. Goes out: `Markup`. Colours come from the page's style (classes c0 ... c7), so that a dark
+Input: numbers and names. Output: `Markup`. Colours come from the page's style (classes c0 ... c7), so that a dark
 screen and paper work too; every series also has its own marker or dash, so that colour is never alone.
 """
 

@@ -1,6 +1,6 @@
 """The report's encoder section: a map of films by their features, nearest films, attention maps.
 
-Comes in: runs with encoder/, a store and a features folder. Goes out: figures. The map shows points alone; films appear
+Input: runs with encoder/, a store and a features folder. Output: figures. The map shows points alone; films appear
 only where they were asked for, since MIMIC must not leave.
 """
 

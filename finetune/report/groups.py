@@ -1,6 +1,6 @@
 """The report's further results: label fractions, subgroups, reduced inputs, shifts, other metrics.
 
-Comes in: evaluated runs of one task. Goes out: figures; None where the runs do not have it.
+Input: evaluated runs of one task. Output: figures; None where the runs do not have it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The page's parts as templates (parts.html.j2), and numbers and names as a reader reads them.
 
-Comes in: names, numbers and text from data. Goes out: one HTML page without scripts that loads nothing. The templates
+Input: names, numbers and text from data. Output: one HTML page without scripts that loads nothing. The templates
 escape every string that is not `Markup`.
 """
 

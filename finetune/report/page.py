@@ -1,6 +1,6 @@
 """`ehr-msn report RUN [RUN ...] --out FILE`: one self-contained HTML page for any set of runs.
 
-Comes in: run folders of pretraining, probes and fusion, and the features folder that their configs name. Goes out: a
+Input: run folders of pretraining, probes and fusion, and the features folder that their configs name. Output: a
 file that loads nothing, needs no script, prints, and fits a phone. A part without data is left out, or says so.
 """
 

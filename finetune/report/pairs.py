@@ -1,7 +1,7 @@
 """The report's differences: each pair of methods on the same test rows, with the interval of the difference.
 
-Comes in: evaluated runs of one task; runs whose names differ by a seed alone (`x_seed1`, `x_seed2`) are one method.
-Goes out: one figure. All pairs of up to FEW methods, else each against the best record-only model on validation, or
+Input: evaluated runs of one task; runs whose names differ by a seed alone (`x_seed1`, `x_seed2`) are one method.
+Output: one figure. All pairs of up to FEW methods, else each against the best record-only model on validation, or
 the first where there is none; p is Holm-adjusted over the pairs.
 """
 
@@ -90,9 +90,9 @@ def adds_figure(task: str, runs: Sequence[Run]) -> Markup | None:
         return None
     drawing = both_widths(lambda w: forest(drawn, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
     caption = (
-        "The fused model less the same samples learned without the picture, on test stays with a film: less the best "
-        "model of the record alone; less a model that is told that there is a film, its view and its age; less one "
-        "that is given another patient's film. What lies right of the dashed line in all three is the picture's."
+        "The fused model minus controls, on test stays with a film: minus the best record-only model; "
+        "minus a model that knows whether there is a film, its view and its age; minus one with another patient's "
+        "film. Right of the dashed line in all three, the pixels themselves add to the prediction."
     )
     numbers = frame(pd.DataFrame(cells, columns=["run", "less", "difference", "n", "positives"]))
     return figure(key_of("adds", task), "What the film adds", drawing, caption, numbers)

@@ -1,6 +1,6 @@
 """The report's main results: the runs of each task side by side, with intervals and the possible values.
 
-Comes in: evaluated runs. Goes out: a section for each task. Values and intervals are those of results.json.
+Input: evaluated runs. Output: a section for each task. Values and intervals are those of results.json.
 """
 
 from __future__ import annotations

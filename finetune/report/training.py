@@ -1,6 +1,6 @@
 """The report's pretraining section: loss, collapse signals, probes during training, readability of the record.
 
-Comes in: runs whose metrics.jsonl has a loss. Goes out: sections, and warnings derived from the curves.
+Input: runs whose metrics.jsonl has a loss. Output: sections, and warnings derived from the curves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Texts -> vectors or token states by a frozen text encoder in a local folder (extra `text`).
 
-Comes in: a Hugging Face or sentence-transformers folder, and texts. Goes out: (N, D) float32, one vector a text; or a
+Input: a Hugging Face or sentence-transformers folder, and texts. Output: (N, D) float32, one vector a text; or a
 sequence of token states a text. Each distinct text is embedded once: parts of the sorted distinct texts are kept as
 safetensors under a hash of the encoder's files and of the texts, so that a stopped run goes on with its next part.
 

@@ -1,7 +1,7 @@
 """Retrieve, for each film's note, the nearest of a user's own passages.
 
-Comes in: a folder of notes, a folder of passages (.txt: one each; .md: one a heading; .jsonl: lines of id and text), a
-text encoder. Goes out, beside notes.parquet: knowledge.parquet (dicom_id, passage_ids, scores), passages.parquet (id,
+Input: a folder of notes, a folder of passages (.txt: one each; .md: one a heading; .jsonl: lines of id and text), a
+text encoder. Output, beside notes.parquet: knowledge.parquet (dicom_id, passage_ids, scores), passages.parquet (id,
 text as it was embedded, source) and knowledge.json. Notes are not changed; passages pass the leak filter of the notes.
 
 Differs from the published retrieval: the query is the film's note (there, one constant sentence for all films).

@@ -1,6 +1,6 @@
 """Notes of films (`ehr-msn notes`) -> a vector, or token states, for each film.
 
-Comes in: a folder with notes.parquet and a text encoder's folder. Goes out: rows as the films asked for; a film without
+Input: a folder with notes.parquet and a text encoder's folder. Output: rows as the films asked for; a film without
 a note has a row of zeros and False in the mask. A note written after its film stops the run.
 """
 

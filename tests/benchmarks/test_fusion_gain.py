@@ -41,5 +41,5 @@ def test_a_gain_is_over_the_best_single_modality_of_each_hospital(capsys: pytest
     found = {"record_lstm": [0.8, 0.6], "film_only": [0.7, 0.7], "medfuse": [0.85, 0.8]}
     possible = {"record": 0.8, "film": 0.75, "both": 0.9}
     show("level", {k: np.array(v) for k, v in found.items()}, np.array([0.03, 0.03]), possible, [10, 11])
-    row = next(line for line in capsys.readouterr().out.splitlines() if "medfuse less the best" in line)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "medfuse minus the best" in line)
     assert re.findall(r"[+-]\d\.\d{3}", row)[:2] == ["+0.050", "+0.100"] and row.endswith("| +0.100 |")

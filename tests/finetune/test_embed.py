@@ -184,7 +184,7 @@ def test_a_number_below_0_is_the_users_mistake(words: list[str], capsys: pytest.
 def test_text_among_the_numbers_is_placed_and_not_told(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.array([0, 1, 0]))
     (tmp_path / "s.csv").write_text('a\n0.1\nJane Roe\n""\n')
-    with pytest.raises(UserError, match="1 cells are none, the first in row 2 of column `a`") as error:
+    with pytest.raises(UserError, match="1 cells are not numbers, the first in row 2 of column `a`") as error:
         score(str(tmp_path / "y.npy"), str(tmp_path / "s.csv"))
     assert "Roe" not in str(error.value)
 

@@ -2,7 +2,7 @@
 
     python -m tests.hardening.kills OUT [--signal KILL] [--kills 50] [--seed 0] [--commands features images ...]
 
-Comes in: an empty folder. Goes out: a Markdown table (command, kills, seconds undisturbed, what was found).
+Input: an empty folder. Output: a Markdown table (command, kills, seconds undisturbed, what was found).
 Every command works on a small synthetic hospital. It is run once undisturbed; then started, killed after a random part
 of that time (by turns with all its processes, and alone), and looked at: whatever carries a final name must open whole,
 and no process is left. After at most `CHAIN` kills in one folder the command is left to finish, and its result must be
