@@ -182,9 +182,10 @@ def look(source: Source, declared: Sequence[Channel], preset: str) -> Look:
         f"chartevents: of {'' if whole else 'the first '}{len(rows):,} rows {len(asked):,} are of the variables' items"
     )
     words += f"; of these {len(placed):,} have a stay of icustays, {int(asked['valued'].sum()):,} a value"
+    pairs = placed[placed["valued"]]
+    whole = whole or pairs.empty  # that many rows of a usable table have a value
     stays = pd.Index(known if whole else rows.loc[rows["stay_id"].isin(known), "stay_id"].unique())
     seen = np.zeros((max(len(stays), 1), len(of)), dtype=bool)
-    pairs = placed[placed["valued"]]
     seen[stays.get_indexer(pairs["stay_id"]), pairs["itemid"].map(number).astype(int)] = True
     empty, warnings = int(bare(seen, of).sum()), list[str]()
     if 2 * empty > len(seen):

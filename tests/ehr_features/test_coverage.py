@@ -84,6 +84,17 @@ def test_a_silent_event_table_is_refused(
     assert fate in str(told.value) and not (tmp_path / "features").exists()
 
 
+@pytest.mark.parametrize("change", [other_release, no_stays, other_items, no_values])
+def test_the_first_rows_of_a_large_silent_table_are_enough_for_check(
+    tmp_path: Path, vitals: Frames, write: Callable, config: Callable, monkeypatch: pytest.MonkeyPatch, change: Callable
+) -> None:
+    monkeypatch.setattr("ehr_features.series.coverage.SAMPLED", 50)
+    write(tmp_path / "mimic", vitals)
+    assert check(config()) == 0
+    write(tmp_path / "mimic", vitals | {"chartevents": change(vitals["chartevents"])})
+    assert check(config()) == 2
+
+
 @pytest.mark.parametrize("preset", ["default", "medfuse"])
 def test_events_without_a_stay_are_counted_by_what_they_lack(
     tmp_path: Path, vitals: Frames, write: Callable, config: Callable, capsys: pytest.CaptureFixture, preset: str

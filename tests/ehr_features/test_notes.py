@@ -232,7 +232,7 @@ def test_a_table_that_is_not_there_is_named_and_without_visits_nothing_is_writte
     (pyxis,) = (tmp_path / "ed").rglob("pyxis.csv.gz")
     pyxis.unlink()
     out = write_notes(config(world, tmp_path / "notes", mimic_ed=str(tmp_path / "ed")))
-    assert "no note tells of it: pyxis\n" in capsys.readouterr().err
+    assert "notes leave out their facts: pyxis\n" in capsys.readouterr().err
     assert "pyxis" not in set().union(*pd.read_parquet(out / "notes.parquet")["sources"])
     pyxis.with_name("edstays.csv.gz").unlink()
     with pytest.raises(UserError, match=r"edstays.*no such file"):
