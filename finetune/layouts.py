@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -302,19 +303,22 @@ def open_films(config: ProbeConfig) -> tuple[Films, Store | None]:
     """
     if config.features is not None:
         films = read_films(config.features, labels=config.labels, views=config.views)
-        if config.encoder == "metadata" and config.store is None:
-            return films, None
-        store = Store(str(config.store))
-        return films.in_store(store), store
+        return _in_store(config, films)
     assert config.films is not None
     films = read_layout(config.films, labels=config.labels, seed=config.seed)
     if config.method == "transfer":
         films = films.keep((films.table["split"] == "test").to_numpy(), "not of split test")
     if config.views == "frontal":
         films = films.keep(films.table["view"].isin(FRONTAL).to_numpy(dtype=bool), "not frontal")
-    if config.encoder == "metadata" and config.store is None:
-        return films, None
-    store = Store(config.store) if config.store else _packed(config, films)
+    return _in_store(config, films)
+
+
+def _in_store(config: ProbeConfig, films: Films) -> tuple[Films, Store | None]:
+    """The films that the store has; all of them where the record alone is read and there is no store."""
+    if config.encoder == "metadata" and (config.store is None or not Path(config.store).exists()):
+        said = (f"{config.store}: no store there; every labelled film counts",) if config.store else ()
+        return replace(films, warnings=(*films.warnings, *said)), None
+    store = Store(str(config.store)) if config.store or config.films is None else _packed(config, films)
     return films.in_store(store), store
 
 

@@ -19,7 +19,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from ehr_features.files import digest, new_file, new_folder, write_json
+from ehr_features.files import code_digest, digest, new_file, new_folder, write_json
 from ehr_features.raw.engine import hold, readable
 from ehr_features.raw.remote import explained, fingerprint
 from ehr_features.raw.source import EVENTS, Source, named
@@ -57,7 +57,8 @@ def _one(source: Source, name: str, items: list[int], subjects: list[int], folde
         kept = _kept(source, name, items, subjects)
         return kept.filter(named(name, kept)), rows
     path_, read = source.files[name], READ[name].columns
-    key = digest([name, path_, fingerprint(path_), dict(read), source.layout, items, subjects, source.con.name])
+    made = [fingerprint(path_), dict(read), source.layout, items, subjects, source.con.name]
+    key = digest([name, path_, made, code_digest(sys.modules[__name__])])
     path, facts = folder / f"{name}-{key}.parquet", folder / f"{name}-{key}.json"
     if not (path.exists() and facts.is_file()):
         table = _kept(source, name, items, subjects)

@@ -133,20 +133,23 @@ def test_a_head_is_scored_elsewhere_without_being_fitted(make_world: World) -> N
     np.testing.assert_allclose(single["Edema_x"], single["Edema_y"], atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["logistic", "boosting"])
-def test_metadata_alone_finds_what_the_record_says_and_no_more(make_world: World, method: str) -> None:
+@pytest.mark.parametrize(("method", "store"), [("logistic", None), ("boosting", "nowhere")])
+def test_metadata_alone_finds_what_the_record_says_and_no_more(
+    make_world: World, method: str, store: str | None
+) -> None:
     folder = make_world(subjects=300)
     path = folder / "features/images.parquet"
     images = pd.read_parquet(path)
     images["Edema"] = ((images["sex"] == "F") ^ (np.random.default_rng(0).random(len(images)) < 0.1)).astype(float)
     images.to_parquet(path)
-    more = {"encoder": "metadata", "groups": ["sex", "age"], "method": method, "store": None}
+    more = {"encoder": "metadata", "groups": ["sex", "age"], "method": method, "store": store}
     out = probe(config(folder, **more))
     rows = read_results(out)[1].query("metric == 'auroc' and split == 'test'").set_index("label")
     assert rows.loc["Edema", "low"] > 0.75
     assert rows.loc["Pneumonia", "low"] < 0.55
     about = read_results(out)[0]
     assert about["encoder"] == "metadata (sex, age)" and about["pretraining_films"] == "none"
+    assert any("no store there" in warning for warning in about["warnings"]) == (store is not None)
 
 
 def test_metadata_needs_no_features_folder_where_a_table_says_enough(tmp_path: Path) -> None:
