@@ -172,8 +172,9 @@ def findings(images: pd.DataFrame, policy: Policy) -> pd.DataFrame:
 def finding_samples(images: pd.DataFrame, policy: Findings, attrition: Attrition) -> pd.DataFrame:
     """One sample per film that has findings; val and test use the evaluation policy, whatever the training policy."""
     train = (images["split"] == "train").to_numpy()
-    labels = findings(images, Policy(policy.eval_uncertain, policy.eval_empty))
-    labels[train] = findings(images[train], Policy(policy.uncertain, policy.empty))
+    trained = findings(images, Policy(policy.uncertain, policy.empty))
+    of_train = np.broadcast_to(train[:, None], trained.shape)
+    labels = trained.where(of_train, findings(images, Policy(policy.eval_uncertain, policy.eval_empty)))
     about = images[["dicom_id", "stay_id", "subject_id", "split"]].reset_index(drop=True)
     about = about.assign(sample_id=about["dicom_id"], predict_at_hours=np.nan, code_status=None)
     about = about.astype({"code_status": "string"})[list(SAMPLES)]

@@ -44,7 +44,7 @@ class Run:
         """`evaluation` (has results), `pretraining` (has an encoder or curves), `unfinished`."""
         if not self.rows.empty:
             return "evaluation"
-        evaluates = "method" in self.config or "model" in self.config
+        evaluates = "optim" not in self.config and ("method" in self.config or "model" in self.config)
         return "unfinished" if evaluates or (not self.encoder and self.metrics.empty) else "pretraining"
 
     @property

@@ -144,7 +144,7 @@ def test_noise_is_normal_and_each_films_own():
 def test_every_fill_of_a_convolutional_net(fill):
     crop = views(1, 64, (1.0, 1.0), ratio=(1.0, 1.0))
     preprocess = Preprocess(64, "dataset", 0.0, 1.0)
-    cutter = Cutter(crop, crop, views(0, 32, (1, 1)), preprocess, 32, False, 0.5, False, fill, 0)
+    cutter = Cutter(crop, crop, views(0, 32, (1, 1)), preprocess, 32, False, 0.5, ("random",), fill, 0)
     flat = torch.arange(10, 70, 10, dtype=torch.uint8)[:, None, None].expand(6, 64, 64).contiguous()
     batch = cutter.cut({"films": flat, "plans": cutter.plan(KEYS, 64, 0), "keys": KEYS, "epoch": 0})
     cells = batch.anchors[0].unflatten(2, (2, 32)).unflatten(4, (2, 32)).mean(dim=(1, 3, 5)).flatten(1)  # (B, 4)
