@@ -18,6 +18,7 @@ from ehr_features.raw.source import Source
 from ehr_features.schema import READ
 
 PEOPLE = "no stay begins after death, and no death in hospital is labelled as survival"
+LABELLED = "no death in hospital is labelled as survival"  # of preset medfuse
 PRIOR = "earlier admissions and their diagnoses ended before the film"
 KEYS = ("subject_id", "hadm_id")
 TABLES = {
@@ -110,20 +111,23 @@ def check_people(
 
     Args:
         images, mortality: images.parquet and samples/mortality.parquet, if present.
-        preset: `medfuse` uses the published cohort and deaths, so only its films are checked.
+        preset: `medfuse` keeps stays and samples after a death, as published: they are counted, not refuted.
     """
     con = _opened(source, stays=stays, images=images, mortality=mortality)
     con.execute(DEATHS)
-    bad, dying = {}, 0
-    if preset != "medfuse":
-        bad["stays that begin after the subject's death"], dying = _numbers(con, LATE)
-        if mortality is not None:
-            names = ("mortality samples after death", "mortality labels that differ from the raw tables")
-            bad |= dict(zip(names, _numbers(con, SAMPLES), strict=True))
+    late, dying = _numbers(con, LATE)
+    bad = {"stays that begin after the subject's death": late}
+    if mortality is not None:
+        names = ("mortality samples after death", "mortality labels that differ from the raw tables")
+        bad |= dict(zip(names, _numbers(con, SAMPLES), strict=True))
+    proof = f"{len(stays)} stays, {dying} of them with a death"
+    kept = list(bad)[:2] if preset == "medfuse" else []
+    if kept:
+        proof += f"; kept as published: {', '.join(f'{bad.pop(what)} {what}' for what in kept)}"
     if images is not None:
         (bad["films whose died_in_hospital differs from the raw tables"],) = _numbers(con, FILMS)
     (dead,) = _numbers(con, "SELECT count(death_at) FROM deaths")
-    return decide(PEOPLE, bad, f"{len(stays)} stays, {dying} of them with a death; {dead} subjects with a death")
+    return decide(LABELLED if kept else PEOPLE, bad, f"{proof}; {dead} subjects with a death")
 
 
 def check_prior(source: Source, images: pd.DataFrame) -> Verdict:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from ehr_features import audit, cohort
-from ehr_features.audit.people import PEOPLE, PRIOR
+from ehr_features.audit.people import LABELLED, PEOPLE, PRIOR
 from ehr_features.audit.verdict import PROVED, REFUTED
 from ehr_features.build import build
 from ehr_features.files import read_table
@@ -23,7 +23,7 @@ DAY, HOUR = pd.Timedelta(days=1), pd.Timedelta(hours=1)
 
 
 @pytest.fixture
-def made(tmp_path: Path, frames: Any, write: Callable[..., Path], config: Callable[..., Any]) -> Callable[[], Path]:
+def made(tmp_path: Path, frames: Any, write: Callable[..., Path], config: Callable[..., Any]) -> Callable[..., Path]:
     """Features of subjects with contradictory times: dead before a stay, discharged before arrival or before leaving
     the ICU.
     """
@@ -53,9 +53,8 @@ def made(tmp_path: Path, frames: Any, write: Callable[..., Path], config: Callab
     write(tmp_path / "mimic", frames)
     (tmp_path / "cxr").mkdir()
     films.to_csv(tmp_path / "cxr" / "mimic-cxr-2.0.0-metadata.csv", index=False)
-    return lambda: build(
-        config(mimic_cxr=str(tmp_path / "cxr"), tasks=("mortality", "decompensation"), landmark_hours=24)
-    )
+    given = {"mimic_cxr": str(tmp_path / "cxr"), "tasks": ("mortality", "decompensation"), "landmark_hours": 24}
+    return lambda **more: build(config(**{**given, **more}))
 
 
 def outcomes(folder: Path) -> dict[str, str]:
@@ -87,6 +86,13 @@ def test_persons_who_are_told_of_badly_are_told_right_and_the_audit_proves_it(ma
         == 1
     )
     assert {outcomes(folder)[claim] for claim in (PEOPLE, PRIOR)} == {PROVED}
+
+
+def test_the_published_preset_keeps_a_stay_after_death_and_the_audit_counts_it(made: Callable[..., Path]) -> None:
+    folder = made(preset="medfuse", tasks=("mortality",))
+    assert 39 in set(read_table(folder, "stays").stay_id)
+    verdict = next(v for v in audit.audit(folder, []) if v.claim == LABELLED)
+    assert verdict.outcome == PROVED and "as published: 1 stays that begin after" in verdict.counts
 
 
 def _as_discharged(source: Any) -> ibis.Table:
