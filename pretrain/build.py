@@ -16,12 +16,13 @@ from timm.optim import Lars
 from configs import UserError, load
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.config import METHODS, SECTIONS, OptimConfig, PretrainConfig
+from pretrain.config import OptimConfig, PretrainConfig
 from pretrain.data import Cutter, Films, Partners, Steps
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.encoder.weights import load_weights
 from pretrain.methods import Method, Setup, find
 from pretrain.methods.record import Record
+from pretrain.options import METHODS, SECTIONS
 from pretrain.store import Store
 from pretrain.text.notes import TextSource
 from pretrain.views import Views

@@ -12,6 +12,16 @@ from configs.loader import fragment
 from configs.plugin import is_file
 from ehr_features.config import TEXT_GROUP, Storage
 from ehr_features.schema import Split
+from pretrain.options import (
+    METHODS,
+    SECTIONS,
+    DinoConfig,
+    LejepaConfig,
+    LossConfig,
+    MaeConfig,
+    SimclrConfig,
+    VicregConfig,
+)
 
 # Thresholds of the collapse warning and the report: effective rank of the features, share of prototypes in use.
 RANK_FLOOR, PROTOTYPES_FLOOR = 4.0, 0.1
@@ -79,30 +89,6 @@ class ImagesConfig(Settings):
         if self.films is not None and self.per_subject_cap is not None:
             raise ValueError("`per_subject_cap` needs subjects: it goes with `mimic_cxr`, not with `films`")
         return self
-
-
-# The methods: name -> file and class under pretrain/methods/; and the section of the config that is theirs alone.
-METHODS = {
-    "msn": "msn:MSN",
-    "pmsn": "msn:MSN",
-    "dino": "dino:DINO",
-    "ibot": "ibot:IBOT",
-    "mae": "mae:MAE",
-    "simclr": "simclr:SimCLR",
-    "vicreg": "vicreg:VICReg",
-    "byol": "byol:BYOL",
-    "lejepa": "lejepa:LeJEPA",
-}
-SECTIONS = {
-    "msn": "loss",
-    "pmsn": "loss",
-    "dino": "dino",
-    "ibot": "dino",
-    "mae": "mae",
-    "simclr": "simclr",
-    "vicreg": "vicreg",
-    "lejepa": "lejepa",
-}
 
 
 class EncoderConfig(Settings):
@@ -253,25 +239,6 @@ class MaskConfig(Settings):
     )
 
 
-class LossConfig(Settings):
-    """With method: msn or pmsn: the loss over prototypes (pretrain/loss.py)."""
-
-    prototypes: int = Field(
-        default=1024, ge=2, le=1_000_000, description="Number of learned prototypes; far more than clusters collapses."
-    )
-    temperature: float = Field(default=0.1, gt=0, description="Temperature of the anchors' distribution.")
-    target_temperature: float = Field(
-        default=0.25, gt=0, le=1, description="Exponent of the targets' sharpening; lower is sharper, 1 is none."
-    )
-    sinkhorn_iterations: int = Field(
-        default=3, ge=0, description="Sinkhorn iterations that balance the targets; 0: none."
-    )
-    me_max_weight: float = Field(default=1.0, ge=0, description="Weight of the mean-entropy term.")
-    prior: Literal["uniform", "power_law"] = Field(
-        default="uniform", description="Distribution over prototypes that the mean-entropy term asks for."
-    )
-
-
 class HeadConfig(Settings):
     """The projection head: three linear layers."""
 
@@ -281,60 +248,6 @@ class HeadConfig(Settings):
     out: int | None = Field(default=256, ge=1, description="Width of the output; null: the encoder's width.")
     norm: Literal["batch", "layer", "none"] = Field(
         default="batch", description="Normalisation; layer and none serve exact accumulation and batches of 1."
-    )
-
-
-class DinoConfig(Settings):
-    """With method: dino or ibot. head.out is the number of classes."""
-
-    bottleneck: int = Field(default=256, ge=1, le=65536, description="Width before the last layer of the head.")
-    norm_last_layer: bool = Field(default=True, description="Keep the norms of the last layer's weights at 1.")
-    freeze_epochs: float = Field(default=1.0, ge=0, description="Epochs in which the last layer stays as it is.")
-    student_temperature: float = Field(default=0.1, gt=0, description="Temperature of the student.")
-    teacher_temperature: float = Field(default=0.04, gt=0, description="Temperature of the teacher after its warm-up.")
-    teacher_start: float = Field(default=0.04, gt=0, description="Temperature of the teacher at the start.")
-    warmup_epochs: float = Field(default=0.0, ge=0, description="Epochs of the teacher's warm-up.")
-    center_momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of the teacher's mean, its centre.")
-    patch_weight: float = Field(default=1.0, ge=0, description="With ibot: weight of the loss of masked patches.")
-
-
-class MaeConfig(Settings):
-    """With method: mae."""
-
-    decoder_width: int = Field(default=512, ge=4, le=65536, description="Width of the decoder.")
-    decoder_depth: int = Field(default=8, ge=1, le=256, description="Blocks of the decoder.")
-    decoder_heads: int = Field(default=16, ge=1, description="Attention heads of the decoder.")
-    norm_pixels: bool = Field(default=True, description="Targets are patches of mean 0 and deviation 1.")
-
-    @model_validator(mode="after")
-    def _heads(self) -> Self:
-        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
-            raise ValueError(
-                f"decoder_width {self.decoder_width} must be a multiple of decoder_heads {self.decoder_heads} and of 4"
-            )
-        return self
-
-
-class SimclrConfig(Settings):
-    """With method: simclr."""
-
-    temperature: float = Field(default=0.1, gt=0, description="Temperature of the contrast between films.")
-
-
-class VicregConfig(Settings):
-    """With method: vicreg: weights of the three terms."""
-
-    invariance: float = Field(default=25.0, ge=0, description="Weight of the distance between views.")
-    variance: float = Field(default=25.0, ge=0, description="Weight of the hinge on each output's deviation.")
-    covariance: float = Field(default=1.0, ge=0, description="Weight of the covariance between outputs.")
-
-
-class LejepaConfig(Settings):
-    """With method: lejepa."""
-
-    weight: float = Field(default=0.05, ge=0, le=1, description="Weight of the Gaussian term; the rest is agreement.")
-    directions: int = Field(
-        default=1024, ge=1, le=1_000_000, description="Random directions it looks along, each step."
     )
 
 

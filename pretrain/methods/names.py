@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 
 from configs.plugin import load_class
-from pretrain.config import METHODS
 from pretrain.methods.base import Method
+from pretrain.options import METHODS
 
 
 def find(name: str) -> type[Method]:

@@ -9,9 +9,10 @@ from torch import nn
 from configs import UserError
 from pretrain import build
 from pretrain import encoder as enc
-from pretrain.config import LossConfig, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.methods import Setup
 from pretrain.methods.msn import MSN
+from pretrain.options import LossConfig
 
 WHERE = {"features": "f", "store": "s", "out": "o"}
 

@@ -19,9 +19,10 @@ from configs import UserError, load
 from pretrain import build
 from pretrain import encoder as enc
 from pretrain.accumulate import backward
-from pretrain.config import METHODS, SECTIONS, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.methods import Batch, Method, Setup, find
 from pretrain.methods.record import Record, contrast, prediction_error
+from pretrain.options import METHODS, SECTIONS
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 RESNET = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}

@@ -8,11 +8,11 @@ from lightly.models.modules.heads import MSNProjectionHead
 
 from pretrain import encoder as enc
 from pretrain.accumulate import backward
-from pretrain.config import LossConfig
 from pretrain.methods import Batch, Setup
 from pretrain.methods.msn import MSN
 from pretrain.methods.record import Record
 from pretrain.monitor import effective_rank
+from pretrain.options import LossConfig
 from pretrain.views import draw_keep
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}

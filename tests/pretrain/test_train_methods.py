@@ -15,8 +15,8 @@ from configs import UserError
 from configs.signals import Stopped
 from pretrain import build, estimate, run, train
 from pretrain import encoder as enc
-from pretrain.config import METHODS
 from pretrain.data import select_films
+from pretrain.options import METHODS
 from pretrain.store import Store
 from tests.pretrain.small import config, losses
 
