@@ -393,14 +393,19 @@ def _percent(value: float, of: float) -> str:
 def flow(steps: Sequence[tuple[str, int, int, str]]) -> Markup:
     """A cohort's flow, table by table: (what is counted, rows before, rows after, why rows left).
 
-    Rules that took nothing out are counted in one line.
+    Rules that took nothing out are counted in one line, tables that lost nothing are named in the last.
     """
-    parts = []
+    parts, whole = [], []
     for name in dict.fromkeys(step[0] for step in steps if step[1]):
         own = [step for step in steps if step[0] == name]
+        if all(before == after for _, before, after, _ in own):
+            whole.append(f"{name} ({own[0][1]:,})")
+            continue
         first, idle = own[0][1], sum(before == after for _, before, after, _ in own)
         items = [(name, first, 0)] + [(f"−{b - a:,} {why}", a, b - a) for _, b, a, why in own if a != b]
         shown = [(says, _percent(after, first), _percent(lost, first), f"{after:,}") for says, after, lost in items]
         quiet = f"{idle} {'rules' if len(own) == idle else 'other rules'} took nothing out" if idle > 1 else None
         parts.append(render("flow", shown, quiet))
+    if whole:
+        parts.append(render("flow", [], f"Nothing taken out of: {', '.join(whole)}"))
     return join(parts)

@@ -17,7 +17,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from finetune.compare import compare_runs
 from finetune.report.curves import Scored, bins, curves_figure, net_benefit, precision_recall, roc
 from finetune.report.data import read_runs
-from finetune.report.figures import Scale, shape, tick_text
+from finetune.report.figures import Scale, flow, shape, tick_text
 from finetune.report.html import interval, number
 from finetune.report.pairs import _compare, methods
 from finetune.report.results import possible
@@ -171,3 +171,9 @@ def test_numbers_read_well() -> None:
     ]  # fmt: skip
     assert interval(0.5, 0.4, 0.6) == "0.500 (0.400–0.600)" and interval(0.5, None, 0.6) == "0.500"
     assert interval(-0.1, -0.2, 0.1) == "−0.100 (−0.200 to 0.100)" and interval(2e-4, 0, 1) == "0.000 (0.000–1.000)"
+
+
+def test_a_flow_draws_the_tables_that_lost_something_and_names_the_others() -> None:
+    drawn = str(flow([("stays", 9, 9, "a"), ("films", 8, 8, "b"), ("films", 8, 6, "c"), ("visits", 0, 0, "d")]))
+    assert "−2 c" in drawn and "Nothing taken out of: stays (9)" in drawn
+    assert drawn.count('class="start"') == 1 and "visits" not in drawn
