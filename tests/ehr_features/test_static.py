@@ -170,3 +170,25 @@ def test_published_sets_equal_what_the_notebooks_give(shared: Path, real_images:
         imputed = golden[f"{field}_missing"].to_numpy() == 1  # filled in by the notebook's forest: not comparable
         same |= np.outer(imputed, [c in columns for c in names])
     assert same.all(), {n: int((~same[:, i]).sum()) for i, n in enumerate(names) if not same[:, i].all()}
+
+
+def test_what_a_record_tells_is_known_and_masks_never_are():
+    table = images(
+        sex=["M", None, "F"],
+        age_years=[50.0, 60.0, None],
+        num_prior_admissions=[0, None, 2],
+        prior_phenotypes=["", None, "2 122"],
+        split=["train"] * 3,
+    )
+    groups = ["sex", "age", "prior_diagnoses"]
+    array, names, _ = static.encode(table, groups)
+    of = [group for group in groups for _ in static.encode(table, [group])[1]]
+    known = pd.DataFrame(static.known(array, names, of), columns=names)
+    assert known["sex_m"].tolist() == known["sex_f"].tolist() == [True, False, True]
+    assert known["age_years"].tolist() == [True, True, False]
+    assert known["prior_phenotype_122"].tolist() == known["log_num_prior_admissions"].tolist() == [True, False, True]
+    assert not known[[name for name in names if name.endswith("_missing")]].any(axis=None)
+    assert static.known(np.array([[0, 0], [0, 1]]), ["male", "female"], ["sex", "sex"]).tolist() == [
+        [False] * 2,
+        [True] * 2,
+    ]

@@ -166,3 +166,16 @@ def test_black_films_stay_finite():
 def test_a_plan_moves_whole():
     plan = vw.draw(views(2, 16, (0.3, 1.0), flip=0.5, contrast=0.1), KEYS, 80, 0, 0, "x")
     torch.testing.assert_close(vw.cut(films(), plan.to("cpu")), vw.cut(films(), plan))
+
+
+def test_a_block_is_one_piece_of_the_asked_size_and_lies_elsewhere_in_each_view():
+    keep = vw.draw_keep(KEYS, 2, 64, 0.3, 0, 0, "mask", block=True)
+    hidden = torch.ones(len(keep), 64, dtype=torch.bool).scatter_(1, keep, False).view(-1, 8, 8)
+    assert (hidden.sum(dim=(1, 2)) == int(64 * 0.3)).all() and len(hidden.flatten(1).unique(dim=0)) > 8
+    for mask in hidden:  # neighbours of neighbours reach all of it from its first patch
+        reached = torch.zeros(8, 8, dtype=torch.bool)
+        reached.view(-1)[mask.flatten().nonzero()[0]] = True
+        for _ in range(64):
+            near = torch.nn.functional.max_pool2d(reached[None].float(), 3, 1, 1)[0] > 0
+            reached = near & mask
+        assert torch.equal(reached, mask)
