@@ -66,6 +66,7 @@ def method(config: PretrainConfig, films: Films | None = None, log: run.Log | No
     )
     if e.init is not None:
         said = load_weights(encoder, e.init, e.init_heads)
+        encoder.name = e.init
         if log is not None:
             log.say(f"starting from {said}")
     encoder.checkpointing = config.checkpointing
@@ -174,7 +175,7 @@ def steps(config: PretrainConfig, films: Films, store: Store, method: Method, ac
         fill=config.mask.fill,
         seed=config.seed,
     )
-    return Steps(
+    found = Steps(
         films,
         store,
         cutter,
@@ -185,6 +186,11 @@ def steps(config: PretrainConfig, films: Films, store: Store, method: Method, ac
         dropout=config.ehr.dropout,
         cut_here=accelerator.device.type == "cpu",
     )
+    if config.encoder.init is not None:  # before any training: do these weights overflow?
+        ids = found.dicom_ids[found.rows(0)[:8]].tolist()
+        encoders.embed(encoder, store.read(ids), names=ids)
+        method.train()
+    return found
 
 
 def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world: int) -> None:

@@ -148,8 +148,9 @@ class Watch:
         before = min(self.last_finite, step - 1)
         last = f"step {before} was the last finite one" if before >= 0 else "no step was finite"
         raise UserError(
-            f"{what} is not finite at step {step} ({last}); its films are listed in {path}. "
-            "The last checkpoint is from before it: lower optim.lr or use precision: bf16, then choose another out=..."
+            f"{what} is not finite at step {step} ({last}); its films, the first {self.steps.dicom_ids[rows[0]]}, are "
+            f"listed in {path}. The last checkpoint is from before it: lower optim.lr or use precision: bf16, then "
+            "choose another out=..."
         )
 
 

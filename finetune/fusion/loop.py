@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from configs import UserError
 from configs.signals import Stopped
 from ehr_features.progress import Bar
 from finetune.config import FuseConfig
+from finetune.encoders import pooled
 from finetune.fusion.models import Late, Output
 from finetune.fusion.net import Net
 from finetune.fusion.outputs import Predictions, weights_of
 from finetune.fusion.samples import Samples, batches, stream
 from finetune.metrics import macro_auroc
 from pretrain import run
+from pretrain.encoder.model import check_finite
 
 
 class Scores(NamedTuple):
@@ -139,7 +141,7 @@ def train(
         for epoch in range(first, config.epochs):
             if waited >= config.patience:
                 break
-            loss = _epoch(wrapped, optimizer, samples, rows["train"], config, accelerator, epoch)
+            loss = _epoch(net, wrapped, optimizer, samples, rows["train"], config, accelerator, epoch)
             now = scores(predict(net, samples, rows["val"], config, accelerator), samples)
             waited = 0 if now.better(best) else waited + 1
             if waited == 0:
@@ -168,6 +170,7 @@ def train(
 
 
 def _epoch(
+    net: Net,
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     samples: Samples,
@@ -187,7 +190,7 @@ def _epoch(
     total = 0.0
     parts = [part[mine] for part, mine in zip(whole, own, strict=True)]
     ahead = stream(samples, parts, config.workers, _tuned(config, epoch))
-    for part, mine, batch in zip(whole, own, ahead, strict=True):
+    for i, (part, mine, batch) in enumerate(zip(whole, own, ahead, strict=True)):
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         if accelerator.process_index >= len(part):  # a short batch has no row for this process: use one without weight
             batch["labels"].fill_(torch.nan)
@@ -198,7 +201,9 @@ def _epoch(
         loss = loss_of(output, batch["labels"], batch["has_image"], config.part_weight, exclusive, accelerator)
         mean = accelerator.reduce(loss.detach(), "mean") if accelerator.num_processes > 1 else loss.detach()
         if not torch.isfinite(mean):
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower lr ({config.lr}) or encoder_lr")
+            _refuse(
+                net, samples, part[mine], batch, config, f"the loss is not finite in epoch {epoch + 1}, batch {i + 1}"
+            )
         optimizer.zero_grad()
         accelerator.backward(loss)
         if config.clip is not None:
@@ -206,6 +211,19 @@ def _epoch(
         optimizer.step()
         total += mean.item()
     return total / len(parts)
+
+
+def _refuse(
+    net: Net, samples: Samples, rows: NDArray[np.int64], batch: dict[str, Tensor], config: FuseConfig, what: str
+) -> NoReturn:
+    """Stop and name the encoder and the films of a batch."""
+    found = samples.films[rows]
+    films, encoder = [samples.film_ids[i] for i in found[found >= 0]], None if net.films is None else net.films.encoder
+    if net.films is not None and encoder is not None and "images" in batch and films:
+        with torch.no_grad():
+            check_finite(pooled(encoder, batch["images"], net.films.pool).float(), encoder.name, films)
+    of = f"whose {len(films)} films begin with {films[0]}" if films else "which has no film"
+    raise UserError(f"{config.encoder or config.model}: {what}, {of}; lower lr ({config.lr}) or encoder_lr")
 
 
 def _own(rows: int, accelerator: Accelerator) -> NDArray[np.int64]:
@@ -233,11 +251,14 @@ def predict(
     parts, found = parts[accelerator.process_index :: accelerator.num_processes], []
     for batch in stream(samples, parts, config.workers, not config.freeze):
         with accelerator.autocast():
-            output: Output = net({key: value.to(accelerator.device) for key, value in batch.items()})
+            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+            output: Output = net(batch)
         raw = output.logits.double()
+        if not raw.isfinite().all():
+            _refuse(net, samples, batch["rows"].cpu().numpy(), batch, config, "logits are not finite in a batch")
         raw = raw if samples.hours_left is None else torch.logit(raw.softmax(1), eps=1e-9)
         weighed = output.weights if output.weights is not None else raw[:, :0]
-        found.append((batch["rows"].numpy(), raw.cpu().numpy(), weighed.double().cpu().numpy()))
+        found.append((batch["rows"].cpu().numpy(), raw.cpu().numpy(), weighed.double().cpu().numpy()))
     found = gather_object(found) if accelerator.num_processes > 1 else found
     at, logits, weights = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(at)

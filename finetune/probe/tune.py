@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from finetune.probe.heads import balance
 from finetune.probe.methods import Fitted, Learner, Rows, val_labels
 from pretrain import encoder as encoders
 from pretrain import run
+from pretrain.encoder.model import check_finite
 from pretrain.schedule import warmup_cosine
 from pretrain.seen import ancestry, write_seen
 
@@ -103,6 +104,9 @@ class _Fit:
         if "net" in state:
             self.net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
+        else:  # before any training: do the weights overflow?
+            ids = self.ids[train[:8]].tolist()
+            encoders.embed(self.net.encoder, self.store.read(ids), names=ids, device=accelerator.device)
         step, reached, best_epoch = state["step"], state["reached"], state["best_epoch"]
         bar = Bar(f"{self.config.method} {self.folder.name}", tune.epochs * per_epoch, "steps", shown=run.is_main())
         with run.stopping() as stop, bar, ThreadPoolExecutor(1) as reader:
@@ -174,12 +178,22 @@ class _Fit:
         each = F.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none")
         loss = (each * known).sum() / known.sum().clamp(min=1)
         if not loss.isfinite():
-            raise UserError(f"loss {loss.item()} at step {step}; lower tune.lr ({tune.lr}) or tune.clip ({tune.clip})")
+            self._refuse(x, rows, f"the loss is not finite at step {step}")
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_([p for p in self.net.parameters() if p.requires_grad], tune.clip)
         optimizer.step()
         return float(loss.item())
+
+    def _refuse(self, x: Tensor, rows: Rows, what: str) -> NoReturn:
+        """Stop and name the encoder and the films. Args: x: the films, as the encoder takes them."""
+        ids, name = self.ids[rows].tolist(), self.config.encoder
+        with torch.no_grad(), self.accelerator.autocast():
+            check_finite(self.net.encoder(x).float(), name, ids)
+        raise UserError(
+            f"{name}: {what}, whose {len(ids)} films begin with {ids[0]}; lower tune.lr ({self.config.tune.lr}) or "
+            f"tune.clip ({self.config.tune.clip})"
+        )
 
     def _input(self, pixels: Tensor) -> Tensor:
         """Preprocess (B, 1, S, S) in [0, 1] for the encoder."""
@@ -198,9 +212,11 @@ class _Fit:
         mine = np.resize(rows, each * accelerator.num_processes)[accelerator.process_index * each :][:each]
         parts = []
         for start in range(0, each, size):
-            pixels = self._read(mine[start : start + size])[:, None].to(accelerator.device).float() / 255
+            x = self._input(self._read(mine[start : start + size])[:, None].to(accelerator.device).float() / 255)
             with accelerator.autocast():
-                parts.append(self.net(self._input(pixels)).float())
+                parts.append(self.net(x).float())
+            if not parts[-1].isfinite().all():
+                self._refuse(x, mine[start : start + size], "logits are not finite in a batch")
         found: Tensor = accelerator.gather(torch.cat(parts))
         return found[: len(rows)].cpu().numpy()
 

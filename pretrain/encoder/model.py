@@ -342,11 +342,14 @@ def _film(preprocess: Preprocess, film: str | Path | np.ndarray | Tensor) -> np.
 
 
 def check_finite(features: Tensor, encoder: str, films: Sequence[object]) -> None:
-    """Refuse features that are not finite, because no head can be fitted on them. Raises: UserError."""
-    bad = (~features.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    """Refuse features that are not finite or whose squares are not, because no head can be fitted on them.
+
+    Raises: UserError.
+    """
+    bad = (~features.float().flatten(1).square().isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"{encoder}: features that are not finite, of film {films[bad[0]]} and {len(bad) - 1} more of its "
+            f"{encoder}: features that are not finite or above 1e19, of film {films[bad[0]]} and {len(bad) - 1} more of its "
             f"{len(films)}; the weights overflow or are damaged: pretrain or export them again"
         )
 

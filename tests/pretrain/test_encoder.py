@@ -181,7 +181,9 @@ def test_features_that_are_not_finite_name_the_encoder_and_the_first_film(tmp_pa
     with torch.no_grad():
         encoder.net.norm.weight.fill_(3e38)
     films = np.random.default_rng(0).integers(0, 255, (3, 64, 64), dtype=np.uint8)
-    with pytest.raises(UserError, match=r"vit_tiny_patch16_224: features that are not finite, of film number 0 and 2"):
+    with pytest.raises(
+        UserError, match=r"vit_tiny_patch16_224: features that are not finite or above 1e19, of film number 0 and 2"
+    ):
         enc.embed(encoder, films)
     with pytest.raises(UserError, match=r"film left\.png and 0 more"):
         enc.embed(encoder, films[:1], names=["left.png"])

@@ -151,6 +151,18 @@ def test_weights_that_are_not_finite_are_neither_exported_on_the_way_nor_saved(d
     assert run.load_checkpoint(tmp_path / "b") is None and not (tmp_path / "b/encoder").exists()
 
 
+@pytest.mark.parametrize("patch", [1e20, 3e38])
+def test_initial_weights_that_overflow_are_named_with_the_first_film(data, tmp_path, patch):
+    made = enc.load(train.train(config(data, tmp_path / "a", "optim.steps=1")) / "encoder")
+    with torch.no_grad():
+        made.net.norm.weight.fill_(patch)
+    enc.save(tmp_path / "large/encoder", made, {"ehr_groups": {}})
+    with pytest.raises(
+        UserError, match=r"large/encoder: features that are not finite or above 1e19, of film \w+ and 7"
+    ):
+        train.train(config(data, tmp_path / "b", f"encoder.init={tmp_path / 'large/encoder'}"))
+
+
 def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.monitor.RANK_FLOOR", 1e9)
     monkeypatch.setattr("pretrain.monitor.PATIENCE", 3)
