@@ -5,6 +5,7 @@ Input: batches of `Samples.batch`. Output: the `Output` of the model. Missing fi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,24 +89,32 @@ class FilmBranch(nn.Module):
 
 
 class Net(nn.Module):
-    """A film branch (None for a record-only model) and a model of fusion.MODELS."""
+    """A film branch (None for a record-only model) and a model of fusion.MODELS, or a class of the user's.
+
+    Evaluation computes the model in fp32 under any autocast, because logits in bf16 tie; the encoder stays under it.
+    """
 
     def __init__(self, films: FilmBranch | None, model: nn.Module) -> None:
         super().__init__()
         self.films, self.model = films, model
 
     def forward(self, batch: dict[str, Tensor]) -> Output:
+        film = self.films(batch) if self.films is not None else batch["context"]
+        with nullcontext() if self.training else torch.autocast(film.device.type, enabled=False):
+            output = self._output(batch, film)
+        return output._replace(logits=output.logits.float())
+
+    def _output(self, batch: dict[str, Tensor], film: Tensor) -> Output:
         present, hours = batch["has_image"], batch["hours"]
         if getattr(self.model, "reads_tokens", False):
             note = (batch[key] for key in ("note_tokens", "note_lengths"))
-            over_tokens: Output = self.model(batch["film_tokens"], present[:, 0], *note)
-            return over_tokens
+            output: Output = self.model(batch["film_tokens"], present[:, 0], *note)
+            return output
         more = {"note": Note(batch["text"], batch["has_text"], batch["has_record"])} if "text" in batch else {}
-        film = self.films(batch) if self.films is not None else batch["context"]
         if not getattr(self.model, "many_films", False):
             film, present, hours = film[:, 0], present[:, 0], hours[:, 0]
-        output: Output = self.model(batch["series"], batch["lengths"], film, present, hours, **more)
-        return output._replace(logits=output.logits.float())
+        output = self.model(batch["series"], batch["lengths"], film, present, hours, **more)
+        return output
 
 
 def load_branch(branch: nn.Module, folder: str | Path, model: str) -> None:

@@ -349,8 +349,8 @@ def check_finite(features: Tensor, encoder: str, films: Sequence[object]) -> Non
     bad = (~features.float().flatten(1).square().isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"{encoder}: features that are not finite or above 1e19, of film {films[bad[0]]} and {len(bad) - 1} more of its "
-            f"{len(films)}; the weights overflow or are damaged: pretrain or export them again"
+            f"{encoder}: features that are not finite or above 1e19, of film {films[bad[0]]} and {len(bad) - 1} more "
+            f"of its {len(films)}; the weights overflow or are damaged: pretrain or export them again"
         )
 
 

@@ -386,6 +386,30 @@ def test_late_refuses_a_film_head_of_other_labels(make_icu: Make) -> None:
         fuse(config(folder, model="late", film_weights=str(stage)))
 
 
+def test_bf16_scores_of_a_users_own_class_do_not_tie(make_icu: Make) -> None:
+    """Whatever its last layer is: a plain Linear, or logits that are cast up after it."""
+    folder = make_icu(stays=400)
+    for name, head in (("Plain", "self.head(both)"), ("Cast", "self.head(both).float()")):
+        (folder / f"{name}.py").write_text(
+            "import torch\nfrom torch import nn\nfrom finetune.fusion.models import Output\n"
+            f"class {name}(nn.Module):\n"
+            "    def __init__(self, sizes):\n"
+            "        super().__init__()\n"
+            "        self.head = nn.Linear(sizes.inputs + sizes.film, sizes.labels)\n"
+            "    def forward(self, series, lengths, film, has_image, hours):\n"
+            "        both = torch.cat([series.mean(1), film], dim=1)\n"
+            f"        return Output({head})\n"
+        )
+        distinct = {}
+        for precision in ("no", "bf16"):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            given = {"model": f"{folder / name}.py:{name}", "precision": precision, "epochs": 1, "samples": 0}
+            run = fuse(config(folder, **given, out=str(folder / f"{name}_{precision}")))
+            distinct[precision] = pd.read_parquet(run / "predictions/test.parquet")["logit_mortality"].nunique()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert distinct["bf16"] == distinct["no"] > 70, distinct
+
+
 @pytest.mark.parametrize("model", ["late", "medfuse", "attention", "film_only", "record_transformer", "mmtm"])
 def test_bf16_trains_and_its_scores_do_not_tie(make_icu: Make, model: str) -> None:
     """As many distinct scores as in fp32: logits are never rounded to 8 bits."""
