@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from ehr_features.demo.people import People
 from ehr_features.demo.plan import Plan
+from ehr_features.demo.record_link import COMBINATIONS, LINKED, posterior
 from ehr_features.demo.tables import columns, write_csv
 from ehr_features.demo.thorax import Canvas, Textures, frontal, lateral
 from ehr_features.demo.truth import NAMES, Array, amounts, auroc
@@ -25,6 +26,8 @@ DRAWN = {
     "Pneumothorax": "pneumothorax", "Support Devices": "device",
 }  # fmt: skip
 NOT_DRAWN = {"Fracture": 0.04, "Pleural Other": 0.03}  # not drawn into any film: best possible AUROC .5
+CALLED, UNSEEN = 0.65, 0.03  # P(pneumonia | consolidation), P(pneumonia | none)
+HAZY = 0.4  # P(lung opacity | atelectasis alone)
 METADATA = columns(
     "dicom_id subject_id study_id PerformedProcedureStepDescription ViewPosition Rows Columns StudyDate StudyTime "
     "ProcedureCodeSequence_CodeMeaning ViewCodeSequence_CodeMeaning PatientOrientationCodeSequence_CodeMeaning"
@@ -37,7 +40,8 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
     """Write everything.
 
     Returns: row counts, the films table (with what was drawn), and P(finding), (studies, 14), as computed from all
-        latents (`true`), from the film, from film and note (`film_text`), and a score of the note alone (`text`).
+        latents (`true`), from the film, from film and note (`film_text`), and a score of the note alone (`text`); with
+        planted values also from the record alone (`record`), and from age, sex and place alone (`person`).
     """
     rng = np.random.default_rng([plan.seed, 5])
     studies = people.studies
@@ -80,6 +84,9 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
     readers = {"true": true, "film": (present(shown, abs(frail)) + present(shown, -abs(frail))) / 2}
     told = studies["told"].to_numpy()
     readers["film_text"] = np.where(told[:, None], true, readers["film"])
+    if people.planted is not None:
+        for name, values in (("record", True), ("person", False)):
+            readers[name] = expected(*posterior(plan, studies, people.planted, values=values))
     readers["text"] = np.tile((plan.text_signal * studies["frail"] * told).to_numpy()[:, None], len(FINDINGS))
     return counts, films, readers
 
@@ -91,16 +98,40 @@ def present(shown: Array, frail: Array) -> Array:
     """
     there = pd.DataFrame(shown > 0, columns=NAMES).astype(float)
     table = pd.DataFrame({name: there[drawn] for name, drawn in DRAWN.items()})
-    called = 0.65 + 0.30 * np.clip(frail, -1, 1)
-    table["Pneumonia"] = called * there["consolidation"] + 0.03 * (1 - there["consolidation"])
+    called = CALLED + 0.30 * np.clip(frail, -1, 1)
+    table["Pneumonia"] = called * there["consolidation"] + UNSEEN * (1 - there["consolidation"])
     table["Lung Opacity"] = there[["consolidation", "edema", "lesion"]].max(axis=1)
-    table["Lung Opacity"] = table["Lung Opacity"].where(table["Lung Opacity"] > 0, 0.4 * there["atelectasis"])
+    table["Lung Opacity"] = table["Lung Opacity"].where(table["Lung Opacity"] > 0, HAZY * there["atelectasis"])
     for name, share in NOT_DRAWN.items():
         table[name] = share
     table["Fracture"] *= 1 + 0.95 * np.clip(frail, -1, 1)
     abnormal = there.drop(columns=["device", "hyper"]).max(axis=1)
     table["No Finding"] = 1.0 - abnormal
     return table[list(FINDINGS)].to_numpy()
+
+
+def expected(weight: Array, p: Array) -> Array:
+    """P(finding) of a reader who knows only how probable each drawn finding is; (studies, 14), as `present` gives it.
+
+    Args:
+        weight, p: as `record_link.posterior` returns them.
+    """
+    there = dict(zip(LINKED, COMBINATIONS.T.astype(float), strict=True))  # name -> (C,)
+    there |= {name: p[..., NAMES.index(name), None] for name in NAMES if name not in there}  # (studies, Q, 1)
+
+    def mean(value: Array) -> Array:
+        return np.asarray((weight * value).sum((1, 2)))
+
+    table = {name: mean(there[drawn]) for name, drawn in DRAWN.items()}
+    table["Pneumonia"] = mean(CALLED * there["consolidation"] + UNSEEN * (1 - there["consolidation"]))
+    clear = (1 - there["consolidation"]) * (1 - there["edema"]) * (1 - there["lesion"])
+    table["Lung Opacity"] = 1 - mean(clear * (1 - HAZY * there["atelectasis"]))
+    table |= {name: np.full(len(p), share) for name, share in NOT_DRAWN.items()}
+    absent: Array = np.ones(1)
+    for name in set(NAMES) - {"device", "hyper"}:
+        absent = absent * (1 - there[name])
+    table["No Finding"] = mean(absent)
+    return np.stack([table[name] for name in FINDINGS], 1)
 
 
 def written(probability: Array) -> tuple[Array, Array]:

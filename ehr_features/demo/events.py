@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ehr_features.demo.link_rows import with_planted_chart, with_planted_labs
 from ehr_features.demo.people import People, channel_levels
 from ehr_features.demo.plan import Plan
 from ehr_features.demo.tables import CHART, EYE, ITEMS, LAB, LABS, MOTOR, REFILL, VERBAL, write_csv
@@ -44,8 +45,8 @@ def write_events(people: People, plan: Plan, hosp: Path, icu: Path) -> dict[str,
     stay = np.repeat(np.arange(len(stays)), length)
     hour = np.arange(len(stay)) - np.repeat(np.cumsum(length) - length, length)
     level = _levels(rng, people, plan, stay, hour + 0.5)
-    chart = _chart(rng, people, stay, hour, level)
-    labs = lab_rows(rng, people, stay, hour, level)
+    chart = with_planted_chart(_chart(rng, people, stay, hour, level), people)
+    labs = with_planted_labs(lab_rows(rng, people, stay, hour, level), people)
     return {
         "icu/chartevents": write_csv(chart, icu / "chartevents.csv.gz", plain=True),
         "hosp/labevents": write_csv(labs, hosp / "labevents.csv.gz"),

@@ -8,6 +8,7 @@ pipeline reads the truth. truth.py defines what the Bayes-optimal values conditi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from ehr_features.demo.cxr import best_auroc, write_cxr
 from ehr_features.demo.events import write_events
 from ehr_features.demo.people import People, people
 from ehr_features.demo.plan import Plan, age_and_sex, hours_between
+from ehr_features.demo.record_link import NO_SOURCE, VALUES, stay_likelihood, strength
 from ehr_features.demo.tables import write_hosp, write_icu
 from ehr_features.demo.truth import NAMES, PHENOTYPES, Outcomes, auroc, sigmoid
 from ehr_features.demo.visits import write_ed
 from ehr_features.files import alone, check_ours, new_folder, write_json
+from ehr_features.schema import FRONTAL
 
 GENERATOR_VERSION = (
-    3  # raise it with any change of the output; hyper-parameters are chosen on seeds 1-3 and reported on 10 and up
+    4  # raise it with any change of the output; hyper-parameters are chosen on seeds 1-3 and reported on 10 and up
 )
 
 Truth = dict[str, Any]
@@ -46,13 +49,21 @@ NOTES = [
     "shuffled: findings, ICD codes and death belong to other subjects: 0.5 whatever is read.",
 ]
 
+LINK_NOTES = [
+    "record_link: values charted within 12 h before a film and stored before it. published: AUROC of the value for any "
+    "of its findings, with its source; planted: at this record_link; realised: over frontal films with the value.",
+    "findings_record: the reader knows the film's own planted values, age, sex, and whether it is of an ICU stay; "
+    "findings_person: age, sex and place alone; findings_film_record equals findings, because the values depend on "
+    "nothing but what is drawn. mortality and phenotypes: record knows the values that are stored by hour 48 too.",
+]
+
 
 def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = False, **more: Any) -> Truth:
     """Write a synthetic MIMIC; the same arguments give the same bytes.
 
     Args:
         out: a new or empty folder, or one that this function wrote.
-        more: further fields of `plan.Plan`: film_size, risk, view_shortcut, ed_text, text_signal, leak.
+        more: further fields of `plan.Plan`: film_size, risk, view_shortcut, ed_text, text_signal, leak, record_link.
     Returns: what truth.json holds.
     Raises: UserError: `out` holds something else, or a value is out of range.
     """
@@ -70,16 +81,21 @@ def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = 
         stays = _stays_truth(everyone, films, outcomes)
         stays.to_parquet(part / "truth.parquet", index=False)
         drawn = films[["dicom_id", "study_id", "subject_id", "stay_id", "view", *NAMES]]
+        if everyone.planted is not None:
+            values = pd.DataFrame(everyone.planted.readings(), columns=[f"value_{name}" for name in VALUES])
+            drawn = pd.concat([drawn, values.iloc[films["study"]].set_index(drawn.index)], axis=1)
         drawn.to_parquet(part / "truth_films.parquet", index=False)
-        best = {name: best_auroc(films, readers["true"], readers[name]) for name in ("film", "text", "film_text")}
+        best = {name: best_auroc(films, readers["true"], readers[name]) for name in readers if name != "true"}
         truth = _truth(plan, counts | cxr, stays, best)
+        if everyone.planted is not None:
+            truth["record_link"] = _link_truth(plan, drawn.assign(age=films["age"]))
         write_json(part / "truth.json", truth)
     return truth
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the demo data; print what was written and the next command."""
-    keys = ("subjects", "seed", "film_size", "shuffled", "risk", "view_shortcut", "ed_text", "text_signal", "leak")
+    keys = [field.name for field in dataclasses.fields(Plan)]
     out = Path(args.out)
     print(f"writing a synthetic MIMIC of {args.subjects} subjects (seed {args.seed}) to {out}", flush=True)
     truth = generate(out, **{key: getattr(args, key) for key in keys})
@@ -106,6 +122,8 @@ def _check(out: Path, plan: Plan) -> None:
         raise UserError(f"film_size: got {plan.film_size}, wanted 32 to 2048 pixels")
     if not 0 <= plan.text_signal <= 10:
         raise UserError(f"text_signal: got {plan.text_signal}, wanted 0 to 10")
+    if not 0 <= plan.record_link <= 2:
+        raise UserError(f"record_link: got {plan.record_link}, wanted 0 (nothing planted) to 2; 1 is as published")
     for name in ("view_shortcut", "ed_text", "leak"):
         if not 0 <= getattr(plan, name) <= 1:
             raise UserError(f"{name}: got {getattr(plan, name)}, wanted 0 to 1")
@@ -128,7 +146,11 @@ def _stays_truth(everyone: People, films: pd.DataFrame, outcomes: Outcomes) -> p
     age_z, male = age_and_sex(stays)
     visited = everyone.visits["admission"].to_numpy()
     known = everyone.admissions["frail"].to_numpy() * np.isin(np.arange(len(everyone.admissions)), visited)
-    readers = outcomes.probabilities(everyone.record[place], everyone.film[place], age_z, male, known[place])
+    planted = everyone.planted
+    likelihood = None if planted is None else stay_likelihood(everyone.studies, stays, planted)
+    readers = outcomes.probabilities(
+        everyone.record[place], everyone.film[place], age_z, male, known[place], likelihood=likelihood
+    )
     readers["true"] = sigmoid(
         outcomes.logits(
             everyone.record[place], everyone.film[place], age_z, male, everyone.admissions["frail"].to_numpy()[place]
@@ -170,8 +192,12 @@ def _truth(plan: Plan, rows: dict[str, int], stays: pd.DataFrame, findings: dict
         "ed_text": plan.ed_text,
         "text_signal": plan.text_signal,
         "leak": plan.leak,
+        "record_link": plan.record_link,
     }
     told = {"findings_text": findings["text"], "findings_film_text": findings["film_text"]} if plan.text_signal else {}
+    if plan.record_link:  # the values follow what is drawn, so they add nothing to who knows that
+        told |= {"findings_record": findings["record"], "findings_film_record": findings["film"]}
+        told |= {"findings_person": findings["person"]}
     bayes = {"mortality": mortality, "phenotypes": {"macro": macro, "groups": groups}, "findings": findings["film"]}
     return {
         "generator_version": GENERATOR_VERSION,
@@ -181,5 +207,26 @@ def _truth(plan: Plan, rows: dict[str, int], stays: pd.DataFrame, findings: dict
         "options": options,
         "rows": rows,
         "bayes": bayes | told,
-        "notes": NOTES,
+        "notes": NOTES + (LINK_NOTES if plan.record_link else []),
     }
+
+
+def _link_truth(plan: Plan, films: pd.DataFrame) -> Truth:
+    """What was planted: of each value its item, findings, strength, source, and the AUROC and share measured here."""
+    frontal, link = films[films["view"].isin(FRONTAL)], {}
+    for name, value in VALUES.items():
+        held = frontal[frontal[f"value_{name}"].notna()]
+        there = (held[list(value.findings)] > 0).any(axis=1).to_numpy(float)
+        score = held[f"value_{name}"].to_numpy() * (-1 if value.falls else 1)
+        link[name] = {
+            "itemid": value.item,
+            "findings": list(value.findings),
+            "published": value.auroc,
+            "source": value.source,
+            "planted": strength(value, plan.record_link),
+            "realised": auroc(score, there) if value.findings else None,
+            "measured": len(held) / max(len(frontal), 1),
+        }
+    heart = (frontal["heart"] > 0).to_numpy(float)
+    age = {"findings": ["heart"], "source": NO_SOURCE, "realised": auroc(frontal["age"].to_numpy(float), heart)}
+    return link | {"age": age}

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ehr_features.demo import text as demo_text
 from ehr_features.demo.plan import Plan, age_and_sex, hours_between
+from ehr_features.demo.record_link import Planted, plant
 from ehr_features.demo.truth import CHANNELS, FILM, NAMES, PHENOTYPES, Array, Outcomes, draw_film, draw_record, sigmoid
 
 
@@ -29,6 +30,7 @@ class People:
     record: Array  # (admissions, 11)
     film: Array  # (admissions, 20)
     phenotypes: Array  # (admissions, 25) 0/1
+    planted: Planted | None  # values of the record that follow the films
 
 
 def people(plan: Plan, outcomes: Outcomes) -> People:
@@ -68,7 +70,8 @@ def people(plan: Plan, outcomes: Outcomes) -> People:
     own = demo_text.frailty(plan.seed, len(visits), 1)
     visits["frail"] = np.where(inside >= 0, admissions["frail"].to_numpy()[inside], own)
     studies = demo_text.with_frailty(draw_studies(rng, plan, subjects, stays, visits, film), stays, visits, plan)
-    return People(subjects, admissions, stays, visits, studies, record, film, phenotypes)
+    planted = plant(plan, subjects, studies)
+    return People(subjects, admissions, stays, visits, studies, record, film, phenotypes, planted)
 
 
 def _subjects(rng: np.random.Generator, count: int) -> pd.DataFrame:
@@ -206,7 +209,8 @@ def draw_studies(
     visits: pd.DataFrame,
     film: Array,
 ) -> pd.DataFrame:
-    """A row per study: subject, time, view, and the latents `x_NAME` of what its films show."""
+    """A row per study: subject, time, view, the latents `x_NAME` of what its films show, and, of ICU stays, the share
+    `rate` of the change that they show."""
     with_films = subjects.set_index("subject_id")["has_films"]
     parts = [_icu_studies(rng, plan, stays[stays["subject_id"].map(with_films)], film)]
     pinned = subjects.set_index("subject_id")
@@ -259,8 +263,10 @@ def _icu_studies(rng: np.random.Generator, plan: Plan, stays: pd.DataFrame, film
     part = some.iloc[table["stay"]].reset_index(drop=True)
     latent = film[part["admission"]]
     rate = (table["hours_in"].to_numpy() - reference) / 40
-    x = latent[:, : len(NAMES)] + latent[:, len(NAMES) :] * np.clip(rate, -1.2, 3)[:, None]
+    rate = np.clip(rate, -1.2, 3)
+    x = latent[:, : len(NAMES)] + latent[:, len(NAMES) :] * rate[:, None]
     studies = part[["subject_id", "stay_id", "age", "male"]].assign(view="AP", recumbent=rng.random(len(part)) < 0.75)
     studies["time"] = part["intime"] + pd.to_timedelta(np.round(table["hours_in"] * 3600), "s")
     studies[[f"x_{name}" for name in FILM]] = x
+    studies["rate"] = rate
     return studies

@@ -29,6 +29,9 @@ class Plan:
         text_signal: 0 or more; how strongly frailty, visible only in complaints and home drugs, affects death, Fracture
             and Pneumonia.
         leak: 0 to 1; probability that the complaint names a finding that the visit's film shows.
+        record_link: 0 or more; how strongly values of the record before a film (natriuretic peptide, white cells,
+            saturation, ...) follow what it shows, as a share of the published strengths of record_link.py. 0 plants
+            nothing; films and outcomes are the same for every value.
     """
 
     subjects: int = 800
@@ -40,6 +43,7 @@ class Plan:
     ed_text: float = 0.0
     text_signal: float = 0.0
     leak: float = 0.0
+    record_link: float = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="notes have information that films lack; 1 is strong",
     )
     parser.add_argument("--leak", type=float, default=Plan.leak, metavar="P", help="0 to 1: complaints name findings")
+    parser.add_argument(
+        "--record-link",
+        type=float,
+        default=Plan.record_link,
+        metavar="P",
+        help="how strongly laboratory values, saturation and ventilation before a film follow what it shows, as a "
+        "share of the published strengths: 1 as published, 0 plants nothing, up to 2; default %(default)s",
+    )
 
 
 def hours_between(later: pd.Series, earlier: pd.Series) -> Array:

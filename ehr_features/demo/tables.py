@@ -13,6 +13,7 @@ import pyarrow.csv
 from ehr_features import phenotypes
 from ehr_features.demo.people import People
 from ehr_features.demo.plan import Plan, hours_between
+from ehr_features.demo.record_link import BEDSIDE, VALUES
 from ehr_features.demo.truth import PHENOTYPES
 from ehr_features.series.channels import SPECIMEN_TYPE
 
@@ -143,6 +144,9 @@ def write_hosp(people: People, plan: Plan, out: Path) -> dict[str, int]:
     titles["long_title"] = named + ", code " + titles["icd_code"]
     items = [(item, *row[:3]) for item, row in LABS.items()]
     items.append((SPECIMEN_TYPE, "Specimen Type", "Blood", "Blood Gas"))
+    if people.planted is not None:
+        more = [VALUES[name] for name in VALUES if name not in BEDSIDE and VALUES[name].item not in LABS]
+        items += [(v.item, v.label, "Blood", "Hematology" if v.item in (51222, 51265) else "Chemistry") for v in more]
     return {
         "hosp/patients": write_csv(patients, out / "patients.csv.gz"),
         "hosp/admissions": write_csv(admissions, out / "admissions.csv.gz"),
@@ -196,6 +200,9 @@ def write_icu(people: People, plan: Plan, out: Path) -> dict[str, int]:
         outtime=stays["outtime"],
         los=los,
     )
+    named = dict(ITEMS)
+    if people.planted is not None:
+        named |= {VALUES[name].item: (VALUES[name].label, VALUES[name].unit, "Respiratory") for name in BEDSIDE}
     items = pd.DataFrame(
         [
             (
@@ -205,11 +212,13 @@ def write_icu(people: People, plan: Plan, out: Path) -> dict[str, int]:
                 "chartevents",
                 category,
                 unit or None,
-                "Text" if item in (220739, 223900, 223901, 223951, 224308, 223758) else "Numeric",
+                "Text"
+                if item in (220739, 223900, 223901, 223951, 224308, 223758, VALUES["ventilator"].item)
+                else "Numeric",
                 None,
                 None,
             )
-            for item, (label, unit, category) in ITEMS.items()
+            for item, (label, unit, category) in named.items()
         ],
         columns=D_ITEMS,
     )

@@ -16,6 +16,8 @@ stated stays.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
@@ -40,7 +42,9 @@ FILM: dict[str, tuple[float, float, float, float]] = {
 }
 NAMES = tuple(FILM)
 DEATH_FILM = {"edema": 1.0, "effusion": 0.9, "consolidation": 0.8, "heart": 0.4, "pneumothorax": 0.4}
+MOVES = ("edema", "consolidation", "effusion", "atelectasis")  # findings that change between films of a stay
 CARRIERS = ("edema", "effusion")  # of risk="change"
+CARRIED = (0.75, 0.12)  # mean and deviation of their latents then
 DEATH = {"prevalence": 0.23, "record": 1.75, "film": 1.2, "text": 1.2}
 CHANGE_SD = {"level": 0.35, "change": 0.6}  # by risk: of a latent amount, from the first to the last film before 48 h
 
@@ -87,18 +91,42 @@ def draw_record(rng: np.random.Generator, age_z: Array, male: Array) -> Array:
 def draw_film(rng: np.random.Generator, age_z: Array, male: Array, icu: Array, risk: str = "level") -> Array:
     """Film parts, (..., 20): the latent of each drawn finding at the last film, then its change from the first film."""
     shape = np.broadcast_shapes(age_z.shape, male.shape, icu.shape)
-    inside, outside, age, common = (np.array(column) for column in zip(*FILM.values(), strict=True))
+    mean, common = _means(age_z, male, icu), np.array([row[3] for row in FILM.values()])
+    shared = rng.standard_normal((*shape, 1))
+    latent = mean + common * shared + np.sqrt(1 - common**2) * rng.standard_normal((*shape, len(NAMES)))
+    change = CHANGE_SD[risk] * np.isin(NAMES, MOVES) * rng.standard_normal((*shape, len(NAMES)))
+    if risk == "change":  # their levels in the last film are set to the middle, so that only the change carries risk
+        carry = np.isin(NAMES, CARRIERS)
+        latent = np.where(carry, CARRIED[0] + CARRIED[1] * rng.standard_normal((*shape, len(NAMES))), latent)
+    return np.concatenate([latent, change], -1)
+
+
+def _means(age_z: Array, male: Array, icu: Array) -> Array:
+    """(..., 10): the mean of each finding's latent given age, sex and place."""
+    inside, outside, age, _ = (np.array(column) for column in zip(*FILM.values(), strict=True))
     quantile = np.vectorize(NormalDist().inv_cdf)
     mean: Array = np.where(icu[..., None] > 0, quantile(inside), quantile(outside)) + age * age_z[..., None]
     mean += np.where(np.array(NAMES) == "heart", -0.2, 0.0) * (male[..., None] - 0.5)
-    shared = rng.standard_normal((*shape, 1))
-    latent = mean + common * shared + np.sqrt(1 - common**2) * rng.standard_normal((*shape, len(NAMES)))
-    moves = np.isin(NAMES, ("edema", "consolidation", "effusion", "atelectasis"))
-    change = CHANGE_SD[risk] * moves * rng.standard_normal((*shape, len(NAMES)))
-    if risk == "change":  # their levels in the last film are set to the middle, so that only the change carries risk
-        carry = np.isin(NAMES, CARRIERS)
-        latent = np.where(carry, 0.75 + 0.12 * rng.standard_normal((*shape, len(NAMES))), latent)
-    return np.concatenate([latent, change], -1)
+    return mean
+
+
+def presence(age_z: Array, male: Array, icu: Array, rate: Array, risk: str, shared: Array) -> Array:
+    """P(a film shows a finding | age, sex, place, the common factor), as `draw_film` draws it.
+
+    Args:
+        age_z, male, icu, rate: (N,); rate: share of the change that a film of a stay shows (0 outside). shared: (Q,).
+    Returns: (N, Q, 10).
+    """
+    common = np.array([row[3] for row in FILM.values()])
+    moved = (CHANGE_SD[risk] * np.isin(NAMES, MOVES) * rate[:, None]) ** 2  # variance
+    mean = _means(age_z, male, icu)[:, None] + common * shared[:, None]
+    variance = 1 - common**2 + moved
+    if risk == "change":
+        carry = np.isin(NAMES, CARRIERS) & (icu[:, None] > 0)
+        mean = np.where(carry[:, None], CARRIED[0], mean)
+        variance = np.where(carry, CARRIED[1] ** 2 + moved, variance)
+    z: Array = mean / np.sqrt(variance)[:, None]
+    return 0.5 * np.vectorize(math.erfc)(-z / math.sqrt(2))
 
 
 def amounts(latent: Array) -> Array:
@@ -143,12 +171,21 @@ class Outcomes:
         return np.stack(np.broadcast_arrays(*columns), -1) + self.intercept
 
     def probabilities(
-        self, record: Array, film: Array, age_z: Array, male: Array, frail: Array | None = None, draws: int = 200
+        self,
+        record: Array,
+        film: Array,
+        age_z: Array,
+        male: Array,
+        frail: Array | None = None,
+        draws: int = 200,
+        likelihood: Callable[[slice, Array], Array] | None = None,
     ) -> dict[str, Array]:
         """P(outcome | ...), each (N, 26).
 
         Args:
             frail: +1 or -1; 0: not visible in any text; None: no text signal.
+            likelihood: log P(values planted in the record | film part), of rows and their drawn film parts
+                (record_link.py); then `record` knows these values too.
         Returns: P for the readers `both` (record and film), `record`, `film`, and `last_film` (no change between
             films); with a text signal also `text`, and `both_text`: all three.
         """
@@ -159,6 +196,8 @@ class Outcomes:
             for s in _slices(len(record), 200)
         ]
         means = {reader: np.concatenate([part[reader] for part in parts]) for reader in parts[0]}
+        if likelihood is not None:
+            means["record"] = self._record_and_values(record, age_z, male, likelihood)
         known = {"both": self._mean(record, film, age_z, male)}
         if self.text_signal:
             known["both_text"] = self._mean(record, film, age_z, male, frail)
@@ -173,6 +212,20 @@ class Outcomes:
             return (one + two) / 2
         share = ((1 + frail) / 2)[..., None]
         return share * one + (1 - share) * two
+
+    def _record_and_values(
+        self, record: Array, age_z: Array, male: Array, likelihood: Callable[[slice, Array], Array], draws: int = 1000
+    ) -> Array:
+        """P(outcome | record part, planted values, age, sex): film parts drawn anew, weighted by the values."""
+        rng, parts = np.random.default_rng(8), []
+        for rows in _slices(len(record), 100):
+            age, sex = (np.repeat(value[rows, None], draws, 1) for value in (age_z, male))
+            films = draw_film(rng, age, sex, np.ones_like(age), self.risk)
+            likely = likelihood(rows, films)
+            weight = np.exp(likely - likely.max(1, keepdims=True))
+            weight /= weight.sum(1, keepdims=True)
+            parts.append((self._mean(record[rows, None], films, age, sex) * weight[..., None]).sum(1))
+        return np.concatenate(parts)
 
     def _averages(
         self,

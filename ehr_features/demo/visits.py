@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ehr_features.demo import text as demo_text
+from ehr_features.demo.link_rows import with_planted_signs
 from ehr_features.demo.people import People
 from ehr_features.demo.plan import Plan
 from ehr_features.demo.tables import columns, write_csv
@@ -92,6 +93,7 @@ def write_ed(people: People, plan: Plan, out: Path) -> dict[str, int]:
         np.array([None, "Normal Sinus Rhythm", "Atrial Fibrillation"], object), len(vital), p=[0.8, 0.17, 0.03]
     )
     vital["pain"] = rng.choice(np.array([*map(str, range(11)), None], object), len(vital))
+    vital = with_planted_signs(vital, people, _film_signs(plan, people, severity))
     home = np.repeat(np.arange(count), rng.integers(0, 4, count))
     recon = _at(rng, visits, key, home)
     drugs = pd.DataFrame(DRUGS, columns=["name", "gsn", "ndc", "rn", "etccode", "etcdescription"])
@@ -167,6 +169,12 @@ def _signs(rng: np.random.Generator, severity: Array, missing: float) -> pd.Data
         column = pd.Series(np.where(rng.random(count) < missing, np.nan, value))
         table[name] = column if digits else column.astype("Int64")
     return table
+
+
+def _film_signs(plan: Plan, people: People, severity: Array) -> pd.DataFrame:
+    """Signs of a row for each study; those of studies outside visits are not used."""
+    visit = pd.Index(people.visits["ed_stay_id"]).get_indexer(people.studies["ed_stay_id"].fillna(-1).astype("int64"))
+    return _signs(np.random.default_rng([plan.seed, 11]), severity[visit], 0.05)
 
 
 def _complaints(rng: np.random.Generator, people: People, plan: Plan) -> pd.Series:
