@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from configs import Settings
 from configs.commands import command_line
 from ehr_features.config import TRAINING, Empty, Uncertain
+from ehr_features.own_films.config import TableConfig
 from pretrain.config import Precision, ViewChoice
 
 Positive = Annotated[float, Field(gt=0)]
@@ -26,42 +27,6 @@ AllowLeak = Annotated[
 ]
 Cache = Annotated[str | None, Field(description="Folder of films' features; null: cache/ beside `out`.")]
 Samples = Annotated[int, Field(ge=0, description="Resamples of subjects for the 95% intervals; 0: none.")]
-
-
-class TableConfig(Settings):
-    """Labelled films that are not in a features/ folder."""
-
-    layout: Literal["nih", "chexpert", "csv"] = Field(
-        description="Layout of the table: nih (Data_Entry_2017.csv), chexpert (train.csv), or csv (any table)."
-    )
-    table: str = Field(description="The table; official lists and splits are looked for beside it.")
-    images: str = Field(description="The folder of the films.")
-    size: int = Field(default=256, ge=16, description="Side in pixels of the packed films, where `store` is not given.")
-    names: Literal["own", "chexpert"] = Field(
-        default="own",
-        description="Labels of layout nih: its own, or those that CheXpert has too, under CheXpert's names.",
-    )
-    path: str = Field(default="path", description="Layout csv: the column of the films' paths.")
-    columns: list[str] = Field(default=[], description="Layout csv: the label columns: 1, 0, -1 (uncertain) or empty.")
-    subject: str | None = Field(
-        default=None, description="Layout csv: the column of the subject; null: each film is a subject of its own."
-    )
-    study: str | None = Field(default=None, description="Layout csv: the column of the study; null: each film is one.")
-    split: str | None = Field(
-        default=None,
-        description="Layout csv: the column of train, val and test; null: 70 / 10 / 20 by hash of the subject.",
-    )
-    view: str | None = Field(
-        default=None, description="Layout csv: the column of the view; null: all films are frontal."
-    )
-    sex: str | None = Field(default=None, description="Layout csv: the column of the sex.")
-    age: str | None = Field(default=None, description="Layout csv: the column of the age in years.")
-
-    @model_validator(mode="after")
-    def _labels(self) -> TableConfig:
-        if self.layout == "csv" and not self.columns:
-            raise ValueError("layout csv needs `columns`: the names of the label columns")
-        return self
 
 
 class TuneConfig(Settings):
@@ -120,7 +85,9 @@ class ProbeConfig(Settings):
     renamed = {"missing": "empty"}
 
     features: str | None = Field(default=None, description="A features/ folder: the films' labels and splits.")
-    films: TableConfig | None = Field(default=None, description="Instead of features: NIH, CheXpert or any CSV.")
+    films: TableConfig | None = Field(
+        default=None, description="Instead of features: a table of films, in a published layout or any."
+    )
     store: str | None = Field(
         default=None, description="The store/ folder of packed films; null with `films`: packed once beside `out`."
     )
@@ -163,7 +130,8 @@ class ProbeConfig(Settings):
         default="none", description="balanced: both classes of a label weigh alike in the loss."
     )
     groups: list[str] = Field(
-        default=["sex", "age", "view", "position", "icu"], description="EHR groups that `encoder: metadata` reads."
+        default=["sex", "age", "view", "position", "icu"],
+        description="EHR groups that `encoder: metadata` reads; with films, any column of the table too.",
     )
     pools: list[Pool] = Field(
         default=["cls", "avg", "both"], min_length=1, description="Poolings to try, of those that the encoder has."
@@ -215,7 +183,7 @@ class ProbeConfig(Settings):
     def _agree(self) -> ProbeConfig:
         metadata = self.encoder == "metadata"
         if (self.features is None) == (self.films is None):
-            raise ValueError("wanted one of `features` (a features/ folder) and `films` (NIH, CheXpert, any CSV)")
+            raise ValueError("wanted one of `features` (a features/ folder) and `films.table` (a table of films)")
         if self.features is not None and self.store is None and not metadata:
             raise ValueError(
                 f"`store` is missing: the packed films; write them with {command_line('images', 'images')}"

@@ -18,10 +18,11 @@ import torch
 from configs import UserError
 from configs.commands import command_line
 from ehr_features.files import check_new_file, new_file
+from ehr_features.own_films.ids import SUFFIXES, film_id
 from ehr_features.progress import Bar
 from finetune.encoders import Frozen, open_encoder
 from pretrain import encoder as encoders
-from pretrain.store.decode import SUFFIXES, BadFilm, film_id
+from pretrain.store.decode import BadFilm
 from pretrain.store.listing import films_of
 
 

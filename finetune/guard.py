@@ -17,6 +17,7 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import file_digest, read_json
+from ehr_features.own_films.read import FilmsTable
 from ehr_features.schema import HELD_OUT
 from pretrain.seen import read_seen
 
@@ -39,6 +40,8 @@ def check_encoder(
     subjects: pd.DataFrame,
     *,
     features: str | Path | None = None,
+    own: FilmsTable | None = None,
+    labels: Iterable[str] = (),
     allow_leak: bool = False,
     same_source: bool = True,
     other_people: bool = False,
@@ -49,6 +52,8 @@ def check_encoder(
         folder: an encoder/ folder (with its run's seen_subjects.parquet beside it), or a bare weights file.
         subjects: subject_id, split of the films to be tested; repeated rows are fine.
         features: the features/ folder of the split.
+        own: instead, the table outside MIMIC of the films; the same one in pretraining is the same source.
+        labels: what is predicted; a pretraining on one of them is supervised.
         same_source: the films are from a features/ folder; False: from a table of another data set, where equal ids are
             refused too, since they may be the same subjects.
         other_people: the user states that equal ids are different subjects.
@@ -59,18 +64,22 @@ def check_encoder(
         return Seen("unknown", "unknown", [f"{folder}: the films and labels of its training are unknown"])
     meta = read_json(folder / "encoder.json")
     groups = meta.get("ehr_groups") or {}
-    outcome = sorted(name for name, at in _available(groups) if at == "discharge")
+    same_source = same_source or (own is not None and meta.get("features_hash") == own.digest)
+    told = set(labels)
+    outcome = sorted(name for name, at in _available(groups) if at == "discharge" or name in told)
     supervision = "outcome-supervised" if outcome else "self-supervised" if "ehr_groups" in meta else "unknown"
     if not outcome and meta.get("supervised_by"):
         supervision = f"supervised by {meta['supervised_by']}"
     warnings = []
     if outcome:
         warnings.append(
-            f"outcome-supervised: pretraining was conditioned on {', '.join(outcome)}, known only at discharge; "
-            "not comparable with self-supervised encoders"
+            f"outcome-supervised: pretraining was conditioned on {', '.join(outcome)}, "
+            + ("a label of this evaluation; " if told & set(outcome) else "known only at discharge; ")
+            + "not comparable with self-supervised encoders"
         )
     held_out = set(subjects.loc[subjects["split"].isin(HELD_OUT), "subject_id"].map(_id))
-    films, found, compared = _overlap(folder, meta, held_out, features)
+    split_hash = features_hash(features) if features is not None else None if own is None else own.digest
+    films, found, compared = _overlap(folder, meta, held_out, split_hash)
     unknown_before = (meta.get("started_from") or {}).get("films") == "unknown"
     says = f"{folder}: its pretraining saw {found} of the val or test subjects"
     if films == "leak" and other_people and not same_source:
@@ -79,7 +88,8 @@ def check_encoder(
     elif films == "leak" and not allow_leak:
         mend = "if both sources number other people alike, set other_people=true"
         if same_source:
-            mend = f"pretrain on this split's train subjects (pretrain with features={features})"
+            where = f"features={features}" if own is None else "the same films.table, films.split and films.seed"
+            mend = f"pretrain on this split's train subjects (pretrain with {where})"
         raise UserError(
             f"{says}; results on them would be too good: {mend}, or set allow_leak=true, which the report shows"
         )
@@ -117,7 +127,7 @@ def _available(groups: object) -> list[tuple[str, str]]:
 
 
 def _overlap(
-    folder: Path, meta: dict[str, Any], held_out: set[str], features: str | Path | None
+    folder: Path, meta: dict[str, Any], held_out: set[str], split_hash: str | None
 ) -> tuple[str, str, dict[str, int] | None]:
     """The relation of the seen films to the held-out subjects, how many of these were seen, and the counts."""
     if (listed := read_seen(folder)) is not None:
@@ -126,7 +136,7 @@ def _overlap(
         compared = {"held_out": len(held_out), "seen": len(seen), "both": len(both)}
         return ("leak" if both else "train"), f"{len(both)} of {len(held_out)}", compared
     splits = meta.get("splits_seen")
-    same = features is not None and meta.get("features_hash") == features_hash(features)
+    same = split_hash is not None and meta.get("features_hash") == split_hash
     if not isinstance(splits, list) or not same:
         return "unknown", "", None
     late = [split for split in splits if split in HELD_OUT]

@@ -22,6 +22,7 @@ from configs import UserError
 from ehr_features.config import EVALUATION, TRAINING, Empty, Policy, Uncertain
 from ehr_features.files import read_table
 from ehr_features.labels import as_labels
+from ehr_features.own_films.read import FilmsTable
 from ehr_features.schema import FINDINGS, FRONTAL, SPLITS
 
 KEYS = ["dicom_id", "study_id", "subject_id", "split", "view"]
@@ -37,6 +38,7 @@ class Films:
         left_out: reason -> number of films of the source that were left out.
         warnings: warnings for readers of the results.
         empty: the meaning of an empty label in evaluation, and by default in training: `zeros`, `ignore`.
+        own: the table outside MIMIC that they were read from, whole; `table` has a column `row` of its rows.
     """
 
     table: pd.DataFrame
@@ -44,6 +46,7 @@ class Films:
     left_out: dict[str, int]
     warnings: tuple[str, ...] = ()
     empty: Empty = EVALUATION.empty
+    own: FilmsTable | None = None
 
     def __len__(self) -> int:
         return len(self.table)

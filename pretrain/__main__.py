@@ -25,7 +25,11 @@ def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
     if (out / "store.json").is_file():
         beside = out.parent / "features"
         features = beside if (beside / "images.parquet").is_file() else "features"
-        print(f"{out}\nnext: {command_line('pretrain', 'pretrain_vit_small', f'features={features}', f'store={out}')}")
+        words = ["pretrain_vit_small", f"features={features}"]
+        if config.layout is not None:
+            layout = [f"films.layout={config.layout}"] if config.layout != "csv" else []
+            words = ["own_films/pretrain", f"films.table={config.films}", *layout]
+        print(f"{out}\nnext: {command_line('pretrain', *words, f'store={out}')}")
     else:
         print(f"{out}\nnext: the parts of --shard i/{part[2]} that are not packed yet")
 
@@ -44,8 +48,10 @@ def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
 
     folder = train(config, args)
     if is_main():
-        words = [f"features={config.features}", f"store={config.store}", f"encoder={folder}", f"out={folder}_probe"]
-        print(f"{folder / 'encoder'}\nnext: {command_line('probe', 'probe_linear', *words)}")
+        words = [f"{key}={value}" for key, value in config.source.items()]
+        words += [f"store={config.store}", f"encoder={folder}", f"out={folder}_probe"]
+        probe = "probe_linear" if config.features is not None else "own_films/probe"
+        print(f"{folder / 'encoder'}\nnext: {command_line('probe', probe, *words)}")
 
 
 def _export(args: argparse.Namespace) -> None:

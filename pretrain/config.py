@@ -11,6 +11,7 @@ from configs import Settings
 from configs.loader import fragment
 from configs.plugin import is_file
 from ehr_features.config import TEXT_GROUP, Storage
+from ehr_features.own_films.config import Columns
 from ehr_features.schema import Split
 from pretrain.options import (
     METHODS,
@@ -58,6 +59,16 @@ class ImagesConfig(Settings):
     films: str | None = Field(
         default=None, description="Instead: a folder of films, or a list (.txt; .csv or .parquet with a column path)."
     )
+    root: str | None = Field(
+        default=None, description="With a table in `films`: the folder in which its paths begin; null: the table's."
+    )
+    path: str | None = Field(
+        default=None, description="With a table in `films`: the column of the paths; null: the layout's."
+    )
+    layout: str | None = Field(
+        default=None,
+        description="With a table in `films`: csv (any), chexpert, padchest, vindr, rsna, nih, brax, or a YAML file.",
+    )
     out: str = Field(description="The store/ folder to write.")
     size: int = Field(
         default=256,
@@ -86,6 +97,9 @@ class ImagesConfig(Settings):
     def _one_source(self) -> Self:
         if (self.mimic_cxr is None) == (self.films is None):
             raise ValueError("wanted one of `mimic_cxr` (a MIMIC-CXR-JPG folder) and `films` (a folder or a list)")
+        given = [key for key in ("root", "path", "layout") if getattr(self, key) is not None]
+        if given and not str(self.films).removesuffix(".gz").endswith((".csv", ".parquet")):
+            raise ValueError(f"`{given[0]}` goes with a table in `films` (.csv, .csv.gz, .parquet)")
         if self.films is not None and self.per_subject_cap is not None:
             raise ValueError("`per_subject_cap` needs subjects: it goes with `mimic_cxr`, not with `films`")
         return self
@@ -128,7 +142,8 @@ class EhrConfig(Settings):
 
     groups: list[str] = Field(
         default=[],
-        description="EHR groups of ehr_features.static (docs/features.md); `text` is the film's note as a vector.",
+        description="EHR groups of ehr_features.static (docs/features.md), or with films.table: sex, age, view and any "
+        "other column of the table; `text` is the film's note as a vector.",
     )
     notes: str | None = Field(
         default=None, description="With the group `text`: the folder that the command notes wrote."
@@ -309,8 +324,8 @@ class OptimConfig(Settings):
         return self
 
 
-class FilmsConfig(Settings):
-    """Which films, and which of them make a pair."""
+class FilmsConfig(Columns):
+    """Which films, and which of them make a pair; or a table of films outside MIMIC (`table`), in place of features."""
 
     splits: list[Split] = Field(
         default=["train"], min_length=1, description="Splits to train on; fine-tuning refuses to test on what was seen."
@@ -329,7 +344,9 @@ class FilmsConfig(Settings):
 class PretrainConfig(Settings):
     """features/ + store/ -> runs/X/ with encoder/."""
 
-    features: str = Field(description="The features/ folder.")
+    features: str | None = Field(
+        default=None, description="The features/ folder; null with films.table, a table of films outside MIMIC."
+    )
     store: str = Field(description="The store/ folder of packed films.")
     out: str = Field(description="The run folder to write, runs/X.")
     preset: Literal["default", "paper"] = Field(
@@ -404,6 +421,24 @@ class PretrainConfig(Settings):
         """Sections of other methods that were given all the same."""
         others = sorted({*SECTIONS.values()} - {SECTIONS.get(self.method)})
         return [name for name in others if getattr(self, name) != type(getattr(self, name))()]
+
+    @property
+    def source(self) -> dict[str, str]:
+        """The films that probe and fuse are to be given: a features/ folder, or the keys of a table."""
+        if self.features is not None:
+            return {"features": self.features}
+        given = self.films.model_dump(mode="json", include=set(Columns.model_fields), exclude_defaults=True)
+        return {f"films.{key}": str(value) for key, value in given.items() if isinstance(value, str | int)}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.features is None) == (self.films.table is None):
+            raise ValueError(
+                "wanted one of `features` (a features/ folder) and `films.table` (a table of your own films)"
+            )
+        if self.films.table is not None and self.ehr.preset == "msn":
+            raise ValueError("ehr.preset: msn has the published columns of MIMIC; with films.table leave it out")
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -23,7 +23,10 @@ from configs.signals import held
 from ehr_features import files as lock
 from ehr_features import static
 from ehr_features.config import TEXT_GROUP
-from ehr_features.files import read_table
+from ehr_features.files import file_digest, read_table
+from ehr_features.own_films.config import Columns, TableConfig
+from ehr_features.own_films.read import FilmsTable, read_films_table
+from ehr_features.own_films.record import check_groups, encode_group, refuse_constant
 from ehr_features.schema import FRONTAL
 from pretrain.config import FilmsConfig
 from pretrain.draws import film_keys, uniforms, within_cap
@@ -48,6 +51,8 @@ class Films:
         available_at: group -> study, admission or discharge.
         text: what the group `text` was read from, for encoder.json; None without it.
         left_out: reason -> number of films.
+        source_hash: 16 hex digits of the films and their split, whichever of them are taken.
+        said: notes for the log on how a table of films outside MIMIC was read.
     """
 
     table: pd.DataFrame
@@ -58,6 +63,8 @@ class Films:
     left_out: dict[str, int]
     text: dict[str, Any] | None = None
     known: np.ndarray | None = None
+    source_hash: str = ""
+    said: tuple[str, ...] = ()
     keys: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,8 +87,27 @@ class Films:
         return [bool(np.isin(column, (0, 1)).all()) for column in self.static.T]
 
 
+@dataclasses.dataclass
+class Source:
+    """All films of a features/ folder or of a table, with the record of each.
+
+    Attributes:
+        table: dicom_id, study_id, subject_id, taken_at, split, view; N rows, sorted by dicom_id.
+        groups, encoded: the EHR groups, and of each the values (N, S) and their names.
+    """
+
+    name: str
+    table: pd.DataFrame
+    groups: list[str]
+    encoded: list[tuple[np.ndarray, list[str]]]
+    available_at: dict[str, str]
+    hash: str
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    said: tuple[str, ...] = ()
+
+
 def select_films(
-    features: str | Path,
+    features: str | Path | None,
     store: Store,
     films: FilmsConfig,
     groups: Sequence[str],
@@ -92,20 +118,24 @@ def select_films(
     """The films to train on, with their EHR vectors.
 
     Args:
-        groups: names of ehr_features.static, and `text`, which is read from `text`.
+        features: a features/ folder; None: `films.table`.
+        groups: names of ehr_features.static, or columns of the table, and `text`, which is read from `text`.
     Raises: UserError: no film is left, or an EHR group or column does not exist.
     """
-    groups = static.resolve(static.without_text(groups), preset)
-    reads = static.MSN_READS if preset == "msn" else static.READS
-    columns = ["dicom_id", "study_id", "subject_id", "taken_at", "split", "view"]
-    columns += sorted({c for group in groups for c in reads[group]} - set(columns))
-    table = read_table(features, "images", columns).sort_values("dicom_id", ignore_index=True)
-    encoded = [_encode(table, group, preset, f"{features}/images.parquet") for group in groups]
+    own = None
+    if features is not None:
+        source = from_features(features, groups, preset)
+    else:
+        source, own = from_table(films, groups)
+    table, groups, encoded = source.table, source.groups, source.encoded
     if twice := int(table["dicom_id"].duplicated().sum()):
-        raise UserError(f"{features}/images.parquet: {twice} dicom_ids stand twice; build the features again")
+        raise UserError(f"{source.name}: {twice} dicom_ids stand twice; build the features again")
     if unknown := int(table["subject_id"].isna().sum()):
-        raise UserError(f"{features}/images.parquet: {unknown} films have no subject_id; build the features again")
-    keep, left_out = _kept(table, store, films, seed)
+        raise UserError(f"{source.name}: {unknown} films have no subject_id; build the features again")
+    keep, left_out = _kept(table, store, films, seed, source.name)
+    if own is not None:
+        for group, each in zip(groups, encoded, strict=True):
+            refuse_constant(own, group, each, keep, source.name)
     about = None
     if text is not None:
         values, names, about = text_columns(text, table, keep)
@@ -116,11 +146,39 @@ def select_films(
         static=array[keep],
         columns=[name for e in encoded for name in e[1]],
         column_groups=_repeated(groups, encoded),
-        available_at=static.available_at(groups, preset),
-        left_out=left_out,
+        available_at=source.available_at | ({TEXT_GROUP: "study"} if text is not None else {}),
+        left_out=source.left_out | left_out,
         text=about,
         known=static.known(array, [name for e in encoded for name in e[1]], _repeated(groups, encoded))[keep],
+        source_hash=source.hash,
+        said=source.said,
     )
+
+
+def from_features(features: str | Path, groups: Sequence[str], preset: str) -> Source:
+    """The films of a features/ folder."""
+    name = f"{features}/images.parquet"
+    known = static.resolve(static.without_text(groups), preset)
+    reads = static.MSN_READS if preset == "msn" else static.READS
+    columns = ["dicom_id", "study_id", "subject_id", "taken_at", "split", "view"]
+    columns += sorted({c for group in known for c in reads[group]} - set(columns))
+    table = read_table(features, "images", columns).sort_values("dicom_id", ignore_index=True)
+    encoded = [_encode(table, group, preset, name) for group in known]
+    return Source(name, table, known, encoded, static.available_at(known, preset), file_digest(name))
+
+
+def from_table(films: FilmsConfig, groups: Sequence[str]) -> tuple[Source, FilmsTable]:
+    """The films of a table outside MIMIC; of its labels nothing is read."""
+    config = TableConfig.model_validate(films.model_dump(include=set(Columns.model_fields)))
+    own, known = read_films_table(config, labels=False).by_id(), static.without_text(groups)
+    check_groups(own, known, config.table)
+    train = (own.films["split"] == "train").to_numpy()
+    if known and not train.any():
+        raise UserError(f"{config.table}: no film of split train, on which EHR groups are fitted")
+    encoded = [encode_group(own, group, train, config.categories, config.table) for group in known]
+    when = {group: "discharge" if group in config.outcomes else "study" for group in known}
+    said = (*own.said, *(f"warning: {warning}" for warning in own.warnings))
+    return Source(config.table, own.films, list(known), encoded, when, own.digest, own.left_out, said), own
 
 
 def _repeated(groups: Sequence[str], encoded: Sequence[tuple[np.ndarray, list[str]]]) -> list[str]:
@@ -139,7 +197,9 @@ def _encode(table: pd.DataFrame, group: str, preset: str, source: str) -> tuple[
         ) from None
 
 
-def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> tuple[np.ndarray, dict[str, int]]:
+def _kept(
+    table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int, name: str
+) -> tuple[np.ndarray, dict[str, int]]:
     """(N,) bool: films to keep; and the number left out for each reason."""
     keep, left_out = np.ones(len(table), bool), {}
 
@@ -156,7 +216,7 @@ def _kept(table: pd.DataFrame, store: Store, films: FilmsConfig, seed: int) -> t
         drop("over per_subject_cap", ~within_cap(table, keep, films.per_subject_cap, seed))
     if not keep.any():
         reasons = "; ".join(f"{number} {reason}" for reason, number in left_out.items())
-        raise UserError(f"no film to train on: of {len(table)} in images.parquet, {reasons}. Is this their store?")
+        raise UserError(f"no film to train on: of {len(table)} in {Path(name).name}, {reasons}. Is this their store?")
     return keep, left_out
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs import UserError
 from ehr_features.config import TEXT_GROUP
-from ehr_features.files import digest, file_digest, new_folder, read_json, write_json
+from ehr_features.files import digest, new_folder, read_json, write_json
 from pretrain import encoder as encoders
 from pretrain.config import PretrainConfig
 from pretrain.data import Films
@@ -61,7 +61,7 @@ def write(
         "processor_seconds": seconds,
         "num_subjects": int(films.table["subject_id"].nunique()),
         "config_hash": digest(config.model_dump(mode="json")),
-        "features_hash": file_digest(Path(config.features) / "images.parquet"),
+        "features_hash": films.source_hash,
         "store_hash": store.hash,
     }
     if films.text is not None:

@@ -162,6 +162,8 @@ def introduce(
 ) -> None:
     """Write the header of log.txt and of the trackers."""
     films, o = steps.films, config.optim
+    for line in films.said:
+        log.say(line)
     left_out = "; ".join(f"{n} {reason}" for reason, n in films.left_out.items() if n)
     number = sum(p.numel() for p in method.anchor.parameters()) / 1e6
     log.say(

@@ -54,14 +54,15 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     config = load(PretrainConfig, config)
     keep_freed_memory()
     accelerator = build.accelerator(config, args)
-    images, index = Path(config.features) / "images.parquet", Path(config.store) / "index.parquet"
+    images = config.films.table if config.features is None else Path(config.features) / "images.parquet"
+    index = Path(config.store) / "index.parquet"
     text = build.text(config)
     notes = [] if text is None else [Path(text.notes) / "notes.parquet"]
-    folder = run.open_run(config.out, config, sources=[images, index, *notes], may_differ=MAY_DIFFER)
+    folder = run.open_run(config.out, config, sources=[str(images), index, *notes], may_differ=MAY_DIFFER)
     if run.complete(folder):
         return folder
     log, store = run.Log(folder, accelerator), Store(config.store)
-    with accelerator.main_process_first():  # one process embeds the notes, the others wait, the others wait
+    with accelerator.main_process_first():  # one process embeds the notes, the others wait
         ehr = config.ehr
         films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
     if config.ehr.permuted:

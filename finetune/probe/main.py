@@ -79,6 +79,8 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     log.say(evaluation.plan(config, films, through.name))
     if through.said:
         log.say(through.said)
+    for line in () if films.own is None else films.own.said:
+        log.say(line)
     warnings = [*through.seen.warnings, *films.warnings]
     for warning in warnings:
         log.say(f"warning: {warning}")
@@ -122,7 +124,7 @@ def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: 
     weights, seen = config.weights, NOTHING
     frozen = open_encoder(config.encoder, seed=config.seed, pixels=config.pixels, device=device, weights=weights)
     if frozen.folder is not None:
-        subjects = films.table[["subject_id", "split"]]
+        subjects = (films.table if films.own is None else films.own.films)[["subject_id", "split"]]
         if config.features:
             subjects = read_table(config.features, "images", ["subject_id", "split"])
         if config.folds:  # with folds every subject is tested
@@ -131,6 +133,8 @@ def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: 
             frozen.folder,
             subjects,
             features=config.features,
+            own=films.own,
+            labels=films.names,
             allow_leak=config.allow_leak,
             same_source=bool(config.features),
             other_people=config.other_people,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features import static
+from ehr_features.own_films.record import check_groups, encode_group
 from ehr_features.static import READS
 from finetune.encoders import Features
 from finetune.guard import refuse_discharge
@@ -124,12 +125,30 @@ def record(config: ProbeConfig, films: Films, train_rows: Rows) -> Features:
 
     Raises: UserError: a group that is known only at discharge, or missing for these films.
     """
-    refuse_discharge(config.groups, static.available_at(config.groups))
-    if lacking := [group for group in config.groups if not set(READS[group]) <= set(films.table)]:
-        rest = [group for group in config.groups if group not in lacking]
-        raise UserError(f"groups: nothing of {', '.join(lacking)} is known of these films; groups=[{','.join(rest)}]")
-    split = np.where(np.isin(np.arange(len(films)), train_rows), "train", "test")
-    array, names, _ = static.encode(films.table.assign(split=split), config.groups)
+    if films.own is not None:
+        array, names = own_record(config, films, train_rows)
+    else:
+        refuse_discharge(config.groups, static.available_at(config.groups))
+        if lacking := [group for group in config.groups if not set(READS[group]) <= set(films.table)]:
+            rest = [group for group in config.groups if group not in lacking]
+            raise UserError(
+                f"groups: nothing of {', '.join(lacking)} is known of these films; groups=[{','.join(rest)}]"
+            )
+        split = np.where(np.isin(np.arange(len(films)), train_rows), "train", "test")
+        array, names, _ = static.encode(films.table.assign(split=split), config.groups)
     if not names:
         raise UserError("groups: the metadata baseline needs at least one group, e.g. groups=[sex,age,view]")
     return {"avg": array}
+
+
+def own_record(config: ProbeConfig, films: Films, train_rows: Rows) -> tuple[NDArray[Any], list[str]]:
+    """The same for a table outside MIMIC, of which any column may be a group."""
+    assert films.own is not None and config.films is not None
+    given = config.films
+    refuse_discharge(config.groups, dict.fromkeys(given.outcomes, "discharge"))
+    check_groups(films.own, config.groups, given.table)
+    rows = films.table["row"].to_numpy(np.intp)
+    train = np.isin(np.arange(len(films.own.films)), rows[train_rows])
+    parts = [encode_group(films.own, group, train, given.categories, given.table) for group in config.groups]
+    names = [name for part in parts for name in part[1]]
+    return np.concatenate([values for values, _ in parts], axis=1)[rows] if parts else np.zeros((len(rows), 0)), names

@@ -63,9 +63,19 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
 
 def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dict[str, Any]:
     """Macro AUROC on val of the best linear head and of kNN. Raises: UserError: the encoder saw val or test."""
-    if config.features and frozen.folder is not None:
-        subjects = read_table(config.features, "images", ["subject_id", "split"])
-        check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
+    if frozen.folder is not None:
+        subjects = films.table if films.own is None else films.own.films
+        if config.features:
+            subjects = read_table(config.features, "images", ["subject_id", "split"])
+        check_encoder(
+            frozen.folder,
+            subjects,
+            features=config.features,
+            own=films.own,
+            allow_leak=config.allow_leak,
+            same_source=bool(config.features),
+            other_people=config.other_people,
+        )
     features = film_features(frozen, store, films.table["dicom_id"].tolist())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {}

@@ -24,7 +24,6 @@ MAX_PIXELS = 100_000_000  # the largest detectors have about 25 million; more is
 MIN_SIDE = 8
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 QUALITY = 95  # of a store of JPEGs
-SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 MARK = re.compile(
     rb"\xff[^\x00\xd0-\xd7\xff]"
 )  # of JPEG; behind 0xff, 0 is a value of a scan and 0xd0 to 0xd7 restarts it
@@ -33,12 +32,6 @@ HEAD = 132  # first bytes that identify a file's kind
 
 class BadFilm(ValueError):
     """This film cannot be used; the message is a short reason without patient values."""
-
-
-def film_id(path: str | Path) -> str:
-    """A film's id outside MIMIC: its file name without the suffix of a film; a DICOM UID keeps all its parts."""
-    name = Path(path).name
-    return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s) and len(name) > len(s)), name)
 
 
 def film_kind(head: bytes) -> Literal["JPEG", "PNG", "DICOM"] | None:

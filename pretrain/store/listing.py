@@ -13,12 +13,15 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import digest, named, whole_numbers
+from ehr_features.own_films.config import TableConfig
+from ehr_features.own_films.ids import SUFFIXES, film_id
+from ehr_features.own_films.read import read_paths
 from ehr_features.raw.remote import explained, is_url, user_table
 from ehr_features.raw.source import find_table
 from ehr_features.schema import FRONTAL, READ, view_names
 from pretrain.config import ImagesConfig
 from pretrain.draws import within_cap
-from pretrain.store.decode import HEAD, SUFFIXES, film_id, film_kind
+from pretrain.store.decode import HEAD, film_kind
 
 
 def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -29,6 +32,9 @@ def list_films(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
     """
     if config.mimic_cxr is not None:
         films, counts = _mimic(config.mimic_cxr.removeprefix("file://").rstrip("/"), config)
+    elif config.layout is not None or config.root is not None or config.path is not None:
+        films, others = _of_table(config)
+        counts = {"packed": len(films)} | others
     else:
         films, others = films_of(str(config.films).removeprefix("file://"))
         counts = {"packed": len(films)} | others
@@ -115,6 +121,37 @@ def films_of(place: str) -> tuple[pd.DataFrame, dict[str, int]]:
     ids = table.dicom_id if "dicom_id" in table else table.path.map(film_id)
     films = pd.DataFrame({"dicom_id": ids, "path": _places(place, table.path)})
     return films, {f"left out (row without {' or '.join(asked)})": nameless} if nameless else {}
+
+
+def _of_table(config: ImagesConfig) -> tuple[pd.DataFrame, dict[str, int]]:
+    """The films of a table, by its layout. An absent film keeps its path, so that it is listed as rejected."""
+    given = {"table": config.films, "images": config.root, "path": config.path, "layout": config.layout or "csv"}
+    table = TableConfig.model_validate(given)
+    films, left_out = read_paths(table)
+    found, why = film_files(films, table)
+    if found.isna().all():
+        raise UserError(f"{table.table}: {why} for any of its {len(films)} films; name their folder with root=FOLDER")
+    root = Path(table.images or Path(table.table).parent)
+    absent = films["file"].map(lambda name: (root / name).as_posix())
+    counts = {f"left out ({reason})": number for reason, number in left_out.items()}
+    if missing := int(found.isna().sum()):
+        counts[f"of them absent ({why})"] = missing
+    return films[["dicom_id"]].assign(path=found.fillna(absent)), counts
+
+
+def film_files(films: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str]:
+    """The file of each film (dicom_id, file) of a table: by its path below its folder, else anywhere below by its name.
+
+    Returns: None for an absent film; and what an absent one is called.
+    Raises: UserError: no such folder.
+    """
+    root = Path(config.images or Path(config.table).parent)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; `images` (`root` of the command images) is the folder of the films")
+    found = located(films["file"], [root, Path(config.table).parent])
+    if not found.notna().any():
+        found = by_id(films["file"].map(film_id), root)
+    return found, f"no file below {root}"
 
 
 def films_among(files: Iterable[str]) -> tuple[list[str], dict[str, int]]:

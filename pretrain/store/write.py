@@ -27,10 +27,11 @@ import pyarrow as pa
 from configs import UserError
 from configs.signals import held
 from ehr_features.files import check_ours, digest, lock, new_file, provenance, read_json, tidy, write_json
+from ehr_features.own_films.ids import SUFFIXES, film_id
 from ehr_features.progress import Bar
 from ehr_features.raw.remote import configure, fetch, is_url
 from pretrain.config import ImagesConfig
-from pretrain.store.decode import SUFFIXES, BadFilm, Square, film_id
+from pretrain.store.decode import BadFilm, Square
 from pretrain.store.listing import films_digest, list_films
 from pretrain.store.read import FORMAT, frame_hash, shard_name
 
@@ -90,7 +91,7 @@ def pack(config: ImagesConfig, part: tuple[int, int] = (1, 1), *, shard_films: i
 # ---- the folder -----------------------------------------------------------------------------------------------------
 def _plan(config: ImagesConfig, films: pd.DataFrame, per_shard: int) -> dict[str, Any]:
     """The settings that must be equal to resume a folder."""
-    settings = config.model_dump(mode="json", exclude={"out", "workers", "storage"})
+    settings = config.model_dump(mode="json", exclude={"out", "workers", "storage", "root", "path", "layout"})
     return {
         "format": FORMAT,
         **settings,

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.store.decode import BadFilm, decode, film_id, fit
+from ehr_features.own_films.ids import film_id
+from pretrain.store.decode import BadFilm, decode, fit
 from tests.pretrain.grey import GREY, X, dicom, read, reason, saved
 
 

@@ -1,0 +1,44 @@
+"""Ids of films and subjects outside MIMIC: the same file or person has the same id in every table and command."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pandas as pd
+
+from ehr_features.files import whole_numbers
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
+
+
+def film_id(path: str | Path) -> str:
+    """A film's id outside MIMIC: its file name without the suffix of a film; a DICOM UID keeps all its parts."""
+    name = Path(path).name
+    return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s) and len(name) > len(s)), name)
+
+
+def film_ids(paths: pd.Series) -> pd.Series:
+    """The ids of a table's films: their file names, with their folders if two films have the same name."""
+    stems = paths.map(film_id)
+    if not stems[~paths.duplicated()].duplicated().any():
+        return stems
+    return paths.map(lambda path: (PurePosixPath(path).parent / film_id(path)).as_posix())
+
+
+def subject_numbers(names: pd.Series) -> pd.Series:
+    """Subjects as whole numbers: an id that is one keeps it; any other text becomes 62 bits of its SHA-256.
+
+    The number depends on the id alone, so that a part of a table, or another table of the same people, has the same
+    numbers, and with them the same split.
+    """
+    codes, distinct = pd.factorize(names.astype("string").str.strip())
+    own = whole_numbers(pd.Series(distinct))
+    numbers = [hashed(name) if pd.isna(n) else int(n) for name, n in zip(distinct, own, strict=True)]
+    return pd.Series(np.array(numbers, np.int64)[codes], index=names.index)
+
+
+def hashed(text: str) -> int:
+    """62 bits of a text's SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
