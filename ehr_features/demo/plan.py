@@ -83,8 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Plan.record_link,
         metavar="P",
-        help="how strongly laboratory values, saturation and ventilation before a film follow what it shows, as a "
-        "share of the published strengths: 1 as published, 0 plants nothing, up to 2; default %(default)s",
+        help="values follow films at this share of published strength; 0: none; default 1",
     )
 
 
