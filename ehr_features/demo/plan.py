@@ -48,6 +48,7 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `ehr-msn hospital`."""
+    parser.usage = "%(prog)s [options] OUT"
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--subjects", type=int, default=Plan.subjects, metavar="N", help="default %(default)s")
     parser.add_argument("--seed", type=int, default=Plan.seed, metavar="S", help="default %(default)s")
@@ -83,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Plan.record_link,
         metavar="P",
-        help="values follow films at this share of published strength; 0: none; default 1",
+        help="laboratory values, saturation and ventilation before a film follow what it "
+        "shows, at this share of published strength: 0 (none) to 2; default %(default)s",
     )
 
 
