@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightly.utils.scheduler import CosineWarmupScheduler
 
-from pretrain.config import OptimConfig
+from pretrain.config import OptimConfig, PretrainConfig
 from pretrain.schedule import Schedule, cosine, linear, warmup_cosine
 
 
@@ -61,3 +61,24 @@ def test_the_default_learning_rate_is_the_originals():
         return max(1e-6, 1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     assert [plan(s)[0] for s in range(80)] == pytest.approx([original(s) for s in range(80)])
+
+
+@pytest.mark.parametrize(
+    ("method", "peak", "last"),
+    [
+        ("msn", 1e-3, 1e-6),
+        ("dino", 2e-3, 1e-6),
+        ("ibot", 2e-3, 1e-6),
+        ("mae", 2.4e-3, 0.0),
+        ("simclr", 4.8, 0.0),
+        ("vicreg", 1.6, 1.6e-3),
+        ("byol", 3.2, 0.0),
+        ("lejepa", 5e-4, 5e-7),
+    ],
+)
+def test_each_methods_learning_rate_is_the_published_one_at_its_peak_and_end(method, peak, last):
+    """Published as numbers; the configs have a rate for 256 films, and the end as a share of the peak."""
+    config = PretrainConfig.model_validate({"features": "f", "store": "s", "out": "o", "method": method})
+    schedule = Schedule(config.optim, steps_per_epoch=10)
+    assert schedule(schedule.warmup)[0] == pytest.approx(peak)
+    assert schedule(round(config.optim.stretch * schedule.total))[0] == pytest.approx(last, abs=1e-12)
