@@ -8,8 +8,9 @@ and epoch only, not on the number of processes.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,29 +22,16 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from configs import UserError
-from configs.signals import Stopped
-from ehr_features.progress import Bar
 from finetune.config import FuseConfig
 from finetune.encoders import pooled
+from finetune.fit import Scores, fit
 from finetune.fusion.models import Late, Output
 from finetune.fusion.net import Net
-from finetune.fusion.outputs import Predictions, weights_of
+from finetune.fusion.outputs import Predictions
 from finetune.fusion.samples import Samples, batches, stream
 from finetune.metrics import macro_auroc
 from pretrain import run
 from pretrain.encoder.model import check_finite
-
-
-class Scores(NamedTuple):
-    """The validation scores of an epoch; a higher AUROC is better, at equal AUROC a lower loss."""
-
-    auroc: float  # NaN if no label has both classes
-    loss: float
-
-    def better(self, other: Scores | None) -> bool:
-        if other is None or np.isnan(self.auroc):
-            return other is None or self.loss < other.loss
-        return (self.auroc, -self.loss) > (other.auroc, -other.loss)
 
 
 class WholeBatchDropout(TorchFunctionMode):
@@ -126,46 +114,11 @@ def train(
 
     Returns: the best epoch's scores. Raises: Stopped: on SIGTERM; a checkpoint is in `folder`.
     """
-    optimizer = torch.optim.AdamW(_groups(net, config), betas=config.betas)
-    best: Scores | None = None
-    kept, first, waited, flat, lowest = weights_of(net), 0, 0, 0, float("inf")
-    if (state := run.load_checkpoint(folder)) is not None:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        best, kept = Scores(*state["best"]), state["kept"]
-        first, waited, flat, lowest = state["step"], state["waited"], state["flat"], state["lowest"]
-    log.cut(first)
-    wrapped, optimizer = accelerator.prepare(net, optimizer)
-    with run.stopping() as stop, Bar("training", config.epochs, "epochs", shown=accelerator.is_main_process) as bar:
-        bar.advance(first)
-        for epoch in range(first, config.epochs):
-            if waited >= config.patience:
-                break
-            loss = _epoch(net, wrapped, optimizer, samples, rows["train"], config, accelerator, epoch)
-            now = scores(predict(net, samples, rows["val"], config, accelerator), samples)
-            waited = 0 if now.better(best) else waited + 1
-            if waited == 0:
-                best, kept = now, weights_of(net)
-            flat, lowest = (0, now.loss) if now.loss < lowest else (flat + 1, lowest)
-            if config.plateau is not None and flat >= config.plateau:
-                flat = 0
-                for group in optimizer.param_groups:
-                    group["lr"] /= 2
-            log.log({"train/loss": loss, "val/loss": now.loss, "val/auroc/macro": now.auroc}, epoch + 1)
-            bar.advance(1, f"loss {loss:.3f} val AUROC {now.auroc:.3f}")
-            ended = stop.agreed()
-            if ended or (config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0):
-                state = {
-                    "net": weights_of(net),
-                    "optimizer": optimizer.state_dict(),
-                    "kept": kept,
-                    "best": list(best or ()),
-                }
-                run.save_checkpoint(folder, state | {"waited": waited, "flat": flat, "lowest": lowest}, epoch + 1)
-            if ended:
-                raise Stopped(run.go_on(folder, epoch + 1))
-    net.load_state_dict(kept)
-    assert best is not None, "there was an epoch"
+    wrapped, optimizer = accelerator.prepare(net, torch.optim.AdamW(_groups(net, config), betas=config.betas))
+    steps = partial(_epoch, net, wrapped, optimizer, samples, rows["train"], config, accelerator)
+    validate = partial(scores, net, samples, rows["val"], config, accelerator)
+    given = config.model_dump(include={"epochs", "patience", "plateau", "checkpoint_every"})
+    best, _, _ = fit(net, optimizer, lambda epoch: [steps(epoch)], validate, log, folder, **given)
     return choose_share(net, samples, rows["val"], config, accelerator) or best
 
 
@@ -189,7 +142,8 @@ def _epoch(
     wrapped.train()
     total = 0.0
     parts = [part[mine] for part, mine in zip(whole, own, strict=True)]
-    ahead = stream(samples, parts, config.workers, _tuned(config, epoch))
+    tuned = not config.freeze and epoch >= (config.unfreeze_after or 0)
+    ahead = stream(samples, parts, config.workers, tuned)
     for i, (part, mine, batch) in enumerate(zip(whole, own, ahead, strict=True)):
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         if accelerator.process_index >= len(part):  # a short batch has no row for this process: use one without weight
@@ -235,11 +189,6 @@ def _own(rows: int, accelerator: Accelerator) -> NDArray[np.int64]:
     )
 
 
-def _tuned(config: FuseConfig, epoch: int) -> bool:
-    """Whether this epoch trains the encoder."""
-    return not config.freeze and epoch >= (config.unfreeze_after or 0)
-
-
 @torch.no_grad()
 def predict(
     net: Net, samples: Samples, rows: NDArray[np.int64], config: FuseConfig, accelerator: Accelerator
@@ -266,8 +215,9 @@ def predict(
     return Predictions(at[order], logits[order], weights[order] if weights.shape[1] else None)
 
 
-def scores(predictions: Predictions, samples: Samples) -> Scores:
+def scores(net: Net, samples: Samples, rows: NDArray[np.int64], config: FuseConfig, accelerator: Accelerator) -> Scores:
     """Macro AUROC and loss, without intervals."""
+    predictions = predict(net, samples, rows, config, accelerator)
     labels = samples.labels[predictions.rows]
     loss = entropy(torch.from_numpy(predictions.logits), torch.from_numpy(labels)).item()
     if not ((labels == 1).any(0) & (labels == 0).any(0)).any():
@@ -285,7 +235,7 @@ def choose_share(
     best: tuple[Scores, float] | None = None
     for share in np.linspace(0, 1, 11).tolist():
         model.share.fill_(share)
-        now = scores(predict(net, samples, rows, config, accelerator), samples)
+        now = scores(net, samples, rows, config, accelerator)
         if now.better(best and best[0]):
             best = now, share
     assert best is not None

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from configs import UserError
 from configs.commands import command_line
@@ -19,6 +18,7 @@ from ehr_features.files import new_file, read_table
 from ehr_features.schema import HELD_OUT
 from finetune import metrics, results
 from finetune.config import FuseConfig
+from finetune.fit import weights_of
 from finetune.fusion.net import FilmBranch, Net
 from finetune.fusion.samples import FILM_TASKS, RETROSPECTIVE, Samples, length_of_stay, macros
 from finetune.labelled import AGE_BANDS, age_bands
@@ -194,8 +194,3 @@ def show(log: run.Log, table: pd.DataFrame, folder: Path) -> None:
     for warning in metrics.without_value(table):
         log.say(f"  warning: {warning}")
     log.say(f"wrote {folder}\nnext: {command_line('report', folder)}")
-
-
-def weights_of(net: nn.Module) -> dict[str, Tensor]:
-    """A copy on the CPU."""
-    return {key: value.detach().cpu().clone() for key, value in net.state_dict().items()}

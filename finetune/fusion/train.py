@@ -26,15 +26,16 @@ from configs.loader import Given
 from ehr_features.files import new_file, read_json, write_json
 from ehr_features.schema import HELD_OUT
 from finetune.config import FuseConfig
+from finetune.fit import Scores, weights_of
 from finetune.fusion import outputs
 from finetune.fusion.cross_attention import kind_of
 from finetune.fusion.film_gain import adds
 from finetune.fusion.gbm import RecordGBM
 from finetune.fusion.inputs import prepare
-from finetune.fusion.loop import Scores, predict, train
+from finetune.fusion.loop import predict, train
 from finetune.fusion.models import Sizes
 from finetune.fusion.net import FilmBranch, Net, load_branch, read_branch
-from finetune.fusion.outputs import Predictions, weights_of
+from finetune.fusion.outputs import Predictions
 from finetune.fusion.samples import Samples
 from pretrain import run
 

@@ -9,7 +9,9 @@ on seed and step alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,15 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from configs import UserError
-from configs.signals import Stopped
-from ehr_features.files import new_file
-from ehr_features.progress import Bar
 from finetune.encoders import open_encoder, to_be_tuned
+from finetune.fit import Scores, fit
 from finetune.labelled import Films
 from finetune.metrics import macro_auroc
 from finetune.probe.heads import balance
@@ -81,13 +80,12 @@ class _Fit:
         opened = open_encoder(config.encoder, seed=seed, weights=config.weights)
         encoder, self.origin = to_be_tuned(opened, store), opened.folder
         attentive = config.method == "attentive"
-        prior = torch.zeros(len(films.names))
-        self.net = Tuned(encoder, prior, attentive=attentive, scratch=self.origin is None).to(accelerator.device)
-        self.best = folder / "best.safetensors"
+        net = Tuned(encoder, len(films.names), attentive=attentive, scratch=self.origin is None)
+        self.net = net.to(accelerator.device)
 
     def train(self, train: Rows, val: Rows) -> dict[str, Any]:
         """Fit on `train`, keep the epoch with the best AUROC on `val`."""
-        accelerator, tune = self.accelerator, self.config.tune
+        tune = self.config.tune
         self.weights = np.ones_like(self.labels)
         if self.config.class_weights == "balanced":  # the head then starts from even odds
             self.weights[train] = balance(self.labels[train])
@@ -96,53 +94,21 @@ class _Fit:
             positive = np.nansum(self.labels[train], axis=0) + 0.5
             with torch.no_grad():
                 self.net.head.bias.copy_(torch.from_numpy(np.log(positive / (known.sum(0) - positive + 1))))
-        optimizer = torch.optim.AdamW(groups(self.net, tune), lr=tune.lr)
-        wrapped, optimizer = accelerator.prepare(self.net, optimizer)
-        local = run.share(tune.batch_size, accelerator.num_processes, "tune.batch_size")
+        run.share(tune.batch_size, self.accelerator.num_processes, "tune.batch_size")
         per_epoch = max(1, len(train) // tune.batch_size)
-        state = run.load_checkpoint(self.folder) or {"step": 0, "reached": -1.0, "best_epoch": 0, "done": False}
-        if "net" in state:
-            self.net.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
-        else:  # before any training: do the weights overflow?
-            ids = self.ids[train[:8]].tolist()
-            encoders.embed(self.net.encoder, self.store.read(ids), names=ids, device=accelerator.device)
-        step, reached, best_epoch = state["step"], state["reached"], state["best_epoch"]
-        bar = Bar(f"{self.config.method} {self.folder.name}", tune.epochs * per_epoch, "steps", shown=run.is_main())
-        with run.stopping() as stop, bar, ThreadPoolExecutor(1) as reader:
-            while not state["done"] and step < tune.epochs * per_epoch:
-                epoch = step // per_epoch + 1
-                order = np.random.default_rng([self.seed, epoch]).permutation(train)
-                order = np.resize(order, per_epoch * tune.batch_size) if len(order) < tune.batch_size else order
-                parts = [self._mine(order, i, local) for i in range(step % per_epoch, per_epoch)]
-                ahead = reader.submit(self._read, parts[0])
-                losses = []
-                for i, rows in enumerate(parts):
-                    films = ahead.result()
-                    if i + 1 < len(parts):
-                        ahead = reader.submit(self._read, parts[i + 1])
-                    losses.append(self._step(wrapped, optimizer, films, rows, step, per_epoch))
-                    step += 1
-                    bar.advance(1, f"loss {losses[-1]:.3f}")
-                    if stop.agreed() and step % per_epoch:
-                        self._save(optimizer, step, reached, best_epoch, done=False)
-                        raise Stopped(run.go_on(self.folder.parents[1], step))
-                auroc = float(
-                    macro_auroc(val_labels(self.films, val, self.labels[train]), self._logits(val)[:, None])[0]
-                )
-                self.log.log({"epoch": epoch, "train/loss": float(np.mean(losses)), "val/auroc/macro": auroc}, step)
-                if auroc > reached:
-                    reached, best_epoch = auroc, epoch
-                    self._keep()
-                ended = epoch - best_epoch >= tune.patience
-                self._save(optimizer, step, reached, best_epoch, done=ended)
-                if stop.agreed() and not ended and step < tune.epochs * per_epoch:
-                    raise Stopped(run.go_on(self.folder.parents[1], step))
-                if ended:
-                    break
-        self.accelerator.wait_for_everyone()
-        self.net.load_state_dict(load_file(self.best))
-        return {"epoch": best_epoch, "steps": step, "val_auroc": reached}
+        first = self.ids[train[:8]].tolist()  # before any training: do the weights overflow?
+        encoders.embed(self.net.encoder, self.store.read(first), names=first, device=self.accelerator.device)
+        labels = val_labels(self.films, val, self.labels[train])
+        optimizer = torch.optim.AdamW(groups(self.net, tune), lr=tune.lr)
+        wrapped, optimizer = self.accelerator.prepare(self.net, optimizer)
+        steps = partial(self._steps, wrapped, optimizer, train, per_epoch)
+
+        def validate() -> Scores:
+            return Scores(float(macro_auroc(labels, self._logits(val)[:, None])[0]))
+
+        given = {"epochs": tune.epochs, "patience": tune.patience, "per_epoch": per_epoch}
+        best, epoch, done = fit(self.net, optimizer, steps, validate, self.log, self.folder, **given)
+        return {"epoch": epoch, "steps": done, "val_auroc": best.auroc}
 
     def export(self, out: Path) -> None:
         """Write OUT/encoder, and the subjects it has seen: those of its pretraining and the train split."""
@@ -151,19 +117,29 @@ class _Fit:
         more = before | {"supervised_by": "findings", "tuned_from": self.config.encoder}
         encoders.save(out / "encoder", self.net.encoder, more)
 
-    def _mine(self, order: Rows, i: int, local: int) -> Rows:
-        """This process's films of step i."""
-        size = self.config.tune.batch_size
-        return order[i * size : (i + 1) * size][self.accelerator.process_index :: self.accelerator.num_processes][
-            :local
+    def _steps(self, wrapped: nn.Module, optimizer: Any, train: Rows, per_epoch: int, step: int) -> Iterator[float]:
+        """The loss of each step from `step` to the end of its epoch; a thread reads the films of the next one."""
+        size, accelerator = self.config.tune.batch_size, self.accelerator
+        order = np.random.default_rng([self.seed, step // per_epoch + 1]).permutation(train)
+        order = np.resize(order, per_epoch * size) if len(order) < size else order
+        own = [
+            order[i * size : (i + 1) * size][accelerator.process_index :: accelerator.num_processes]
+            for i in range(step % per_epoch, per_epoch)
         ]
+        with ThreadPoolExecutor(1) as reader:
+            reads = (reader.submit(self._read, rows) for rows in own)
+            ahead = next(reads)
+            for i, rows in enumerate(own):
+                films, ahead = ahead.result(), next(reads, ahead)
+                yield self._step(wrapped, optimizer, films, rows, step + i, per_epoch)
 
     def _read(self, rows: Rows) -> Tensor:
         return self.net.encoder.preprocess.squares(self.store.read(self.ids[rows].tolist()))
 
     def _step(self, wrapped: nn.Module, optimizer: Any, films: Tensor, rows: Rows, step: int, per_epoch: int) -> float:
         tune, accelerator = self.config.tune, self.accelerator
-        generator = torch.Generator().manual_seed(_mix(self.seed, step, accelerator.process_index))
+        seed = np.random.SeedSequence([self.seed, step, accelerator.process_index])
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
         x = self._input(augment(films.to(accelerator.device), tune, generator))
         target = torch.from_numpy(self.labels[rows]).to(accelerator.device)
         known = ~target.isnan() * torch.from_numpy(self.weights[rows]).to(accelerator.device)
@@ -220,21 +196,6 @@ class _Fit:
         found: Tensor = accelerator.gather(torch.cat(parts))
         return found[: len(rows)].cpu().numpy()
 
-    def _keep(self) -> None:
-        if run.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with new_file(self.best) as part:
-                save_file({k: v.contiguous().cpu().clone() for k, v in self.net.state_dict().items()}, part)
-
-    def _save(self, optimizer: Any, step: int, reached: float, best_epoch: int, *, done: bool) -> None:
-        state = {"net": self.net.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
-        run.save_checkpoint(self.folder, {**state, "reached": reached, "best_epoch": best_epoch}, step, keep=1)
-
-
-def _mix(*numbers: int) -> int:
-    """A seed that depends on all the numbers."""
-    return int(np.random.SeedSequence(list(numbers)).generate_state(1)[0])
-
 
 # ---- The trained network: a head on an encoder, its parameter groups, the augmentation.
 
@@ -244,17 +205,15 @@ class Tuned(nn.Module):
 
     Args:
         attentive: freeze the encoder and weight its tokens by one learned query.
-        prior: (L,) initial log odds of the head.
         scratch: random weights: batch norm learns its statistics too.
     """
 
-    def __init__(self, encoder: Encoder, prior: Tensor, *, attentive: bool, scratch: bool) -> None:
+    def __init__(self, encoder: Encoder, labels: int, *, attentive: bool, scratch: bool) -> None:
         super().__init__()
         self.encoder, self.attentive, self.scratch = encoder, attentive, scratch
-        self.head = nn.Linear(encoder.width, len(prior))
+        self.head = nn.Linear(encoder.width, labels)
         nn.init.zeros_(self.head.weight)
-        with torch.no_grad():
-            self.head.bias.copy_(prior)
+        nn.init.zeros_(self.head.bias)
         if attentive:
             encoder.requires_grad_(False)
             self.query = nn.Parameter(torch.zeros(encoder.width))

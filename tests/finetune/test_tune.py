@@ -63,7 +63,9 @@ def test_attentive_leaves_the_encoder_as_it_was(make_world: World) -> None:
     folder = make_world()
     given = config(folder, "attentive", encoder=str(folder / "pretrain"), tune={"epochs": 2})
     out = probe(given)
-    kept = load_file(out / "fits/0/best.safetensors")
+    checkpoint = run.load_checkpoint(out / "fits/0")
+    assert checkpoint is not None
+    kept = checkpoint["kept"]
     before = load_file(folder / "pretrain/encoder/encoder.safetensors")
     assert all(torch.equal(kept[f"encoder.net.{key}"], value) for key, value in before.items())
     assert kept["query"].abs().sum() > 0
@@ -100,11 +102,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
         probe(given)
     broken = probe(given)
     pd.testing.assert_frame_equal(read_predictions(whole, "test")[2], read_predictions(broken, "test")[2])
+    curves = [pd.read_json(of / "metrics.jsonl", lines=True).drop(columns="seconds") for of in (whole, broken)]
+    pd.testing.assert_frame_equal(*curves)
 
 
 def test_lower_layers_move_less_and_biases_do_not_decay() -> None:
     made = encoders.create("vit_tiny_patch16_224", image_size=32, model_args=TINY)
-    net = tune_net.Tuned(made, torch.zeros(3), attentive=False, scratch=True)
+    net = tune_net.Tuned(made, 3, attentive=False, scratch=True)
     found = tune_net.groups(net, TuneConfig.model_validate({"layer_decay": 0.5, "weight_decay": 0.1}))
     scale = {id(p): (g["lr_scale"], g["weight_decay"]) for g in found for p in g["params"]}
     assert len(scale) == len(list(net.parameters()))
