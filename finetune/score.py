@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from scipy.special import expit
 
 from configs import UserError, first_line
 from ehr_features.files import UNREADABLE, check_new_file, new_file
+from ehr_features.raw.remote import user_table
 from finetune.metrics import evaluate
 
 KEYS = ("sample_id", "dicom_id", "study_id", "stay_id", "subject_id", "hadm_id", "path", "view", "split")
@@ -64,29 +66,25 @@ def score(
 
 def _read(path: str, *, header: bool = True) -> pd.DataFrame:
     """A file as rows x columns; unnamed columns are 0, 1, ... of a RangeIndex."""
-    try:
-        if path.endswith(".npy"):
+    if path.endswith(".npy"):
+        try:
             array = np.load(path, allow_pickle=False)
-            if array.ndim not in (1, 2):
-                raise UserError(f"{path}: an array of shape {array.shape}; wanted (rows,) or (rows, labels)")
-            frame = pd.DataFrame(array)
-        elif path.endswith(".parquet"):
-            frame = pd.read_parquet(path)
-        elif path.endswith(CSV):
-            named = header and not _all_numbers(pd.read_csv(path, nrows=1, header=None, dtype=str).iloc[0].tolist())
-            frame = pd.read_csv(path, header=0 if named else None, dtype=dict.fromkeys(KEYS, str) if named else None)
-            if "Unnamed: 0" in frame and frame["Unnamed: 0"].tolist() == list(range(len(frame))):
-                frame = frame.drop(columns="Unnamed: 0")  # the index that pandas writes
-        else:
-            raise UserError(f"{path}: wanted a file that ends in .npy, .csv, .csv.gz or .parquet")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UserError:
-        raise
-    except (*UNREADABLE, SyntaxError, TokenError) as error:  # the last two: a damaged .npy header
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
-    if not len(frame):
-        raise UserError(f"{path}: no rows")
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except (*UNREADABLE, SyntaxError, TokenError) as error:  # the last two: a damaged header
+            raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+        if array.ndim not in (1, 2) or not len(array):
+            raise UserError(f"{path}: an array of shape {array.shape}; wanted (rows,) or (rows, labels)")
+        return pd.DataFrame(array)
+    if not path.endswith((*CSV, ".parquet")):
+        raise UserError(f"{path}: wanted a file that ends in .npy, .csv, .csv.gz or .parquet")
+    csv: dict[str, Any] = {}
+    if path.endswith(CSV):
+        named = header and not _all_numbers(user_table(path, dtype=str, header=None, nrows=1).iloc[0].tolist())
+        csv = {"header": 0, "dtype": dict.fromkeys(KEYS, str)} if named else {"header": None}
+    frame = user_table(path, **csv)
+    if "Unnamed: 0" in frame and frame["Unnamed: 0"].tolist() == list(range(len(frame))):
+        frame = frame.drop(columns="Unnamed: 0")  # the index that pandas writes
     return frame if isinstance(frame.columns, pd.RangeIndex) else frame.rename(columns=str)
 
 

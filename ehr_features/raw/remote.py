@@ -66,18 +66,18 @@ def explained(url: str) -> Iterator[None]:
         raise UserError(f"{url}: {_why(url, error)}") from None
 
 
-def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None) -> pd.DataFrame:
+def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None, **csv: Any) -> pd.DataFrame:
     """A user's table (.csv, .csv.gz, .parquet), local or at a URL.
 
     Args:
         columns: that it must have.
-        dtype: of the columns of a CSV, as pandas takes it.
+        dtype: of the columns of a CSV; `csv`: other arguments of pandas.read_csv.
     Raises: UserError: absent, damaged, a column missing, no rows.
     """
     place = str(path)
     try:
         with explained(place), fsspec.open(place, "rb", compression="infer") as file:
-            table = pd.read_parquet(file) if place.endswith(".parquet") else pd.read_csv(file, dtype=dtype)
+            table = pd.read_parquet(file) if place.endswith(".parquet") else pd.read_csv(file, dtype=dtype, **csv)
     except UserError:
         raise
     except FileNotFoundError:
