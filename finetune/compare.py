@@ -24,7 +24,7 @@ from scipy.special import expit
 from configs import UserError
 from ehr_features.files import read_json
 from finetune.metrics import by_count, check, distribution, macro, thirds
-from finetune.resample import spread
+from finetune.resample import degrees, smaller_class, spread
 from finetune.results import check_table, read_predictions, read_results, write_table
 
 ENOUGH_SEEDS = 3
@@ -80,7 +80,7 @@ def paired(
         return drawn[key]
 
     found = [[resampled(s) for s in runs] for runs in (a, b)]
-    both = ~np.isnan(found[0][0][0][metric])
+    both, smaller = ~np.isnan(found[0][0][0][metric]), smaller_class(y, group)
     groups_of = {name: both & np.isin(named, list(members)) for name, members in (macros or {}).items()}
     chosen = {"macro": both} | {name: member for name, member in groups_of.items() if member.any()}
     first = len(chosen)
@@ -95,7 +95,7 @@ def paired(
         if same_seeds:
             sides = [(values[0] - values[1], draws[0] - draws[1])]
         gap = means[0] - means[1]
-        varies = spread(sides)
+        varies = spread(sides, degrees(float(smaller[member].mean())) if member.any() else np.nan)
         n = int((~np.isnan(y[:, member])).any(1).sum())
         rows.append([name, metric, *means, gap, *varies.around(gap), varies.p(gap), np.nan, n, len(a), len(b)])
     columns = ["label", "metric", "a", "b", "difference", "low", "high", "p", "p_holm", "n", "runs_a", "runs_b"]

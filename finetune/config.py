@@ -29,6 +29,24 @@ Cache = Annotated[str | None, Field(description="Folder of films' features; null
 Samples = Annotated[int, Field(ge=0, description="Resamples of subjects for the 95% intervals; 0: none.")]
 
 
+Seeds = Annotated[int, Field(ge=1)] | Annotated[list[int], Field(min_length=1)]
+
+
+def first_seed(data: Any) -> Any:
+    """With a list of seeds, the first of them is `seed`. Raises: ValueError: a seed is listed twice."""
+    seeds = data.get("seeds") if isinstance(data, dict) else None
+    if not isinstance(seeds, list) or not seeds:
+        return data
+    if len(set(map(str, seeds))) < len(seeds):
+        raise ValueError(f"`seeds` {seeds}: a seed is listed twice; its trainings would be the same")
+    return data | {"seed": seeds[0]}
+
+
+def seed_list(seed: int, seeds: int | list[int], least: int = 1) -> list[int]:
+    """The seeds of `seeds`: those listed; or `seed`, `seed` + 1, ..., of which there are at least `least`."""
+    return seeds if isinstance(seeds, list) else list(range(seed, seed + max(seeds, least)))
+
+
 class TuneConfig(Settings):
     """Training through the encoder: `method: finetune` and `attentive`."""
 
@@ -122,7 +140,11 @@ class ProbeConfig(Settings):
         default=1.0, description="Share of the train subjects to train on, or a list of shares."
     )
     repeats: int = Field(default=3, ge=1, description="Draws of each fraction below 1, with seed, seed + 1, ...")
-    seeds: int = Field(default=1, ge=1, description="Fits with seed, seed + 1, ...; results.json holds their means.")
+    seeds: Seeds = Field(
+        default=1,
+        description="Number of fits, with seed, seed + 1, ...; or their seeds, such as [0, 1, 5], of which the first "
+        "replaces `seed`. results.json holds their means.",
+    )
     folds: int = Field(
         default=0, ge=0, description="3 or more: stratified folds by subject; each subject is scored once (0: none)."
     )
@@ -173,6 +195,12 @@ class ProbeConfig(Settings):
         default=False, description="Equal subject_ids of another data set in the pretraining are different people."
     )
     cache: Cache = None
+
+    _first_seed = model_validator(mode="before")(first_seed)
+
+    @property
+    def every_seed(self) -> list[int]:
+        return seed_list(self.seed, self.seeds)
 
     @property
     def fractions(self) -> list[float]:
@@ -307,8 +335,10 @@ class FuseConfig(Settings):
         default=(1e-5, 1e-3), description="Lowest and highest learning rate of that search."
     )
     encoder_lr: float = Field(default=1e-5, gt=0, description="Learning rate of the encoder, with freeze: false.")
-    seeds: int = Field(
-        default=1, ge=1, description="Trainings, of seed, seed + 1, ...; results.json holds their means."
+    seeds: Seeds = Field(
+        default=1,
+        description="Number of trainings, with seed, seed + 1, ...; or their seeds, such as [0, 1, 5], of which the "
+        "first replaces `seed`. results.json holds their means.",
     )
     weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of AdamW.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Both betas of AdamW.")
@@ -333,6 +363,12 @@ class FuseConfig(Settings):
     precision: Precision = "no"
     allow_leak: AllowLeak = False
     cache: Cache = None
+
+    _first_seed = model_validator(mode="before")(first_seed)
+
+    @property
+    def every_seed(self) -> list[int]:
+        return seed_list(self.seed, self.seeds)
 
     @model_validator(mode="after")
     def _agree(self) -> FuseConfig:

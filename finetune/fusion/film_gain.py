@@ -75,7 +75,7 @@ def _validation(run: Path) -> float:
 
 def _films(run: Path, config: FuseConfig) -> tuple[pd.DataFrame, pd.DataFrame, NDArray[np.float64]]:
     """Ids and labels of the test samples with a film, and their probabilities (trainings, N, L), by sample_id."""
-    folders = [run] if config.seeds == 1 else [run / f"seed_{config.seed + i}" for i in range(config.seeds)]
+    folders = [run] if len(config.every_seed) == 1 else [run / f"seed_{seed}" for seed in config.every_seed]
     read = [read_predictions(folder, "test") for folder in folders]
     ids, labels, _ = read[0]
     keep = np.flatnonzero(ids["has_image"].to_numpy(bool))

@@ -71,11 +71,16 @@ def write(
             rated = _rate(samples, rows["train"], at[keep], chances[:, keep], config)
             tables.append(rated.assign(split=split, subset=subset))
     done = pd.concat(tables, ignore_index=True)
-    keys = ("task", "model", "seed", "seeds", "allow_leak", "pairing", "freeze", "film", "control")
+    keys = ("task", "model", "seed", "allow_leak", "pairing", "freeze", "film", "control")
     if config.task in FILM_TASKS:
         about = about | {"prevalence": prevalence(samples.names, samples.labels[rows["train"]])}
     retrospective = config.task in RETROSPECTIVE
-    told = {**{key: getattr(config, key) for key in keys}, "retrospective": retrospective, **about}
+    told = {
+        **{key: getattr(config, key) for key in keys},
+        "seeds": len(config.every_seed),
+        "retrospective": retrospective,
+        **about,
+    }
     told["warnings"] = [*told["warnings"], *metrics.without_value(done)]
     results.write_results(folder, told, done)
     return done
@@ -164,7 +169,7 @@ def announce(
     seen = films is not None or samples.film_tokens is not None
     encoder = f"{config.encoder} {'frozen' if config.freeze else 'tuned'}" if seen else "no films"
     control = "" if config.control == "none" else f", control: {config.control}"
-    seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
+    seeds = f", {len(config.every_seed)} seeds" if len(config.every_seed) > 1 else ""
     task = f"{config.task} (retrospective)" if config.task in RETROSPECTIVE else config.task
     log.say(f"fuse: {config.model} on {task}, {config.pairing} stays, {encoder}{control}{seeds}")
     if "encoder_weights" in about:

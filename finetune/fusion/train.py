@@ -82,9 +82,10 @@ def _fuse(
     log = run.Log(folder, accelerator)
     outputs.announce(log, config, samples, rows, films, about)
     found: list[dict[str, Predictions]] = []
-    for seed in range(config.seed, config.seed + config.seeds):
+    several = len(config.every_seed) > 1
+    for seed in config.every_seed:
         own = config.model_copy(update={"seed": seed})
-        place = folder if config.seeds == 1 else folder / f"seed_{seed}"
+        place = folder / f"seed_{seed}" if several else folder
         if kind_of(config.model) is RecordGBM:
             model: Callable[[Samples, NDArray[np.int64]], Predictions] = RecordGBM(samples, rows["train"], seed)
         else:
@@ -96,7 +97,7 @@ def _fuse(
         found.append({split: model(samples, rows[split]) for split in HELD_OUT})
         for name, changed in outputs.poorer(samples, films is not None, seed).items() if config.robustness else ():
             found[-1][name] = model(changed, rows["test"])
-        if accelerator.is_main_process and config.seeds > 1:
+        if accelerator.is_main_process and several:
             outputs.write(place, samples, rows, [found[-1]], own, about)
     if accelerator.is_main_process:
         outputs.show(log, outputs.write(folder, samples, rows, found, config, about), folder)

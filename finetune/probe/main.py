@@ -25,7 +25,7 @@ from configs.commands import command_line
 from configs.loader import Given
 from ehr_features.files import read_table
 from ehr_features.schema import HELD_OUT
-from finetune.config import ProbeConfig
+from finetune.config import ProbeConfig, seed_list
 from finetune.encoders import Frozen, film_features, open_encoder, store_warnings
 from finetune.guard import NOTHING, Seen, check_encoder
 from finetune.labelled import Films, Part, check_splits, folded, fraction_rows
@@ -204,7 +204,7 @@ def evaluate(
         for split, of in on.items():
             tables.append(score(of, **given).assign(split=split, subset="all", fraction=fraction))
     each = {}
-    for i, seed in enumerate(range(config.seed, config.seed + config.seeds) if config.seeds > 1 else ()):
+    for i, seed in enumerate(config.every_seed if len(config.every_seed) > 1 else ()):
         own, own_given = rated(config, films, trained[i : i + 1])
         parts = [score(of, **own_given, **asked).assign(split=split) for split, of in own.items()]
         each[seed] = pd.concat(parts, ignore_index=True).assign(subset="all", fraction=fraction)
@@ -238,8 +238,8 @@ def fitted(
     found: dict[float, list[Trained]] = {}
     said = []
     for fraction in config.fractions:
-        for draw in range(max(config.seeds, config.repeats) if fraction < 1 else config.seeds):
-            seed = config.seed + draw
+        least = config.repeats if fraction < 1 else 1
+        for draw, seed in enumerate(seed_list(config.seed, config.seeds, least)):
             whole = Part(films.rows("train"), films.rows("val"), films.rows("test"))
             trained = Trained(folded(films, config.folds, seed) if config.folds else [whole], [])
             found.setdefault(fraction, []).append(trained)
@@ -289,7 +289,7 @@ def about(config: ProbeConfig, films: Films, through: Through, more: Mapping[str
         "encoder": through.name,
         "seed": config.seed,
         "allow_leak": config.allow_leak,
-        "seeds": config.seeds,
+        "seeds": len(config.every_seed),
         "folds": config.folds,
         "unit": config.unit,
         "pretraining_films": through.seen.films,

@@ -43,8 +43,7 @@ def shift(config: ProbeConfig, films: Films, learn: Learner) -> tuple[pd.DataFra
             raise UserError(f"shift: no {split} film with {config.shift.field} {', '.join(groups)}")
     names = {"source": "+".join(source), "target": "+".join(target)}
     fitted = {
-        side: [learn(rows[side, "train"], rows[side, "val"], config.seed + i) for i in range(config.seeds)]
-        for side in names
+        side: [learn(rows[side, "train"], rows[side, "val"], seed) for seed in config.every_seed] for side in names
     }
     tables, on = [], {}
     for trained, tested in (("source", "source"), ("source", "target"), ("target", "target")):

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from configs import UserError
 from finetune.compare import compare_runs
-from finetune.config import ProbeConfig
+from finetune.config import FuseConfig, ProbeConfig
 from finetune.labelled import Films, folded
 from finetune.probe import probe
 from finetune.probe.heads import balance
@@ -79,6 +79,31 @@ def test_a_probe_in_folds_scores_every_study_once_by_a_head_that_never_saw_it(ma
     assert macro[0] == pytest.approx(np.mean(macro[1:])) and "f1" not in set(rows["metric"])
     table = compare_runs([run], [run], samples=20)
     assert table.loc[0, "runs_a"] == 2 and table.loc[0, "difference"] == 0
+
+
+def test_listed_seeds_are_the_seeds_of_the_fits(make_world: World) -> None:
+    """The same numbers as with each seed alone; a list of one seed is that seed."""
+    folder = make_world()
+    run = probe(given(folder, "listed", method="linear", epochs=2, seeds=[5, 2], fraction=[0.5, 1.0]))
+    about, _ = read_results(run)
+    assert about["seeds"] == 2 and about["seed"] == 5 and len(about["fractions"]) == 4
+    assert sorted(p.name for p in run.glob("seed_*")) == ["seed_2", "seed_5"]
+    for out, seeds in (("number", 1), ("list", [2])):
+        alone = probe(given(folder, out, method="linear", epochs=2, seed=2 if seeds == 1 else 0, seeds=seeds))
+        assert read_results(alone)[0]["seed"] == 2 and not list(alone.glob("seed_*"))
+        ours, theirs = (read_predictions(of, "test")[2] for of in (run / "seed_2", alone))
+        pd.testing.assert_frame_equal(ours, theirs)
+    assert compare_runs([run], [run], samples=20).loc[0, "runs_a"] == 2
+
+
+@pytest.mark.parametrize(
+    ("seeds", "says"),
+    [([0, 0], "listed twice"), ([], "at least 1"), (0, "greater than or equal to 1"), ([0.5], "integer")],
+)
+@pytest.mark.parametrize("schema", [ProbeConfig, FuseConfig])
+def test_seeds_that_are_none_are_refused(tmp_path: Path, schema: type, seeds: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        schema.model_validate({"features": "f", "store": "s", "encoder": "pixels", "out": "o", "seeds": seeds})
 
 
 @pytest.mark.parametrize(

@@ -410,6 +410,17 @@ def test_bf16_scores_of_a_users_own_class_do_not_tie(make_icu: Make) -> None:
         assert distinct["bf16"] == distinct["no"] > 70, distinct
 
 
+def test_listed_seeds_are_the_seeds_of_the_trainings(make_icu: Make) -> None:
+    folder = make_icu(stays=60)
+    run = fuse(config(folder, seeds=[4, 1], epochs=1))
+    assert sorted(p.name for p in run.glob("seed_*")) == ["seed_1", "seed_4"]
+    about, _ = read_results(run)
+    assert (about["seeds"], about["seed"]) == (2, 4)
+    alone = fuse(config(folder, seeds=[1], epochs=1, out=str(folder / "alone")))
+    ours, theirs = (pd.read_parquet(of / "predictions/test.parquet") for of in (run / "seed_1", alone))
+    pd.testing.assert_frame_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("model", ["late", "medfuse", "attention", "film_only", "record_transformer", "mmtm"])
 def test_bf16_trains_and_its_scores_do_not_tie(make_icu: Make, model: str) -> None:
     """As many distinct scores as in fp32: logits are never rounded to 8 bits."""
