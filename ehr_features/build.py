@@ -11,7 +11,8 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def build(config: FeaturesConfig | Given) -> Path:
     out = config.out
     check_ours(out, "a features folder", ["provenance.json"])
     splits.check(config.split)
+    own_tables(out, config.tasks)
     steps = Steps()
     with steps("opening the tables"):
         source = open_source(config)
@@ -124,7 +126,6 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
             status = labels.code_status(found["chartevents"][0], stays)
             cohort_ = labels.Cohort(source, with_death(stays), first_hours(source, binned, config), config)
             about |= samples(part, cohort_, stay_films, status, attrition)
-            _keep_own_tables(config.out, part)
         with steps("fitting the normaliser"):
             write_json(
                 part / "series.json", series_file.about(part / "series.safetensors", stays, columns, config, fates)
@@ -133,16 +134,22 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
         rows = _rows(source, found, attrition)
         write_json(part / "attrition.json", attrition.as_json())
         write_json(part / "provenance.json", _provenance(config, source, prints, rows, part, steps, key, warnings))
+        for path in own_tables(config.out, config.tasks):
+            whole = path.is_dir() and not path.is_symlink()
+            copy = partial(shutil.copytree, symlinks=True) if whole else partial(shutil.copy2, follow_symlinks=False)
+            copy(path, part / "samples" / path.name)
 
 
-def _keep_own_tables(out: Path, part: Path) -> None:
-    """Copy a user's own tables of samples/ into the new folder. Raises: UserError: one has the name of a task."""
+def own_tables(out: Path, tasks: Sequence[str]) -> list[Path]:
+    """What a user has put into samples/ of an earlier features folder: files and folders that schema.json does not
+    list. Raises: UserError: one has the name of a task that will be written."""
     described = read_json(out / "schema.json") if (out / "schema.json").is_file() else {}
-    for path in sorted((out / "samples").glob("*")):
-        if f"samples/{path.stem}" not in described:
-            if (part / "samples" / path.name).exists():
-                raise UserError(f"{path}: a table of your own with the name of a task that is written now; rename it")
-            shutil.copy2(path, part / "samples" / path.name)
+    found = sorted((out / "samples").glob("*"))
+    own = [path for path in found if path.suffix != ".parquet" or f"samples/{path.stem}" not in described]
+    for path in own:
+        if path.suffix == ".parquet" and path.stem in tasks:
+            raise UserError(f"{path}: a table of your own with the name of a task that is written now; rename it")
+    return own
 
 
 def is_current(out: Path, key: str) -> bool:

@@ -71,6 +71,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     for mark in (PARTIAL, f".old{PARTIAL}"):
         for stale in folder.parent.glob(f".{folder.name}{mark}-*"):
             if not _alive(stale.name.rpartition("-")[2]):  # left by a killed process
+                if mark != PARTIAL and not folder.exists():  # killed between the two renames below
+                    stale.rename(folder)
                 shutil.rmtree(stale, ignore_errors=True)
     make_folder(part)
     try:

@@ -20,7 +20,7 @@ from ehr_features import build, schema, series
 from ehr_features.check import check, num_rows
 from ehr_features.config import FeaturesConfig
 from ehr_features.demo import generate as demo
-from ehr_features.files import read_table, tidy
+from ehr_features.files import PARTIAL, read_table, tidy
 from ehr_features.raw.source import open_source
 from ehr_features.series import bins, events
 from ehr_features.series.channels import SHIPPED
@@ -181,6 +181,35 @@ def test_a_users_own_table_of_samples_is_kept_when_features_are_built_again(mimi
     with pytest.raises(UserError, match=r"decompensation\.parquet: a table of your own with the name of a task"):
         build.build(config(seed=2, tasks=["mortality", "decompensation"]))
     pd.testing.assert_frame_equal(pd.read_parquet(out / "samples/decompensation.parquet"), own)
+
+
+def test_whatever_a_user_puts_into_samples_outlives_other_keys_a_refusal_and_a_kill(mimic, config, monkeypatch):
+    out = build.build(config())
+    own = {"mine.parquet": b"p", "mortality.csv": b"c", ".hidden": b"h", "more/deep/table.csv": b"d"}
+    for name, content in own.items():
+        (out / "samples" / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / "samples" / name).write_bytes(content)
+    (out / "samples/link.parquet").symlink_to("../../elsewhere.parquet")
+
+    def kept():
+        names = {name: (out / "samples" / name).read_bytes() for name in own}
+        return names == own and (out / "samples/link.parquet").is_symlink()
+
+    build.build(config(seed=1))
+    assert kept()
+    (out / "samples/decompensation.parquet").write_bytes(b"x")
+    opened = []
+    monkeypatch.setattr(build, "open_source", lambda *a: opened.append(a))
+    with pytest.raises(UserError, match=r"decompensation\.parquet: a table of your own"):
+        build.build(config(seed=2, tasks=["mortality", "decompensation"]))
+    assert kept() and not opened  # refused before anything is read
+    monkeypatch.undo()
+    (out / "samples/decompensation.parquet").unlink()
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    out.rename(out.with_name(f".{out.name}.old{PARTIAL}-{process.pid}"))  # killed between the renames
+    build.build(config(seed=3))
+    assert kept() and not list(out.parent.glob(".*.old*"))
 
 
 def test_an_edit_within_a_second_that_keeps_the_size_is_seen(tmp_path, frames, write, config):
