@@ -236,9 +236,15 @@ class ProbeConfig(Settings):
 
 
 class FuseConfig(Settings):
-    """features/ + store/ + an encoder -> a model of the record and the film on an ICU task, evaluated."""
+    """features/ or a table of films, store/ and an encoder -> a model of the record and the film, evaluated."""
 
-    features: str = Field(description="The features/ folder: series, samples, films of stays.")
+    features: str | None = Field(default=None, description="The features/ folder: series, samples, films of stays.")
+    films: TableConfig | None = Field(
+        default=None, description="Instead of features: a table of films and labels; the record is its columns."
+    )
+    groups: list[str] = Field(
+        default=[], description="With films: the columns that are the record, e.g. [age, sex, ward]; none: film_only."
+    )
     store: str | None = Field(
         default=None, description="The store/ folder of packed films; a model of the record needs none."
     )
@@ -249,7 +255,9 @@ class FuseConfig(Settings):
     weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
     out: str = Field(description="The run folder to write.")
     seed: int = Field(default=0, description="Seed of weights, order, draws and intervals.")
-    task: str = Field(default="mortality", description="Table of features/samples/ to predict.")
+    task: str = Field(
+        default="mortality", description="Table of features/samples/ to predict; with films: their labels (`labels`)."
+    )
     model: str = Field(
         default="medfuse",
         description="Model, one of finetune/fusion/models.py, e.g. record_lstm or film_only; or FILE.py:Class.",
@@ -281,7 +289,7 @@ class FuseConfig(Settings):
         description="Input of a film: the encoder's features, logits of findings by heads fitted on all train "
         "films, or both.",
     )
-    films: int = Field(
+    num_films: int = Field(
         default=5, ge=1, description="Largest number of films that medfuse_time reads, the last before prediction."
     )
     context: bool = Field(default=True, description="Give the film's view and age in hours beside its features.")
@@ -369,6 +377,35 @@ class FuseConfig(Settings):
     @property
     def every_seed(self) -> list[int]:
         return seed_list(self.seed, self.seeds)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_table(cls, given: Any) -> Any:
+        """With a table of films there is one task, its labels, and a film is its features."""
+        if not isinstance(given, dict) or given.get("films") is None:
+            return given
+        if isinstance(given["films"], int):
+            raise ValueError(f"`films` {given['films']}: the number of films is now called `num_films`")
+        return {"task": "labels", "film": "features", **given}
+
+    @model_validator(mode="after")
+    def _source(self) -> FuseConfig:
+        if (self.features is None) == (self.films is None):
+            raise ValueError("wanted one of `features` (a features/ folder) and `films.table` (a table of films)")
+        if self.films is None:
+            if self.groups:
+                raise ValueError("`groups` goes with films.table; with features the record is the hourly series")
+            return self
+        hourly = {"max_hours": None, "robustness": False, "notes": None}
+        if wrong := [key for key, off in hourly.items() if getattr(self, key) != off]:
+            raise ValueError(f"`{wrong[0]}` reads hourly series or notes, which a table of films has not; leave it out")
+        if self.task != "labels":
+            raise ValueError(f"`task` {self.task}: with films.table the task is `labels`, the table's; leave it out")
+        if self.film != "features":
+            raise ValueError(
+                f"`film` {self.film}: logits of findings are of MIMIC's films; leave it out with films.table"
+            )
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> FuseConfig:

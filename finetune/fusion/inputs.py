@@ -25,6 +25,7 @@ from finetune.fusion import findings
 from finetune.fusion.cross_attention import kind_of
 from finetune.fusion.film_tokens import film_tokens
 from finetune.fusion.net import FilmBranch
+from finetune.fusion.own_samples import check_model, load_table, read_only
 from finetune.fusion.samples import Samples, another_film, load
 from finetune.labelled import evaluation_labels, read_films, training_labels
 from pretrain.store import Store
@@ -43,8 +44,15 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
         if sees_films or Path(str(config.store)).exists():
             raise
         about["warnings"].append(f"{config.store}: no store there; every film of a stay counts as present")
-    films = config.films if getattr(kind, "many_films", False) else 1
-    samples = load(config.features, config.task, readable=store, films=films, max_hours=config.max_hours)
+    own = None
+    if config.features is not None:
+        films = config.num_films if getattr(kind, "many_films", False) else 1
+        samples = load(config.features, config.task, readable=store, films=films, max_hours=config.max_hours)
+    else:
+        check_model(config, kind)
+        samples, own = load_table(config, store)
+        about["warnings"] += own.warnings
+        about |= {"left_out": own.left_out, "table": [] if own.own is None else list(own.own.said)}
     lost = int((samples.table["dicom_id"].notna().to_numpy() & ~samples.has_image).sum())
     if lost:
         about["warnings"].append(f"{lost} samples have a film that the store lacks; they count as without a film")
@@ -62,10 +70,19 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
     frozen = open_encoder(config.encoder, seed=config.seed, device=accelerator.device, weights=config.weights)
     if frozen.folder is not None:
         subjects = samples.table[["subject_id", "split"]].drop_duplicates()
-        seen = guard.check_encoder(frozen.folder, subjects, features=config.features, allow_leak=config.allow_leak)
+        seen = guard.check_encoder(
+            frozen.folder,
+            subjects,
+            features=config.features,
+            own=None if own is None else own.own,
+            labels=() if own is None else own.names,
+            allow_leak=config.allow_leak,
+            same_source=own is None,
+        )
         about["warnings"] += seen.warnings
         about |= {"supervision": seen.supervision, "films_seen": seen.films, "guard": seen.compared}
     about["warnings"] += store_warnings(frozen, store)
+    samples = samples if own is None else read_only(samples)
     about |= {"encoder_weights": frozen.said} if frozen.said else {}
     with accelerator.main_process_first():
         if tokens:
@@ -84,7 +101,7 @@ def _films(
     rows = samples.films[samples.rows("train")]
     rows = np.unique(rows[rows >= 0])
     if not len(rows):
-        raise UserError(f"{config.features}: no train sample of {config.task} has a film in {config.store}")
+        raise UserError(f"{source_of(config)}: no train sample of {config.task} has a film in {config.store}")
     if config.control == "context":
         nothing = torch.zeros(0)
         return replace(samples, store=store), FilmBranch(nothing, nothing, keep=False), {}
@@ -93,6 +110,7 @@ def _films(
     mean, deviation = _scale(features[rows]) if config.standardise else (torch.zeros(width), torch.ones(width))
     head, more = None, dict[str, float]()
     if config.film != "features":
+        assert config.features is not None, "checked by the config"
         labelled = findings.labelled_films(config.features, frozen, store, cache)
         scaled = [((torch.from_numpy(pool(labelled[s][0], name)) - mean) / deviation, labelled[s][1]) for s in labelled]
         films = (torch.from_numpy(features) - mean) / deviation
@@ -112,6 +130,11 @@ def _films(
     samples = replace(samples, features=features, store=store)
     samples = another_film(samples, config.seed) if config.control == "another" else samples
     return samples, branch, {"findings_head": more} if more else {}
+
+
+def source_of(config: FuseConfig) -> str:
+    """The features/ folder or the table of films, for a message."""
+    return str(config.features if config.films is None else config.films.table)
 
 
 def _scale(features: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,6 +172,7 @@ def read(config: FuseConfig, samples: Samples, cache: Path, tokens: bool) -> tup
     Raises: UserError: no notes, a note from after its film, no note of these films.
     """
     assert config.notes is not None and config.text_encoder is not None, "checked by read_by_model"
+    assert config.features is not None, "checked by the config"
     images = read_table(config.features, "images")
     taken = images.set_index("dicom_id")["taken_at"] if "taken_at" in images else None
     notes = read_notes(config.notes, taken)
@@ -187,7 +211,7 @@ def _findings(
     As for films (finetune/fusion/findings.py), the logits of train subjects come from heads that were not fitted on
     them.
     """
-    assert config.text_encoder is not None
+    assert config.text_encoder is not None and config.features is not None
     labelled = read_films(config.features)
     ids = labelled.table["dicom_id"].tolist()
     every, has, _ = note_vectors(notes, config.text_encoder, ids, cache)

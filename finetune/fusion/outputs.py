@@ -46,8 +46,13 @@ def write(
     about: dict[str, Any],
 ) -> pd.DataFrame:
     """Write predictions/ (of the first training) and results.json (means over trainings); returns the latter's rows."""
-    ages = read_table(config.features, "stays", ["stay_id", "age_years"]).set_index("stay_id")["age_years"]
-    table = samples.table.assign(age_years=samples.table["stay_id"].map(ages).astype(float))
+    table = samples.table
+    if config.features is not None:
+        ages = read_table(config.features, "stays", ["stay_id", "age_years"]).set_index("stay_id")["age_years"]
+        table = table.assign(age_years=table["stay_id"].map(ages).astype(float))
+    elif "age_years" not in table:
+        table = table.assign(age_years=np.nan)
+    named = [name for name in ("sample_id", "stay_id", "subject_id", "dicom_id") if name in table]
     absent = np.isin(samples.names, list(metrics.unlearned(samples.labels[rows["train"]], samples.names)))
     tables = []
     for split in trainings[0]:
@@ -57,7 +62,7 @@ def write(
             chances = torch.from_numpy(np.stack([f.logits for f in found])).sigmoid().numpy()
             tables.append(_rate(samples, rows["train"], at, chances, config).assign(split="test", subset=split))
             continue
-        ids = table.iloc[at][["sample_id", "stay_id", "subject_id", "dicom_id"]].assign(has_image=samples.has_image[at])
+        ids = table.iloc[at][named].assign(has_image=samples.has_image[at])
         if (weights := found[0].weights) is not None:
             ids[["weight_record", "weight_film", "weight_text"][: weights.shape[1]]] = weights
         labels = pd.DataFrame(samples.labels[at], columns=samples.names)
@@ -149,8 +154,8 @@ def save(folder: Path, net: Net, samples: Samples, config: FuseConfig) -> None:
     if net.films is not None and encoder is not None:
         origin = net.films.origin
         more: dict[str, Any] = ({} if origin is None else ancestry(origin)) | {"tuned_from": config.encoder}
-        if config.task in FILM_TASKS:
-            more["supervised_by"] = "findings"
+        if config.task in FILM_TASKS or config.films is not None:
+            more["supervised_by"] = "findings" if config.films is None else f"the labels of {config.films.table}"
         else:  # trained on an outcome, which is known at discharge only
             more["ehr_groups"] = {**(encoder.meta.get("ehr_groups") or {}), config.task: "discharge"}
         encoders.save(folder / "encoder", encoder, more)
@@ -170,15 +175,19 @@ def announce(
     encoder = f"{config.encoder} {'frozen' if config.freeze else 'tuned'}" if seen else "no films"
     control = "" if config.control == "none" else f", control: {config.control}"
     seeds = f", {len(config.every_seed)} seeds" if len(config.every_seed) > 1 else ""
+    units = "stays" if config.films is None else "films"
     task = f"{config.task} (retrospective)" if config.task in RETROSPECTIVE else config.task
-    log.say(f"fuse: {config.model} on {task}, {config.pairing} stays, {encoder}{control}{seeds}")
+    log.say(f"fuse: {config.model} on {task}, {config.pairing} {units}, {encoder}{control}{seeds}")
+    for line in about.get("table", ()):
+        log.say(f"  {line}")
     if "encoder_weights" in about:
         log.say(f"  {about['encoder_weights']}")
     if "text" in about:
         log.say(f"  {summary(about['text'])}")
     for split, own in rows.items():
         if not len(own):
-            raise UserError(f"{config.features}: no {split} samples of {config.task} with pairing={config.pairing}")
+            where = config.features if config.films is None else config.films.table
+            raise UserError(f"{where}: no {split} samples of {config.task} with pairing={config.pairing}")
         events = int(np.median(np.nansum(samples.labels[own], axis=0)))
         log.say(f"  {split:5} {len(own):6} samples, {samples.has_image[own].sum()} with a film, {events} positive")
     for warning in about["warnings"]:

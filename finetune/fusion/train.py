@@ -27,7 +27,7 @@ from ehr_features.files import new_file, read_json, write_json
 from ehr_features.schema import HELD_OUT
 from finetune.config import FuseConfig
 from finetune.fit import Scores, weights_of
-from finetune.fusion import outputs
+from finetune.fusion import outputs, own_samples
 from finetune.fusion.cross_attention import kind_of
 from finetune.fusion.film_gain import adds
 from finetune.fusion.gbm import RecordGBM
@@ -244,5 +244,7 @@ def _token_sizes(samples: Samples) -> dict[str, Any]:
 
 def _sources(config: FuseConfig) -> list[Path]:
     """Files whose content identifies a run's input."""
+    if config.features is None:
+        return own_samples.sources(config)
     names: list[Any] = ["provenance.json", *sorted(p.name for p in Path(config.features).glob("samples/*.parquet"))]
     return [Path(config.features) / (name if name == "provenance.json" else f"samples/{name}") for name in names]

@@ -6,7 +6,7 @@ used for fractions of the training set and for shifts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features import static
+from ehr_features.own_films.config import TableConfig
 from ehr_features.own_films.record import check_groups, encode_group
 from ehr_features.static import READS
 from finetune.encoders import Features
@@ -126,7 +127,8 @@ def record(config: ProbeConfig, films: Films, train_rows: Rows) -> Features:
     Raises: UserError: a group that is known only at discharge, or missing for these films.
     """
     if films.own is not None:
-        array, names = own_record(config, films, train_rows)
+        assert config.films is not None
+        array, names = own_record(config.films, config.groups, films, train_rows)
     else:
         refuse_discharge(config.groups, static.available_at(config.groups))
         if lacking := [group for group in config.groups if not set(READS[group]) <= set(films.table)]:
@@ -141,14 +143,20 @@ def record(config: ProbeConfig, films: Films, train_rows: Rows) -> Features:
     return {"avg": array}
 
 
-def own_record(config: ProbeConfig, films: Films, train_rows: Rows) -> tuple[NDArray[Any], list[str]]:
-    """The same for a table outside MIMIC, of which any column may be a group."""
-    assert films.own is not None and config.films is not None
-    given = config.films
-    refuse_discharge(config.groups, dict.fromkeys(given.outcomes, "discharge"))
-    check_groups(films.own, config.groups, given.table)
+def own_record(
+    config: TableConfig, groups: Sequence[str], films: Films, train_rows: Rows
+) -> tuple[NDArray[Any], list[str]]:
+    """Columns of a table outside MIMIC as the record of its films (N, S), and their S names, fitted on the train rows.
+
+    Raises: UserError: a group that is no column of the table, a label, or known only after the film.
+    """
+    assert films.own is not None
+    refuse_discharge(groups, dict.fromkeys(config.outcomes, "discharge"))
+    check_groups(films.own, groups, config.table)
+    if labels := [group for group in groups if group in films.names]:
+        raise UserError(f"groups: {', '.join(labels)} is a label of {config.table}, and no input; leave it out")
     rows = films.table["row"].to_numpy(np.intp)
     train = np.isin(np.arange(len(films.own.films)), rows[train_rows])
-    parts = [encode_group(films.own, group, train, given.categories, given.table) for group in config.groups]
+    parts = [encode_group(films.own, group, train, config.categories, config.table) for group in groups]
     names = [name for part in parts for name in part[1]]
     return np.concatenate([values for values, _ in parts], axis=1)[rows] if parts else np.zeros((len(rows), 0)), names
