@@ -342,6 +342,6 @@ def macro_auroc(labels: NDArray[np.float32], scores: NDArray[Any]) -> NDArray[np
             values.append((ranks[y].sum(0) - p * (p + 1) / 2) / (p * (len(y) - p)))
     if not values:
         raise UserError(
-            "no label has both classes among the validation films, so nothing can be chosen; use more films"
+            "no label has both classes among the validation films, so nothing can be chosen; use more films, or folds=5"
         )
     return np.mean(values, axis=0)

@@ -27,8 +27,9 @@ def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
         features = beside if (beside / "images.parquet").is_file() else "features"
         words = ["pretrain_vit_small", f"features={features}"]
         if config.layout is not None:
-            layout = [f"films.layout={config.layout}"] if config.layout != "csv" else []
-            words = ["own_films/pretrain", f"films.table={config.films}", *layout]
+            more = {"layout": config.layout if config.layout != "csv" else None, "path": config.path}
+            named = [f"films.{key}={value}" for key, value in more.items() if value is not None]
+            words = ["own_films/pretrain", f"films.table={config.films}", *named]
         print(f"{out}\nnext: {command_line('pretrain', *words, f'store={out}')}")
     else:
         print(f"{out}\nnext: the parts of --shard i/{part[2]} that are not packed yet")

@@ -93,8 +93,9 @@ def refuse_constant(table: FilmsTable, group: str, encoded: Encoded, kept: np.nd
     if len(values) and (values == values[0]).all():
         column = {"sex": "sex", "view": "view"}.get(group, "age_years") if group in PERSON else group
         of = table.films if group in PERSON else table.columns
-        seen = words(text(of[column][kept])) or "nothing"
+        seen = words(text(of[column][kept]))
+        is_so = f"is {seen}" if seen else "is empty"
         raise UserError(
-            f"{name}: EHR group `{group}` is the same for all {len(values)} films that are trained on ({seen}), so it "
-            f"tells nothing; leave it out of the groups"
+            f"{name}: EHR group `{group}` {is_so} for all {len(values)} films that are trained on, so it tells "
+            "nothing; leave it out of the groups"
         )

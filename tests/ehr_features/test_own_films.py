@@ -201,8 +201,11 @@ def test_a_group_that_is_the_same_for_all_films_is_refused_with_the_value(tmp_pa
     train = (found.films["split"] == "train").to_numpy()
     for group, value in (("modality", "CX"), ("sex", "F")):
         each = encode_group(found, group, train, (), "my.csv")
-        with pytest.raises(UserError, match=rf"`{group}` is the same for all {train.sum()} films .*`{value}`"):
+        with pytest.raises(UserError, match=rf"`{group}` is `{value}` for all {train.sum()} films that are trained on"):
             refuse_constant(found, group, each, train, "my.csv")
+    empty = read(tmp_path, people().assign(age=None))
+    with pytest.raises(UserError, match=f"`age` is empty for all {train.sum()} films"):
+        refuse_constant(empty, "age", encode_group(empty, "age", train, (), "my.csv"), train, "my.csv")
 
 
 # ---- Faults: one sentence each. -------------------------------------------------------------------------------------
