@@ -98,7 +98,7 @@ def plan(flags: argparse.Namespace, environ: Mapping[str, str]) -> Job:
 
     Raises: UserError: see `start`.
     """
-    file = {} if flags.accelerate_config is None else _from_accelerate(Path(flags.accelerate_config))
+    file = {} if flags.accelerate_config is None else from_accelerate(Path(flags.accelerate_config))
     slurm = _from_slurm(environ, flags.main_address)
     if file:
         slurm = {key: slurm[key] for key in ("machine_rank", "main_address") if key in slurm}
@@ -178,7 +178,7 @@ def _from_slurm(environ: Mapping[str, str], main_address: str | None) -> dict[st
     return found
 
 
-def _from_accelerate(path: Path) -> dict[str, Any]:
+def from_accelerate(path: Path) -> dict[str, Any]:
     """The job that `accelerate config` wrote. The precision is the run's own config's."""
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))

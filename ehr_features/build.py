@@ -124,7 +124,8 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
         with steps("writing the samples"):
             shutil.copyfile(binned, part / "series.safetensors")
             status = labels.code_status(found["chartevents"][0], stays)
-            cohort_ = labels.Cohort(source, with_death(stays), first_hours(source, binned, config), config)
+            dying = stays.mutate(death_hours=(_.death_at.epoch_seconds() - _.intime.epoch_seconds()) / 3600)
+            cohort_ = labels.Cohort(source, dying, first_hours(source, binned, config), config)
             about |= samples(part, cohort_, stay_films, status, attrition)
         with steps("fitting the normaliser"):
             write_json(
@@ -273,10 +274,6 @@ def tables(
         write_table(con, ordered, part / "stay_films.parquet", schema.STAY_FILMS)
         tables |= {"images": schema.described(schema.IMAGES), "stay_films": schema.described(schema.STAY_FILMS)}
     return tables
-
-
-def with_death(stays: ir.Table) -> ir.Table:
-    return stays.mutate(death_hours=(_.death_at.epoch_seconds() - _.intime.epoch_seconds()) / 3600)
 
 
 def first_hours(source: Source, binned: Path, config: FeaturesConfig) -> ir.Table:

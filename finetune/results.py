@@ -148,7 +148,8 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
         where = ".".join(str(part) for part in fault["loc"])
         raise UserError(f"{path}: not the results of a probe or fusion run: `{where}` {fault['msg']}") from None
     rows = pd.DataFrame([row.model_dump() for row in results.rows], columns=COLUMNS)
-    return results.run.model_dump(exclude_unset=True) | _always(results.run), rows.astype(
+    always = results.run.model_dump(include={"task", "model", "encoder", "seed", "allow_leak", "warnings"})
+    return results.run.model_dump(exclude_unset=True) | always, rows.astype(
         {"value": float, "low": float, "high": float}
     )
 
@@ -170,11 +171,6 @@ def read(folder: str | Path) -> Tables:
     """
     paths = sorted((Path(folder) / "predictions").glob("*.parquet"))
     return Tables(*read_results(folder), {path.stem: predictions(folder, path.stem) for path in paths})
-
-
-def _always(run: Run) -> dict[str, Any]:
-    """The keys that runs of every version have."""
-    return run.model_dump(include={"task", "model", "encoder", "seed", "allow_leak", "warnings"})
 
 
 def write_predictions(

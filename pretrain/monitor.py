@@ -186,7 +186,8 @@ def introduce(
             f"note: the loss is computed on each of {o.accumulate} parts separately, an approximation: Sinkhorn, "
             "the mean entropy and batch norm see only a part of the batch"
         )
-    if accelerator.num_processes > 1 and accelerator.device.type == "cpu" and _batch_norm(method):
+    has_norm = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in method.modules())
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu" and has_norm:
         log.say("note: on CPUs batch norm uses the films of its own process only (torch synchronises it on GPUs)")
     for name, cells in unmasked(config, steps.cutter).items():
         least = math.ceil(100 / cells) / 100
@@ -197,7 +198,8 @@ def introduce(
     if same := [g for g in films.available_at if (films.static[:, groups == g] == films.static[0, groups == g]).all()]:
         log.say(f"warning: EHR group {', '.join(same)} is equal for all films: it gives the anchor no information")
     if config.trackers:
-        accelerator.init_trackers("pretrain", config=_flat(config.model_dump(mode="json")))
+        named = {key: str(value) for key, value in run.flat(config.model_dump(mode="json"))}
+        accelerator.init_trackers("pretrain", config=named)
 
 
 @torch.no_grad()
@@ -222,10 +224,6 @@ def unmasked(config: PretrainConfig, cutter: Cutter) -> dict[str, int]:
     return {name: number for name, number in cells.items() if int(number * config.mask.ratio) == 0}
 
 
-def _batch_norm(method: Method) -> bool:
-    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in method.modules())
-
-
 def _record(config: PretrainConfig, films: Films) -> str:
     ehr = config.ehr
     if not ehr.groups:
@@ -234,10 +232,3 @@ def _record(config: PretrainConfig, films: Films) -> str:
     text = "" if films.text is None else f"\n{summary(films.text)}"
     how = f", {ehr.inject}" if ehr.use == "condition" else ""
     return f"{ehr.use} on {', '.join(ehr.groups)}: {len(films.columns)} columns{how}{permuted}{text}"
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, item in value.items():
-        out |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": str(item)}
-    return out

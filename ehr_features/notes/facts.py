@@ -63,7 +63,8 @@ def facts(source: Source, films: ir.Table, words: ir.Table | None) -> ir.Table:
     """
     triage = functools.partial(_triage, words=words)
     table = held(source, _visit(source, films))
-    for step in (_admission, triage, _vitals, _given, _home, _history):
+    given, home = (functools.partial(_drugs, *of) for of in (("pyxis", "drugs_given"), ("medrecon", "home_medication")))
+    for step in (_admission, triage, _vitals, given, home, _history):
         table = held(source, step(source, table), instead_of=table)
     return held(source, _person(table), instead_of=table)
 
@@ -209,15 +210,7 @@ def latest(times: list[Any]) -> Any:
     return ibis.greatest(*(time.coalesce(early) for time in times)).nullif(early)
 
 
-def _given(source: Source, films: ir.Table) -> ir.Table:
-    return _drugs(source, films, "pyxis", "drugs_given")
-
-
-def _home(source: Source, films: ir.Table) -> ir.Table:
-    return _drugs(source, films, "medrecon", "home_medication")
-
-
-def _drugs(source: Source, films: ir.Table, table: str, field: str) -> ir.Table:
+def _drugs(table: str, field: str, source: Source, films: ir.Table) -> ir.Table:
     """The drugs in an emergency table up to the film; each name once, even with several rows and classes."""
     if not source.has(table):
         return _nothing(films, field)

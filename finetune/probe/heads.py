@@ -276,7 +276,10 @@ def knn(
 
     def predict(features: Features) -> NDArray[np.float64]:
         x = _unit(scale(features, blocks(train.features, pools)[pool]))
-        parts = [_vote(part @ banks[pool].T, train.labels, k, temperature, mean) for part in _chunks(x, 512)]
+        parts = [
+            _vote(part @ banks[pool].T, train.labels, k, temperature, mean)
+            for part in np.split(x, range(512, len(x), 512))
+        ]
         p = np.clip(np.concatenate(parts), 1e-6, 1 - 1e-6)
         return np.log(p / (1 - p))
 
@@ -300,10 +303,6 @@ def _log_odds(y: NDArray[np.float32]) -> float:
 
 def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def _chunks(x: NDArray[Any], size: int) -> list[NDArray[Any]]:
-    return [x[start : start + size] for start in range(0, len(x), size)]
 
 
 def _vote(similar: NDArray[Any], labels: NDArray[Any], k: int, temperature: float, mean: NDArray[Any]) -> NDArray[Any]:

@@ -185,7 +185,9 @@ def find_runs(folders: Sequence[str | Path]) -> list[Path]:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give run folders, e.g. runs/pretrain runs/probe")
         inside = (
-            [folder] if is_run(folder) else [p.parent for p in [*folder.glob(f"*/{MARK}"), *folder.glob(f"*/*/{MARK}")]]
+            [folder]
+            if (folder / MARK).is_file()
+            else [p.parent for p in [*folder.glob(f"*/{MARK}"), *folder.glob(f"*/*/{MARK}")]]
         )
         if not inside:
             raise UserError(
@@ -193,10 +195,6 @@ def find_runs(folders: Sequence[str | Path]) -> list[Path]:
             )
         found |= {path.resolve(): path for path in sorted(inside) if path.resolve() not in found}
     return list(found.values())
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / MARK).is_file()
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

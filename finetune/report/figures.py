@@ -381,9 +381,9 @@ def _row_points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float
     return join(parts)
 
 
-def bars(rows: Sequence[tuple[str, float, str]], *, top: float = 1.0) -> Markup:
-    """Horizontal bars (name, share of `top`, what to write beside it) that wrap by themselves."""
-    return render("bars", [(name, _percent(value, top), says) for name, value, says in rows])
+def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:
+    """Horizontal bars (name, share, what to write beside it) that wrap by themselves."""
+    return render("bars", [(name, _percent(value, 1.0), says) for name, value, says in rows])
 
 
 def _percent(value: float, of: float) -> str:

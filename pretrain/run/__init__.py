@@ -1,6 +1,6 @@
 """The run folder, its log and checkpoints, and the processes of a run."""
 
 from pretrain.run.checkpoints import load_checkpoint, save_checkpoint
-from pretrain.run.folder import complete, finish, go_on, open_run
+from pretrain.run.folder import complete, finish, flat, go_on, open_run
 from pretrain.run.log import Log
 from pretrain.run.processes import accelerator, check_precision, check_world, is_main, on_main, share, stopping

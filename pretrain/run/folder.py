@@ -84,7 +84,7 @@ def _same_config(folder: Path, given: dict[str, Any], free: set[str]) -> None:
         held = None
     if not isinstance(held, dict):
         raise UserError(f"{path}: damaged; remove {folder} to start again, or choose another folder with out=...")
-    old, new = dict(_flat(held)), dict(_flat(given))
+    old, new = dict(flat(held)), dict(flat(given))
     if old.get("precision") == "fp32":  # its name before release 0.3.0
         old["precision"] = "no"
     keys = [k for k in {**old, **new} if k not in free and old.get(k, "absent") != new.get(k, "absent")]
@@ -107,10 +107,11 @@ def _same_sources(folder: Path, digests: dict[str, str]) -> None:
         )
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys joined by dots, each with its value."""
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            yield from _flat(item, f"{prefix}{key}.")
+            yield from flat(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
 

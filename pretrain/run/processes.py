@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from configs import UserError
+from configs.launch import from_accelerate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +76,9 @@ def check_world(args: argparse.Namespace | None) -> int:
             f"SLURM started {steps} tasks, and each of them is a run of its own: start one task a machine "
             f"(--ntasks-per-node=1) with `srun`, or say --processes 1 if that is meant"
         )
-    if (file := getattr(args, "accelerate_config", None)) is not None and world != (wanted := _in_config(file)):
+    file = getattr(args, "accelerate_config", None)
+    job = {} if file is None else from_accelerate(Path(file))
+    if job and world != (wanted := job["processes"] * job["machines"]):
         raise UserError(
             f"{file}: num_processes {wanted}, found {world}; start the run with ehr-msn or "
             f"./launch.sh and --accelerate-config {file} (accelerate launch starts a single "
@@ -112,14 +114,6 @@ def share(batch_size: int, world: int, key: str) -> int:
             f"them; choose a multiple of {world}, e.g. {-(-batch_size // world) * world}"
         )
     return batch_size // world
-
-
-def _in_config(path: str) -> int:
-    """The number of processes, over all machines, in accelerate's config file."""
-    try:
-        return int(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["num_processes"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: no accelerate config with `num_processes`; `accelerate config` writes one") from None
 
 
 def _reach(host: str, port: str, patience: float) -> None:

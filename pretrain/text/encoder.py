@@ -218,12 +218,12 @@ def _write(encoder: TextEncoder, texts: Sequence[str], path: Path, kind: str, ba
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, metadata=about)
 
 
-def by_length(lengths: NDArray[Any], most: int = 64, ratio: float = 1.5) -> list[NDArray[np.int64]]:
-    """Row numbers in batches of at most `most`, the longest first; none is `ratio` times as long as a batch mate."""
+def by_length(lengths: NDArray[Any], most: int = 64) -> list[NDArray[np.int64]]:
+    """Row numbers in batches of at most `most`, the longest first; none is 1.5 times as long as a batch mate."""
     order = np.argsort(-lengths, kind="stable")
     batches: list[list[int]] = []
     for row in order.tolist():
-        if not batches or len(batches[-1]) == most or lengths[batches[-1][0]] > ratio * max(lengths[row], 8):
+        if not batches or len(batches[-1]) == most or lengths[batches[-1][0]] > 1.5 * max(lengths[row], 8):
             batches.append([])
         batches[-1].append(row)
     return [np.array(batch, np.int64) for batch in batches]

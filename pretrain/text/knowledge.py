@@ -31,20 +31,13 @@ BLOCK = 16_384  # notes compared at a time
 
 
 def retrieve(
-    notes: str | Path,
-    passages: str | Path,
-    encoder: str | Path,
-    *,
-    top: int = 3,
-    threshold: float = 0.3,
-    cache: str | Path | None = None,
+    notes: str | Path, passages: str | Path, encoder: str | Path, *, top: int = 3, threshold: float = 0.3
 ) -> Path:
     """Find the passages nearest to each note by the cosine of their vectors.
 
     Args:
         notes: a folder of notes. passages: a folder. encoder: the text encoder's folder.
         top: most passages of a note. threshold: least cosine.
-        cache: folder for what was embedded; `cache/` beside the notes if None.
     Returns: knowledge.parquet, a row for each note.
     Raises: UserError: no notes, no passage, two passages of one id, a line that is no passage.
     """
@@ -52,8 +45,7 @@ def retrieve(
         raise UserError(f"top {top}, threshold {threshold}: wanted 1 or more passages, a cosine between -1 and 1")
     held, opened = film_notes.read_notes(notes), film_notes.TextEncoder(encoder)
     with alone(held.folder):
-        where = held.folder.resolve().parent / "cache" if cache is None else Path(cache)
-        return _retrieve(held, passages, opened, top, threshold, where)
+        return _retrieve(held, passages, opened, top, threshold, held.folder.resolve().parent / "cache")
 
 
 def _retrieve(

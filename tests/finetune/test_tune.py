@@ -1,11 +1,14 @@
 """Training through the encoder."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from configs.signals import Stopped
@@ -138,3 +141,20 @@ def test_a_convolutional_encoder_is_tuned_too(make_world: World) -> None:
     for method in ("finetune", "attentive"):
         more = {"encoder": str(folder / "conv"), "out": str(folder / f"runs/{method}"), "tune": {"epochs": 1}}
         assert 0 <= macro(probe(config(folder, method, **more))) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["attentive", "finetune"])
+def test_two_processes_train_through_an_encoder_and_score_every_film_once(make_world: World, method: str) -> None:
+    folder = make_world()
+    given = config(folder, method, tune={"epochs": 2})
+    one = probe(given.model_copy(update={"out": str(folder / "runs/one")}))
+    debug_launcher(_two, (given,), num_processes=2)
+    tables = [read_predictions(run_folder, "test")[0] for run_folder in (one, folder / "runs/tuned")]
+    ids = [sorted(table["dicom_id"]) for table in tables]
+    assert ids[0] == ids[1] and len(set(ids[0])) == len(ids[0])
+
+
+def _two(given: ProbeConfig) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the fork's parent had one process
+    probe(given, argparse.Namespace(processes=2))
