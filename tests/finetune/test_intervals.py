@@ -36,6 +36,16 @@ def test_one_training_a_side_varies_over_subjects_alone() -> None:
     assert got.p(0.1) == pytest.approx(2 * stats.t.sf(0.1 / got.variance**0.5, 3999))  # 4,000 resamples
 
 
+def test_a_comparison_on_few_positives_has_few_degrees_of_freedom() -> None:
+    rng = np.random.default_rng(0)
+    y = (np.arange(60) < 6).astype(float)[:, None]
+    a, b = (rng.normal(size=(1, 60, 1)) + gain * y for gain in (1.5, 0.5))
+    row = paired(y, a, b, groups=np.arange(60), samples=1000).iloc[0]
+    df = 1 / (1 / (2 * 6 - 2) + 1 / 999)
+    error = (row["high"] - row["difference"]) / stats.t.ppf(0.975, df)
+    assert row["p"] == pytest.approx(2 * stats.t.sf(abs(row["difference"]) / error, df), rel=1e-3)
+
+
 def test_three_pairs_of_one_sign_are_no_proof() -> None:
     rng = np.random.default_rng(0)
     y = (rng.random((400, 1)) < 0.4).astype(float)
