@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from tests.ehr_features.test_own_films import chexpert_train
 from tests.test_docs import ROOT, Block, blocks, execute
 
 PAGE = ROOT / "docs/your_own_films.md"
@@ -105,3 +106,27 @@ def test_the_pages_table_of_usual_names_is_that_of_the_layout() -> None:
         assert row.split("|")[2].strip() == ", ".join(getattr(layout, role)), role
     named = set(re.findall(r"^\| `(\w+)` \| \S", text, re.MULTILINE))
     assert named == {p.stem for p in (ROOT / "ehr_features/own_films/layouts").glob("*.yaml")} - {"csv"}
+
+
+@pytest.mark.slow
+def test_chexperts_whole_train_table_pretrains_and_probes_with_no_table_of_ones_own(tmp_path: Path) -> None:
+    table = chexpert_train()
+    table.to_csv(tmp_path / "train.csv", index=False)
+    rng, rows = np.random.default_rng(0), table[table["Frontal/Lateral"] == "Frontal"].iloc[:400]
+    names = rows["Path"].str.split("/", n=2).str[2].str.removesuffix(".jpg").str.replace("/", "_")
+    (tmp_path / "films").mkdir()
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(tmp_path / f"films/{name}.png")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    own = "films.table=train.csv films.layout=chexpert store=store"
+    lines = [
+        f"images configs/images.yaml mimic_cxr=null films=films out=store {SHORTER['images']}",
+        f"pretrain configs/own_films/pretrain.yaml {own} 'ehr.groups=[age,sex,view]' {SHORTER['pretrain']}",
+        f"probe configs/own_films/probe.yaml {own} encoder=runs/msn labels=[Edema] {SHORTER['probe']}",
+    ]
+    execute(tmp_path, "\n".join(f"bash {ROOT}/launch.sh {line}" for line in lines))
+    log = (tmp_path / "runs/msn/log.txt").read_text()
+    assert "columns: path=Path, view=AP/PA, sex=Sex, age=Age" in log and "not in the store" in log
+    said = json.loads((tmp_path / "runs/probe/results.json").read_text())["run"]
+    assert said["guard"]["both"] == 0 and said["pretraining_films"] == "train"
+    assert sum(part["films"] for part in said["splits"].values()) == 400

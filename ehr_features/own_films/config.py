@@ -39,7 +39,10 @@ def _pattern(text: str) -> str:
 
 
 class Columns(Settings):
-    """A table of films that are not in a features/ folder, one row a film, and what its columns mean."""
+    """A table of films that are not in a features/ folder, one row a film, and what its columns mean.
+
+    `none` in place of a column: the table has no such column, whatever the names of its columns are.
+    """
 
     layout: str = Field(
         default="csv",

@@ -12,6 +12,8 @@ from ehr_features.own_films.config import LabelsOf, Layout, TableConfig
 from ehr_features.own_films.values import row_of, text
 from ehr_features.schema import FINDINGS
 
+BOOLEANS = {"true": 1, "false": 0}
+
 
 def label_columns(config: TableConfig, layout: Layout) -> list[str]:
     """The columns of a table that hold labels."""
@@ -49,8 +51,9 @@ def _flags(raw: pd.DataFrame, roles: Collection[str]) -> list[str]:
     """The columns that hold 1 and 0, and beside them -1 and empty cells only."""
     found = []
     for name in raw.columns.difference([*roles], sort=False):
-        numbers = pd.to_numeric(text(raw[name]), errors="coerce")
-        if {0, 1} <= set(numbers.unique()) and numbers.isin([0, 1, -1]).sum() == text(raw[name]).notna().sum():
+        given = text(raw[name]).str.lower().replace({word: str(value) for word, value in BOOLEANS.items()})
+        numbers = pd.to_numeric(given, errors="coerce")
+        if {0, 1} <= set(numbers.unique()) and numbers.isin([0, 1, -1]).sum() == given.notna().sum():
             found.append(str(name))
     return found
 
@@ -74,7 +77,7 @@ def _from_words(raw: pd.DataFrame, of: LabelsOf, config: TableConfig) -> pd.Data
 
 def _numbers(column: pd.Series, config: TableConfig, of: LabelsOf) -> pd.Series:
     given = text(column)
-    meant = {str(word).lower(): value for word, value in of.values.items()}
+    meant = {**BOOLEANS, **{str(word).lower(): value for word, value in of.values.items()}}
     lower = given.str.lower()
     mapped = lower.where(~lower.isin(list(meant)), lower.map(meant).astype("string"))
     numbers = pd.to_numeric(mapped, errors="coerce").astype(float)

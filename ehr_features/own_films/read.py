@@ -31,6 +31,7 @@ from ehr_features.splits import by_hash
 
 ROLES = ("path", "film", "subject", "study", "split", "view", "sex", "age", "birth_year", "taken_at")
 GIVEN = ("path", "subject", "study", "split", "view", "sex", "age", "taken_at")  # roles that films.ROLE= names too
+NONE = "none"  # films.ROLE=none: the table has no such column, whatever its names
 VAL_OF_TRAIN = 0.125  # as 10 of 80
 
 
@@ -176,6 +177,8 @@ def _table(path: str) -> pd.DataFrame:
     table.columns = table.columns.map(str).str.strip()
     if twice := table.columns[table.columns.duplicated()].tolist():
         raise UserError(f"{path}: two columns are called `{twice[0]}`; rename one")
+    if len(table.columns) == 1 and (mark := next((m for m in (";", "\t") if m in table.columns[0]), None)):
+        raise UserError(f"{path}: its columns are separated by {'tabs' if mark != ';' else mark}; save it with commas")
     return table
 
 
@@ -185,6 +188,8 @@ def _roles(raw: pd.DataFrame, config: TableConfig, layout: Layout) -> dict[str, 
     out = {}
     for role in ROLES:
         asked = getattr(config, role) if role in GIVEN else None
+        if asked == NONE and NONE not in raw and role != "path":
+            continue
         if asked is not None and asked not in raw:
             near = difflib.get_close_matches(asked, list(map(str, raw)), n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""

@@ -52,7 +52,7 @@ def sexes(column: pd.Series, config: TableConfig, layout: Layout) -> pd.Series:
         raise UserError(
             f"{config.table}: `{column.name}` holds {words(named)} in {odd.sum()} rows, the first in line "
             f"{row_of(odd)}, which are no words for sex; understood are M, F, male and female. Give their meaning, "
-            f"'films.sex_words={{{example}}}', with M, F or null (unknown) in place of each ?"
+            f"'films.sex_words={{{example}}}', with M, F or null (unknown) in place of each ?, or films.sex=none"
         )
     return given.map(known).astype(object)
 
@@ -68,7 +68,8 @@ def ages(column: pd.Series, config: TableConfig, layout: Layout) -> tuple[pd.Ser
     if (odd := given.notna() & years.isna()).any():
         raise UserError(
             f"{config.table}: {odd.sum()} values of `{column.name}` are no age, the first in line {row_of(odd)}; an "
-            "age is a number of years, or DICOM's 058Y, 011M, 003W or 020D; leave a cell empty where it is unknown"
+            "age is a number of years, or DICOM's 058Y, 011M, 003W or 020D; leave a cell empty "
+            "where it is unknown, or take films.age=none"
         )
     units = int((unit.fillna("") != "").sum())
     said = [f"{units} ages of `{column.name}` are DICOM's (058Y) and are read as years"] if units else []
@@ -100,7 +101,7 @@ def times(column: pd.Series, config: TableConfig) -> tuple[pd.Series, list[str]]
     if pd.api.types.is_datetime64_any_dtype(column):
         return column, []
     given = text(column)
-    found = pd.to_datetime(given, format="ISO8601", errors="coerce")
+    found = pd.to_datetime(given, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
     if not (odd := given.notna() & found.isna()).any():
         return found, []
     says = (
@@ -127,7 +128,8 @@ def splits(column: pd.Series, config: TableConfig) -> pd.Series:
         empty = int(given.isna().sum())
         says = words(given[odd]) + (f"{' and ' if empty < odd.sum() else ''}{empty} empty cells" if empty else "")
         raise UserError(
-            f"{config.table}: `{column.name}` holds {says}, the first in line {row_of(odd)}; wanted train, val, test"
+            f"{config.table}: `{column.name}` holds {says}, the first in line {row_of(odd)}; wanted train, "
+            "val, test; films.split=none if that column is no split"
         )
     return meant.astype(object)
 

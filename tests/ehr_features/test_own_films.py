@@ -134,6 +134,24 @@ def test_columns_are_taken_by_their_usual_names_in_any_case_and_said(tmp_path: P
     assert found.films["view"][:3].tolist() == ["PA", "AP", "LATERAL"]
 
 
+def test_a_column_of_another_meaning_is_left_alone_with_none(tmp_path: Path) -> None:
+    table = people().assign(split="fold 1", age="60-69", sex="x", view="x")
+    found = read(tmp_path, table, split="none", age="none", sex="none", view="none")
+    assert set(found.roles) == {"path", "subject"} and set(found.films["split"]) == set(SPLITS)
+    assert not {"sex", "age_years"} & set(found.films) and set(found.films["view"]) == {"AP"}
+
+
+@pytest.mark.parametrize("flags", [[1, 0, -1, None], [True, False], ["1.0", "0.0", ""], ["True", "FALSE", None]])
+@pytest.mark.parametrize("name", ["my.csv", "my.parquet"])
+def test_columns_of_flags_are_labels_unless_others_are_named(tmp_path: Path, flags: list[Any], name: str) -> None:
+    table = people().assign(sick=pd.Series(np.resize(np.array(flags, object), NUM)), always=1).drop(columns="smoker")
+    table["sick"] = table["sick"].astype("string") if name.endswith("parquet") else table["sick"]
+    found = read(tmp_path, table, labels=True, name=name).labels
+    assert list(found) == ["pneumonia", "sick"] and found["sick"][:2].tolist() == [1, 0]
+    assert found["sick"].isin([0, 1, -1]).sum() == table["sick"].replace("", None).notna().sum()
+    assert list(read(tmp_path, table, labels=True, name=name, columns=["sick"]).labels) == ["sick"]
+
+
 def test_films_are_known_by_their_names_and_by_their_folders_where_names_repeat(tmp_path: Path) -> None:
     table = people(4)
     assert read(tmp_path, table).films["dicom_id"].tolist() == ["film0", "film1", "film2", "film3"]
@@ -235,6 +253,7 @@ FAULTS: dict[str, tuple[pd.DataFrame, dict[str, Any], str]] = {
     "dates": (changed(on=at(1, "31/05/2024", ["2024-05-31"])), {"taken_at": "on"}, "1 values of `on` are no date"),
     "layout": (people(), {"layout": "chexprt"}, "films.layout=chexprt: wanted brax, chexpert, csv"),
     "labels": (changed(sick=at(1, 2, [0, 1])), {"columns": ["sick"]}, "1 values of `sick` are not 1, 0, -1 .* line 3"),
+    "semicolons": (pd.DataFrame({"path;sex": ["a;M"]}), {}, "columns are separated by ;; save it with commas"),
     "no labels": (people()[["path", "patient", "age"]], {}, "no column has labels"),
 }  # fmt: skip
 
