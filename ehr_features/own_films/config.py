@@ -161,7 +161,7 @@ class Layout(Settings):
     )
     birth_year: Names = Field(default=[], description="Columns of the year of birth; with taken_at they give the age.")
     odd_ages: Literal["refuse", "missing"] = Field(
-        default="refuse", description="Ages that are not from 0 to 120 years: refused, or missing."
+        default="refuse", description="Ages that are no number, or not from 0 to 120 years: refused, or missing."
     )
     taken_at: Names = Field(default=[], description="Columns of the date or time of the film.")
     files: dict[Split, Names] = Field(

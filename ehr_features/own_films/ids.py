@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path, PurePosixPath
+import posixpath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 
 def film_id(path: str | Path) -> str:
     """A film's id outside MIMIC: its file name without the suffix of a film; a DICOM UID keeps all its parts."""
-    name = Path(path).name
+    name = str(path).rstrip("/").rpartition("/")[2]
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s) and len(name) > len(s)), name)
 
 
@@ -24,7 +25,7 @@ def film_ids(paths: pd.Series) -> pd.Series:
     stems = paths.map(film_id)
     if not stems[~paths.duplicated()].duplicated().any():
         return stems
-    return paths.map(lambda path: (PurePosixPath(path).parent / film_id(path)).as_posix())
+    return paths.map(lambda path: posixpath.join(posixpath.dirname(posixpath.normpath(path)), film_id(path)))
 
 
 def subject_numbers(names: pd.Series) -> pd.Series:

@@ -240,7 +240,7 @@ def _films(raw: pd.DataFrame, roles: dict[str, str], config: TableConfig, layout
                 f"{values.row_of(odd)}; wanted {layout.pattern}"
             )
     groups = {name: column.str.replace("/", "_") for name, column in inside.items()}
-    film = raw[roles["film"]] if "film" in roles else groups.get("film", film_ids(paths))
+    film = raw[roles["film"]] if "film" in roles else groups["film"] if "film" in groups else film_ids(paths)
     subject = raw[roles["subject"]] if "subject" in roles else groups.get("subject", film)
     study = values.text(raw[roles["study"]]) if "study" in roles else groups.get("study", film)
     study = study.astype(object).where(study.notna(), film)

@@ -65,14 +65,18 @@ def ages(column: pd.Series, config: TableConfig, layout: Layout) -> tuple[pd.Ser
     unit = parts["unit"].str.upper()
     years = pd.to_numeric(parts["number"]).astype(float) / unit.map(PER_YEAR).astype(float).fillna(1.0)
     years = special.fillna(years)
+    said = []
     if (odd := given.notna() & years.isna()).any():
-        raise UserError(
-            f"{config.table}: {odd.sum()} values of `{column.name}` are no age, the first in line {row_of(odd)}; an "
-            "age is a number of years, or DICOM's 058Y, 011M, 003W or 020D; leave a cell empty "
-            "where it is unknown, or take films.age=none"
-        )
+        if layout.odd_ages == "missing":
+            said.append(f"{odd.sum()} values of `{column.name}` are no age: taken as unknown")
+        else:
+            raise UserError(
+                f"{config.table}: {odd.sum()} values of `{column.name}` are no age, the first in line {row_of(odd)}; "
+                "an age is a number of years, or DICOM's 058Y, 011M, 003W or 020D; leave a cell empty "
+                "where it is unknown, or take films.age=none"
+            )
     units = int((unit.fillna("") != "").sum())
-    said = [f"{units} ages of `{column.name}` are DICOM's (058Y) and are read as years"] if units else []
+    said += [f"{units} ages of `{column.name}` are DICOM's (058Y) and are read as years"] if units else []
     return _in_range(years, str(column.name), config, layout, said)
 
 

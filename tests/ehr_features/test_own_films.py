@@ -347,6 +347,14 @@ def test_vindr_takes_the_majority_of_three_readers_and_the_consensus_of_the_test
     assert read_paths(TableConfig(table=str(tmp_path / "image_labels_train.csv"), layout="vindr"))[0]["file"].size == 3
 
 
+def test_odd_ages_of_a_published_table_are_unknown_and_said(tmp_path: Path) -> None:
+    ages = ["060Y", "414", "unknown", "-3"]
+    rows = {"Image Index": [f"{i}.png" for i in range(4)], "Finding Labels": "No Finding", "Patient ID": range(4)}
+    found = read(tmp_path, pd.DataFrame({**rows, "View Position": "PA", "Patient Age": ages}), layout="nih")
+    np.testing.assert_array_equal(found.films["age_years"], [60, np.nan, np.nan, np.nan])
+    assert sum("taken as unknown" in line for line in found.said) == 2
+
+
 def test_rsna_counts_a_film_once_whatever_its_boxes(tmp_path: Path) -> None:
     rows = {"patientId": ["x", "x", "y"], "x": [1, 5, None], "y": 0, "width": 3, "height": 3, "Target": [1, 1, 0]}
     found = read(tmp_path, pd.DataFrame(rows), layout="rsna", labels=True)
