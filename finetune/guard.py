@@ -17,6 +17,7 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import file_digest, read_json
+from ehr_features.own_films.ids import NO_COINCIDENCE
 from ehr_features.own_films.read import FilmsTable
 from ehr_features.schema import HELD_OUT
 from pretrain.seen import read_seen
@@ -52,7 +53,8 @@ def check_encoder(
         folder: an encoder/ folder (with its run's seen_subjects.parquet beside it), or a bare weights file.
         subjects: subject_id, split of the films to be tested; repeated rows are fine.
         features: the features/ folder of the split.
-        own: instead, the table outside MIMIC of the films; the same one in pretraining is the same source.
+        own: instead, the table outside MIMIC of the films; the same source if the pretraining had this table, or
+            another one of the same subjects.
         labels: what is predicted; a pretraining on one of them is supervised.
         same_source: the films are from a features/ folder; False: from a table of another data set, where equal ids are
             refused too, since they may be the same subjects.
@@ -64,7 +66,7 @@ def check_encoder(
         return Seen("unknown", "unknown", [f"{folder}: the films and labels of its training are unknown"])
     meta = read_json(folder / "encoder.json")
     groups = meta.get("ehr_groups") or {}
-    same_source = same_source or (own is not None and meta.get("features_hash") == own.digest)
+    same_source = same_source or (own is not None and _same_people(folder, meta, own))
     told = set(labels)
     outcome = sorted(name for name, at in _available(groups) if at == "discharge" or name in told)
     supervision = "outcome-supervised" if outcome else "self-supervised" if "ehr_groups" in meta else "unknown"
@@ -104,6 +106,15 @@ def check_encoder(
     if films == "unknown":
         warnings.append(f"{folder}: the films of its pretraining are unknown; it may have seen val or test subjects")
     return Seen(films, supervision, warnings, compared)
+
+
+def _same_people(folder: Path, meta: dict[str, Any], own: FilmsTable) -> bool:
+    """Whether the pretraining was on this table, or on another one of some of its subjects, known by their long ids."""
+    if meta.get("features_hash") == own.digest:
+        return True
+    listed, subjects = read_seen(folder), own.films["subject_id"]
+    mine = set(subjects[subjects >= NO_COINCIDENCE].map(_id))
+    return listed is not None and bool(mine & set(listed["subject_id"].map(_id)))
 
 
 def refuse_discharge(groups: Iterable[str], available_at: dict[str, str]) -> None:

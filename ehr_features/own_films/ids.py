@@ -11,6 +11,7 @@ import pandas as pd
 
 from ehr_features.files import whole_numbers
 
+NO_COINCIDENCE = 2**40  # two hospitals may both number their people 1, 2, 3, but not with ids that long
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 
 

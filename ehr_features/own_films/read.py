@@ -194,7 +194,7 @@ def _roles(raw: pd.DataFrame, config: TableConfig, layout: Layout) -> dict[str, 
             near = difflib.get_close_matches(asked, list(map(str, raw)), n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""
             raise UserError(
-                f"{config.table}: columns missing: {asked} (films.{role}); found {', '.join(map(str, raw))}{hint}"
+                f"{config.table}: columns missing: {asked} (films.{role}=); found {', '.join(map(str, raw))}{hint}"
             )
         column = asked or next((have[name.lower()] for name in getattr(layout, role) if name.lower() in have), None)
         if column is not None:

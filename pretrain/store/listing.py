@@ -147,7 +147,7 @@ def film_files(films: pd.DataFrame, config: TableConfig) -> tuple[pd.Series, str
     """
     root = Path(config.images or Path(config.table).parent)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; `images` (`root` of the command images) is the folder of the films")
+        raise UserError(f"{root}: no such folder; films.images= (in `images`: root=) is the folder of the films")
     found = located(films["file"], [root, Path(config.table).parent])
     if not found.notna().any():
         found = by_id(films["file"].map(film_id), root)

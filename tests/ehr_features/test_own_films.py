@@ -237,7 +237,7 @@ def at(row: int, value: Any, like: list[Any]) -> list[Any]:
 
 FAULTS: dict[str, tuple[pd.DataFrame, dict[str, Any], str]] = {
     "no paths": (people().rename(columns={"path": "image_name"}), {}, "columns missing: path or file .* films.path="),
-    "no such column": (people(), {"sex": "sx"}, r"columns missing: sx \(films.sex\); found .*; did you mean `sex`\?"),
+    "no such column": (people(), {"sex": "sx"}, r"columns missing: sx \(films.sex=\); found .*; did you mean `sex`\?"),
     "ids null": (changed(patient=None), {}, r"no film is left \(60 row without patient\)"),
     "split words": (changed(split=at(2, "holdout", ["train"])), {}, "`split` holds `holdout`, .* line 4; wanted train"),
     "split empty": (changed(split=at(2, None, ["train"])), {}, "`split` holds 1 empty cells, the first in line 4"),

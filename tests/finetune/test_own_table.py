@@ -55,9 +55,12 @@ def test_the_guard_knows_the_table_of_its_pretraining_and_the_split_of_another_s
     seen = guarded(made, given, labels=["sick"])
     assert (seen.films, seen.supervision, seen.warnings) == ("train", "self-supervised", [])
     assert seen.compared["both"] == 0 < seen.compared["held_out"]
-    part = pd.read_csv(table)[: NUM // 2]  # another table of the same people: known by their ids
-    part.to_csv(tmp_path / "part.csv", index=False)
-    assert guarded(made, TableConfig(table=str(tmp_path / "part.csv"))).films == "other source"
+    part = pd.read_csv(table)[
+        : NUM // 2
+    ]  # another table of the same people: known by their ids, unless those are short
+    for name, ids, films in (("text", part["patient"], "train"), ("short", part["patient"].str[1:], "other source")):
+        part.assign(patient=ids).to_csv(tmp_path / f"{name}.csv", index=False)
+        assert guarded(made, TableConfig(table=str(tmp_path / f"{name}.csv"))).films == films, name
     with pytest.raises(UserError, match=r"its pretraining saw .* of the val or test subjects"):
         guarded(made, given.model_copy(update={"seed": 1}))
 
