@@ -15,6 +15,8 @@ from configs import Settings
 from configs.keys import json_schema, table
 from ehr_features import schema
 from ehr_features.config import FeaturesConfig, NotesConfig
+from ehr_features.films.values import columns
+from ehr_features.series.channels import read_variables
 from ehr_features.static import READS
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import ImagesConfig, PretrainConfig
@@ -46,6 +48,10 @@ def features_table() -> str:
     for name, column in schema.IMAGES.items():
         used = ", ".join(groups[name]) or {"subgroup": "reporting only", "finding": "label"}.get(column.group, "")
         rows.append(f"| {name} | {column.type} | {column.unit} | {column.available_at} | {used} |")
+    for variable in read_variables():
+        about = columns([variable])
+        for name, column in about.items():
+            rows.append(f"| {name} | {column.type} | {column.unit} | {column.available_at} | {column.group} |")
     return "\n".join(rows)
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ibis
@@ -42,7 +43,7 @@ from ehr_features.files import (
     read_json,
     write_json,
 )
-from ehr_features.films import linking, record
+from ehr_features.films import linking, record, values
 from ehr_features.phenotypes import lost_zeros
 from ehr_features.raw.engine import batches, hold, named_by_the_engine
 from ehr_features.raw.remote import fingerprint
@@ -101,14 +102,14 @@ def build(config: FeaturesConfig | Given) -> Path:
 def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], steps: Steps, key: str) -> None:
     """Write the folder, step by step."""
     attrition = cohort.Attrition()
-    declared = channels.read_channels(config.channels)
-    absent = channels.check_items(source, declared, config.preset, config.channels)
+    declared, variables = channels.read_channels(config.channels), channels.read_variables(config.channels)
+    absent = channels.check_items(source, variables, config.preset, config.channels)
     attrition.note("itemids that the dictionaries of this release lack", absent)
     warnings = lost_zeros(source)
     with steps("choosing the stays"):
         stays = cohort.stays(source, config.preset, attrition)
     with steps("reading the events"):
-        found = events.selected(source, declared, config.cache_folder)
+        found = events.selected(source, variables, config.cache_folder)
     with steps("binning the series"):
         binned, fates = series_file.cached(source, found, stays, declared, config)
     charted_in = coverage.charted_stays(source, found["chartevents"][0], stays, declared, config.preset)
@@ -117,10 +118,14 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
     with new_folder(config.out) as part:
         with steps("linking the films"):
             films = _films(source, attrition, config, prints)
+        own = values.columns(variables) if films is not None and config.record_window_hours else {}
+        with steps("looking up the last values before films"):
+            films = _with_values(source, films, found, variables, config) if own else films
+        with steps("writing stays and films"):
             split = _split(source, stays, films, config)
             stays = stays.join(split, "subject_id")
             stay_films = None if films is None else linking.stay_films(films, stays)
-            about = tables(source.con, part, stays, films, stay_films, split)
+            about = tables(source.con, part, stays, films, stay_films, split, own)
         with steps("writing the samples"):
             shutil.copyfile(binned, part / "series.safetensors")
             status = labels.code_status(found["chartevents"][0], stays)
@@ -186,6 +191,18 @@ def _films(
     films = source.con.read_parquet(str(path))
     linking.note_files(films, config.mimic_cxr, attrition)
     return films
+
+
+def _with_values(
+    source: Source,
+    films: ir.Table,
+    found: Mapping[str, tuple[ir.Table, int]],
+    variables: tuple[channels.Channel, ...],
+    config: FeaturesConfig,
+) -> ir.Table:
+    """The films with the last known value of each variable."""
+    last = values.last_values(source, films, found, variables, config.record_window_hours)
+    return films.left_join(last, "dicom_id").drop("dicom_id_right")
 
 
 def _split(source: Source, stays: ir.Table, films: ir.Table | None, config: FeaturesConfig) -> ir.Table:
@@ -262,17 +279,26 @@ ARROW = {
 
 
 def tables(
-    con: Any, part: Path, stays: ir.Table, films: ir.Table | None, stay_films: ir.Table | None, split: ir.Table
+    con: Any,
+    part: Path,
+    stays: ir.Table,
+    films: ir.Table | None,
+    stay_films: ir.Table | None,
+    split: ir.Table,
+    own: Mapping[str, Column] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write stays, images and stay_films; returns their entries of schema.json."""
+    """Write stays, images (with further columns of its `own`) and stay_films; returns their entries of schema.json."""
     write_table(con, stays.order_by("stay_id"), part / "stays.parquet", schema.STAYS)
     tables = {"stays": schema.described(schema.STAYS)}
     if films is not None and stay_films is not None:
         films = films.join(split, "subject_id")
-        write_table(con, films.order_by("dicom_id"), part / "images.parquet", schema.IMAGES)
+        write_table(con, films.order_by("dicom_id"), part / "images.parquet", {**schema.IMAGES, **own})
         ordered = stay_films.order_by("stay_id", "hours_from_intime", "dicom_id")
         write_table(con, ordered, part / "stay_films.parquet", schema.STAY_FILMS)
-        tables |= {"images": schema.described(schema.IMAGES), "stay_films": schema.described(schema.STAY_FILMS)}
+        tables |= {
+            "images": schema.described({**schema.IMAGES, **own}),
+            "stay_films": schema.described(schema.STAY_FILMS),
+        }
     return tables
 
 

@@ -34,6 +34,11 @@ STEPS = {  # step: (tables it needs, what is lost without them)
     "official film split": (("cxr_split",), "official val / test subjects are unknown, and there is no split=official"),
     "emergency stays": (("edstays",), "ed_stay_id and hours_since_ed_arrival are empty"),
     "triage": (("edstays", "triage"), "the group ed_triage is all missing"),
+    "record before films": (
+        ("cxr_metadata", "chartevents", "labevents"),
+        "the groups vitals and labs are absent",
+    ),
+    "emergency vital signs": (("vitalsign",), "the group vitals has no values of emergency visits"),
     "then pretrain": (("cxr_metadata",), "there are no films to learn from"),
     "then probe": (("cxr_metadata", "cxr_chexpert"), "no labels of MIMIC-CXR; tables of other data sets can be used"),
     "then fuse": (("cxr_metadata",), "only record-only models (model=record_lstm)"),
@@ -78,8 +83,8 @@ def check(config: FeaturesConfig) -> int:
         print(f"fault: {fault}")
     _links(source, faults)
     if not {"d_items", "d_labitems"} & faults.keys() and source.has("d_items") and source.has("d_labitems"):
-        declared = channels.read_channels(config.channels)
-        if absent := channels.check_items(source, declared, config.preset, config.channels):
+        declared, every = channels.read_channels(config.channels), channels.read_variables(config.channels)
+        if absent := channels.check_items(source, every, config.preset, config.channels):
             print(f"itemids of channels.yaml that this release's dictionaries lack: {absent}")
         if not {"chartevents", "icustays"} & faults.keys() and source.has("chartevents") and source.has("icustays"):
             seen = coverage.look(source, declared, config.preset)

@@ -106,6 +106,13 @@ class FeaturesConfig(Settings):
     ed_tolerance_hours: float = Field(
         default=6.0, ge=0, description="Largest gap in hours between a film and the emergency visit it is linked to."
     )
+    record_window_hours: float = Field(
+        default=24,
+        ge=0,
+        le=8760,
+        description="How many hours before its film the last vital sign or laboratory value may lie, for the EHR "
+        "groups vitals and labs; 0: no such columns in images.parquet.",
+    )
     split: str = Field(
         default="hash",
         description="How subjects are split: hash, official, temporal, or a file (csv, parquet) of subject_id, split.",

@@ -18,7 +18,7 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -218,13 +218,15 @@ def named(column: pd.Series) -> pd.Series:
     return text.where(~text.isin(["", str(column.name)]))
 
 
-def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+def read_table(
+    folder: str | Path, name: str, columns: Sequence[str] | Callable[[list[str]], Sequence[str]] | None = None
+) -> pd.DataFrame:
     """Read a table of a features/ folder.
 
     Args:
         folder: a folder that `ehr-msn features` wrote.
         name: `images`, `stays`, `stay_films`, `samples/TASK`.
-        columns: those to read; all if None.
+        columns: those to read, or a function of those that the table has; all if None.
     Raises: UserError: no features folder, no such table or column.
     """
     folder = Path(folder)
@@ -238,6 +240,7 @@ def read_table(folder: str | Path, name: str, columns: Sequence[str] | None = No
         raise UserError(f"{path}: no such table; this features folder has {', '.join(found)}")
     with undamaged(path, "build the features again"):
         have = pq.read_schema(path).names
+        columns = columns(have) if callable(columns) else columns
         if missing := [c for c in columns or () if c not in have]:
             raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}")
         table = pd.read_parquet(path, columns=list(columns) if columns is not None else None)

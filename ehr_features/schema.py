@@ -362,7 +362,7 @@ NOTES: dict[str, Column] = {  # written by notes/write.py
     "available_at": Column(TIME, "when the last fact was known", "time"),
     "num_removed": Column(INT, "terms that the leak filter took out", "text"),
 }
-FOR_NOTES = frozenset({"vitalsign", "medrecon", "pyxis"})  # tables that `build` never reads
+FOR_NOTES = frozenset({"medrecon", "pyxis"})  # tables that `build` never reads
 
 
 def described(columns: Mapping[str, Column]) -> dict[str, dict[str, Any]]:

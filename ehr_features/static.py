@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,7 @@ def encode(
     Raises: UserError: an unknown group, a column that may not be an input, no train rows to fit on, a missing column.
     """
     names = resolve(groups, preset)
-    reads = MSN_READS if preset == "msn" else READS
-    if missing := sorted({c for name in names for c in reads[name]} - set(images)):
+    if missing := sorted(set(reads(names, preset, images.columns)) - set(images)):
         raise UserError(
             f"images: columns {missing} are missing, needed by the groups {names}; build the features again"
         )
@@ -55,6 +54,8 @@ def encode(
         train = None
         if (fitted.get("preset"), fitted.get("groups")) != (preset, names):
             raise UserError(f"fitted for {fitted.get('groups')} ({fitted.get('preset')}), asked for {names} ({preset})")
+    if train is not None and preset != "msn":
+        _refuse_empty(images[train], names)
     scale = Scale(fitted["scales"], train)
     columns: Columns = {}
     for name in names:
@@ -83,15 +84,43 @@ def resolve(groups: Sequence[str], preset: str = "default") -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def reads(groups: Sequence[str], preset: str, there: Iterable[str]) -> list[str]:
+    """The columns of images.parquet that some groups read.
+
+    Args:
+        there: the columns that the table has.
+    Raises: UserError: it has none of `vitals` or `labs`.
+    """
+    of, there = (MSN_READS if preset == "msn" else READS), list(there)
+    out: dict[str, None] = {}
+    for group in resolve(groups, preset):
+        own = sorted(c for c in there if c.startswith(f"{group}_")) if group in RECORD_GROUPS else of[group]
+        if not own:
+            raise UserError(
+                f"images.parquet has no column of EHR group `{group}`; build the features again with "
+                "record_window_hours above 0 (default 24), or leave the group out"
+            )
+        out |= dict.fromkeys(own)
+    return list(out)
+
+
+def has(group: str, there: Iterable[str]) -> bool:
+    """Whether a table with some columns has a group of preset `default`."""
+    there = set(there)
+    if group in RECORD_GROUPS:
+        return any(column.startswith(f"{group}_") for column in there)
+    return set(READS[group]) <= there
+
+
 def available_at(groups: Sequence[str], preset: str = "default") -> dict[str, str]:
     """When each group is known: `study`, `admission` or `discharge` (the latest of its columns).
 
     `text` is known at the study: a note from after its film is refused when it is read.
     """
-    reads, order = (MSN_READS if preset == "msn" else READS), ("study", "admission", "discharge")
+    of, order = (MSN_READS if preset == "msn" else READS), ("study", "admission", "discharge")
     when = {name: column.available_at for name, column in schema.IMAGES.items()}
     columns = resolve(without_text(groups), preset)
-    known: dict[str, str] = {g: max((when[c] for c in reads[g]), key=order.index) for g in columns}
+    known: dict[str, str] = {g: max((when[c] for c in of[g]), key=order.index, default="study") for g in columns}
     return known | ({TEXT_GROUP: "study"} if TEXT_GROUP in groups else {})
 
 
@@ -104,7 +133,8 @@ def known(array: np.ndarray, columns: Sequence[str], groups: Sequence[str]) -> n
     """Whether a film's record tells each column, so that it may be a target.
 
     A column of a variable with a mask (`..._missing`, which follows its columns) is known where the mask is 0; columns
-    after a group's last mask share it. Masks say nothing of the patient, and are never known. A group without masks
+    after a group's last mask share it. Masks, and the hours since a value, say nothing of the patient, and are never
+    known. A group without masks
     (preset `msn`, `text`) is known where any of its columns is not 0.
 
     Args:
@@ -118,9 +148,20 @@ def known(array: np.ndarray, columns: Sequence[str], groups: Sequence[str]) -> n
         for i in places:
             if not masks:
                 out[:, i] = (array[:, places] != 0).any(axis=1)
-            elif i not in masks:
+            elif i not in masks and not (group in RECORD_GROUPS and columns[i].endswith("_hours")):
                 out[:, i] = array[:, next((mask for mask in masks if mask > i), masks[-1])] == 0
     return out
+
+
+def _refuse_empty(train: pd.DataFrame, groups: Sequence[str]) -> None:
+    """Refuse a group of last values without any value of a train film."""
+    for group in set(RECORD_GROUPS) & set(groups):
+        if not train[reads([group], "default", train.columns)].notna().any(axis=None):
+            raise UserError(
+                f"EHR group `{group}`: none of {len(train)} films of split train has a value; {TABLES[group]} holds none "
+                "of theirs within record_window_hours of `features`. Are its patients those of the films? Else leave "
+                "the group out, or widen the window"
+            )
 
 
 def _refusal(group: str, known: Sequence[str], preset: str) -> str:
@@ -167,6 +208,9 @@ READS: dict[str, tuple[str, ...]] = {
     "prior_films": ("num_prior_studies", "hours_since_prior_study"),
     "prior_diagnoses": ("num_prior_admissions", "prior_phenotypes"),
 }
+RECORD_GROUPS = ("vitals", "labs")  # their columns depend on channels.yaml (films/values.py): `reads` finds them
+TABLES = {"vitals": "icu/chartevents (and ed/vitalsign)", "labs": "hosp/labevents"}
+READS |= {group: () for group in RECORD_GROUPS}
 MSN_READS = {name: READS[name] for name in ("sex", "age", "age5", "age10", "position")} | {
     "view": ("view", "view_source"),
     "mortality": ("sex", "msn_died"),
@@ -191,20 +235,41 @@ def fit_scale(values: np.ndarray, *, constant: float = np.inf, dtype: Any = None
     return mean, np.where(deviation < 1e-6 * (1 + np.abs(mean)), deviation.dtype.type(constant), deviation)
 
 
+SKEWED = 1.0  # skewness (third standardised moment) above which a positive value is scaled as its logarithm
+
+
 class Scale:
     """Mean 0 and standard deviation 1 over the train rows, with a mask for missing values."""
 
     def __init__(self, scales: dict[str, list[float]], train: np.ndarray | None) -> None:
         self.scales, self.train = scales, train
 
-    def __call__(self, name: str, values: np.ndarray) -> Columns:
+    def __call__(self, name: str, values: np.ndarray, *, shaped: bool = False) -> Columns:
+        """`shaped`: leave values of 0 and 1 alone, and take the logarithm of skewed positive ones; by the train rows,
+        and written as a third number: -1, 1, or 0 for neither."""
         seen = np.isfinite(values)
         if self.train is not None:
-            known = values[self.train & seen]
-            mean, std = (known.mean(), known.std()) if len(known) else (0.0, 1.0)
-            self.scales[name] = [float(mean), float(std) if std > 0 else 1.0]
-        mean, std = self.scales[name]
+            self.scales[name] = _fit_shaped(values[self.train & seen]) if shaped else _fit(values[self.train & seen])
+        mean, std = self.scales[name][:2]
+        if shaped and self.scales[name][2] == 1:
+            values = np.log(np.maximum(values, self.scales[name][3]))
         return {name: np.where(seen, (np.where(seen, values, mean) - mean) / std, 0.0), f"{name}_missing": ~seen}
+
+
+def _fit(known: np.ndarray) -> list[float]:
+    mean, std = (known.mean(), known.std()) if len(known) else (0.0, 1.0)
+    return [float(mean), float(std) if std > 0 else 1.0]
+
+
+def _fit_shaped(known: np.ndarray) -> list[float]:
+    """Mean, deviation, shape (-1: 0 and 1, 1: logarithm, 0: neither), and the least value."""
+    least = float(known.min()) if len(known) else 0.0
+    if np.isin(known, (0, 1)).all():
+        return [0.0, 1.0, -1, least]
+    mean, std = _fit(known)
+    if least > 0 and float((((known - mean) / std) ** 3).mean()) > SKEWED:
+        return [*_fit(np.log(known)), 1, least]
+    return [mean, std, 0, least]
 
 
 def _number(images: pd.DataFrame, column: str) -> np.ndarray:
@@ -247,6 +312,21 @@ def _scaled(images: pd.DataFrame, columns: Sequence[str], scale: Scale, *, log: 
     return out
 
 
+def _last_values(images: pd.DataFrame, scale: Scale, group: str) -> Columns:
+    """The last value of each variable, the hours since, and one mask for both.
+
+    Values of 0 and 1 stay so. Of positive values whose skewness on train is above `SKEWED` the logarithm is scaled.
+    """
+    out: Columns = {}
+    for column in reads([group], "default", images.columns):
+        if column.endswith("_hours"):
+            continue
+        hours, value = scale(f"{column}_hours", _number(images, f"{column}_hours")), _number(images, column)
+        mask = hours.pop(f"{column}_hours_missing")
+        out |= {column: scale(column, value, shaped=True)[column], **hours, f"{column}_missing": mask}
+    return out
+
+
 def _prior_diagnoses(images: pd.DataFrame, scale: Scale) -> Columns:
     """Without a record all groups are 0, and log_num_prior_admissions_missing is 1."""
     out = _scaled(images, ["num_prior_admissions"], scale, log=True)
@@ -269,6 +349,7 @@ DEFAULT: dict[str, Callable[[pd.DataFrame, Scale], Columns]] = {
     "arrival": lambda images, scale: _scaled(images, READS["arrival"], scale, log=True),
     "prior_films": lambda images, scale: _scaled(images, READS["prior_films"], scale, log=True),
     "prior_diagnoses": _prior_diagnoses,
+    **{group: functools.partial(_last_values, group=group) for group in RECORD_GROUPS},
 }
 
 

@@ -223,8 +223,8 @@ def _images(folder: Path, groups: Sequence[str], subjects: Callable[[int], str] 
     """The columns of all films for the static groups and the notes, with the split in use."""
     names = static.resolve(groups)
     refuse_discharge(names, static.available_at(names))
-    reads = {c for name in names for c in static.READS[name]}
-    images = read_table(folder, "images", ["dicom_id", "subject_id", "split", "taken_at", *sorted(reads)])
+    keys = ["dicom_id", "subject_id", "split", "taken_at"]
+    images = read_table(folder, "images", lambda have: [*keys, *sorted(static.reads(names, "default", have))])
     return images if subjects is None else images.assign(split=images["subject_id"].map(subjects))
 
 

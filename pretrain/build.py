@@ -94,10 +94,9 @@ def _record(config: PretrainConfig, wanted: type[Method], films: Films | None) -
             f"method {config.method} has no embedding that a record could condition; "
             f"set ehr.use=predict or ehr.use=contrast, or ehr.groups=[]"
         )
-    if films.known is not None and ehr.use != "condition" and not films.known.any():
-        raise UserError(
-            f"ehr.groups {', '.join(ehr.groups)}: no film has a known value, so there is nothing to {ehr.use}"
-        )
+    if films.known is not None and not films.known.any():
+        done = {"condition": "condition on", "predict": "predict", "contrast": "contrast"}[ehr.use]
+        raise UserError(f"ehr.groups {', '.join(ehr.groups)}: no film has a known value, so there is nothing to {done}")
     weight = ehr.predict_weight if ehr.use == "predict" else ehr.contrast_weight
     widths = {"width": len(films.columns), "hidden": ehr.width}
     return Record(

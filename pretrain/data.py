@@ -159,10 +159,10 @@ def from_features(features: str | Path, groups: Sequence[str], preset: str) -> S
     """The films of a features/ folder."""
     name = f"{features}/images.parquet"
     known = static.resolve(static.without_text(groups), preset)
-    reads = static.MSN_READS if preset == "msn" else static.READS
-    columns = ["dicom_id", "study_id", "subject_id", "taken_at", "split", "view"]
-    columns += sorted({c for group in known for c in reads[group]} - set(columns))
-    table = read_table(features, "images", columns).sort_values("dicom_id", ignore_index=True)
+    keys = ["dicom_id", "study_id", "subject_id", "taken_at", "split", "view"]
+    table = read_table(
+        features, "images", lambda have: [*keys, *sorted(set(static.reads(known, preset, have)) - set(keys))]
+    ).sort_values("dicom_id", ignore_index=True)
     encoded = [_encode(table, group, preset, name) for group in known]
     return Source(name, table, known, encoded, static.available_at(known, preset), file_digest(name))
 

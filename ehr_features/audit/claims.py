@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from configs import UserError, first_line
-from ehr_features import schema
+from ehr_features import schema, static
 from ehr_features.audit.events import COVERED, check_covered
 from ehr_features.audit.films import (
     RECORD,
@@ -28,6 +28,7 @@ from ehr_features.audit.films import (
     check_stay_films,
     check_stays,
 )
+from ehr_features.audit.last_values import IS_LAST, KNOWN_BEFORE, check_last
 from ehr_features.audit.notes import audit_notes, is_notes, split_folders
 from ehr_features.audit.people import PEOPLE, PRIOR, check_people, check_prior
 from ehr_features.audit.runs import check_runs
@@ -85,10 +86,12 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
         verdicts.append(check_stay_films(stays, images, read_table(features, "stay_films")))
         verdicts.append(check_history(stays, images))
     verdicts.append(check_inputs(features))
+    has_values = any(static.has(group, images.columns) for group in static.RECORD_GROUPS)
+    of_films = (RECORD, PRIOR, *((KNOWN_BEFORE, IS_LAST) if has_values else ())) if films else ()
     try:
         config = _built_with(features)
     except UserError as error:
-        unsaid = (HOURS, DECLARED, FITTED, KNOWN, COVERED, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
+        unsaid = (HOURS, DECLARED, FITTED, KNOWN, COVERED, ENDS, STAYS, PEOPLE, *of_films)
         verdicts += [check_carried(features), *(cannot(claim, str(error)) for claim in unsaid)]
         return verdicts + check_runs(runs, subjects.drop_duplicates())
     verdicts.append(check_hours(stays, samples, config))
@@ -96,7 +99,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     try:
         source = _same_source(features, config)
     except UserError as error:
-        unsaid = (KNOWN, COVERED, ENDS, STAYS, PEOPLE, *((RECORD, PRIOR) if films else ()))
+        unsaid = (KNOWN, COVERED, ENDS, STAYS, PEOPLE, *of_films)
         verdicts += [cannot(c, first_line(error)) for c in unsaid]
     else:
         verdicts += [check_known(features, source, config), check_covered(features, source, config)]
@@ -104,6 +107,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
         verdicts.append(check_stays(source, stays, config))
         verdicts.append(check_people(source, stays, images, samples.get("mortality"), config.preset))
         verdicts += [check_record(source, images, config), check_prior(source, images)] if films else []
+        verdicts += check_last(source, images, config) if has_values else []
     return verdicts + check_runs(runs, subjects.drop_duplicates())
 
 
@@ -111,7 +115,7 @@ def _built_with(features: Path) -> FeaturesConfig:
     """The config of the build. Raises: UserError: it is missing or invalid."""
     try:
         config = FeaturesConfig(**read_json(features / "provenance.json")["config"])
-        channels.read_channels(config.channels)
+        channels.read_variables(config.channels)
         return config
     except (KeyError, TypeError, ValueError) as error:
         why = f"provenance.json has no valid config of the build ({first_line(error)})"
@@ -207,6 +211,8 @@ def check_inputs(features: Path) -> Verdict:
             if name in known:
                 moved += about["group"] != known[name].group
                 early += ORDER.index(about["available_at"]) < ORDER.index(known[name].available_at)
+            elif table == "images":  # a column of channels.yaml
+                moved += not name.startswith(f"{about['group']}_") or about["group"] not in static.RECORD_GROUPS
             else:  # label of a task
                 unknown += about["group"] not in LABEL_GROUPS
     for path in sorted(features.rglob("*.parquet")):

@@ -50,7 +50,7 @@ def _placed(source: Source, config: FeaturesConfig, declared: tuple[channels.Cha
     """Charted values in their range: channel, stay_id, seconds (since intime), lost (no such stay in icustays)."""
     items, texts = channels.item_table(source.con, declared), channels.text_table(source.con, declared)
     charted = [item for c in declared if coverage.is_charted(tuple(c.items)) for item in c.items]
-    rows = read_numbers(_chart(source).filter(_.itemid.isin(charted)), items, texts)
+    rows = read_numbers(raw_events(source, "chartevents").filter(_.itemid.isin(charted)), items, texts)
     rows = rows.filter(_.v.between(_.low, _.high)).select("channel", "stay_id", "subject_id", "drawn")
     stays = cohort.stays(source, config.preset, cohort.Attrition())
     times = {"begins": _.intime.epoch_seconds(), "ends": _.outtime.epoch_seconds(), "dies": _.death_at.epoch_seconds()}
@@ -69,16 +69,18 @@ def _placed(source: Source, config: FeaturesConfig, declared: tuple[channels.Cha
     return both.filter(_.lost | inside).select("channel", "stay_id", "lost", seconds=_.drawn - _.begins)
 
 
-def _chart(source: Source) -> ir.Table:
-    """chartevents as it lies on the disk."""
-    raw = read(source.con, source.files["chartevents"], source.columns["chartevents"])
+def raw_events(source: Source, name: str) -> ir.Table:
+    """chartevents or labevents as it lies on the disk."""
+    raw = read(source.con, source.files[name], source.columns[name])
 
     def number(name: str) -> ir.Value:
         written = raw[name].cast("string").strip().try_cast("float64")
         return ibis.cases((written % 1 == 0, written)).try_cast("int64")
 
-    times = {name: raw[name].try_cast("timestamp") for name in ("charttime", "storetime")}
-    ids = {name: number(name) for name in ("subject_id", "stay_id", "itemid")}
+    times = {key: raw[key].try_cast("timestamp") for key in ("charttime", "storetime")}
+    own = "stay_id" if name == "chartevents" else "specimen_id"
+    ids = {key: number(key) for key in ("subject_id", "itemid")}
+    ids[own] = number(own) if own in raw.columns else ibis.null("int64")
     value = raw["value"].cast("string").nullif("")
     return raw.select(**ids, **times, value=value, valuenum=raw["valuenum"].try_cast("float64"))
 

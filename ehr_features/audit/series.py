@@ -148,10 +148,10 @@ def _ranges(
     mine = hold(source.con, "audited", pa.table({"stay_id": stay_ids}))
     stays = source.table("icustays").semi_join(mine, "stay_id").distinct()
     window = stays.select("stay_id", "subject_id", begins=_.intime.epoch_seconds(), ends=_.outtime.epoch_seconds())
-    found = events.selected(source, declared, config.cache_folder)
+    found = events.selected(source, channels.read_variables(config.channels), config.cache_folder)
     published = config.preset == "medfuse"
     items = _published_items(source.con, declared) if published else channels.item_table(source.con, declared)
-    timed = _dated(source, found["chartevents"][0], found["labevents"][0], items, declared)
+    timed = dated(source, found["chartevents"][0], found["labevents"][0], items, declared)
     own = timed.filter(_.stay_id.notnull() & ~ibis.literal(published)).join(window.drop("subject_id"), "stay_id")
     others = timed.filter(_.stay_id.isnull() | ibis.literal(published)).drop("stay_id")
     others = others.join(window, [others.subject_id == window.subject_id, others.drawn <= window.ends + 3600])
@@ -177,10 +177,11 @@ def _published_items(con: object, declared: tuple[channels.Channel, ...]) -> ir.
     return hold(con, "audited_items", pa.Table.from_pandas(frame, preserve_index=False))
 
 
-def _dated(
+def dated(
     source: Source, chart: ir.Table, labs: ir.Table, items: ir.Table, declared: tuple[channels.Channel, ...]
 ) -> ir.Table:
-    """Every event with v, drawn, known (null: never) and counts (whether its specimen is allowed).
+    """Every event with v, drawn, known (null: never), report (of its storetime) and counts (whether its specimen is
+    allowed).
 
     Chart items are laboratory results if their category in d_items is Labs (except finger sticks). A chart value
     without storetime is matched to the variable's laboratory rows. channels.yaml is used for neither.
@@ -202,7 +203,7 @@ def _dated(
         counts=~_.restricted | _["result"].isnull() | (_.any_counts.fill_null(1) == 1),
         known=ibis.cases((_["result"].isnull(), _.drawn), else_=_.report.coalesce(_.known)),
     )
-    columns = ["stay_id", "subject_id", "channel", "drawn", "known", "counts", "v", "low", "high"]
+    columns = ["stay_id", "subject_id", "channel", "drawn", "known", "report", "counts", "v", "low", "high"]
     return chart_.select(*columns).union(labs_.mutate(stay_id=ibis.null("int64")).select(*columns))
 
 

@@ -161,21 +161,25 @@ def with_fate(events: ir.Table, step_hours: int) -> ir.Table:
     return events.mutate(fate=fate)
 
 
-def sums(used: ir.Table, channels: Sequence[Channel]) -> list[ir.Table]:
-    """Variables that are sums of others, at times when all parts are present."""
+def sums(used: ir.Table, channels: Sequence[Channel], of: Sequence[str] = ("stay_id",)) -> list[ir.Table]:
+    """Variables that are sums of others, at times when all parts are present.
+
+    Args:
+        used: `of`, channel, seconds, stored, v. of: the columns that name a stay or film.
+    """
     out = []
     for number, channel in enumerate(channels):
         if not channel.sum_of:
             continue
         parts = [n for n, c in enumerate(channels) if c.name in channel.sum_of]
         last = ibis.struct({"stored": _.stored, "v": _.v}).max()
-        each = used.filter(_.channel.isin(parts)).group_by("stay_id", "seconds", "channel").agg(last=last)
-        each = each.select("stay_id", "seconds", stored=_["last"]["stored"], v=_["last"]["v"])
-        whole = each.group_by("stay_id", "seconds").agg(stored=_.stored.max(), v=_.v.sum(), parts=_.count())
+        each = used.filter(_.channel.isin(parts)).group_by(*of, "seconds", "channel").agg(last=last)
+        each = each.select(*of, "seconds", stored=_["last"]["stored"], v=_["last"]["v"])
+        whole = each.group_by(*of, "seconds").agg(stored=_.stored.max(), v=_.v.sum(), parts=_.count())
         whole = whole.filter((_.parts == len(parts)) & _.v.between(*channel.range))
         out.append(
             whole.select(
-                "stay_id",
+                *of,
                 "seconds",
                 "stored",
                 "v",

@@ -60,6 +60,13 @@ class Published(Settings):
     categories: tuple[str, ...] = ()
 
 
+EmergencyColumn = Literal["temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp"]  # of MIMIC-IV-ED's vitalsign
+
+
+def _group(items: dict[int, Any]) -> Literal["vitals", "labs"]:
+    return "labs" if any(item in LABORATORY for item in items) else "vitals"
+
+
 class Channel(Settings):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     unit: str
@@ -74,6 +81,9 @@ class Channel(Settings):
     mark: dict[str, str] = {}
     sum_of: tuple[str, ...] = ()
     stays_observed: Annotated[float, Field(gt=0, le=1)] | None = None
+    emergency: dict[EmergencyColumn, Annotated[str | Conversion, AfterValidator(_known)]] = {}
+    group: Literal["vitals", "labs"] = Field(default_factory=lambda given: _group(given.get("items", {})))
+    series: bool = True
     medfuse: Published | None = None
 
     @model_validator(mode="after")
@@ -93,6 +103,11 @@ class Channel(Settings):
             raise ValueError(f"`{self.name}`: itemid {wrong} has copies and is not in reported")
         return self
 
+    @property
+    def column(self) -> str:
+        """The variable's column of images.parquet."""
+        return f"{self.group}_{self.name}"
+
     def is_reported(self, item: int) -> bool:
         """Whether a laboratory reports the item; undeclared items are reported if they are of labevents."""
         return item in self.reported or (item in LABORATORY and item not in self.measured)
@@ -111,12 +126,25 @@ class Channels(Settings):
             raise ValueError(f"itemid {double} belongs to two variables")
         if unknown := sorted({s for c in self.channels for s in c.sum_of} - set(names)):
             raise ValueError(f"sum_of names no variable: {', '.join(unknown)}")
+        absent = {c.name for c in self.channels if not c.series}
+        if torn := [c.name for c in self.channels if c.series and absent & set(c.sum_of)]:
+            raise ValueError(f"{', '.join(torn)}: sum_of names a variable with `series: false`")
+        if not any(c.series for c in self.channels):
+            raise ValueError("no variable is in the series; leave out `series: false` of at least one")
+        taken = [c.column for c in self.channels] + [f"{c.column}_hours" for c in self.channels]
+        if both := sorted({n for n in taken if taken.count(n) > 1}):
+            raise ValueError(f"two variables have the column {', '.join(both)} of images.parquet; rename one")
         return self
 
 
-def read_channels(path: Path | None = None) -> tuple[Channel, ...]:
-    """The variables of a channels.yaml. Raises: UserError: any fault in it."""
+def read_variables(path: Path | None = None) -> tuple[Channel, ...]:
+    """The variables of a channels.yaml, also those of the film's record only. Raises: UserError: any fault in it."""
     return load(Channels, path or SHIPPED).channels
+
+
+def read_channels(path: Path | None = None) -> tuple[Channel, ...]:
+    """The variables of the series. Raises: UserError: any fault in the file."""
+    return tuple(variable for variable in read_variables(path) if variable.series)
 
 
 def item_ids(channels: tuple[Channel, ...], preset: str) -> set[int]:
@@ -137,7 +165,7 @@ def check_items(source: Source, channels: tuple[Channel, ...], preset: str, path
     for table in ("d_items", "d_labitems"):
         known |= set(source.table(table).itemid.to_pandas().dropna().astype(int))
     absent = item_ids(channels, preset) - known
-    if unknown := sorted(absent - item_ids(read_channels(), preset)):
+    if unknown := sorted(absent - item_ids(read_variables(), preset)):
         owners = sorted({c.name for c in channels if set(unknown) & item_ids((c,), preset)})
         raise UserError(
             f"{path}: itemid {unknown} of {', '.join(owners)} is in neither icu/d_items nor hosp/d_labitems "

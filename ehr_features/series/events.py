@@ -31,11 +31,17 @@ CODE_STATUS = (223758, 228687)
 
 
 def selected(source: Source, declared: tuple[Channel, ...], folder: Path) -> dict[str, tuple[ir.Table, int]]:
-    """The events of both presets' items and of all ICU subjects, so that one filtering serves every preset and
-    cohort."""
+    """The events of both presets' items and of all subjects with an ICU stay or a film, so that one filtering serves
+    every preset and cohort, and the films' record.
+
+    Args:
+        declared: every variable (`read_variables`).
+    """
     items = {i for preset in ("default", "medfuse") for i in item_ids(declared, preset)}
-    subjects = source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist()
-    return cached(source, items | {*CODE_STATUS, SPECIMEN_TYPE}, set(subjects), folder)
+    subjects = set(source.table("icustays").subject_id.to_pyarrow().drop_null().to_pylist())
+    if source.has("cxr_metadata"):
+        subjects |= set(source.table("cxr_metadata").subject_id.to_pyarrow().drop_null().to_pylist())
+    return cached(source, items | {*CODE_STATUS, SPECIMEN_TYPE}, subjects, folder)
 
 
 def cached(

@@ -17,7 +17,6 @@ from configs import UserError
 from ehr_features import static
 from ehr_features.own_films.config import TableConfig
 from ehr_features.own_films.record import check_groups, encode_group
-from ehr_features.static import READS
 from finetune.encoders import Features
 from finetune.guard import refuse_discharge
 from finetune.labelled import Films
@@ -131,7 +130,7 @@ def record(config: ProbeConfig, films: Films, train_rows: Rows) -> Features:
         array, names = own_record(config.films, config.groups, films, train_rows)
     else:
         refuse_discharge(config.groups, static.available_at(config.groups))
-        if lacking := [group for group in config.groups if not set(READS[group]) <= set(films.table)]:
+        if lacking := [group for group in config.groups if not static.has(group, films.table.columns)]:
             rest = [group for group in config.groups if group not in lacking]
             raise UserError(
                 f"groups: nothing of {', '.join(lacking)} is known of these films; groups=[{','.join(rest)}]"
