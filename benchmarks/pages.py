@@ -49,9 +49,9 @@ def features_table() -> str:
         used = ", ".join(groups[name]) or {"subgroup": "reporting only", "finding": "label"}.get(column.group, "")
         rows.append(f"| {name} | {column.type} | {column.unit} | {column.available_at} | {used} |")
     for variable in read_variables():
-        about = columns([variable])
-        for name, column in about.items():
-            rows.append(f"| {name} | {column.type} | {column.unit} | {column.available_at} | {column.group} |")
+        (name, column), (hours, _) = columns([variable]).items()
+        unit = f"{column.unit}; hours since"
+        rows.append(f"| {name}, {hours} | {column.type} | {unit} | {column.available_at} | {column.group} |")
     return "\n".join(rows)
 
 

@@ -158,8 +158,8 @@ def _refuse_empty(train: pd.DataFrame, groups: Sequence[str]) -> None:
     for group in set(RECORD_GROUPS) & set(groups):
         if not train[reads([group], "default", train.columns)].notna().any(axis=None):
             raise UserError(
-                f"EHR group `{group}`: none of {len(train)} films of split train has a value; {TABLES[group]} holds none "
-                "of theirs within record_window_hours of `features`. Are its patients those of the films? Else leave "
+                f"EHR group `{group}`: none of {len(train)} films of split train has a value; {TABLES[group]} holds "
+                "none within record_window_hours of `features`. Are its patients those of the films? Else leave "
                 "the group out, or widen the window"
             )
 
