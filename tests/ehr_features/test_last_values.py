@@ -178,7 +178,7 @@ def test_a_user_s_variable_has_its_columns_and_group() -> None:
 
 
 def test_variables_of_the_record_only_are_not_in_the_series(tmp_path: Path) -> None:
-    assert len(read_channels()) == 17 and len(VARIABLES) == 31
+    assert len(read_channels()) == 17 and len(VARIABLES) == 30
     assert not {c.column for c in VARIABLES} & set(schema.IMAGES)
     text = "channels:\n- {name: a, unit: x, range: [0, 1], normal: 0, items: {50983: as_is}, series: false}\n"
     (tmp_path / "none.yaml").write_text(text)
@@ -387,7 +387,7 @@ def test_the_audit_refutes(hospital: Path, tmp_path: Path, fault: str) -> None:
 def test_the_audit_proves_both_claims(hospital: Path) -> None:
     verdicts = {v.claim: v for v in audit(hospital / "features", [])}
     assert verdicts[KNOWN_BEFORE].outcome == verdicts[IS_LAST].outcome == "proved", verdicts
-    assert "films, 31 variables" in verdicts[IS_LAST].counts
+    assert "films, 30 variables" in verdicts[IS_LAST].counts
 
 
 @pytest.mark.real
