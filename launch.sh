@@ -86,7 +86,7 @@ PY
 tests() {
   cd "$here"
   "$python" -m ruff format --check . && "$python" -m ruff check . && "$python" -m mypy
-  OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --durations=10 "$@"
+  OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist worksteal --durations=10 "$@"
 }
 
 command=${1:-help}

@@ -1,12 +1,11 @@
 """Parts of the benchmarks: their rows are collected, their tables inserted. No measured value is asserted."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import pages, run
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main" in path.read_text())
@@ -14,9 +13,7 @@ MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "de
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_benchmark_says_what_it_measures(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = forked.run([f"benchmarks.{name}", "--help"])
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 

@@ -6,8 +6,6 @@ import http.server
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.parse
@@ -18,6 +16,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+
+from tests import forked
 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # the emulator speaks no gRPC
 gcsfs = pytest.importorskip("gcsfs", reason="needs gcsfs (extra `dev` or `cloud`)")
@@ -115,12 +115,19 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+SHORT_WAITS = """
+import asyncio, runpy, sys
+whole = asyncio.sleep
+asyncio.sleep = lambda seconds, *more: whole(seconds / 20, *more)  # gcsfs waits 31 s for six tries
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
 def run(words: list[object], cwd: Path, code: int = 0) -> str:
     own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     env = os.environ | own | {"OMP_NUM_THREADS": "1", "GOOGLE_APPLICATION_CREDENTIALS": "", "NO_GCE_CHECK": "true"}
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run(["-c", SHORT_WAITS, *words], cwd, env, timeout=300)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert code == 0 or "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
@@ -334,6 +341,6 @@ build(load(FeaturesConfig, {str(CONFIGS / "features.yaml")!r}, [*roots, "out={tm
 pack(load(ImagesConfig, {str(CONFIGS / "images.yaml")!r}, [roots[1], "out={tmp_path}/store", "workers=1"]))
 """
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = forked.run(["-c", code], env=env)
     assert done.returncode == 0, done.stderr
     assert len(pd.read_parquet(tmp_path / "store/index.parquet")) > 50

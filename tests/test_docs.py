@@ -9,7 +9,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ import pytest
 from benchmarks import pages
 from configs import Settings, load
 from ehr_features.config import FeaturesConfig
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -117,8 +122,51 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+CLIENT = """import multiprocessing.connection, os, sys
+with multiprocessing.connection.Client(os.environ["FORKED"]) as server:
+    server.send((["configs", *sys.argv[1:]], os.getcwd(), dict(os.environ)))
+    code, out, err = server.recv()
+print(out, end="", flush=True)
+print(err, end="", file=sys.stderr)
+sys.exit(code)
+"""
+LAUNCH = """#!/usr/bin/env bash
+# quick commands by the launch.sh of users, slow ones (with more words) forked from a process that has imported torch
+more=()
+export EHR_MSN_PROGRAM=$0
+case $1 in
+{cases}
+  features | notes | check | runs) exec bash {root}/launch.sh "$@" ;;
+esac
+exec python -S {client} "$@" "${{more[@]}}"
+"""
+
+
+def answer(listener: Listener) -> None:
+    """Run what each client sends, one after another; None ends it."""
+    while True:
+        with listener.accept() as client:
+            if (asked := client.recv()) is None:
+                return
+            words, folder, env = asked
+            done = forked.run(words, Path(folder), env)
+            client.send((done.returncode, done.stdout, done.stderr))
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def address() -> Iterator[str]:
+    """A socket that takes commands, for CLIENT."""
+    with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/s", "AF_UNIX") as listener:
+        thread = threading.Thread(target=answer, args=(listener,), daemon=True)
+        thread.start()
+        yield f"{folder}/s"
+        with Client(f"{folder}/s") as client:
+            client.send(None)
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def world(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like that after `./launch.sh demo`, with smaller data and shorter commands."""
     world = tmp_path_factory.mktemp("world")
     for name in ("configs", "docs", "ehr_features"):
@@ -127,10 +175,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if MINILM is not None and MINILM.origin is not None:
         (world / "MiniLM").symlink_to(Path(MINILM.origin).parent / "model")
     cases = "\n".join(f"  {name}) more=({shlex.join(words)}) ;;" for name, words in SHORTER.items())
-    launch = (
-        f'#!/usr/bin/env bash\nmore=()\ncase $1 in\n{cases}\nesac\nexec bash {ROOT}/launch.sh "$@" "${{more[@]}}"\n'
-    )
-    (world / "launch.sh").write_text(launch)
+    client = world / "client.py"
+    client.write_text(CLIENT)
+    (world / "launch.sh").write_text(LAUNCH.format(cases=cases, root=ROOT, client=client))
     (world / "launch.sh").chmod(0o755)
     lines = [
         "python -m ehr_features demo demo/data --subjects 160 --seed 3",
@@ -141,24 +188,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "./launch.sh probe configs/demo/probe_linear.yaml",
         "./launch.sh fuse configs/demo/fuse_mortality.yaml",
     ]
-    execute(world, "\n".join(lines))
+    execute(world, "\n".join(lines), address)
     return world
 
 
-def execute(world: Path, script: str) -> None:
+def environment(address: str = "") -> dict[str, str]:
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, "NO_COLOR": "1"}
-    own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    clean = {k: v for k, v in os.environ.items() if k not in ("CONDA_PREFIX", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=world, env=clean | own, capture_output=True, text=True
-    )
+    own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "FORKED": address}
+    return {k: v for k, v in os.environ.items() if k not in ("CONDA_PREFIX", "VIRTUAL_ENV")} | own
+
+
+def execute(world: Path, script: str, address: str) -> None:
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=world, env=environment(address), capture_output=True, text=True)
     assert done.returncode == 0, f"{script}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", RUN, ids=str)
-def test_the_commands_of_the_pages_run(world: Path, block: Block) -> None:
+def test_the_commands_of_the_pages_run(world: Path, address: str, block: Block) -> None:
     if block.language == "python":
-        execute(world, f"python - <<'CODE'\n{block.text}\nCODE")
+        done = forked.run(["-c", block.text], world, environment())
+        assert done.returncode == 0, f"{block.text}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
     else:
-        execute(world, block.text)
+        execute(world, block.text, address)

@@ -15,6 +15,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from tests import forked
+
 pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 SHORT = ["optim.steps=4", "optim.batch_size=16", "log_every=1", "views.num_focal=2"]
@@ -25,7 +27,7 @@ QUICK_FUSE = ["epochs=3", "samples=50"]
 def command(*words: object, code: int = 0, env: dict[str, str] | None = None) -> str:
     """Run `python -m words` and return its output; fail with the output if the exit code differs."""
     own = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    done = subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, env=own)
+    done = forked.run(list(words), env=own)
     assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert code == 0 or "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr

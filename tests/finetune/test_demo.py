@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -12,6 +15,7 @@ from configs import UserError
 from ehr_features.files import read_json, write_json
 from finetune import demo as demos
 from finetune.demo import RUNS, demo
+from tests import forked
 
 SHORT = {"pretrain": {"optim.steps": 4, "log_every": 2}, "probe": {"epochs": 2, "samples": 50}, "fuse": {"epochs": 2}}
 
@@ -29,11 +33,19 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def start(words: list[str], *, stdout: IO[bytes], env: dict[str, str], **more: Any) -> Any:
+    """subprocess.Popen for the steps on tables; the steps that would import torch for seconds are forked."""
+    if words[2] == "ehr_features":
+        return subprocess.Popen(words, stdout=stdout, env=env, **more)
+    return forked.Popen(words[2:], Path.cwd(), Path(stdout.name), env)
+
+
 @pytest.fixture(scope="module")
 def done(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demos, "CONFIGS", short)
+        patch.setattr(demos, "subprocess", SimpleNamespace(Popen=start))
         demo(out, subjects=120, seed=3)
     return out
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from finetune.fusion.models import MODELS
 from finetune.fusion.train import fuse
 from finetune.results import read_results
 from pretrain import encoder as encoders
+from tests import forked
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "demo"
@@ -34,7 +33,8 @@ def house(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["ehr_features", "build", str(CONFIGS / "features.yaml"), *tables, f"out={house / 'features'}"],
         ["pretrain", "images", str(CONFIGS / "images.yaml"), films, f"out={house / 'store'}"],
     ):
-        subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
+        done = forked.run(list(words))
+        assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
     args = {"patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
     encoders.save(house / "encoder", encoders.create("vit_tiny_patch16_224", image_size=48, model_args=args))

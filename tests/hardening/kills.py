@@ -19,7 +19,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from safetensors import safe_open
 
 from configs.signals import INTERRUPTED, STOPPED
 from ehr_features.files import PARTIAL, write_json
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "demo"
@@ -135,12 +135,9 @@ def commands(world: Path) -> dict[str, Command]:
     return {command.name: command for command in made}
 
 
-def start(command: Command, log: Path) -> subprocess.Popen[bytes]:
+def start(command: Command, log: Path) -> forked.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", *command.words], env=env, stdout=file, stderr=file, start_new_session=True
-        )
+    return forked.Popen(command.words, log.parent, log, env)
 
 
 def finish(command: Command, log: Path) -> None:

@@ -14,6 +14,7 @@ from configs.signals import Stopped
 from pretrain import run, train
 from pretrain.config import PretrainConfig
 from pretrain.run import load_checkpoint
+from tests import forked
 from tests.pretrain.small import SMALL, SMALL_RESNET, config, losses
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -50,15 +51,13 @@ def test_going_on_measures_rank_and_prototypes_over_the_same_films(data, tmp_pat
 def test_sigterm_saves_and_exits_75(data, tmp_path, workers):
     """As SLURM sends it: to every process of the job, including those that read films."""
     config(data, tmp_path / "x", optim={**SMALL["optim"], "steps": 100000}, workers=workers)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pretrain", "train", str(tmp_path / "x.yaml")],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    log = tmp_path / "log.txt"
+    process = forked.Popen(["pretrain", "train", str(tmp_path / "x.yaml")], tmp_path, log)
     while not (tmp_path / "x/metrics.jsonl").exists():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, log.read_text()
     os.killpg(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 75 and "go on with" in said and "Traceback" not in said
+    code, said = process.wait(300), log.read_text()
+    assert code == 75 and "go on with" in said and "Traceback" not in said
     assert run.load_checkpoint(tmp_path / "x")["step"] >= 1
 
 
@@ -148,10 +147,9 @@ def test_going_on_draws_the_same_drop_path(data, tmp_path, monkeypatch):
 def test_a_killed_run_with_workers_goes_on_at_once(data, tmp_path):
     """Workers outlive a killed process for some seconds; they do not hold its folder."""
     config(data, tmp_path / "x", optim={**SMALL["optim"], "steps": 100000}, workers=2)
-    command = [sys.executable, "-m", "pretrain", "train", str(tmp_path / "x.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.Popen(["pretrain", "train", str(tmp_path / "x.yaml")], tmp_path, tmp_path / "log.txt")
     while not (tmp_path / "x/metrics.jsonl").exists():
         assert process.poll() is None
-    process.kill()
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     run.open_run(tmp_path / "x", load(PretrainConfig, tmp_path / "x.yaml"))
