@@ -28,6 +28,8 @@ from configs.commands import command_line
 from configs.launch import end_with_me
 from configs.signals import Stopped, held
 from ehr_features.files import check_ours, digest, lock, make_folder, read_json, write_json
+from finetune.report.data import read_runs
+from finetune.report.verdict import verdicts
 
 CORES = 2
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
@@ -55,11 +57,11 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
         return _short(CONFIGS / f"{name}.yaml")
 
     def pretrain(name: str, *keys: str) -> list[str]:
-        return ["pretrain", "train", config("pretrain_vit_tiny"), *inputs, f"out={runs / name}", f"seed={seed}", *keys]
+        return ["pretrain", "train", config("pretrain_resnet"), *inputs, f"out={runs / name}", f"seed={seed}", *keys]
 
     def probe(name: str, encoder: object) -> list[str]:
         words = ["finetune", "probe", config("probe_linear"), *inputs, f"encoder={encoder}"]
-        return [*words, f"out={runs / name}", f"seed={seed}"]
+        return [*words, "method=logistic", "fraction=[0.1,1]", f"out={runs / name}", f"seed={seed}"]
 
     def fuse(model: str, *keys: str) -> list[str]:
         words = ["finetune", "fuse", config("fuse_mortality"), *inputs, f"model={model}", *keys]
@@ -83,8 +85,8 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
             ["pretrain", "images", config("images"), tables[2], f"out={store}"],
             ("data",),
         ),
-        Step("vanilla", "pretraining: masked Siamese network", pretrain("pretrain_vanilla", "ehr.groups=[]"), both),
-        Step("ehr", "pretraining: the same, conditioned on the record", pretrain("pretrain_ehr"), both),
+        Step("vanilla", "pretraining on the films alone", pretrain("pretrain_vanilla", "ehr.groups=[]"), both),
+        Step("ehr", "pretraining on the films and their records", pretrain("pretrain_ehr"), both),
         Step("probe_pixels", "linear evaluation: raw pixels", probe("probe_pixels", "pixels"), both),
         Step("fuse_record", "mortality from the record alone", fuse("record_lstm"), both),
         Step(
@@ -95,12 +97,15 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
         ),
         Step(
             "probe_vanilla",
-            "linear evaluation: vanilla MSN",
+            "linear evaluation: pretrained on films",
             probe("probe_vanilla", runs / "pretrain_vanilla"),
             ("vanilla",),
         ),
         Step(
-            "probe_ehr", "linear evaluation: EHR-conditioned MSN", probe("probe_ehr", runs / "pretrain_ehr"), ("ehr",)
+            "probe_ehr",
+            "linear evaluation: pretrained on films and records",
+            probe("probe_ehr", runs / "pretrain_ehr"),
+            ("ehr",),
         ),
         Step("fuse_film", "mortality from the film alone", fuse("film_only", encoder), ("ehr",)),
         Step("fuse_both", "mortality from record and film (MedFuse)", fuse("medfuse", encoder), ("ehr",)),
@@ -127,8 +132,8 @@ RUNS = (
 PROBES = {
     "raw pixels": "probe_pixels",
     "random weights": "probe_random",
-    "vanilla MSN": "probe_vanilla",
-    "EHR-conditioned MSN": "probe_ehr",
+    "pretrained on films": "probe_vanilla",
+    "pretrained on films and records": "probe_ehr",
 }
 FUSIONS = {
     "record only (LSTM)": ("mortality_record_lstm", "record"),
@@ -167,6 +172,8 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
                 step.process.wait()
     console.print()
     console.print(table(out))
+    for sentence in verdicts(read_runs([out / "runs" / name for name in RUNS]), read_json(out / "data" / "truth.json")):
+        console.print(f"  {sentence}")
     console.print(f"\n[bold]{out / 'report.html'}[/]   open it in a browser   ({time.monotonic() - start:.0f} s)")
     console.print("\nYou have MIMIC? Say where it lies; the other steps follow in the README:")
     console.print(
@@ -183,7 +190,7 @@ def table(out: Path) -> Table:
     result.caption = (
         "Test split; 95% intervals from resampling subjects. Possible: the generator's Bayes-optimal AUROC."
     )
-    for name in ("", "AUROC", "95% interval", "n", "possible"):
+    for name in ("", "AUROC", "95% interval", "10% of labels", "n", "possible"):
         result.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     result.add_row("[bold]findings, frozen encoder (macro)[/]")
     for says, run in PROBES.items():
@@ -199,19 +206,21 @@ def table(out: Path) -> Table:
     return result
 
 
-def _cells(run: Path, subset: str) -> tuple[str, str, str]:
+def _cells(run: Path, subset: str) -> tuple[str, str, str, str]:
     """The macro AUROC of the test rows; for mortality, of the stays with a film, the same for all three models."""
-    rows = auroc_rows(run, subset)
-    row = next(r for r in rows if r["label"] == "macro")
+    row = next(r for r in auroc_rows(run, subset) if r["label"] == "macro")
+    few = next((f"{r['value']:.3f}" for r in auroc_rows(run, subset, 0.1) if r["label"] == "macro"), "")
     if row["value"] is None:
-        return "-", row["reason"] or "-", f"{row['n']}"
+        return "-", row["reason"] or "-", few, f"{row['n']}"
     interval = "-" if row["low"] is None else f"{row['low']:.3f} - {row['high']:.3f}"
-    return f"{row['value']:.3f}", interval, f"{row['n']}"
+    return f"{row['value']:.3f}", interval, few, f"{row['n']}"
 
 
-def auroc_rows(run: Path, subset: str) -> list[dict[str, Any]]:
+def auroc_rows(run: Path, subset: str, fraction: float = 1.0) -> list[dict[str, Any]]:
+    """The AUROCs of the test split, from heads fitted on a share of the train subjects."""
     rows = read_json(run / "results.json")["rows"]
-    return [r for r in rows if (r["split"], r["metric"], r["subset"], r["fraction"]) == ("test", "auroc", subset, 1.0)]
+    wanted = ("test", "auroc", subset, fraction)
+    return [r for r in rows if (r["split"], r["metric"], r["subset"], r["fraction"]) == wanted]
 
 
 def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _described(config: WeightsConfig) -> Encoder:
 
 
 def _describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]:
-    """What every row of a comparison carries: parameters, input size, films and time of pretraining, weights' `hash`.
+    """What every row of a comparison carries: parameters, input size, films, time and method of pretraining, `hash`.
 
     `films_seen` counts films once, `films_trained` at each step.
     """
@@ -161,6 +161,9 @@ def _describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any
         "films_trained": 0 if folder is None else encoder.meta.get("films_trained"),
         "processor_seconds": 0 if folder is None else encoder.meta.get("processor_seconds"),
         "weights": origin,
+        "method": None if folder is None else encoder.meta.get("method"),
+        "record": [] if folder is None else sorted(encoder.meta.get("ehr_groups") or {}),
+        "record_use": None if folder is None else (encoder.meta.get("ehr") or {}).get("use"),
     }
 
 

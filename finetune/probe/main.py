@@ -203,6 +203,9 @@ def evaluate(
         given |= asked
         for split, of in on.items():
             tables.append(score(of, **given).assign(split=split, subset="all", fraction=fraction))
+            if fraction != config.fractions[-1] and run.is_main():
+                for i in range(len(trained)):
+                    of.write(folder / f"fraction_{fraction:g}" / f"draw_{i}", split, i)
     each = {}
     for i, seed in enumerate(config.every_seed if len(config.every_seed) > 1 else ()):
         own, own_given = rated(config, films, trained[i : i + 1])

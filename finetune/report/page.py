@@ -21,6 +21,7 @@ from finetune.report import checklist, cohort, curves, groups, pairs, results, t
 from finetune.report.alerts import alerts
 from finetune.report.data import Run, part, read_object, read_runs
 from finetune.report.html import join, number, page, render, section, table
+from finetune.report.verdict import verdicts
 
 
 def report(
@@ -40,11 +41,12 @@ def report(
     read = read_runs(runs)
     known = _truth(read, truth)
     tasks = results.by_task(read)
+    drawn: dict[bytes, Any] = {}  # resamples of each run, for all its comparisons
     parts: list[tuple[str, str, Callable[[], Markup]]] = [
         ("summary", "At a glance", lambda: _summary(read, known)),
         ("data", "Data", lambda: cohort.cohort_section(read)),
         ("pretraining", "Pretraining", lambda: training.curves_section(read)),
-        *[(results.key_of("task", t), _short(t), partial(_task, t, own, known)) for t, own in tasks.items()],
+        *[(results.key_of("task", t), _short(t), partial(_task, t, own, known, drawn)) for t, own in tasks.items()],
         ("encoder", "What it sees", lambda: _encoder(read, with_films)),
         ("checklist", "Checklist", lambda: checklist.checklist_section(read)),
         ("provenance", "Provenance", lambda: _provenance(read)),
@@ -56,7 +58,7 @@ def report(
             bar.advance(note=name)
     made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
     foot = f"Made {made} by EHR-MSN from {len(read)} runs. Nothing in this file is loaded from elsewhere."
-    text = page("EHR-MSN report", _head(read, known, with_films), sections, foot)
+    text = page("EHR-MSN report", _head(read, known, with_films, drawn), sections, foot)
     with new_file(out) as file:
         file.write_text(text, encoding="utf-8")
     return Path(out)
@@ -76,7 +78,8 @@ def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
     return {}
 
 
-def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool) -> Markup:
+def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool, drawn: dict[bytes, Any]) -> Markup:
+    """The main results in sentences, the first as the title; without any, what the page holds."""
     counts = {
         "pretrained encoder": len(training.pretrained(runs)),
         "probe": sum(run.task == "findings" for run in runs),
@@ -88,9 +91,17 @@ def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool) -> Marku
         if truth
         else "Results on the test split, read once."
     )
-    lead = f"{data} Intervals are 95%, from resampling subjects."
+    what = what[0].upper() + what[1:]
+    said = verdicts(runs, truth, drawn)
+    says = [*said[1:], f"{what}. {data} Intervals are 95%, from resampling subjects."]
     warnings = alerts(runs, films=with_films and not truth)
-    return render("header", what[0].upper() + what[1:], lead, warnings, _tiles(runs, truth))
+    return render(
+        "header",
+        said[0].removesuffix(".") if said else what,
+        says if said else says[-1:],
+        warnings,
+        _tiles(runs, truth),
+    )
 
 
 def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -117,11 +128,11 @@ def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Markup:
     return section("summary", "Results at a glance", figures, lead=results.CAUTION)
 
 
-def _task(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Markup:
+def _task(task: str, runs: Sequence[Run], truth: dict[str, Any], drawn: dict[bytes, Any]) -> Markup:
     parts = [
         results.overview_figure(task, runs, truth, subset="paired"),
         results.overview_figure(task, runs, truth, split="test_radiologist"),
-        pairs.pairs_figure(task, runs),
+        pairs.pairs_figure(task, runs, drawn=drawn),
         pairs.adds_figure(task, runs),
         results.labels_figure(task, runs, truth),
         curves.curves_figure(task, runs),

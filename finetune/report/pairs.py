@@ -29,8 +29,10 @@ LABELS = ["pair", "label", "difference", "p (Holm over labels)", "n"]
 FEWEST = 20  # test rows in common
 
 
-def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Markup | None:
-    """Differences of the main AUROC between methods."""
+def pairs_figure(
+    task: str, runs: Sequence[Run], samples: int = 1000, drawn: dict[bytes, Any] | None = None
+) -> Markup | None:
+    """Differences of the main AUROC between methods. `drawn`: resamples of runs, read and filled."""
     able = methods([run for run in runs if run.predictions is not None and run.headline() is not None])
     names = list(able)
     if len(names) < 2:
@@ -38,9 +40,9 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000) -> Markup 
     base = reference(able)
     chosen = combinations(names, 2) if len(names) <= FEW else ((base, name) for name in names if name != base)
     found, apart, each = [], [], []
-    drawn: dict[bytes, Any] = {}
+    drawn = {} if drawn is None else drawn
     for first, second in chosen:
-        if (table := _compare(able[second], able[first], samples, drawn)) is None:
+        if (table := compare(able[second], able[first], samples, drawn)) is None:
             apart.append(f"{second} and {first}")
         else:
             found.append((second, first, table[table["main"]].iloc[0].to_dict()))
@@ -108,13 +110,18 @@ def reference(able: dict[str, list[Run]]) -> str:
     return max(records, key=lambda name: records[name]) if records else next(iter(able))
 
 
-def _compare(
-    a: Sequence[Run], b: Sequence[Run], samples: int, drawn: dict[bytes, Any] | None = None
+def compare(
+    a: Sequence[Run],
+    b: Sequence[Run],
+    samples: int = 1000,
+    drawn: dict[bytes, Any] | None = None,
+    *,
+    also: Sequence[Run] = (),
 ) -> pd.DataFrame | None:
-    """Paired differences of each label on the test rows that all these runs have; None where there are too few."""
+    """Paired differences of each label on the test rows that all these runs, and `also`, have; None: too few rows."""
     a, b = ([own for run in side for own in trainings_of(run)] for side in (a, b))
     read = [run.by_row for run in (*a, *b) if run.by_row is not None]
-    common = common_rows([*a, *b])
+    common = common_rows([*a, *b, *also])
     if common is None:
         return None
     names = [str(c).removeprefix("label_") for c in read[0] if str(c).startswith("label_")]

@@ -19,7 +19,7 @@ from finetune.report.curves import Scored, bins, curves_figure, net_benefit, pre
 from finetune.report.data import read_runs
 from finetune.report.figures import Scale, flow, shape, tick_text
 from finetune.report.html import interval, number
-from finetune.report.pairs import _compare, methods
+from finetune.report.pairs import compare, methods
 from finetune.report.results import possible
 from finetune.report.training import smooth
 
@@ -69,9 +69,9 @@ def test_bins_hold_every_row_once_and_their_interval_the_share() -> None:
     assert found["predicted"].is_monotonic_increasing
 
 
-def test_a_pair_on_all_rows_is_what_compare_says(report_runs: list[Path]) -> None:
+def test_a_pair_on_all_rows_is_whatcompare_says(report_runs: list[Path]) -> None:
     runs = {run.name: run for run in read_runs(report_runs)}
-    table = _compare([runs["probe_ehr"]], [runs["pixels"]], samples=50)
+    table = compare([runs["probe_ehr"]], [runs["pixels"]], samples=50)
     assert table is not None
     row = table[table["main"]].iloc[0]
     wanted = compare_runs([runs["probe_ehr"].folder], [runs["pixels"].folder], samples=50).iloc[0]
@@ -97,8 +97,8 @@ def test_a_run_in_many_pairs_is_resampled_once_and_gives_the_same_numbers(report
     runs = {run.name: [run] for run in read_runs(report_runs)}
     names, drawn = ("pixels", "random", "probe_ehr"), {}  # type: ignore[var-annotated]
     pairs = [(a, b) for a in names for b in names if a < b]
-    alone = [_compare(runs[a], runs[b], 20) for a, b in pairs]
-    together = [_compare(runs[a], runs[b], 20, drawn) for a, b in pairs]
+    alone = [compare(runs[a], runs[b], 20) for a, b in pairs]
+    together = [compare(runs[a], runs[b], 20, drawn) for a, b in pairs]
     assert len(drawn) == len(names)
     for one, other in zip(alone, together, strict=True):
         assert one is not None and other is not None
@@ -112,9 +112,9 @@ def test_the_running_median_is_that_of_each_window() -> None:
     np.testing.assert_allclose(smooth(y), wanted)
 
 
-def test_runs_that_share_no_labels_are_not_compared(report_runs: list[Path]) -> None:
+def test_runs_that_share_no_labels_are_notcompared(report_runs: list[Path]) -> None:
     runs = {run.name: run for run in read_runs(report_runs)}
-    assert _compare([runs["probe_ehr"]], [runs["medfuse"]], samples=20) is None
+    assert compare([runs["probe_ehr"]], [runs["medfuse"]], samples=20) is None
 
 
 def test_runs_that_differ_by_a_seed_are_one_method(report_runs: list[Path]) -> None:
