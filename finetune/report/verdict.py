@@ -62,14 +62,14 @@ def _films(runs: Sequence[Run], truth: dict[str, Any], between: Between) -> list
             said.append(f"Pretraining{few} {_against(found)} (AUROC {reached['value'].iloc[0]:.3f}{limit}).")
     plain = next((run for run in pretrained if not _about(run, "record")), None)
     if plain and plain is not main and (d := between([main], [plain])):
-        said.append(f"The record {_adds(d)} to pretraining on films alone.")
+        said.append(_adds("The record", "pretraining on films alone", d))
     return said
 
 
 def _fusion(task: str, runs: Sequence[Run], truth: dict[str, Any], between: Between) -> list[str]:
     """The fused model against the record alone and the film alone, on test rows with a film."""
     by = {kind: [r for r in runs if str(r.result.get("model")).startswith(kind)] for kind in ("record", "film")}
-    fused = [run for run in runs if not any(run in of for of in by.values())]
+    fused = [run for run in runs if not str(run.result.get("model")).startswith(("record", "film"))]
     record, film = (next(iter(by[kind]), None) for kind in ("record", "film"))
     said = []
     for run in fused[:1]:
@@ -77,9 +77,9 @@ def _fusion(task: str, runs: Sequence[Run], truth: dict[str, Any], between: Betw
         if record and (d := between([run], [record], [film] if film else [])):
             best = [possible(truth, task, run.main, one, "paired") for one in (run, record)]
             limit = f"; possible {best[0] - best[1]:+.3f}" if all(best) else ""  # type: ignore[operator]
-            said.append(f"The film {_adds(d)} to the record for {outcome}{limit}.")
+            said.append(_adds("The film", f"the record for {outcome}", d, limit))
         if film and (d := between([run], [film])):
-            said.append(f"The record {_adds(d)} to the film for {outcome}.")
+            said.append(_adds("The record", f"the film for {outcome}", d))
     return said
 
 
@@ -129,11 +129,13 @@ def _against(found: Sequence[tuple[str, tuple[float, float, float]]]) -> str:
     return " and ".join(f"{verb} {' and '.join(names)}" for verb, names in verbs.items())
 
 
-def _adds(d: tuple[float, float, float]) -> str:
-    value, low, high = d
+def _adds(what: str, base: str, gap: tuple[float, float, float], more: str = "") -> str:
+    """What a part adds to the rest, or that no gain shows, or that it takes away."""
+    value, low, high = gap
+    between = f"{value:+.3f}, {low:+.3f} to {high:+.3f}"
     if low > 0:
-        return f"adds {value:.3f} ({low:.3f} to {high:.3f})"
-    return f"{'takes' if high < 0 else 'adds nothing that shows,'} {value:+.3f} ({low:+.3f} to {high:+.3f}),"
+        return f"{what} adds {value:.3f} ({low:.3f} to {high:.3f}) to {base}{more}."
+    return f"{what} {'takes away from' if high < 0 else 'adds nothing that shows here to'} {base} ({between}){more}."
 
 
 def _first(runs: Sequence[Run], encoder: str) -> Run | None:

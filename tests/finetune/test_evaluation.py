@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from configs import UserError
 from ehr_features.schema import FINDINGS
@@ -60,6 +61,10 @@ def test_fractions_are_repeated_and_averaged(make_world: World) -> None:
     assert len({f["val_auroc"] for f in fits[:3]}) > 1
     wide, narrow = (rows["high"] - rows["low"])[0], (rows["high"] - rows["low"])[1]
     assert rows["value"][0] < rows["value"][1] and wide > narrow
+    draws = [read_predictions(out / "fraction_0.1" / f"draw_{i}", "test") for i in range(3)]
+    each = [roc_auc_score(y[label], p[label]) for _, y, p in draws for label in y]
+    assert rows["value"][0] == pytest.approx(np.mean(each)) and draws[0][0].equals(read_predictions(out, "test")[0])
+    assert not (out / "fraction_1").exists()
 
 
 def test_subgroups_and_the_largest_gap_of_a_planted_one() -> None:

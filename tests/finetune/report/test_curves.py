@@ -69,7 +69,7 @@ def test_bins_hold_every_row_once_and_their_interval_the_share() -> None:
     assert found["predicted"].is_monotonic_increasing
 
 
-def test_a_pair_on_all_rows_is_whatcompare_says(report_runs: list[Path]) -> None:
+def test_a_pair_on_all_rows_is_what_compare_says(report_runs: list[Path]) -> None:
     runs = {run.name: run for run in read_runs(report_runs)}
     table = compare([runs["probe_ehr"]], [runs["pixels"]], samples=50)
     assert table is not None
@@ -112,7 +112,7 @@ def test_the_running_median_is_that_of_each_window() -> None:
     np.testing.assert_allclose(smooth(y), wanted)
 
 
-def test_runs_that_share_no_labels_are_notcompared(report_runs: list[Path]) -> None:
+def test_runs_that_share_no_labels_are_not_compared(report_runs: list[Path]) -> None:
     runs = {run.name: run for run in read_runs(report_runs)}
     assert compare([runs["probe_ehr"]], [runs["medfuse"]], samples=20) is None
 

@@ -1,0 +1,93 @@
+"""The page's first sentences: each from the difference that `compare` gives, with the verb that its interval allows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ehr_features.files import read_json, write_json
+from finetune.compare import compare_runs
+from finetune.report.data import Run, read_runs
+from finetune.report.verdict import _adds, _against, difference, verdicts
+from finetune.results import predictions
+
+
+@pytest.fixture
+def runs(report_runs: list[Path], tmp_path: Path) -> dict[str, Run]:
+    """Probes of pixels, random weights, a pretraining on films and one on films and records; fusion and its parts."""
+    names = ("pixels", "random", "probe_vanilla", "probe_ehr", "record_lstm", "film_only", "medfuse")
+    folders = [Path(shutil.copytree(path, tmp_path / path.name)) for path in report_runs if path.name in names]
+    for folder in folders:
+        about = read_json(folder / "results.json")
+        record = ["age", "sex"] if folder.name == "probe_ehr" else []
+        if folder.name.startswith("probe"):
+            about["run"]["compared_by"] = {"weights": "step 10", "record": record}
+        write_json(folder / "results.json", about)
+    return {run.name: run for run in read_runs(folders)}
+
+
+def numbers(sentence: str) -> list[float]:
+    return [float(x) for x in re.findall(r"[+-]?\d\.\d{3}", sentence)]
+
+
+def test_each_sentence_has_the_difference_and_the_interval_of_compare(runs: dict[str, Run]) -> None:
+    said = verdicts(list(runs.values()))
+    film = next(line for line in said if line.startswith("The film"))
+    wanted = difference([runs["medfuse"]], [runs["record_lstm"]], [runs["film_only"]])
+    assert wanted is not None and numbers(film) == pytest.approx(wanted, abs=5e-4)
+    main = next(line for line in said if line.startswith("Pretraining "))
+    for name, run in (("random weights", "random"), ("pixels", "pixels")):
+        row = compare_runs([runs["probe_ehr"].folder], [runs[run].folder]).iloc[0]
+        assert f"{name}" in main and f"({row['low']:+.3f} to {row['high']:+.3f})" in main
+    assert any(line.startswith("The record") and "films alone" in line for line in said)
+
+
+def test_a_fusion_is_compared_on_the_stays_with_a_film(runs: dict[str, Run]) -> None:
+    table = predictions(runs["film_only"].folder, "test")
+    table.iloc[::2].to_parquet(runs["film_only"].folder / "predictions" / "test.parquet")
+    few = difference([runs["medfuse"]], [runs["record_lstm"]], [read_runs([runs["film_only"].folder])[0]])
+    assert few != difference([runs["medfuse"]], [runs["record_lstm"]])
+
+
+@pytest.mark.parametrize(
+    ("gap", "against", "adds"),
+    [
+        ((0.06, 0.04, 0.08), "beats x by 0.060 (+0.040 to +0.080)", "A adds 0.060 (0.040 to 0.080) to b."),
+        ((0.01, -0.01, 0.03), "is level with x (-0.010 to +0.030)", "A adds nothing that shows here to b (+0.010,"),
+        ((0.01, 0.0, 0.02), "is level with x (+0.000 to +0.020)", "A adds nothing that shows here to b (+0.010,"),
+        ((-0.05, -0.07, -0.03), "stays behind x by 0.050 (-0.070 to -0.030)", "A takes away from b (-0.050,"),
+    ],
+)
+def test_the_interval_decides_the_verb(gap: tuple[float, float, float], against: str, adds: str) -> None:
+    assert _against([("x", gap)]) == against
+    assert _adds("A", "b", gap).startswith(adds)
+
+
+def test_few_labels_are_compared_draw_by_draw(runs: dict[str, Run]) -> None:
+    ours, other = runs["probe_ehr"], runs["pixels"]
+    assert difference([ours], [other], share=0.1) is None  # runs of earlier versions hold no draws
+    gaps = []
+    for run, skill in ((ours, 2.0), (other, 0.0)):
+        table = predictions(run.folder, "test")
+        labels = [c for c in table if str(c).startswith("label_")]
+        for draw in range(3):
+            noise = np.random.default_rng(draw).standard_normal((len(table), len(labels)))
+            made = table.copy()
+            made[[c.replace("label_", "logit_") for c in labels]] = skill * table[labels].to_numpy() + noise
+            path = run.folder / "fraction_0.1" / f"draw_{draw}" / "predictions" / "test.parquet"
+            path.parent.mkdir(parents=True)
+            pd.DataFrame(made).to_parquet(path)
+    found = difference([ours], [other], share=0.1)
+    assert found is not None and found[1] > 0.2
+    gaps = [line for line in verdicts(list(runs.values())) if "10% of the labelled subjects" in line]
+    assert len(gaps) == 1 and f"beats raw 16x16 pixels by {found[0]:.3f}" in gaps[0]
+
+
+def test_runs_without_a_baseline_say_nothing(runs: dict[str, Run]) -> None:
+    assert verdicts([runs["probe_ehr"]]) == [] and verdicts([]) == []
+    assert verdicts([runs["medfuse"]]) == []
