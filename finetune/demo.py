@@ -85,21 +85,21 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
             ["pretrain", "images", config("images"), tables[2], f"out={store}"],
             ("data",),
         ),
-        Step("vanilla", "pretraining on the films alone", pretrain("pretrain_vanilla", "ehr.groups=[]"), both),
+        Step("films", "pretraining on the films alone", pretrain("pretrain_films", "ehr.groups=[]"), both),
         Step("ehr", "pretraining on the films and their records", pretrain("pretrain_ehr"), both),
         Step("probe_pixels", "linear evaluation: raw pixels", probe("probe_pixels", "pixels"), both),
         Step("fuse_record", "mortality from the record alone", fuse("record_lstm"), both),
         Step(
             "probe_random",
             "linear evaluation: random weights",
-            probe("probe_random", f"random:{runs / 'pretrain_vanilla'}"),
-            ("vanilla",),
+            probe("probe_random", f"random:{runs / 'pretrain_films'}"),
+            ("films",),
         ),
         Step(
-            "probe_vanilla",
+            "probe_films",
             "linear evaluation: pretrained on films",
-            probe("probe_vanilla", runs / "pretrain_vanilla"),
-            ("vanilla",),
+            probe("probe_films", runs / "pretrain_films"),
+            ("films",),
         ),
         Step(
             "probe_ehr",
@@ -113,17 +113,17 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
             "report",
             "one HTML page",
             ["finetune", "report", *(str(runs / name) for name in RUNS), "--out", str(out / "report.html")],
-            ("probe_pixels", "probe_random", "probe_vanilla", "probe_ehr", "fuse_record", "fuse_film", "fuse_both"),
+            ("probe_pixels", "probe_random", "probe_films", "probe_ehr", "fuse_record", "fuse_film", "fuse_both"),
         ),
     ]
 
 
 RUNS = (
-    "pretrain_vanilla",
+    "pretrain_films",
     "pretrain_ehr",
     "probe_pixels",
     "probe_random",
-    "probe_vanilla",
+    "probe_films",
     "probe_ehr",
     "mortality_record_lstm",
     "mortality_film_only",
@@ -132,7 +132,7 @@ RUNS = (
 PROBES = {
     "raw pixels": "probe_pixels",
     "random weights": "probe_random",
-    "pretrained on films": "probe_vanilla",
+    "pretrained on films": "probe_films",
     "pretrained on films and records": "probe_ehr",
 }
 FUSIONS = {
