@@ -4,7 +4,7 @@
 
 runs `./launch.sh demo OUT/seed_N --seed N` for each seed without a finished run, then prints two Markdown tables: the
 macro AUROCs, and paired differences on each hospital's test rows. Their mean has a 95% interval by Student's t over the
-hospitals, each with its own data, pretraining and heads. The recipe was chosen on another hospital, by benchmarks/recipes.py.
+hospitals, each with its own data, pretraining and heads. The recipe was chosen on hospital 1 (benchmarks/recipes.py).
 """
 
 from __future__ import annotations
