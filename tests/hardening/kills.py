@@ -68,7 +68,7 @@ def commands(world: Path) -> dict[str, Command]:
         "pretrain": ["pretrain", config("pretrain_vit_tiny"), *inputs, *SHORT, "optim.steps=4"],
         "probe": ["probe", config("probe_linear"), *inputs, "encoder={pretrain}", "epochs=1", "samples=20"],
     }
-    axes = {"record": {"none": {"pretrain": ["ehr.groups=[]"]}, "sex": {"pretrain": ["ehr.groups=[sex]"]}}}
+    axes = {"record": {"sex": {"pretrain": ["ehr.groups=[sex]"]}}}  # two steps: the second needs the first to be whole
     if world.is_dir():
         write_json(world / "grid.yaml", {"out": str(grid), "steps": steps, "axes": axes})  # YAML holds JSON
     made = [
