@@ -23,7 +23,7 @@ from ehr_features.raw.source import Source
 from ehr_features.series import channels
 from ehr_features.series.channels import SPECIMEN_TYPE, Channel
 
-KNOWN_BEFORE = "no vital sign or laboratory value of a film was stored after it or charted before its window"
+KNOWN_BEFORE = "vital signs and laboratory values of films were stored before the film and charted within its window"
 IS_LAST = "each vital sign and laboratory value of a film is the last one that was known"
 
 
