@@ -60,7 +60,9 @@ def last_values(
     last = seen.group_by("dicom_id", "channel").agg(
         last=ibis.struct({name: seen[name] for name in names}).max(), taken=_.taken.max()
     )
-    last = last.select("dicom_id", "channel", v=_["last"]["v"], since=(_.taken - _["last"]["drawn"]) / 3600.0)
+    last = last.select(
+        "dicom_id", "channel", v=_["last"]["v"], since=(_.taken - _["last"]["drawn"]).cast("float64") / 3600
+    )
     wide = {}
     for n, variable in enumerate(variables):
         wide[variable.column] = last.v.max(where=last.channel == n)
