@@ -19,6 +19,7 @@ from typing import Any
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
@@ -133,8 +134,9 @@ PROBES = {
     "raw pixels": "probe_pixels",
     "random weights": "probe_random",
     "pretrained on films": "probe_films",
-    "pretrained on films and records": "probe_ehr",
+    "pretrained with records": "probe_ehr",
 }
+COUNTED = (("probe_pixels", "all"), ("mortality_record_lstm", "paired"))  # runs whose rows the table counts
 FUSIONS = {
     "record only (LSTM)": ("mortality_record_lstm", "record"),
     "film only": ("mortality_film_only", "film"),
@@ -173,7 +175,7 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
     console.print()
     console.print(table(out))
     for sentence in verdicts(read_runs([out / "runs" / name for name in RUNS]), read_json(out / "data" / "truth.json")):
-        console.print(f"  {sentence}")
+        console.print(Padding(sentence, (0, 0, 0, 2)))
     console.print(f"\n[bold]{out / 'report.html'}[/]   open it in a browser   ({time.monotonic() - start:.0f} s)")
     console.print("\nYou have MIMIC? Say where it lies; the other steps follow in the README:")
     console.print(
@@ -187,12 +189,14 @@ def table(out: Path) -> Table:
     """Measured AUROC on the test split with 95% intervals over subjects, beside the best possible one."""
     bayes = read_json(out / "data" / "truth.json")["bayes"]
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    studies, stays = (_macro(out / "runs" / run, subset)["n"] for run, subset in COUNTED)
     result.caption = (
-        "Test split; 95% intervals from resampling subjects. Possible: the generator's Bayes-optimal AUROC."
+        f"Test split: {studies:,} studies (mean over findings), {stays:,} stays with a film. Intervals from resampling subjects. "
+        "10% labels: heads fitted on a tenth of the train subjects. Possible: the generator's Bayes-optimal AUROC."
     )
-    for name in ("", "AUROC", "95% interval", "10% of labels", "n", "possible"):
+    for name in ("", "AUROC", "95% interval", "10% labels", "possible"):
         result.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
-    result.add_row("[bold]findings, frozen encoder (macro)[/]")
+    result.add_row("[bold]findings, frozen encoder[/]")
     for says, run in PROBES.items():
         best = [
             bayes["findings"][r["label"]]
@@ -206,14 +210,20 @@ def table(out: Path) -> Table:
     return result
 
 
-def _cells(run: Path, subset: str) -> tuple[str, str, str, str]:
+def _cells(run: Path, subset: str) -> tuple[str, str, str]:
     """The macro AUROC of the test rows; for mortality, of the stays with a film, the same for all three models."""
-    row = next(r for r in auroc_rows(run, subset) if r["label"] == "macro")
-    few = next((f"{r['value']:.3f}" for r in auroc_rows(run, subset, 0.1) if r["label"] == "macro"), "")
+    row, few = _macro(run, subset), _macro(run, subset, 0.1)
+    tenth = "" if few["value"] is None else f"{few['value']:.3f}"
     if row["value"] is None:
-        return "-", row["reason"] or "-", few, f"{row['n']}"
+        return "-", row["reason"] or "-", tenth
     interval = "-" if row["low"] is None else f"{row['low']:.3f} - {row['high']:.3f}"
-    return f"{row['value']:.3f}", interval, few, f"{row['n']}"
+    return f"{row['value']:.3f}", interval, tenth
+
+
+def _macro(run: Path, subset: str, fraction: float = 1.0) -> dict[str, Any]:
+    """The row of the macro; without a value where there is none."""
+    rows = auroc_rows(run, subset, fraction)
+    return next((row for row in rows if row["label"] == "macro"), {"value": None, "reason": None, "n": 0})
 
 
 def auroc_rows(run: Path, subset: str, fraction: float = 1.0) -> list[dict[str, Any]]:

@@ -93,15 +93,9 @@ def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool, drawn: d
     )
     what = what[0].upper() + what[1:]
     said = verdicts(runs, truth, drawn)
-    says = [*said[1:], f"{what}. {data} Intervals are 95%, from resampling subjects."]
-    warnings = alerts(runs, films=with_films and not truth)
-    return render(
-        "header",
-        said[0].removesuffix(".") if said else what,
-        says if said else says[-1:],
-        warnings,
-        _tiles(runs, truth),
-    )
+    title, lead = (said[0].removesuffix("."), f"{what}. {data}") if said else (what, data)
+    lead = f"{lead} Intervals are 95%, from resampling subjects."
+    return render("header", title, said[1:], lead, alerts(runs, films=with_films and not truth), _tiles(runs, truth))
 
 
 def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -29,7 +29,7 @@ def verdicts(
 
     Args:
         runs: as read by `read_runs`.
-        truth: truth.json of a synthetic hospital: what is possible is then said too.
+        truth: truth.json of a synthetic hospital: the possible AUROC of an encoder is then said too.
         drawn: resamples of runs, read and filled.
     """
     between = partial(difference, drawn={} if drawn is None else drawn)
@@ -39,7 +39,7 @@ def verdicts(
         if task == "findings":
             films += _films(able, dict(truth or {}), between)
         else:
-            fused += _fusion(task, able, dict(truth or {}), between)
+            fused += _fusion(task, able, between)
     return fused + films
 
 
@@ -66,7 +66,7 @@ def _films(runs: Sequence[Run], truth: dict[str, Any], between: Between) -> list
     return said
 
 
-def _fusion(task: str, runs: Sequence[Run], truth: dict[str, Any], between: Between) -> list[str]:
+def _fusion(task: str, runs: Sequence[Run], between: Between) -> list[str]:
     """The fused model against the record alone and the film alone, on test rows with a film."""
     by = {kind: [r for r in runs if str(r.result.get("model")).startswith(kind)] for kind in ("record", "film")}
     fused = [run for run in runs if not str(run.result.get("model")).startswith(("record", "film"))]
@@ -75,9 +75,7 @@ def _fusion(task: str, runs: Sequence[Run], truth: dict[str, Any], between: Betw
     for run in fused[:1]:
         outcome = OUTCOMES.get(task, task.replace("_", " "))
         if record and (d := between([run], [record], [film] if film else [])):
-            best = [possible(truth, task, run.main, one, "paired") for one in (run, record)]
-            limit = f"; possible {best[0] - best[1]:+.3f}" if all(best) else ""  # type: ignore[operator]
-            said.append(_adds("The film", f"the record for {outcome}", d, limit))
+            said.append(_adds("The film", f"the record for {outcome}", d))
         if film and (d := between([run], [film])):
             said.append(_adds("The record", f"the film for {outcome}", d))
     return said
@@ -122,20 +120,21 @@ def _against(found: Sequence[tuple[str, tuple[float, float, float]]]) -> str:
     """`beats x by .. and y by .., and is level with z (..)`: others with one verb together."""
     verbs: dict[str, list[str]] = {}
     for name, (value, low, high) in found:
-        between = f"({low:+.3f} to {high:+.3f})"
         verb = "beats" if low > 0 else "stays behind" if high < 0 else "is level with"
-        by = f"{name} {between}" if verb == "is level with" else f"{name} by {abs(value):.3f} {between}"
+        ends = sorted((abs(low), abs(high)))
+        by = f"{name} by {abs(value):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+        by = f"{name} ({value:+.3f}, {low:+.3f} to {high:+.3f})" if verb == "is level with" else by
         verbs.setdefault(verb, []).append(by)
     return " and ".join(f"{verb} {' and '.join(names)}" for verb, names in verbs.items())
 
 
-def _adds(what: str, base: str, gap: tuple[float, float, float], more: str = "") -> str:
+def _adds(what: str, base: str, gap: tuple[float, float, float]) -> str:
     """What a part adds to the rest, or that no gain shows, or that it takes away."""
     value, low, high = gap
     between = f"{value:+.3f}, {low:+.3f} to {high:+.3f}"
     if low > 0:
-        return f"{what} adds {value:.3f} ({low:.3f} to {high:.3f}) to {base}{more}."
-    return f"{what} {'takes away from' if high < 0 else 'adds nothing that shows here to'} {base} ({between}){more}."
+        return f"{what} adds {value:.3f} ({low:.3f} to {high:.3f}) to {base}."
+    return f"{what} {'takes away from' if high < 0 else 'adds nothing that shows here to'} {base} ({between})."
 
 
 def _first(runs: Sequence[Run], encoder: str) -> Run | None:
