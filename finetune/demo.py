@@ -191,7 +191,8 @@ def table(out: Path) -> Table:
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     studies, stays = (_macro(out / "runs" / run, subset)["n"] for run, subset in COUNTED)
     result.caption = (
-        f"Test split: {studies:,} studies (mean over findings), {stays:,} stays with a film. Intervals from resampling subjects. "
+        f"Test split: {studies:,} studies (mean over findings), {stays:,} stays with a film. Intervals from resampling "
+        "subjects. "
         "10% labels: heads fitted on a tenth of the train subjects. Possible: the generator's Bayes-optimal AUROC."
     )
     for name in ("", "AUROC", "95% interval", "10% labels", "possible"):
