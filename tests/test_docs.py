@@ -198,7 +198,8 @@ def environment(address: str = "") -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("CONDA_PREFIX", "VIRTUAL_ENV")} | own
 
 
-def execute(world: Path, script: str, address: str) -> None:
+def execute(world: Path, script: str, address: str = "") -> None:
+    """Run a shell script; with the address of a server of forked commands, through it."""
     command = ["bash", "-euo", "pipefail", "-c", script]
     done = subprocess.run(command, cwd=world, env=environment(address), capture_output=True, text=True)
     assert done.returncode == 0, f"{script}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
