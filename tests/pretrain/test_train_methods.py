@@ -48,6 +48,8 @@ def test_it_trains_goes_on_and_opens_in_plain_timm(data, tmp_path, monkeypatch, 
             train.train(settings(data, tmp_path / "broken", name, *words))
     folder = train.train(settings(data, tmp_path / "broken", name, *words))
     assert losses(folder) == whole
+    ends = [load_file(tmp_path / name / "encoder/encoder.safetensors") for name in ("whole", "broken")]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     meta = enc.read_meta(folder / "encoder")
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert meta["method"] == name and ("train/prototypes_used" in line) == (name in ("msn", "pmsn"))
@@ -59,14 +61,15 @@ def test_it_trains_goes_on_and_opens_in_plain_timm(data, tmp_path, monkeypatch, 
     torch.testing.assert_close(plain(x), enc.load(folder)(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["simclr", "dino"])
+@pytest.mark.parametrize("name", METHODS)
 def test_collapse_is_watched_whatever_the_method(data, tmp_path, monkeypatch, name):
     monkeypatch.setattr("pretrain.monitor.PATIENCE", 1)
     monkeypatch.setattr("pretrain.monitor.RANK_FLOOR", 1000.0)
     folder = train.train(settings(data, tmp_path / "x", name, "optim.steps=2"))
     said = (folder / "log.txt").read_text()
-    assert "effective rank of the features" in said and "prototypes in use" not in said
-    assert f"the sections loss do nothing with method {name}" in said
+    assert "effective rank of the features" in said
+    if name not in ("msn", "pmsn"):
+        assert "prototypes in use" not in said and f"the sections loss do nothing with method {name}" in said
 
 
 def test_a_record_that_tells_nothing_is_refused(data, tmp_path):
