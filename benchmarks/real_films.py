@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, films: pd.DataFrame, labels: Sequence[str], se
     found = {}
     for source, spec in zip(SOURCES, (f"random:{encoder}", str(encoder), "pixels"), strict=True):
         out = folder / f"probe_{source.replace(' ', '_')}"
-        given = ["features=null", "labels=[]", "samples=0", f"films={table}", store]
+        given = ["features=null", "labels=[]", "samples=0", "empty=zeros", f"films={table}", store]  # as in MIMIC
         given += [f"encoder={spec}", f"out={out}", f"seed={seed}"]
         probe(load(ProbeConfig, CONFIGS / "probe_linear.yaml", given))
         ids, _, logits = read_predictions(out, "test")
