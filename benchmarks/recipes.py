@@ -106,12 +106,12 @@ def main() -> None:
     parser.add_argument("--name", help="of one try by hand, with --keys")
     parser.add_argument("--keys", nargs="*", default=[], metavar="key=value")
     args = parser.parse_args()
-    budget = f"optim.processor_seconds={args.seconds}"
-    tries = {f"try_{i}": [budget, *draw(i)] for i in range(*args.tries)}
+    budget = [f"optim.processor_seconds={args.seconds}", "optim.steps=null"]
+    tries = {f"try_{i}": [*budget, *draw(i)] for i in range(*args.tries)}
     if args.name:
         tries = {args.name: args.keys}
     path = args.out / "recipes.csv"
-    rows = pd.read_csv(path).to_dict("records") if path.is_file() else []
+    rows: list[dict[Any, Any]] = pd.read_csv(path).to_dict("records") if path.is_file() else []
     for seed in args.hospitals:
         inputs = hospital(args.out / f"hospital_{seed}", args.subjects, seed)
         pixels, tenth = score(args.out / f"pixels_{seed}", "pixels", inputs)

@@ -257,8 +257,8 @@ class Scale:
 
 
 def _fit(known: np.ndarray) -> list[float]:
-    mean, std = (known.mean(), known.std()) if len(known) else (0.0, 1.0)
-    return [float(mean), float(std) if std > 0 else 1.0]
+    mean, std = fit_scale(known, constant=1.0) if len(known) else (0.0, 1.0)
+    return [float(mean), float(std)]
 
 
 def _fit_shaped(known: np.ndarray) -> list[float]:
