@@ -4,8 +4,8 @@
 
 DEMO is the open MIMIC-IV demo (hosp/, icu/); without it, benchmarks that need it are skipped with a message. Each
 benchmark runs in its own process, one after the other, both sides of a ratio in one run. Output: a Markdown table
-(what, ours, the reference, the ratio, the command), the machine and the versions; with --write it goes into README.md
-between the marks `<!-- benchmarks -->` and `<!-- end -->`.
+(what, ours, the reference, the ratio, the command), the machine and the versions; with --write it goes into
+docs/speed.md between the marks `<!-- benchmarks -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", metavar="DEMO", nargs="?", help="the open MIMIC-IV demo")
     parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS), metavar="NAME")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/speed.md")
     parser.add_argument("--logs", type=Path, default=Path("work/benchmarks"), help="what each printed")
     args = parser.parse_args()
     args.logs.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def main() -> None:
     table = "\n".join([*lines, "", machine()])
     print(table)
     if args.write:
-        path = ROOT / "README.md"
+        path = ROOT / "docs/speed.md"
         path.write_text(fill(path.read_text(encoding="utf-8"), "benchmarks", table), encoding="utf-8")
 
 
