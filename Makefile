@@ -1,6 +1,6 @@
 # The habits: `make check` before each commit (minutes); `./launch.sh test` adds the slow tests and is what CI runs.
 PYTHON ?= $(if $(VIRTUAL_ENV),python,.venv/bin/python)
-.PHONY: check format lint types fast test
+.PHONY: check format lint types fast test docs
 
 check: format lint types fast
 
@@ -9,6 +9,7 @@ format:
 
 lint:
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m codespell_lib
 
 types:
 	$(PYTHON) -m mypy
@@ -18,3 +19,6 @@ fast:
 
 test:
 	./launch.sh test
+
+docs: # the site, into site/: open site/index.html
+	$(PYTHON) -m mkdocs build --strict

@@ -85,7 +85,10 @@ PY
 
 tests() {
   cd "$here"
-  "$python" -m ruff format --check . && "$python" -m ruff check . && "$python" -m mypy
+  "$python" -m ruff format --check .
+  "$python" -m ruff check .
+  "$python" -m codespell_lib
+  "$python" -m mypy
   OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist worksteal --durations=10 "$@"
 }
 

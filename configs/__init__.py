@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
     from configs.loader import Settings, UserError, first_line, load
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Settings", "UserError", "first_line", "load"]
 
 
