@@ -21,4 +21,4 @@ test:
 	./launch.sh test
 
 docs: # the site, into site/: open site/index.html
-	$(PYTHON) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

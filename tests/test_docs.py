@@ -4,6 +4,7 @@ then checked against the config schemas; links lead somewhere; generated tables 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -15,10 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks import pages
+from benchmarks import figure, pages
 from configs import Settings, load
 from ehr_features.config import FeaturesConfig
 from tests import forked
@@ -115,11 +117,69 @@ def test_every_config_and_key_of_a_page_exists(block: Block) -> None:
         load(SCHEMAS[words[1]], ROOT / words[2], overrides)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def prose(page: Path) -> str:
+    """A page's text without its fenced blocks; of a notebook, its Markdown cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        text = "\n\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    titles = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title) for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+LINKED = sorted([*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "docs/tutorials").glob("*.ipynb")])
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: p.name)
+def test_links_and_their_anchors_lead_somewhere(page: Path) -> None:
+    for found in LINK.finditer(prose(page)):
+        target = found[1] or found[2]
+        if "://" in target:
+            parts = urlsplit(target)
+            assert parts.scheme == "https" and re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), target
+            continue
+        path, _, anchor = target.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        assert to.exists() and to.is_relative_to(ROOT), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(to), f"{page.name} links to {target}: no such heading"
+
+
+def test_the_readme_is_a_landing_page() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 200
+    first = "\n".join(lines[:60])
+    for word in ("pip install -e .", "./launch.sh demo", "ehr-msn demo", "<picture>", "**You have MIMIC.**"):
+        assert word in first
+    assert "**You have films and a table.**" in first and "**You have an encoder.**" in first
+    doors = [block for block in blocks(ROOT / "README.md") if block.language == "sh" and block.line <= 60][1:]
+    assert [len(block.text.splitlines()) for block in doors] == [5, 5, 5]
+
+
+def test_the_own_films_door_of_the_readme_is_what_its_page_runs() -> None:
+    door = next(b for b in blocks(ROOT / "README.md") if "own_films" in b.text)
+    page = next(b for b in blocks(ROOT / "docs/your_own_films.md") if "runs/fuse" in b.text)
+    assert len(door.commands()) == 4
+    for words in door.commands():
+        left_out = {"runs/fuse"} if words[1] == "report" else set()
+        assert any([w for w in known if w not in left_out] == words for known in page.commands()), words
+
+
+def test_the_figure_and_its_caption_show_the_shipped_numbers() -> None:
+    numbers = json.loads(figure.NUMBERS.read_text(encoding="utf-8"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = {row["says"]: row["points"][0] for row in numbers["rows"]}
+    assert list(rows) == list(figure.SAYS)
+    claimed = [says for says in rows if "random weights" not in says and "record added" not in says]
+    assert len(claimed) == 3 and all(figure.said(rows[says]) in readme for says in claimed)
+    for theme in figure.COLOURS:
+        shipped = (ROOT / f"docs/results-{theme}.svg").read_text(encoding="utf-8")
+        assert shipped == figure.draw(numbers, theme), "./launch.sh python -m benchmarks.figure"
 
 
 CLIENT = """import multiprocessing.connection, os, sys
