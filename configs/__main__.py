@@ -29,9 +29,11 @@ def start() -> NoReturn:
     name, *words = sys.argv[1:] or ["help"]
     if name in ("help", "-h", "--help"):
         for word in words[:1]:
-            _check(word, [*COMMANDS, *OF_LAUNCH_SH])
+            _check(word, [*COMMANDS, *OF_LAUNCH_SH, "--completion"])
         print(usage())
         sys.exit()
+    if name == "--completion":
+        sys.exit(_completion("".join(words)))
     _check(name, COMMANDS)
     if name == "features" and words[:1] in (["check"], ["audit"], ["notes"]):
         name, *words = words
@@ -62,7 +64,7 @@ def _processes(name: str, words: list[str]) -> int | None:
         return 2
 
 
-def main() -> NoReturn:
+def parser() -> argparse.ArgumentParser:
     """The command `config`."""
     from configs import cli
 
@@ -70,7 +72,20 @@ def main() -> NoReturn:
     made = cli.command(commands, "config")
     made.add_argument("name", metavar="NAME", nargs="?", help="one of the list")
     made.set_defaults(run=_show)
-    cli.main(top)
+    return top
+
+
+def main() -> NoReturn:
+    from configs import cli
+
+    cli.main(parser())
+
+
+def _completion(shell: str) -> int:
+    """Print the script for tab completion."""
+    from configs import cli, completion
+
+    return cli.guard(lambda: print(completion.script(shell), end=""))
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -78,6 +78,7 @@ HELP = """EHR-MSN: raw MIMIC tables and films -> features -> pretrained encoder 
 {rows}
 
   {program} COMMAND --help shows the options of a command, and an example.
+  {program} --completion bash | zsh | fish prints a script for tab completion.
   CONFIG is a YAML file, or the name of a shipped one: `{program} config` lists them.
   pretrain, probe and fuse take --processes N (on each machine) --machines M --machine-rank I
   --main-address HOST[:PORT], or --accelerate-config FILE. Under SLURM (one task a machine) all are derived."""

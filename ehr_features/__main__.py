@@ -66,7 +66,7 @@ def _audit(args: argparse.Namespace) -> int:
         return run(args)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     top, commands = cli.parser("ehr_features", "Raw MIMIC tables -> features/")
     cli.config_command(commands, "features", FeaturesConfig, _build)
     cli.config_command(commands, "check", FeaturesConfig, _check)
@@ -78,7 +78,11 @@ def main() -> None:
     hospital = cli.command(commands, "hospital")
     demo_arguments(hospital)
     hospital.set_defaults(run=_demo)
-    cli.main(top)
+    return top
+
+
+def main() -> None:
+    cli.main(parser())
 
 
 if __name__ == "__main__":

@@ -184,12 +184,16 @@ def _shows(commands: Any) -> None:
     demo.set_defaults(run=_demo)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the arguments, run the command, exit with its code."""
+def parser() -> argparse.ArgumentParser:
     top, commands = cli.parser("finetune", "Evaluate a pretrained encoder, and fuse it with the record.")
     for add in (_trains, _scores, _films, _shows):
         add(commands)
-    cli.main(top, argv)
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the arguments, run the command, exit with its code."""
+    cli.main(parser(), argv)
 
 
 if __name__ == "__main__":

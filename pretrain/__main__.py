@@ -78,8 +78,7 @@ def _knowledge(args: argparse.Namespace) -> None:
     print(f"wrote {out}\nnext: read its columns passage_ids and scores; passages.parquet beside it has the texts")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the arguments, run the command, exit with its code."""
+def parser() -> argparse.ArgumentParser:
     top, commands = cli.parser("pretrain", "Pack chest films, and pretrain an encoder on them. No label is read.")
     images = cli.config_command(commands, "images", ImagesConfig, _images)
     images.add_argument("--shard", metavar="i/n", default="1/1", help="pack the i-th of n parts, on n machines at once")
@@ -102,7 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     near.add_argument("--top", type=int, default=3, help="largest number of passages per note (default 3)")
     near.add_argument("--threshold", type=float, default=0.3, help="lowest cosine of a passage (default 0.3)")
     near.set_defaults(run=_knowledge)
-    cli.main(top, argv)
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the arguments, run the command, exit with its code."""
+    cli.main(parser(), argv)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,20 @@ const seen = [...document.querySelectorAll("figure, .card")].map(f => {
   return {id: f.id, drawn: shown.length, right: Math.max(0, ...shown.map(b => b.right)), height: f.offsetHeight,
           marks: f.querySelectorAll("svg .mark, svg .line, .bar i, td, img").length};
 });
+const cut = [];
+for (const e of document.querySelectorAll("body *")) {
+  const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()), box = e.getBoundingClientRect();
+  if (!own || !box.width || e.closest("details:not([open]) > :not(summary), title, style, pre, .scroll")) continue;
+  const frame = (e.closest(".tile, figure, main") || document.body).getBoundingClientRect();
+  const over = !e.closest("svg") && e.clientWidth && e.scrollWidth > e.clientWidth + 1;
+  if (over || box.right > frame.right + 1 || box.left < frame.left - 1 || e.textContent.includes("…"))
+    cut.push(e.textContent.slice(0, 60));
+}
+for (const e of document.querySelectorAll(".scroll"))
+  if (!e.closest("details") && e.scrollWidth > e.clientWidth + 1) cut.push("table: " + e.textContent.slice(0, 60));
 const out = parent.document.createElement("pre");
 out.id = "measured";
-out.textContent = JSON.stringify({figures: seen, width: innerWidth, wide: document.documentElement.scrollWidth});
+out.textContent = JSON.stringify({figures: seen, cut, width: innerWidth, wide: document.documentElement.scrollWidth});
 parent.document.body.append(out);
 </script>"""
 

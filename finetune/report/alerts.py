@@ -44,15 +44,19 @@ def _of_runs(runs: Sequence[Run]) -> Iterator[tuple[bool, str, str]]:
     """(grave, text, run) of each warning in results.json or derived from the curves."""
     for run in runs:
         if run.result.get("allow_leak"):
-            yield True, "the guard against leaks was switched off (allow_leak); its numbers may be too good.", run.name
+            yield (
+                True,
+                "the guard against leaks was switched off (allow_leak); its numbers may be too good.",
+                run.called,
+            )
         for warning in run.result.get("warnings", []):
-            yield "leak" in str(warning).lower(), str(warning), run.name
+            yield "leak" in str(warning).lower(), str(warning), run.called
         for sign in collapse(run):
-            yield True, f"{sign}.", run.name
+            yield True, f"{sign}.", run.called
         if (below := _below_random(run, runs)) is not None:
-            yield True, below, run.name
+            yield True, below, run.called
         if run.kind == "unfinished":
-            yield False, "holds no results yet.", run.name
+            yield False, "holds no results yet.", run.called
 
 
 def _below_random(run: Run, runs: Sequence[Run]) -> str | None:
@@ -62,7 +66,7 @@ def _below_random(run: Run, runs: Sequence[Run]) -> str | None:
         if own and other.task == run.task == "findings" and str(other.result.get("encoder")).startswith("random:"):
             floor = other.headline()
             if floor and own["high"] is not None and own["high"] < floor["low"]:
-                return f"reads findings worse than random weights ({other.name}): its pretraining has not worked."
+                return f"reads findings worse than random weights ({other.called}): its pretraining has not worked."
     return None
 
 

@@ -82,7 +82,7 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
     found["15"] = "Probabilities (the sigmoid of logits); thresholds for F1 from the validation split."
     found["16"] = f"One split by subject.{_guarded(done)}"
     found["23"] = "In this report: AUROC, AUPRC, calibration, curves; intervals resample subjects."
-    weights = [run.name for run in runs if run.encoder or (run.folder / "model.safetensors").is_file()]
+    weights = [run.called for run in runs if run.encoder or (run.folder / "model.safetensors").is_file()]
     found["22"] = f"Weights and configs are in the run folders of {', '.join(weights)}." if weights else ""
     if any("=" in str(s) for run in done for s in run.rows["subset"]):
         found["14"] = "Performance is reported in subgroups; nothing was done to make it equal."
@@ -95,11 +95,11 @@ def _guarded(runs: Sequence[Run]) -> str:
     for run in runs:
         if counts := run.result.get("guard"):
             out += (
-                f" {run.name}: {counts['both']:,} of {counts['held_out']:,} validation and test subjects are among the "
-                f"{counts['seen']:,} that its encoder saw."
+                f" {run.called}: {counts['both']:,} of {counts['held_out']:,} validation and test subjects are among "
+                f"the {counts['seen']:,} that its encoder saw."
             )
         if run.result.get("allow_leak"):
-            out += f" {run.name}: the guard was switched off (allow_leak)."
+            out += f" {run.called}: the guard was switched off (allow_leak)."
     return out
 
 

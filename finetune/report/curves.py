@@ -53,7 +53,7 @@ def curves_figure(task: str, runs: Sequence[Run]) -> Markup | None:
                 y, logit = predictions[column].to_numpy(float), predictions[f"logit_{label}"].to_numpy(float)
                 known = np.isfinite(y) & np.isfinite(logit)
                 if 0 < y[known].sum() < known.sum():
-                    by_label.setdefault(label, []).append(Scored(i, run.name, y[known], expit(logit[known])))
+                    by_label.setdefault(label, []).append(Scored(i, run.called, y[known], expit(logit[known])))
     if not by_label:
         return None
     order = sorted(by_label, key=lambda label: -by_label[label][0].y.sum())

@@ -38,6 +38,7 @@ class Run:
     encoder: dict[str, Any]  # encoder/encoder.json
     result: dict[str, Any]  # results.json: run
     rows: pd.DataFrame  # results.json: rows
+    called: str  # the model's name for a reader, by `names.named`
 
     @property
     def kind(self) -> str:
@@ -54,22 +55,22 @@ class Run:
     @cached_property
     def features(self) -> Path | None:
         """The features folder of the config, resolved from the working directory or the run's parents."""
-        return self._find(self.config.get("features"), "provenance.json")
+        return self.find(self.config.get("features"), "provenance.json")
 
     @cached_property
     def store(self) -> Path | None:
         """The store of films that the config names."""
-        return self._find(self.config.get("store"), "store.json")
+        return self.find(self.config.get("store"), "store.json")
 
     @cached_property
     def notes(self) -> Path | None:
         """The folder of notes that the config names, for a fusion or for the EHR group `text`."""
         ehr = self.config.get("ehr")
-        return self._find(
+        return self.find(
             self.config.get("notes") or (ehr.get("notes") if isinstance(ehr, dict) else None), "notes.parquet"
         )
 
-    def _find(self, given: Any, file: str) -> Path | None:
+    def find(self, given: Any, file: str) -> Path | None:
         """A folder of the config, from here or from a folder above the run, that holds `file`."""
         places = [place / str(given) for place in (Path(), *self.folder.resolve().parents) if given]
         return next((place for place in places if (place / file).is_file()), None)
@@ -217,6 +218,7 @@ def read_run(folder: Path, name: str) -> Run:
     return Run(
         folder=folder,
         name=name,
+        called=name,
         config=config if isinstance(config, dict) else {},
         provenance=read_object(folder / "provenance.json"),
         metrics=read_lines(folder / "metrics.jsonl"),

@@ -7,7 +7,6 @@ screen and paper work too; every series also has its own marker or dash, so that
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from finetune.report.html import both_widths, fixed, interval, join, number, render
+from finetune.report.html import both_widths, join, render
 
 COLOURS = 8
 DASHES = (None, "6 3", "2 3", "8 3 2 3")
@@ -69,7 +68,6 @@ class Frame:
     log_x: bool = False
     diagonal: bool = False
     marks_y: Sequence[tuple[float, str]] = field(default_factory=tuple)  # horizontal lines with a name
-    labels: bool = False  # the series' names at the ends of their lines
     ticks_x: Sequence[float] = field(default_factory=tuple)  # ticks at the values, if they are few
 
 
@@ -129,8 +127,7 @@ def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 
         return Markup("")
     x_range = frame.x_range or span([s.x for s in lines], pad=0.0)
     y_range = frame.y_range or span([v for s in lines for v in (s.y, s.low, s.high) if v is not None], pad=0.06)
-    right = 12 + (max(len(s.name) for s in lines) * 7.2 if frame.labels else 0)
-    x = Scale(*x_range, 50 if frame.y_label else 42, width - min(right, width * 0.36), log=frame.log_x)
+    x = Scale(*x_range, 50 if frame.y_label else 42, width - 12, log=frame.log_x)
     y = Scale(*y_range, height - 40, 30 if title else 12)
     parts = [_axes(x, y, frame, width, height, title)]
     if frame.diagonal:
@@ -141,8 +138,6 @@ def panel(series: Sequence[Series], frame: Frame, title: str = "", width: int = 
             parts.append(shape("line", x1=x.start, x2=x.end, y1=y(level), y2=y(level), class_="reference"))
             parts.append(shape("text", name, x=x.end, y=y(level) + 13, class_="tiny", text_anchor="end"))
     parts += [_line(s, x, y) for s in lines]
-    if frame.labels:
-        parts += _end_labels(lines, x, y)
     return svg(width, height, f"{title or frame.y_label} against {frame.x_label}", shape("g", parts, class_="panel"))
 
 
@@ -230,17 +225,6 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
 
 
-def _end_labels(lines: Sequence[Series], x: Scale, y: Scale) -> list[Markup]:
-    """Names beside the lines' ends, moved apart where they would touch."""
-    placed: list[Markup] = []
-    last = y.end - 14
-    for at, s in sorted(((y(s.y[-1]), s) for s in lines if np.isfinite(s.y[-1])), key=lambda pair: pair[0]):
-        last = max(at, last + 14)
-        place = x(s.x[-1]) + 7
-        placed.append(shape("text", s.name, x=place, y=last + 4, class_="name"))
-    return placed
-
-
 def scatter(
     x: np.ndarray, y: np.ndarray, groups: Sequence[tuple[str, np.ndarray]], title: str, size: int = 350
 ) -> Markup:
@@ -255,130 +239,7 @@ def scatter(
     return svg(size, size, f"map of films by {title}", parts)
 
 
-# ---- Forest plots as SVG; bars and cohort flow as HTML, which wraps on a phone
-
-LETTER, SMALL = 7.2, 6.1  # approximate pixels of a letter
-GAP, TOP = 14, 26
-PAGE = 780  # pixels: a longer plot is split between rows, to fit a printed page
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a forest plot: its name, a remark such as `31 of 402`, and a point for each series."""
-
-    name: str
-    points: Sequence[tuple[int, float, float | None, float | None]]  # series, value, low, high
-    remark: str = ""
-    best: float | None = None  # position of the dotted mark: the possible value, or chance
-    strong: bool = False
-    says: str = ""  # under the number of a row with one point: its p
-
-
-def forest(
-    rows: Sequence[Row],
-    names: dict[int, str],
-    width: int,
-    *,
-    chance: float | None = 0.5,
-    x_label: str = "AUROC",
-) -> Markup:
-    """Points with intervals: a block for each row, in it a line for each series.
-
-    Args:
-        names: series -> its name, for tips.
-        width: pixels; above 500 the numbers are written out at the right.
-        chance: where the dashed line stands.
-    """
-    wide = width > 500
-    step = 17 if max(len(row.points) for row in rows) <= 4 else 14
-    room = max(max(len(row.name) * LETTER, len(row.remark) * SMALL) for row in rows) + 18
-    left = min(room, 290 if wide else 128)
-    letters = int((left - 8) / LETTER)
-    right = (170 if chance == 0 else 148) if wide else 66 if any(row.says for row in rows) else 40
-    values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
-    values += [row.best for row in rows if row.best is not None] + ([chance] if chance is not None else [])
-    x = Scale(*span([values], pad=0.04), left, width - right)
-    pages: list[list[tuple[Row, float]]] = [[]]
-    for row in rows:
-        tall = max(len(row.points) * step, 17 * len(_wrap(row.name, letters)) + 17 * bool(row.remark or row.says))
-        if pages[-1] and sum(t + GAP for _, t in pages[-1]) + tall > PAGE:
-            pages.append([])
-        pages[-1].append((row, tall))
-
-    def draw(page: Sequence[tuple[Row, float]]) -> Markup:
-        stripes: list[Any] = []
-        blocks: list[Any] = []
-        y = float(TOP)
-        for i, (row, tall) in enumerate(page):
-            if i % 2 == 0:
-                stripes.append(shape("rect", x=0, y=y - GAP / 2, width=width, height=tall + GAP, rx=4, class_="stripe"))
-            blocks.append(_name(row, y + tall / 2, letters))
-            blocks.append(_row_points(row, names, x, y, tall, step, width))
-            y += tall + GAP
-        bottom = y - GAP / 2
-        ground = _ground(x, bottom, chance, x_label, width)
-        return svg(width, bottom + 42, f"{x_label} of {', '.join(names.values())}", stripes, ground, blocks)
-
-    return join([draw(page) for page in pages])
-
-
-def _ground(x: Scale, bottom: float, chance: float | None, x_label: str, width: int) -> Markup:
-    """Grid, chance and the axis under the rows."""
-    ticks = x.ticks(5 if width > 500 else 3)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.1
-    lines = [shape("line", x1=x(t), x2=x(t), y1=TOP - GAP / 2, y2=bottom, class_="grid") for t in ticks]
-    if chance is not None:
-        lines.append(shape("line", x1=x(chance), x2=x(chance), y1=TOP - GAP / 2, y2=bottom, class_="reference"))
-    texts = [
-        shape("text", tick_text(t, step), x=x(t), y=bottom + 16, text_anchor="middle", class_="tick") for t in ticks
-    ]
-    name = shape("text", x_label, x=(x.start + x.end) / 2, y=bottom + 34, text_anchor="middle", class_="axis-name")
-    head = f"{x_label} (95% interval)" if width > 500 and chance is not None else None
-    return join([lines, texts, name, shape("text", head, x=width - 4, y=12, text_anchor="end", class_="tiny")])
-
-
-def _wrap(name: str, letters: int) -> list[str]:
-    """A name in up to three lines; a longer one loses its middle, since seeds differ at the end."""
-    lines = textwrap.wrap(name, letters, break_long_words=False) if len(name) > letters else [name]
-    if len(lines) > 3 or any(len(line) > letters + 2 for line in lines):
-        lines = [f"{name[: (letters - 1) // 2]}…{name[-(letters // 2) :]}"]
-    return lines
-
-
-def _name(row: Row, middle: float, letters: int) -> Markup:
-    lines = _wrap(row.name, letters)
-    at = middle + 4 - 8 * (len(lines) - 1) - (7 if row.remark else 0)
-    full = shape("title", row.name) if lines != [row.name] else None
-    css = "row-name strong" if row.strong else "row-name"
-    texts = [shape("text", full, line, x=6, y=at + 16 * i, class_=css) for i, line in enumerate(lines)]
-    remark = _shorten(row.remark, letters)
-    return join([texts, shape("text", remark, x=6, y=at + 16 * len(lines) - 2, class_="tiny") if remark else None])
-
-
-def _shorten(text: str, letters: int) -> str:
-    most = int(letters * LETTER / SMALL) + 1
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _row_points(row: Row, names: dict[int, str], x: Scale, y: float, tall: float, step: int, width: int) -> Markup:
-    """The points and intervals of a row, and their numbers at the right."""
-    parts: list[Any] = []
-    if row.best is not None:
-        tip = shape("title", number(row.best))
-        parts.append(shape("line", tip, x1=x(row.best), x2=x(row.best), y1=y - 4, y2=y + tall + 4, class_="best"))
-    line = y + tall / 2 - step * (len(row.points) - 1) / 2
-    for index, value, low, high in row.points:
-        text = interval(value, low, high) if width > 500 else fixed(value, 2)
-        says = f"{names.get(index, '')}: {interval(value, low, high)}"
-        if low is not None and high is not None and np.isfinite(low) and np.isfinite(high):
-            parts.append(shape("line", x1=x(low), x2=x(high), y1=line, y2=line, class_=f"whisker c{index % COLOURS}"))
-        parts.append(mark(index, x(value), line, 4.4, says))
-        up = 5 if row.says else 0
-        parts.append(shape("text", text, x=width - 4, y=line + 4 - up, text_anchor="end", class_="value"))
-        line += step
-    if row.says and len(row.points) == 1:
-        parts.append(shape("text", row.says, x=width - 4, y=y + tall / 2 + 14, text_anchor="end", class_="tiny"))
-    return join(parts)
+# ---- Bars and cohort flow as HTML, which wraps on a phone
 
 
 def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:

@@ -56,7 +56,7 @@ def films_section(runs: Sequence[Run], *, with_films: bool) -> Markup:
         try:
             sample = draw(run)
         except UserError as error:  # moved or replaced weights must not stop the rest of the page
-            parts.append(render("paragraph", "muted", f"{run.name} cannot be shown: {error}"))
+            parts.append(render("paragraph", "muted", f"{run.called} cannot be shown: {error}"))
             continue
         if len(sample.table) > 3 * NEIGHBOURS:
             parts.append(map_figure(sample))
@@ -124,7 +124,9 @@ def map_figure(sample: Sample) -> Markup:
     )
     columns = ["by", "group", "films", f"share of {NEIGHBOURS} nearest in the group", "share by chance"]
     drawing = render("div", "panels two-columns maps", join(panels))
-    return figure(f"map-{sample.run.name}", f"Map of films: {sample.run.name}", drawing, caption, table(columns, rows))
+    return figure(
+        f"map-{sample.run.name}", f"Map of films: {sample.run.called}", drawing, caption, table(columns, rows)
+    )
 
 
 def nearest_figure(sample: Sample) -> Markup:
@@ -147,7 +149,7 @@ def nearest_figure(sample: Sample) -> Markup:
         "Left, a film; then the nearest films of other people. Look for what they share: the finding, or the machine?"
     )
     numbers = table(["film", "rank", "cosine", "findings of the nearest"], cells)
-    return figure(f"nearest-{sample.run.name}", f"Nearest films: {sample.run.name}", join(rows), caption, numbers)
+    return figure(f"nearest-{sample.run.name}", f"Nearest films: {sample.run.called}", join(rows), caption, numbers)
 
 
 def attention_figure(sample: Sample) -> Markup:
@@ -169,7 +171,7 @@ def attention_figure(sample: Sample) -> Markup:
     caption = f"{how}; brighter is more. It shows where the encoder takes its features from, not why it is right."
     numbers = table(["film", "share held by the top tenth of the area (0.1 if even)"], cells)
     drawing = render("div", "films", join(shown))
-    return figure(f"attention-{sample.run.name}", f"Where it looks: {sample.run.name}", drawing, caption, numbers)
+    return figure(f"attention-{sample.run.name}", f"Where it looks: {sample.run.called}", drawing, caption, numbers)
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from finetune.report.data import Run, is_macro, plain
-from finetune.report.figures import Frame, Row, Series, forest, legend, panel
+from finetune.report.figures import Frame, Series, legend, panel
+from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, frame, interval, join, metric, number, render, table
+from finetune.report.names import counted
 from finetune.report.results import OWN, SIDE_BY_SIDE, key_of, lacking
 
 BANDS = 4  # most lines that are drawn with bands
@@ -28,9 +30,9 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Markup | None:
         if rows["fraction"].nunique() < 2:
             continue
         low, high = (list(rows[c]) if rows[c].notna().all() else None for c in ("low", "high"))
-        lines.append(Series(run.name, list(100 * rows["fraction"]), list(rows["value"]), i, low, high, marks=True))
+        lines.append(Series(run.called, list(100 * rows["fraction"]), list(rows["value"]), i, low, high, marks=True))
         cells += [
-            [run.name, f"{100 * r['fraction']:g}%", interval(r["value"], r["low"], r["high"]), r["n"]]
+            [run.called, f"{100 * r['fraction']:g}%", interval(r["value"], r["low"], r["high"]), r["n"]]
             for r in rows.to_dict("records")
         ]
     if len(lines) > BANDS:
@@ -41,7 +43,7 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     drawing = both_widths(
         lambda width: panel(
             lines,
-            Frame("% of training subjects with labels", "AUROC", log_x=True, labels=width > 500, ticks_x=shares),
+            Frame("% of training subjects with labels", "AUROC", log_x=True, ticks_x=shares),
             width=width,
             height=300,
         )
@@ -50,8 +52,8 @@ def fraction_figure(task: str, runs: Sequence[Run]) -> Markup | None:
         "What each encoder reaches with few labels: the higher on the left, the less it needs. Bands, where few "
         "runs are drawn, are 95% intervals over subjects."
     )
-    names = render("div", "narrow", legend([(line.index, line.name) for line in lines]))
-    numbers = frame(pd.DataFrame(cells, columns=["run", "labelled subjects", "AUROC", "n"]))
+    names = legend([(line.index, line.name) for line in lines])
+    numbers = frame(pd.DataFrame(cells, columns=["model", "labelled subjects", "AUROC", "n"]))
     return figure(key_of("fractions", task), "With few labels", join([names, drawing]), caption, numbers)
 
 
@@ -61,8 +63,8 @@ def subgroups_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     fields = list(dict.fromkeys(s.split("=")[0] for s in found))
     wanted = sorted(found, key=lambda s: (fields.index(s.split("=")[0]), not s.split("=", 1)[1].startswith("under")))
     caption = "AUROC within each group, with its 95% interval over subjects. Small groups differ by chance too."
-    gaps = [[run.name, gap] for run in runs if (gap := largest_gap(run))]
-    more = table(["run", "largest gap in AUROC (95% interval)"], gaps) if gaps else None
+    gaps = [[run.called, gap] for run in runs if (gap := largest_gap(run))]
+    more = table(["model", "largest gap in AUROC (95% interval)"], gaps) if gaps else None
     return _groups_figure(key_of("subgroups", task), "Subgroups", runs, ["all", *wanted], caption, more=more)
 
 
@@ -84,7 +86,7 @@ def shift_figure(task: str, runs: Sequence[Run]) -> Markup | None:
         "Trained on the group before the arrow, tested on that after it. A probe that falls where the group changes "
         "leans on something that only its own group has."
     )
-    said = [(run.name, run.result.get("shift")) for run in runs]
+    said = [(run.called, run.result.get("shift")) for run in runs]
     note = "; ".join(
         f"{name}: {shift['says']}" for name, shift in said if isinstance(shift, dict) and shift.get("says")
     )
@@ -120,18 +122,18 @@ def _groups_figure(
             if row is None:
                 continue
             points.append((i, row["value"], row["low"], row["high"]))
-            remarks.add(f"{row['n']:,} rows" if is_macro(run.main) else f"{row['positives']:,} of {row['n']:,}")
+            remarks.add(counted(run, row, subset))
             auroc = interval(row["value"], row["low"], row["high"])
-            cells.append([subset, run.name, auroc, row["n"], row["positives"]])
+            cells.append([subset, run.called, auroc, row["n"], row["positives"]])
         if points:
             remark = remarks.pop() if len(remarks) == 1 else OWN
             rows.append(Row(_group(subset), points, remark, strong=subset == "all"))
     if not rows:
         return None
-    names = {i: run.name for i, run in shown}
+    names = {i: run.called for i, run in shown}
     shared = legend(list(names.items())) if len(runs) > 1 else None
     drawing = join([shared, both_widths(lambda width: forest(rows, names, width))])
-    numbers = frame(pd.DataFrame(cells, columns=["group", "run", "AUROC", "n", "positives"]))
+    numbers = frame(pd.DataFrame(cells, columns=["group", "model", "AUROC", "n", "positives"]))
     return figure(key, heading, drawing, caption + lacking(rows), join([more, numbers]), note=note)
 
 
@@ -143,7 +145,7 @@ def measures_figure(task: str, runs: Sequence[Run]) -> Markup | None:
             if row["metric"] != "auroc" and row["label"] in (run.main, "los_hours") and pd.notna(row["value"]):
                 spread = None if pd.isna(row["low"]) else f"{number(row['low'])} to {number(row['high'])}"
                 cell = render("with_spread", number(row["value"]), spread)
-                found.setdefault(str(row["metric"]), {})[run.name] = cell
+                found.setdefault(str(row["metric"]), {})[run.called] = cell
     if not found:
         return None
     several = any(is_macro(run.main) for run in runs)
@@ -153,7 +155,7 @@ def measures_figure(task: str, runs: Sequence[Run]) -> Markup | None:
         "too extreme; read AUPRC against the prevalence. F1, sensitivity and specificity take the threshold of "
         "validation's largest F1."
     )
-    shown = [run.name for run in runs if any(run.name in cells for cells in found.values())]
+    shown = [run.called for run in runs if any(run.called in cells for cells in found.values())]
     rows = [[metric(name), *[cells.get(run, "–") for run in shown]] for name, cells in found.items()]
     body = table(["", *shown], rows, class_="measures")
     return figure(key_of("measures", task), "Other measures", body, caption)

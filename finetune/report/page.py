@@ -7,6 +7,7 @@ file that loads nothing, needs no script, prints, and fits a phone. A part witho
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,15 @@ from ehr_features.progress import Bar
 from finetune.report import checklist, cohort, curves, groups, pairs, results, training
 from finetune.report.alerts import alerts
 from finetune.report.data import Run, part, read_object, read_runs
-from finetune.report.html import join, number, page, render, section, table
-from finetune.report.verdict import verdicts
+from finetune.report.html import fixed, join, number, page, render, section, table
+from finetune.report.names import counted, named
+from finetune.report.verdict import Lead, lead, verdicts
+
+EXPLAINED = (
+    "AUROC: how often a model ranks a patient with the outcome above one without it; 0.5 is chance, 1 is always. "
+    "In brackets 95% intervals, from resampling subjects."
+)
+SYNTHETIC = "Synthetic data: nothing here says anything about patients."
 
 
 def report(
@@ -38,7 +46,7 @@ def report(
     Raises: UserError: a folder is no run, or a file in it is damaged.
     """
     check_new_file(out)
-    read = read_runs(runs)
+    read = named(read_runs(runs))
     known = _truth(read, truth)
     tasks = results.by_task(read)
     drawn: dict[bytes, Any] = {}  # resamples of each run, for all its comparisons
@@ -58,7 +66,9 @@ def report(
             bar.advance(note=name)
     made = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
     foot = f"Made {made} by EHR-MSN from {len(read)} runs. Nothing in this file is loaded from elsewhere."
-    text = page("EHR-MSN report", _head(read, known, with_films, drawn), sections, foot)
+    said = verdicts(read, known, drawn)
+    head = _head(read, known, with_films, said)
+    text = page(f"{said[0]} EHR-MSN report" if said else "EHR-MSN report", head, sections, foot)
     with new_file(out) as file:
         file.write_text(text, encoding="utf-8")
     return Path(out)
@@ -78,7 +88,7 @@ def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
     return {}
 
 
-def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool, drawn: dict[bytes, Any]) -> Markup:
+def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool, said: Sequence[str]) -> Markup:
     """The main results in sentences, the first as the title; without any, what the page holds."""
     counts = {
         "pretrained encoder": len(training.pretrained(runs)),
@@ -86,33 +96,41 @@ def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool, drawn: d
         "fusion run": sum(run.kind == "evaluation" and run.task != "findings" for run in runs),
     }
     what = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n) or "no finished run"
-    data = (
-        "Synthetic data: nothing here says anything about patients."
-        if truth
-        else "Results on the test split, read once."
-    )
     what = what[0].upper() + what[1:]
-    said = verdicts(runs, truth, drawn)
-    title, lead = (said[0].removesuffix("."), f"{what}. {data}") if said else (what, data)
-    lead = f"{lead} Intervals are 95%, from resampling subjects."
-    return render("header", title, said[1:], lead, alerts(runs, films=with_films and not truth), _tiles(runs, truth))
+    title, on = _split(said[0]) if said else (what, "")
+    lines = [EXPLAINED] if any(run.kind == "evaluation" for run in runs) else []
+    lines += [SYNTHETIC if truth else "Results are those of the test split, read once.", f"{what}." if said else ""]
+    tasks = sorted(results.by_task(runs).items(), key=lambda item: item[0].startswith("findings"))  # as the sentences
+    tiles = [tile for task, own in tasks if (tile := _tile(task, own, truth))]
+    more = [_split(line) for line in said[1:]]
+    warnings = alerts(runs, films=with_films and not truth)
+    return render("header", title, on, more, " ".join(filter(None, lines)), warnings, tiles)
 
 
-def _tiles(runs: Sequence[Run], truth: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The best run of each task as one large number."""
-    tiles = []
-    for task, chosen in results.by_task(runs).items():
-        heads = [(run, head) for run in chosen if (head := run.headline())]
-        most = max((head["n"] for _, head in heads), default=0)  # AUROCs on other rows are not comparable
-        scored = [(head["value"], run, head) for run, head in heads if head["n"] == most]
-        for value, run, head in sorted(scored, key=lambda item: -item[0])[:1]:
-            best = results.possible(truth, task, str(head["label"]), run)
-            among = f"the highest of {len(scored)} on " if len(scored) > 1 else ""
-            what = "macro AUROC" if run.main == "macro" else "AUROC"
-            says = f"{_short(task)}: {what} of {run.name}, {among}{most:,} test rows"
-            of = f"{number(head['low'])}–{number(head['high'])}" + (f" · possible {number(best)}" if best else "")
-            tiles.append((number(value), of, says))
-    return tiles
+def _split(sentence: str) -> tuple[str, str]:
+    """A sentence of `verdicts`, and its last brackets: the metric and the rows."""
+    said, _, on = re.sub(r"-(?=\d\.)", "−", sentence).removesuffix(".").rpartition(" (")
+    return said, on.removesuffix(")")
+
+
+def _tile(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> dict[str, Any] | None:
+    """What the user trained for a task as one large number, with its baselines on the same rows."""
+    found = lead(task, runs) or Lead(next((run for run in runs if run.headline()), runs[0]), [])
+    head = found.run.headline(subset=found.subset)
+    if head is None:
+        return None
+    best = results.possible(truth, task, str(head["label"]), found.run, found.subset)
+    beside = [(run.called, run.headline(subset=found.subset)) for run in found.baselines]
+    what = "AUROC" if found.run.main != "macro" else "mean AUROC"
+    between = f"{number(head['low'])} to {number(head['high'])}" if number(head["low"]) != "–" else ""
+    return {
+        "task": results.title(task),
+        "value": fixed(head["value"]),
+        "of": between + (f" · possible {number(best)}" if best else ""),
+        "name": found.run.called,
+        "beside": [(name, fixed(h["value"])) for name, h in beside if h and h["n"] == head["n"]],
+        "on": f"{what}, test split: {counted(found.run, head, found.subset)}",
+    }
 
 
 def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Markup:
@@ -158,7 +176,9 @@ def _provenance(runs: Sequence[Run]) -> Markup:
         facts |= {"finished": made.get("finished_at"), "versions": versions}
         rows = [[name, render("span", "mono", str(value))] for name, value in facts.items() if value]
         config = yaml.safe_dump(run.config, sort_keys=False)
-        blocks.append(render("provenance", run.name, run.task or run.kind, table(["", ""], rows), config))
+        blocks.append(
+            render("provenance", run.called, f"{run.name}, {run.task or run.kind}", table(["", ""], rows), config)
+        )
     lead = "What made these runs. The same config and seed on the same versions give the same numbers."
     return section("provenance", "Provenance", render("div", "card", join(blocks)), lead=lead)
 

@@ -18,13 +18,14 @@ from scipy.special import expit
 
 from finetune.compare import holm, paired, pairs
 from finetune.report.data import Run, common_rows, is_macro, methods, trainings_of
-from finetune.report.figures import Row, forest
+from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, fixed, frame, interval, join, number, told
+from finetune.report.names import CONTROLS, RECORDS, unit, without_seed
 from finetune.report.results import key_of
 
 FEW = 5
 ADDED = "auroc_difference"  # rows of results.json by `fuse adds=true`
-LESS = {"context": "no pixels", "another": "another patient's film"}
+LESS = {**CONTROLS, **{model: f"{kind} on the record" for model, kind in RECORDS.items()}}
 LABELS = ["pair", "label", "difference", "p (Holm over labels)", "n"]
 FEWEST = 20  # test rows in common
 
@@ -33,7 +34,7 @@ def pairs_figure(
     task: str, runs: Sequence[Run], samples: int = 1000, drawn: dict[bytes, Any] | None = None
 ) -> Markup | None:
     """Differences of the main AUROC between methods. `drawn`: resamples of runs, read and filled."""
-    able = methods([run for run in runs if run.predictions is not None and run.headline() is not None])
+    able = spoken(methods([run for run in runs if run.predictions is not None and run.headline() is not None]))
     names = list(able)
     if len(names) < 2:
         return None
@@ -60,14 +61,14 @@ def pairs_figure(
     drawing = both_widths(lambda w: forest(rows, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
     label = "macro AUROC" if len(next(iter(able.values()))[0].labels) > 1 else "AUROC"
     caption = (
-        f"The first run's {label} less the second's, on the same test rows. Intervals and p (two-sided, Holm-adjusted "
-        "over these pairs) are Student's, over subjects and, where both have several, over training seeds. An interval "
-        "that crosses the dashed line shows no difference."
+        f"The first model's {label} less the second's, on the {_rows(found, runs[0])} that both scored. Intervals and "
+        "p (two-sided, Holm-adjusted over these pairs) are Student's, over subjects and, where both have several, over "
+        "training seeds. An interval that crosses the dashed line shows no difference."
     )
     columns = ["pair", "first", "second", "difference", "p", "p (Holm)", "n", "seeds of first", "of second"]
     return figure(
         key_of("pairs", task),
-        "Differences between runs",
+        "Differences between models",
         drawing,
         caption,
         join(
@@ -75,6 +76,13 @@ def pairs_figure(
         ),
         note=_note(found, apart),
     )
+
+
+def spoken(found: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """Methods under the names of their models, without a seed where there are several; their own if names are equal."""
+    names = [without_seed(own[0].called) if len(own) > 1 else own[0].called for own in found.values()]
+    names = [name if names.count(name) == 1 else key for name, key in zip(names, found, strict=True)]
+    return dict(zip(names, found.values(), strict=True))
 
 
 def adds_figure(task: str, runs: Sequence[Run]) -> Markup | None:
@@ -86,8 +94,8 @@ def adds_figure(task: str, runs: Sequence[Run]) -> Markup | None:
             less = str(row["subset"]).removeprefix("paired, less ")
             low, high = (None if pd.isna(row[end]) else float(row[end]) for end in ("low", "high"))
             value = float(row["value"]), low, high
-            drawn.append(Row(run.name, [(0, *value)], f"less {LESS.get(less, less)}"))
-            cells.append([run.name, LESS.get(less, less), interval(*value), row["n"], row["positives"]])
+            drawn.append(Row(run.called, [(0, *value)], f"less {LESS.get(less, less)}"))
+            cells.append([run.called, LESS.get(less, less), interval(*value), row["n"], row["positives"]])
     if not drawn:
         return None
     drawing = both_widths(lambda w: forest(drawn, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
@@ -96,7 +104,7 @@ def adds_figure(task: str, runs: Sequence[Run]) -> Markup | None:
         "minus a model that knows whether there is a film, its view and its age; minus one with another patient's "
         "film. Right of the dashed line in all three, the pixels themselves add to the prediction."
     )
-    numbers = frame(pd.DataFrame(cells, columns=["run", "less", "difference", "n", "positives"]))
+    numbers = frame(pd.DataFrame(cells, columns=["model", "less", "difference", "n", "positives"]))
     return figure(key_of("adds", task), "What the film adds", drawing, caption, numbers)
 
 
@@ -155,6 +163,12 @@ def _each(pair: str, table: pd.DataFrame) -> list[list[Any]]:
         [pair, told(r["label"]), interval(r["difference"], r["low"], r["high"]), r["p_holm"], r["n"]] for r in labels
     ]
     return cells if len(cells) > 1 else []
+
+
+def _rows(found: Sequence[tuple[str, str, dict[Any, Any]]], run: Run) -> str:
+    """`1,022 test studies`, or the range where pairs have different rows in common."""
+    counts = sorted({int(row["n"]) for *_, row in found})
+    return f"{' to '.join(f'{n:,}' for n in (counts[0], counts[-1])[: len(counts)])} test {unit(run)}"
 
 
 def _p(p: float) -> str:

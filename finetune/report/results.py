@@ -13,8 +13,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from finetune.report.data import Run, is_macro, plain
-from finetune.report.figures import Row, forest, legend
+from finetune.report.figures import legend
+from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, frame, interval, join, table, told
+from finetune.report.names import counted, unit
 
 OWN = "counts differ"  # in place of counts, where the runs' differ
 SIDE_BY_SIDE = 8  # runs in one block of a forest
@@ -23,7 +25,7 @@ CAUTION = (
     "runs differ, nor overlap that they are equal: the paired differences further down do."
 )
 COLUMNS = (
-    *("run", "model", "encoder", "AUROC", "AUPRC", "n", "positives", "possible"),
+    *("model", "folder", "kind", "encoder", "AUROC", "AUPRC", "n", "positives", "possible"),
     *("parameters", "film size", "films seen"),
 )
 APART = ", outcome-supervised"
@@ -90,26 +92,39 @@ def overview_figure(
         precision = run.headline("auprc", subset, split) or {}
         if head is None:
             continue
-        several = is_macro(str(head["label"]))
-        remark = f"{head['n']:,.0f} rows" if several else f"{head['positives']:,.0f} of {head['n']:,.0f} positive"
+        remark = counted(run, head, subset)
         best = possible(truth, task, str(head["label"]), run, subset)
-        rows.append(Row(run.name, [(i, head["value"], head["low"], head["high"])], remark, best))
+        rows.append(Row(run.called, [(i, head["value"], head["low"], head["high"])], remark, best))
         auroc, auprc = (interval(h.get("value"), h.get("low"), h.get("high")) for h in (head, precision))
         about = run.result.get("compared_by") or {}
         size = [about.get(key) for key in ("parameters", "image_size", "films_seen")]
         cells.append(
-            [run.name, model_of(run), encoder_of(run), auroc, auprc, head["n"], head["positives"], best, *size]
+            [
+                run.called,
+                run.name,
+                model_of(run),
+                encoder_of(run),
+                auroc,
+                auprc,
+                head["n"],
+                head["positives"],
+                best,
+                *size,
+            ]
         )
     if not rows:
         return None
-    names = {i: run.name for i, run in enumerate(runs)}
+    names = {i: run.called for i, run in enumerate(runs)}
     drawing = both_widths(lambda width: forest(rows, names, width))
     part = WHERE.get(subset if split == "test" else split)
-    what = f"macro AUROC over {len(labels(runs))} labels" if len(labels(runs)) > 1 else "AUROC"
-    caption = f"{what[0].upper()}{what[1:]} on {part or 'the test split'}; the dashed line is chance."
+    several = len(labels(runs)) > 1
+    what = f"Mean AUROC over {len(labels(runs))} labels" if several else "AUROC"
+    where = part or f"all test {unit(runs[0])}"
+    caption = f"{what} on {where}{'' if several else ' (under each name, how many of them have the outcome)'}; "
+    caption += "the dashed line is chance."
     if any(row.best for row in rows):
         caption += " Dotted: the best that is possible for what the model sees, known as the data is synthetic."
-    if len({cell[5] for cell in cells}) > 1:
+    if len({cell[6] for cell in cells}) > 1:
         caption += (
             " Not all runs were scored on the same rows: compare those with equal counts, or the figures further down."
         )
@@ -144,10 +159,17 @@ def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Mark
         for i, run in enumerate(runs):
             row = run.row(label)
             if row is None:
-                cells.append([told(label), run.name, "–", _why_not(run, label), None, None])
+                cells.append([told(label), run.called, "–", _why_not(run, label), None, None])
                 continue
             cells.append(
-                [told(label), run.name, interval(row["value"], row["low"], row["high"]), "", row["n"], row["positives"]]
+                [
+                    told(label),
+                    run.called,
+                    interval(row["value"], row["low"], row["high"]),
+                    "",
+                    row["n"],
+                    row["positives"],
+                ]
             )
             if run in shown:
                 points.append((i, row["value"], row["low"], row["high"]))
@@ -157,7 +179,7 @@ def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Mark
             rows.append(Row(told(label), points, remark, possible(truth, task, label, runs[0]), strong=is_macro(label)))
     if not rows:
         return None
-    names = {i: run.name for i, run in enumerate(shown)}
+    names = {i: run.called for i, run in enumerate(shown)}
     drawing = join(
         [legend(list(names.items())) if len(names) > 1 else None, both_widths(lambda width: forest(rows, names, width))]
     )
@@ -166,10 +188,11 @@ def labels_figure(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> Mark
     if len(runs) > len(shown):
         note = f"{note or ''} The first {len(shown)} of {len(runs)} runs are drawn; the table has all.".strip()
     caption = (
-        "AUROC of each label with its 95% interval over subjects; under each name, positives of labelled test rows."
+        "AUROC of each label with its 95% interval over subjects; under each name, how many of the labelled test "
+        f"{unit(runs[0])} have it."
     )
     caption += lacking(rows)
-    numbers = frame(pd.DataFrame(cells, columns=["label", "run", "AUROC", "why not", "n", "positives"]))
+    numbers = frame(pd.DataFrame(cells, columns=["label", "model", "AUROC", "why not", "n", "positives"]))
     return figure(key_of("labels", task), "Label by label", drawing, caption, numbers, note=note)
 
 

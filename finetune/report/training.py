@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from configs.commands import command_line
 from finetune.report.data import Run, column, part
-from finetune.report.figures import Frame, Row, Series, forest, legend, panels
+from finetune.report.figures import Frame, Series, legend, panels
+from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, frame, join, metric, number, section, table
 from pretrain.config import PROTOTYPES_FLOOR, RANK_FLOOR
 
@@ -27,7 +29,8 @@ PANELS = (
     ("lr", ("lr",), "Learning rate"),
     ("films", ("films_per_second",), "Films per second"),
 )
-PROBES = {"linear/auroc": "Linear probe, AUROC on val", "knn/auroc": "kNN, AUROC on val"}
+MOST = 5  # probes that are drawn
+PROBES = {"linear/auroc": "Quality: linear probe, val AUROC", "knn/auroc": "Quality: kNN, val AUROC"}
 
 
 def pretrained(runs: Sequence[Run]) -> list[Run]:
@@ -86,63 +89,69 @@ def _total_prototypes(run: Run) -> float | None:
 
 
 def curves_section(runs: Sequence[Run]) -> Markup:
-    """Loss and collapse signals of each pretraining."""
+    """Quality over time where it was probed, loss and collapse signals of each pretraining."""
     chosen = pretrained(runs)
     if not chosen:
         return Markup("")
-    drawn, last = [], []
+    drawn, probed = quality(chosen)
+    last = []
     for _, names, title in PANELS:
         lines = []
         for i, run in enumerate(chosen):
             x, y = curve(run, names)
             if len(x):
-                lines.append(Series(run.name, *thin(x, smooth(y)), i))
-                last.append((title, run.name, float(y[0]), float(np.median(y[-max(1, len(y) // 10) :])), int(x[-1])))
+                lines.append(Series(run.called, *thin(x, smooth(y)), i))
+                last.append((title, run.called, float(y[0]), float(np.median(y[-max(1, len(y) // 10) :])), int(x[-1])))
         if lines:
             drawn.append((lines, Frame(x_label="optimizer step"), title))
-    numbers = frame(pd.DataFrame(last, columns=["signal", "run", "first", "median of the last tenth", "last step"]))
-    key = legend([(i, run.name) for i, run in enumerate(chosen)]) if len(chosen) > 1 else None
-    verdict = "; ".join(f"{run.name}: {', '.join(says)}" for run in chosen if (says := collapse(run)))
+    numbers = [
+        frame(pd.DataFrame(probed, columns=["model", "probe", "step", "value"])) if probed else None,
+        frame(pd.DataFrame(last, columns=["signal", "model", "first", "median of the last tenth", "last step"])),
+    ]
+    key = legend([(i, run.called) for i, run in enumerate(chosen)]) if len(chosen) > 1 else None
+    verdict = "; ".join(f"{run.called}: {', '.join(says)}" for run in chosen if (says := collapse(run)))
     caption = (
         "A healthy run loses loss early and keeps its effective rank and its prototypes; a rank that falls to a few "
         "dimensions is a collapse, which the mean entropy does not show. Lines are running medians."
     )
-    drawing = join([key, panels(drawn)])
     note = f"Signs of collapse. {verdict}." if verdict else "No sign of collapse in the last tenth of any run."
+    if probed:
+        caption = (
+            "Quality: heads on train films, scored on validation films, of each encoder that the run exported; where "
+            f"the loss falls and quality stays flat, it learned something else. {caption}"
+        )
+    else:
+        inputs = [f"{key}={value}" for key in ("features", "store") if (value := chosen[0].config.get(key))]
+        watch = command_line("probe", "probe_linear", *inputs, "--watch", chosen[0].folder.as_posix())
+        note += f" Quality over time was not probed; beside a training, `{watch}` does it."
+    drawing = join([key, panels(drawn)])
+    heading = "Quality, loss and signs of collapse" if probed else "Loss and signs of collapse"
     return section(
         "pretraining",
         "Pretraining",
-        figure("pretraining", "Loss and signs of collapse", drawing, caption, numbers, note=note),
-        watch_figure(chosen),
+        figure("pretraining", heading, drawing, caption, join(numbers), note=note),
         hidden_figure(chosen),
     )
 
 
-def watch_figure(runs: Sequence[Run]) -> Markup | None:
-    """Probes of the encoders that a run exported while it trained, beside its loss."""
-    chosen = [(i, run) for i, run in enumerate(runs) if len(run.watched) and "step" in run.watched]
-    if not chosen:
-        return None
-    probes = dict.fromkeys(k for _, run in chosen for k in run.watched.select_dtypes("number") if "auroc" in str(k))
-    drawn, rows = [], []
-    for probe in list(probes)[:5]:
-        lines = []
-        for i, run in chosen:
-            if probe in run.watched:
-                data = run.watched[["step", probe]].dropna().sort_values("step")
-                lines.append(Series(run.name, list(data["step"]), list(data[probe]), i, marks=True))
-                rows += [(run.name, str(probe), int(s), float(v)) for s, v in data.itertuples(index=False)]
-        drawn.append(
-            (lines, Frame(x_label="optimizer step", marks_y=[(0.5, "chance")]), PROBES.get(str(probe), str(probe)))
-        )
-    losses = [Series(run.name, *thin(*curve(run, ("loss",))), i) for i, run in chosen]
-    drawn.append((losses, Frame(x_label="optimizer step"), "Loss"))
-    names = legend([(i, run.name) for i, run in chosen]) if len(chosen) > 1 else None
-    caption = (
-        "Probes of train and validation films only; where the loss falls and they stay flat, it learned something else."
-    )
-    numbers = frame(pd.DataFrame(rows, columns=["run", "probe", "step", "value"]))
-    return figure("watch", "Probing while it trained", join([names, panels(drawn)]), caption, numbers)
+Drawn = list[tuple[list[Series], Frame, str]]
+
+
+def quality(runs: Sequence[Run]) -> tuple[Drawn, list[tuple[str, str, int, float]]]:
+    """Panels, and the numbers, of the probes that `probe --watch` made while the runs trained."""
+    found = [(i, run) for i, run in enumerate(runs) if len(run.watched) and "step" in run.watched]
+    probes = dict.fromkeys(k for _, run in found for k in run.watched.select_dtypes("number") if "auroc" in str(k))
+    drawn: Drawn = []
+    rows = []
+    for probe in list(probes)[:MOST]:
+        lines, title = [], PROBES.get(str(probe), str(probe))
+        for i, run in found:
+            if probe in run.watched and len(data := run.watched[["step", probe]].dropna().sort_values("step")):
+                x, y = list(data["step"]), list(data[probe])
+                lines.append(Series(run.called, x, y, i, marks=True))
+                rows += [(run.called, title, int(step), float(value)) for step, value in zip(x, y, strict=True)]
+        drawn.append((lines, Frame(x_label="optimizer step", marks_y=[(0.5, "chance")]), title))
+    return drawn, rows
 
 
 def hidden_figure(runs: Sequence[Run]) -> Markup | None:
@@ -151,7 +160,7 @@ def hidden_figure(runs: Sequence[Run]) -> Markup | None:
     if not found:
         return None
     columns = dict.fromkeys(row[0] for rows in found.values() for row in rows)
-    names = {i: runs[i].name for i in found}
+    names = {i: runs[i].called for i in found}
     drawn: dict[str, list[Row]] = {}  # one axis a metric
     cells = []
     for column_name in columns:
@@ -169,7 +178,7 @@ def hidden_figure(runs: Sequence[Run]) -> Markup | None:
         return join([forest(rows, names, width, chance=None, x_label=metric(by)) for by, rows in drawn.items()])
 
     drawing = join([legend(list(names.items())) if len(runs) > 1 else None, both_widths(draw)])
-    numbers = table(["column", "run", "metric", "value", "chance"], cells)
+    numbers = table(["column", "model", "metric", "value", "chance"], cells)
     return figure("hidden", "What conditioning hid", drawing, caption, numbers)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from finetune.report.data import Run
+from finetune.report.data import Run, common_rows
+from finetune.report.names import unit
 from finetune.report.pairs import compare
 from finetune.report.results import by_task, possible
 
@@ -19,7 +20,56 @@ OUTCOMES = {"mortality": "death in hospital", "phenotypes": "phenotypes", "pheno
 OUTCOMES |= {"decompensation": "death within 24 hours", "length_of_stay": "the remaining length of stay"}
 
 
-Between = Callable[..., tuple[float, float, float] | None]
+class Gap(NamedTuple):
+    """A paired difference of AUROC with its interval, and the number of test rows."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Lead(NamedTuple):
+    """What a user trained for a task, and what it is to be compared with."""
+
+    run: Run
+    baselines: list[Run]
+    subset: str = "all"  # of the test rows: `paired` where the film is one of the inputs
+
+
+Between = Callable[..., Gap | None]
+
+
+def lead(task: str, runs: Sequence[Run]) -> Lead | None:
+    """The trained model of a task, the best on validation if there are several, and its baselines."""
+    able = [run for run in runs if run.headline() is not None]
+    if task.startswith("findings"):
+        pretrained = [run for run in able if _about(run, "weights").startswith("step")]
+        plain = [run for run in pretrained if not _about(run, "record")]
+        found = best_on_validation([run for run in pretrained if run not in plain] or plain)
+        others = [*(run for run in plain if run is not found)][:1]
+        baselines = [*others, *filter(None, (_first(able, "random:"), _first(able, "pixels")))]
+        return Lead(found, baselines) if found else None
+    record, film = (
+        best_on_validation([run for run in able if str(run.result.get("model")).startswith(kind)])
+        for kind in ("record", "film")
+    )
+    alone = ("record", "film", "note")
+    found = best_on_validation([run for run in able if not str(run.result.get("model")).startswith(alone)])
+    if found is None:
+        return None
+    paired = "paired" if found.headline(subset="paired") else "all"
+    return Lead(found, [run for run in (record, film) if run], paired)
+
+
+def best_on_validation(runs: Sequence[Run]) -> Run | None:
+    """The run with the highest AUROC on validation, the first of equal ones; None of none."""
+
+    def value(run: Run) -> float:
+        head = run.row(run.main, split="val")
+        return float(head["value"]) if head else 0.0
+
+    return max(runs, key=value, default=None)
 
 
 def verdicts(
@@ -45,40 +95,49 @@ def verdicts(
 
 def _films(runs: Sequence[Run], truth: dict[str, Any], between: Between) -> list[str]:
     """Pretrained encoders against random weights and pixels, with all and with few labels; with and without record."""
-    pretrained = [run for run in runs if _about(run, "weights").startswith("step")]
-    if not pretrained:
+    found = lead("findings", runs)
+    if found is None:
         return []
-    main = next((run for run in pretrained if _about(run, "record")), pretrained[0])
+    main = found.run
     others = {"random weights": _first(runs, "random:"), "raw 16x16 pixels": _first(runs, "pixels")}
     best = possible(truth, "findings", main.main, main)
     said = []
     for share in shares(main):
-        found = [(name, d) for name, run in others.items() if run and (d := between([main], [run], share=share))]
+        gaps = [(name, d) for name, run in others.items() if run and (d := between([main], [run], share=share))]
         reached = main.rows[(main.rows["fraction"] == share) & (main.rows["label"] == main.main)]
         reached = reached[(reached["split"] == "test") & (reached["metric"] == "auroc") & (reached["subset"] == "all")]
         few = "" if share == max(shares(main)) else f" with {share:.0%} of the labelled subjects"
         limit = f", possible {best:.3f}" if best and not few else ""
-        if found:
-            said.append(f"Pretraining{few} {_against(found)} (AUROC {reached['value'].iloc[0]:.3f}{limit}).")
-    plain = next((run for run in pretrained if not _about(run, "record")), None)
-    if plain and plain is not main and (d := between([main], [plain])):
-        said.append(_adds("The record", "pretraining on films alone", d))
+        if gaps:
+            reads = f"AUROC {reached['value'].iloc[0]:.3f}{limit}; {gaps[0][1].n:,} {unit(main)}"
+            said.append(f"Pretraining{few} {_against(gaps)} ({reads}).")
+    plain = [run for run in found.baselines if _about(run, "weights").startswith("step")]
+    if plain and (d := between([main], plain[:1])):
+        said.append(_adds("The record", "pretraining on films alone", d, unit(main)))
     return said
 
 
 def _fusion(task: str, runs: Sequence[Run], between: Between) -> list[str]:
     """The fused model against the record alone and the film alone, on test rows with a film."""
-    by = {kind: [r for r in runs if str(r.result.get("model")).startswith(kind)] for kind in ("record", "film")}
-    fused = [run for run in runs if not str(run.result.get("model")).startswith(("record", "film"))]
-    record, film = (next(iter(by[kind]), None) for kind in ("record", "film"))
-    said = []
-    for run in fused[:1]:
-        outcome = OUTCOMES.get(task, task.replace("_", " "))
-        if record and (d := between([run], [record], [film] if film else [])):
-            said.append(_adds("The film", f"the record for {outcome}", d))
-        if film and (d := between([run], [film])):
-            said.append(_adds("The record", f"the film for {outcome}", d))
+    found = lead(task, runs)
+    if found is None:
+        return []
+    kinds = {str(run.result.get("model")).partition("_")[0]: run for run in found.baselines}
+    record, film = kinds.get("record"), kinds.get("film")
+    said, outcome = [], OUTCOMES.get(task, task.replace("_", " "))
+    if record and (d := between([found.run], [record], [film] if film else [])):
+        rows = _rows(found.run, [record, *([film] if film else [])])
+        said.append(_adds("The film", f"the record for {outcome}", d, rows))
+    if film and (d := between([found.run], [film])):
+        said.append(_adds("The record", f"the film for {outcome}", d, _rows(found.run, [film])))
     return said
+
+
+def _rows(run: Run, others: Sequence[Run]) -> str:
+    """What the rows that all of these runs scored are."""
+    common, table = common_rows([run, *others]), run.by_row
+    films = common is not None and table is not None and "has_image" in table and table.loc[common, "has_image"].all()
+    return f"{unit(run)} with a film" if films else unit(run)
 
 
 def shares(run: Run) -> list[float]:
@@ -93,8 +152,8 @@ def difference(
     *,
     share: float | None = None,
     drawn: dict[bytes, Any] | None = None,
-) -> tuple[float, float, float] | None:
-    """AUROC of `a` less that of `b` on the test rows that both, and `also`, scored: value, low, high.
+) -> Gap | None:
+    """AUROC of `a` less that of `b` on the test rows that both, and `also`, scored.
 
     Args:
         a, b: the trainings of a method each.
@@ -107,7 +166,7 @@ def difference(
     if table is None:
         return None
     row = table[table["main"]].iloc[0]
-    return float(row["difference"]), float(row["low"]), float(row["high"])
+    return Gap(float(row["difference"]), float(row["low"]), float(row["high"]), int(row["n"]))
 
 
 def _draws(run: Run, share: float) -> list[Run]:
@@ -116,10 +175,10 @@ def _draws(run: Run, share: float) -> list[Run]:
     return [replace(run, folder=folder, result={**run.result, "seed": i}) for i, folder in enumerate(folders)]
 
 
-def _against(found: Sequence[tuple[str, tuple[float, float, float]]]) -> str:
+def _against(found: Sequence[tuple[str, Gap]]) -> str:
     """`beats x by .. and y by .., and is level with z (..)`: others with one verb together."""
     verbs: dict[str, list[str]] = {}
-    for name, (value, low, high) in found:
+    for name, (value, low, high, _) in found:
         verb = "beats" if low > 0 else "stays behind" if high < 0 else "is level with"
         ends = sorted((abs(low), abs(high)))
         by = f"{name} by {abs(value):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
@@ -128,13 +187,14 @@ def _against(found: Sequence[tuple[str, tuple[float, float, float]]]) -> str:
     return " and ".join(f"{verb} {' and '.join(names)}" for verb, names in verbs.items())
 
 
-def _adds(what: str, base: str, gap: tuple[float, float, float]) -> str:
+def _adds(what: str, base: str, gap: Gap, rows: str) -> str:
     """What a part adds to the rest, or that no gain shows, or that it takes away."""
-    value, low, high = gap
-    between = f"{value:+.3f}, {low:+.3f} to {high:+.3f}"
+    value, low, high, n = gap
+    on = f"AUROC, {n:,} {rows}"
     if low > 0:
-        return f"{what} adds {value:.3f} ({low:.3f} to {high:.3f}) to {base}."
-    return f"{what} {'takes away from' if high < 0 else 'adds nothing that shows here to'} {base} ({between})."
+        return f"{what} adds {value:.3f} ({low:.3f} to {high:.3f}) to {base} ({on})."
+    verb = "takes away from" if high < 0 else "adds nothing that shows here to"
+    return f"{what} {verb} {base}: {value:+.3f}, {low:+.3f} to {high:+.3f} ({on})."
 
 
 def _first(runs: Sequence[Run], encoder: str) -> Run | None:

@@ -79,7 +79,9 @@ def make_pretraining(folder: Path, features: Path, rng: np.random.Generator, col
             file.write(json.dumps({"step": step, **values}) + "\n")
     (folder / "encoder").mkdir()
     readable = {"sex": {"metric": "auroc", "value": 0.71, "chance": 0.5}, "age_years": {"metric": "r2", "value": 0.2}}
-    meta = {"arch": "vit_tiny_patch16_224", "width": 96, "pool": "cls", "readability": readable}
+    record = {"ehr_groups": {"age": "study"}, "ehr": {"use": "condition"}} if collapsed else {"ehr_groups": {}}
+    meta = {"arch": "vit_tiny_patch16_224", "width": 96, "pool": "cls", "method": "msn", "readability": readable}
+    meta |= record
     write_json(folder / "encoder" / "encoder.json", meta)
     return folder
 
@@ -143,9 +145,12 @@ def make_runs(folder: Path) -> list[Path]:
     ]
     for name, skill in {"pixels": 0.8, "random": 0.5, "probe_vanilla": 1.4, "probe_ehr": 1.6}.items():
         encoder = {"pixels": "pixels", "random": "random:vit_tiny_patch16_224"}.get(name, f"runs/{name[6:]}/encoder")
-        made.append(make_evaluation(runs / name, features, test, FINDINGS, skill, task="findings", encoder=encoder))
+        about: dict[str, Any] = {"task": "findings", "encoder": encoder, "unit": "film"}
+        if name.startswith("probe"):
+            about["compared_by"] = {"weights": "step 10", "record": ["age"] if name == "probe_ehr" else []}
+        made.append(make_evaluation(runs / name, features, test, FINDINGS, skill, **about))
     for name, skill in {"record_lstm": 1.4, "film_only": 1.0, "medfuse": 1.9}.items():
-        about: dict[str, Any] = {"task": "mortality", "model": name, "encoder": "runs/ehr/encoder"}
+        about = {"task": "mortality", "model": name, "encoder": "runs/ehr/encoder"}
         if name == "medfuse":
             about |= {"allow_leak": True, "warnings": [f"LEAK (allow_leak=true): 3 subjects {HOSTILE}"]}
         made.append(make_evaluation(runs / name, features, stays, ["mortality"], skill, **about))

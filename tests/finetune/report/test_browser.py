@@ -45,6 +45,24 @@ def test_every_figure_is_drawn_and_fits(page: Path, tmp_path: Path, width: int, 
         assert figure["right"] <= width, f"{figure['id']} is cut off"
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_word_is_cut(page: Path, tmp_path: Path, width: int, chromium: Any) -> None:
+    assert chromium.measure(page, tmp_path / "profile", width)["cut"] == []
+
+
+def test_a_cut_word_would_be_seen(tmp_path: Path, chromium: Any) -> None:
+    bad = tmp_path / "bad.html"
+    style = "width:90px;overflow:hidden;white-space:nowrap"
+    drawn = '<svg width="390" height="20"><text x="300" y="12">a name wider than its drawing</text></svg>'
+    bad.write_text(
+        f'<main><p style="{style}">words that are too wide</p>{drawn}<p>fits</p></main></body>', encoding="utf-8"
+    )
+    assert chromium.measure(bad, tmp_path / "profile", 390)["cut"] == [
+        "words that are too wide",
+        "a name wider than its drawing",
+    ]
+
+
 def test_a_screenshot_has_the_size_that_was_asked_for(page: Path, tmp_path: Path) -> None:
     from PIL import Image
 

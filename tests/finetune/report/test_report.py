@@ -33,7 +33,7 @@ def figures(html: str) -> list[str]:
 
 
 def test_every_part_of_a_full_set_of_runs_is_there(html: str) -> None:
-    wanted = {"splits", "flow", "missing", "pretraining", "watch", "hidden"}
+    wanted = {"splits", "flow", "missing", "pretraining", "hidden"}
     wanted |= {
         f"{kind}-findings"
         for kind in ("overview", "pairs", "labels", "curves", "fractions", "subgroups", "shift", "measures")
@@ -56,13 +56,15 @@ def test_nothing_is_loaded_and_no_script_runs(html: str) -> None:
 
 
 def test_the_largest_gap_is_named_with_its_interval(html: str) -> None:
-    assert "<td>probe_ehr</td><td>0.070 (0.010–0.130) between F and M (sex)</td>" in html
+    assert "<td>EHR-conditioned MSN, ViT-Tiny</td><td>0.070 (0.010–0.130) between F and M (sex)</td>" in html
 
 
 def test_what_the_film_adds_stands_against_each_control(html: str) -> None:
     figure = unescape(html.split('<figure id="figure-adds-mortality">')[1].split("</figure>")[0])
-    for control in ("record_gbm", "no pixels", "another patient's film"):
-        assert f'<td>medfuse</td><td>{control}</td><td class="n">0.040 (−0.010 to 0.090)</td>' in figure
+    for control in ("Gradient boosting on the record", "no pixels", "another patient's film"):
+        assert (
+            f'<td>Film and record, MedFuse</td><td>{control}</td><td class="n">0.040 (−0.010 to 0.090)</td>' in figure
+        )
 
 
 def test_text_from_data_is_escaped(html: str) -> None:

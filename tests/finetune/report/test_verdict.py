@@ -13,7 +13,7 @@ import pytest
 from ehr_features.files import read_json, write_json
 from finetune.compare import compare_runs
 from finetune.report.data import Run, read_runs
-from finetune.report.verdict import _adds, _against, difference, verdicts
+from finetune.report.verdict import Gap, _adds, _against, difference, verdicts
 from finetune.results import predictions
 
 
@@ -39,7 +39,7 @@ def test_each_sentence_has_the_difference_and_the_interval_of_compare(runs: dict
     said = verdicts(list(runs.values()))
     film = next(line for line in said if line.startswith("The film"))
     wanted = difference([runs["medfuse"]], [runs["record_lstm"]], [runs["film_only"]])
-    assert wanted is not None and numbers(film) == pytest.approx(wanted, abs=5e-4)
+    assert wanted is not None and numbers(film) == pytest.approx(wanted[:3], abs=5e-4) and f"{wanted.n} stays" in film
     main = next(line for line in said if line.startswith("Pretraining "))
     for name, run in (("random weights", "random"), ("pixels", "pixels")):
         row = compare_runs([runs["probe_ehr"].folder], [runs[run].folder]).iloc[0]
@@ -58,23 +58,31 @@ def test_a_fusion_is_compared_on_the_stays_with_a_film(runs: dict[str, Run]) -> 
 @pytest.mark.parametrize(
     ("gap", "against", "adds"),
     [
-        ((0.06, 0.04, 0.08), "beats x by 0.060 (0.040 to 0.080)", "A adds 0.060 (0.040 to 0.080) to b."),
+        (
+            (0.06, 0.04, 0.08),
+            "beats x by 0.060 (0.040 to 0.080)",
+            "A adds 0.060 (0.040 to 0.080) to b (AUROC, 94 films).",
+        ),
         (
             (0.01, -0.01, 0.03),
             "is level with x (+0.010, -0.010 to +0.030)",
-            "A adds nothing that shows here to b (+0.010,",
+            "A adds nothing that shows here to b: +0.010, ",
         ),
         (
             (0.01, 0.0, 0.02),
             "is level with x (+0.010, +0.000 to +0.020)",
-            "A adds nothing that shows here to b (+0.010,",
+            "A adds nothing that shows here to b: +0.010, ",
         ),
-        ((-0.05, -0.07, -0.03), "stays behind x by 0.050 (0.030 to 0.070)", "A takes away from b (-0.050,"),
+        (
+            (-0.05, -0.07, -0.03),
+            "stays behind x by 0.050 (0.030 to 0.070)",
+            "A takes away from b: -0.050, -0.070 to -0.030 (AUROC, 94 films).",
+        ),
     ],
 )
 def test_the_interval_decides_the_verb(gap: tuple[float, float, float], against: str, adds: str) -> None:
-    assert _against([("x", gap)]) == against
-    assert _adds("A", "b", gap).startswith(adds)
+    assert _against([("x", Gap(*gap, 94))]) == against
+    assert _adds("A", "b", Gap(*gap, 94), "films").startswith(adds)
 
 
 def test_few_labels_are_compared_draw_by_draw(runs: dict[str, Run]) -> None:
