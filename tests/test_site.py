@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.report import screenshot
 from tests.test_docs import ROOT
 
 LOADS = re.compile(
@@ -54,6 +55,17 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
             assert "://" not in found[0] and '"//' not in found[0], f"{page.name}: {found[0]}"
     for sheet in site.rglob("*.css"):
         assert not re.search(r"url\(\s*[\"']?https?:|@import", sheet.read_text(encoding="utf-8")), sheet.name
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_search_works_on_pages_opened_from_a_folder(site: Path, tmp_path: Path) -> None:
+    if screenshot.browser() is None:
+        pytest.skip("no Chromium")
+    flags = [*screenshot.FLAGS, f"--user-data-dir={tmp_path}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags += ["--virtual-time-budget=20000", "--dump-dom", f"{(site / 'index.html').as_uri()}?q=msn_loss"]
+    dom = subprocess.run([str(screenshot.browser()), *flags], capture_output=True, text=True, timeout=180).stdout
+    assert "matching document" in dom and "api.html#pretrain.loss.msn_loss" in dom
 
 
 @pytest.mark.slow

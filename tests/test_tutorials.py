@@ -7,7 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+import duckdb
 import pytest
+
+from ehr_features.series import events
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "docs/tutorials").glob("*.ipynb"))
@@ -46,3 +49,19 @@ def test_notebooks_are_kept_without_outputs() -> None:
     for path in NOTEBOOKS:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             assert not cell.get("outputs") and cell.get("execution_count") is None, f"{path.name}: clear its outputs"
+
+
+def test_features_need_no_ipywidgets_in_a_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+    class Engine:
+        name = "duckdb"
+
+        @property
+        def con(self) -> Engine:
+            return self
+
+        def execute(self, query: str) -> None:
+            raise duckdb.InvalidInputException("required package 'ipywidgets' is missing")
+
+    with events.progress(Engine(), "reading"):
+        pass
+    assert capsys.readouterr().err == "  reading ...\n"

@@ -79,3 +79,17 @@ def on_files(files: Files, config: Any) -> Files:
         if (ROOT / name).is_file():
             files.append(File.generated(config, str(PurePosixPath("checkout") / name), abs_src_path=str(ROOT / name)))
     return files
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Take our worker.js where the plugin `offline` loads a script from elsewhere."""
+    return re.sub(r'src="https://[^"]*iframe-worker[^"]*"', f'src="{_up(page.url)}site/worker.js"', output)
+
+
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    """The same in 404.html, which may be shown at any address."""
+    return re.sub(r'<script src="https://[^"]*iframe-worker[^"]*"></script>', "", output_content)
+
+
+def _up(url: str) -> str:
+    return "../" * url.count("/")

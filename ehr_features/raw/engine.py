@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
@@ -38,13 +39,22 @@ def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path |
         "memory_limit": f"{int(max(size * 0.6, size - 1500))}MB",  # the rest: Python, CSV buffers, mapped files
         "threads": threads,
         "preserve_insertion_order": False,
-        "enable_progress_bar": False,
         "TimeZone": "UTC",
         "temp_directory": str(spill or tempfile.gettempdir()),
     }
     for name, value in settings.items():
         con.con.execute(f"SET {name} = {value!r}")
+    measure_progress(con.con, False)
     return con
+
+
+def measure_progress(con: Any, on: bool) -> bool:
+    """Switch DuckDB's measuring of a query on or off; False: it stays off, in a notebook without ipywidgets."""
+    try:
+        con.execute(f"SET enable_progress_bar = {on}")
+    except duckdb.InvalidInputException:
+        return False
+    return True
 
 
 def _spark(megabytes: int, threads: int) -> Any:

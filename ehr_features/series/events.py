@@ -20,7 +20,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from ehr_features.files import code_digest, digest, new_file, new_folder, write_json
-from ehr_features.raw.engine import hold, readable
+from ehr_features.raw.engine import hold, measure_progress, readable
 from ehr_features.raw.remote import explained, fingerprint
 from ehr_features.raw.source import EVENTS, Source, named
 from ehr_features.schema import READ
@@ -116,11 +116,10 @@ def _rows_scanned(profile: Any) -> int:
 @contextmanager
 def progress(con: Any, what: str) -> Iterator[None]:
     """Show the progress of the engine's query, with the time left; without a terminal, a line at intervals."""
-    if con.name != "duckdb":
+    if con.name != "duckdb" or not measure_progress(con.con, True):
         print(f"  {what} ...", file=sys.stderr, flush=True)
         yield
         return
-    con.con.execute("SET enable_progress_bar = true")
     con.con.execute("SET enable_progress_bar_print = false")
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(con.con.query_progress, what, done), daemon=True)
