@@ -30,7 +30,7 @@ COLOURS = {  # page, text, quiet text, lines, marks
     "light": ("#ffffff", "#1f2328", "#59636e", "#d1d9e0", "#00796b"),
     "dark": ("#0d1117", "#f0f6fc", "#9198a1", "#3d444d", "#4db6ac"),
 }
-WIDTH, LEFT, RIGHT, WORDS, TOP, ROW, STEP = 640, 20, 370, 388, 64, 42, 15
+WIDTH, EDGE, LEFT, RIGHT, WORDS, TOP, ROW, STEP = 456, 14, 74, 256, 268, 64, 42, 16
 
 
 def measured(out: Path, seeds: list[int]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def draw(numbers: dict[str, Any], theme: str) -> str:
     parts, y = [], float(TOP)
     for row in numbers["rows"]:
         halo = f'paint-order="stroke" stroke="{page}" stroke-width="5"'
-        parts.append(text(LEFT, y, row["says"], ink, f'font-weight="600" {halo}'))
+        parts.append(text(EDGE, y, row["says"], ink, f'font-weight="600" {halo}'))
         for point in row["points"]:
             y += STEP + 3
             x, top = at(point["value"]), y - 4
@@ -80,8 +80,8 @@ def draw(numbers: dict[str, Any], theme: str) -> str:
                 f'<path d="M{at(point["low"]):.1f} {top}H{at(point["high"]):.1f}" stroke="{mark}" stroke-width="3"/>'
             )
             parts.append(f'<circle cx="{x:.1f}" cy="{top}" r="5" fill="{mark}"/>')
-            words = f"hospital {point['hospital']}: {said(point)}"
-            parts.append(text(WORDS, y, words, quiet, 'font-size="13"'))
+            parts.append(text(EDGE, y, f"seed {point['hospital']}", quiet, 'font-size="13"'))
+            parts.append(text(WORDS, y, said(point), quiet, 'font-size="14"'))
         y += ROW - STEP + 4
     bottom = y - 18
     axis = [f'<path d="M{at(0):.1f} {TOP - 18}V{bottom}" stroke="{quiet}" stroke-dasharray="4 3"/>']
@@ -90,7 +90,7 @@ def draw(numbers: dict[str, Any], theme: str) -> str:
             label = "0" if tick == 0 else f"{value:+.2f}"
             axis.append(text(at(value), bottom + 16, label, quiet, 'text-anchor="middle" font-size="12"'))
             axis.append(f'<path d="M{at(value):.1f} {bottom}v4" stroke="{line}"/>')
-    head = text(LEFT, 28, "Difference in AUROC on test subjects, 95% interval", ink, 'font-size="16" font-weight="700"')
+    head = text(EDGE, 28, "AUROC, difference with its 95% interval", ink, 'font-size="16" font-weight="700"')
     height = bottom + 28
     title = "; ".join(f"{row['says']}: {said(row['points'][0])}" for row in numbers["rows"])
     return "\n".join(

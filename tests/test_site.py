@@ -59,9 +59,8 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.skipif(screenshot.browser() is None, reason="no Chromium here")
 def test_the_search_works_on_pages_opened_from_a_folder(site: Path, tmp_path: Path) -> None:
-    if screenshot.browser() is None:
-        pytest.skip("no Chromium")
     flags = [*screenshot.FLAGS, f"--user-data-dir={tmp_path}", "--host-resolver-rules=MAP * ~NOTFOUND"]
     flags += ["--virtual-time-budget=20000", "--dump-dom", f"{(site / 'index.html').as_uri()}?q=msn_loss"]
     dom = subprocess.run([str(screenshot.browser()), *flags], capture_output=True, text=True, timeout=180).stdout
