@@ -21,10 +21,12 @@ from ehr_features.demo.plan import add_arguments as demo_arguments
 def _build(config: Any, args: argparse.Namespace) -> int:
     from ehr_features.build import build
     from ehr_features.raw.engine import interruptible
+    from ehr_features.summary import summary
 
     print(f"features: {config.mimic_iv} (preset {config.preset}) -> {config.out}", file=sys.stderr, flush=True)
     with interruptible():
         out = build(config)
+    print("\n".join(summary(out)))
     print(out)
     fuse = ["fuse", "fuse_mortality", f"features={out}", "model=record_lstm", "encoder=null", "store=null"]
     images = ["images", "images", f"mimic_cxr={config.mimic_cxr}"]

@@ -7,9 +7,17 @@ import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 QUIET_SECONDS = 30.0  # between two lines without a terminal
+NAME, ETA = 26, len("00:00:00")  # letters
 
 
 class Bar:
@@ -26,15 +34,14 @@ class Bar:
         self.done, self.note = 0, ""
         self._began = self._spoke = time.monotonic()
         rich = shown and sys.stderr.isatty()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._rich = (
-            Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) if rich else None
-        )
+        console = Console(stderr=True) if rich else None
+        self._rich = None if console is None else Progress(*_columns(console.width), console=console)
+        self._room = 0 if console is None else _room(what, total, console.width)
 
     def __enter__(self) -> Self:
         if self._rich is not None:
             self._rich.start()
-            self._task = self._rich.add_task(self.what, total=self.total, note="")
+            self._task = self._rich.add_task(_short(self.what), total=self.total, note="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,9 +58,30 @@ class Bar:
         self.done += number
         self.note = note or self.note
         if self._rich is not None:
-            self._rich.update(self._task, completed=self.done, note=f"{self.rate:.1f} {self.unit}/s {self.note}")
+            note = f"{self.rate:.1f} {self.unit}/s {self.note}"
+            self._rich.update(self._task, completed=self.done, note=note[: self._room])
         elif self.shown and time.monotonic() - self._spoke > QUIET_SECONDS:
             self._spoke = time.monotonic()
             left = (self.total - self.done) / self.rate
             text = f"{self.what}: {self.done} of {self.total} {self.unit}, {self.rate:.1f}/s, {left:.0f} s left"
             print(text, self.note, file=sys.stderr, flush=True)
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """Name, bar, count, ETA, note: whatever the terminal's width, the note is what gives way."""
+    said = [TextColumn("{task.description}"), BarColumn(bar_width=_bar(width)), MofNCompleteColumn()]
+    return [*said, TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+
+
+def _room(what: str, total: int, width: int) -> int:
+    """Letters that are left for the note."""
+    return max(0, width - len(_short(what)) - _bar(width) - 2 * len(str(total)) - 1 - ETA - 4)
+
+
+def _bar(width: int) -> int:
+    return 40 if width >= 120 else 10
+
+
+def _short(what: str) -> str:
+    """A long name without its middle: a path differs at the end."""
+    return what if len(what) <= NAME else f"{what[: NAME // 2 - 1]}…{what[-NAME // 2 :]}"

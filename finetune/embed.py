@@ -55,10 +55,10 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
                 found = encoders.embed(made, batch, pool=pool, batch_size=batch_size, device=device, names=names)
                 parts.append(found.numpy())
             bar.advance(len(listed[start : start + batch_size]))
-    for path, why in bad[:10]:
-        print(f"left out: {path}: {why}")
     if not kept:
         raise UserError(f"{films}: none of {len(listed)} films can be read; the first: {bad[0][0]}: {bad[0][1]}")
+    for why, paths in _reasons(bad).items():
+        print(f"left out: {paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {why}")
     features = np.concatenate(parts)
     about = {"encoder": encoder, "key": frozen.key, "pool": pool or made.meta["pool"], "left_out": len(bad)}
     table = pa.table(
@@ -73,6 +73,14 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
     print(f"wrote {out}: {len(kept):,} films x {features.shape[1]} features" + f", {len(bad)} left out" * bool(bad))
     print(f"next: {command_line('nearest', out, listed['path'].iloc[kept[0]])}")
     return Path(out)
+
+
+def _reasons(bad: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Films that cannot be read, by the reason."""
+    found: dict[str, list[str]] = {}
+    for path, why in bad:
+        found.setdefault(why.replace(path, "it"), []).append(path)
+    return found
 
 
 def _opened(encoder: str) -> tuple[Frozen, encoders.Encoder]:

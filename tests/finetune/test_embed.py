@@ -67,6 +67,24 @@ def test_films_of_a_folder_are_embedded_by_the_exported_encoder_alone(tmp_path: 
     np.testing.assert_allclose(one.filter(regex=r"^f\d+$"), table.filter(regex=r"^f\d+$").iloc[[3]], atol=1e-5)
 
 
+def test_films_that_cannot_be_read_are_said_once_for_each_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder, films = tiny(tmp_path), draw(tmp_path)
+    for folder, good in ((films, True), (tmp_path / "none", False)):
+        folder.mkdir(exist_ok=True)
+        for i in range(5):
+            (folder / f"bad{i}.jpg").write_bytes(b"\xff\xd8\xff no film")
+        if good:
+            embed(str(encoder), str(folder), str(tmp_path / "out.parquet"))
+            said = [line for line in capsys.readouterr().out.splitlines() if "left out:" in line]
+            assert len(said) == 1 and "bad0.jpg and 4 more" in said[0]
+        else:
+            with pytest.raises(UserError, match=r"none of 5 films can be read; the first: .*bad0\.jpg"):
+                embed(str(encoder), str(folder), str(tmp_path / "none.parquet"))
+            assert "bad1" not in capsys.readouterr().out
+
+
 def test_the_nearest_film_to_a_copy_is_the_film(tmp_path: Path) -> None:
     encoder, films = tiny(tmp_path), draw(tmp_path)
     out = str(embed(str(encoder), str(films), str(tmp_path / "out.parquet")))

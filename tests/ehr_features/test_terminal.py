@@ -1,0 +1,56 @@
+"""What `features` prints at its end, and progress bars, on a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ehr_features.files import write_json
+from ehr_features.progress import Bar
+from ehr_features.summary import summary
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_features_ends_with_stays_films_samples_and_what_fell_out(tmp_path: Path) -> None:
+    split = ["train", "train", "val", "test"]
+    people = pd.DataFrame({"subject_id": [1, 1, 2, 3], "split": split})
+    people.assign(stay_id=[1, 2, 3, 4]).to_parquet(tmp_path / "stays.parquet")
+    people.assign(stay_id=pd.array([1, None, 3, None], dtype="Int64")).to_parquet(tmp_path / "images.parquet")
+    (tmp_path / "samples").mkdir()
+    people.assign(dicom_id=["a", None, "b", "c"]).to_parquet(tmp_path / "samples" / "mortality.parquet")
+    rules = [
+        {"table": "stays", "why": "younger than 18 at intime, or of unknown age", "before": 9, "after": 4},
+        {"table": "films", "why": "listed twice", "before": 4, "after": 4},
+        *({"table": "films", "why": f"rule {i}", "before": 100, "after": 99} for i in range(9)),
+    ]
+    write_json(tmp_path / "attrition.json", {"exclusions": rules})
+    lines = summary(tmp_path)
+    text = " ".join(" ".join(lines).split())
+    assert "4 stays of 3 subjects (2 train, 1 val, 1 test)" in text
+    assert "4 films of 3 subjects, 2 taken in a stay (2 train, 1 val, 1 test)" in text
+    assert "4 samples of mortality, 3 with a film (2 train, 1 val, 1 test)" in text
+    assert "fell out: 5 of 9 stays: younger than 18" in text and "listed twice" not in text
+    assert "and by 2 more rules" in text and max(map(len, lines[:-2])) <= 80
+
+
+@pytest.mark.parametrize("what", ["pretraining", "features of /a/very/long/path/of/some/runs/pretrain_ehr/encoder"])
+def test_a_bar_shows_count_and_eta_whatever_the_note(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Bar(what, 30000, "steps") as bar:
+        bar.advance(12345, "loss 5.638 rank 33.1 prototypes 128 target 0.11 entropy 2.3")
+        assert bar._rich is not None
+        bar._rich.refresh()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
+    drawn = [line for line in lines if "12345/30000" in line]
+    assert drawn and all(len(line) <= 80 and re.search(r"30000 (\d+|-):(\d\d|--):(\d\d|--)", line) for line in drawn)
+    assert all(line.strip() == "" or line in drawn or "/30000" in line for line in lines), "it takes more than one line"
