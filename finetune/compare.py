@@ -116,10 +116,18 @@ def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def compare_runs(
-    a: Sequence[str | Path], b: Sequence[str | Path], *, split: str = "test", samples: int = 1000, seed: int = 0
+    a: Sequence[str | Path],
+    b: Sequence[str | Path],
+    *,
+    split: str = "test",
+    samples: int = 1000,
+    seed: int = 0,
+    drawn: dict[bytes, Any] | None = None,
 ) -> pd.DataFrame:
     """`paired` of run folders, on the rows that they scored; a fusion with `seeds` above 1 counts as its trainings.
 
+    Args:
+        drawn: as in `paired`.
     Returns: as `paired`; each row also carries parameters, input size and films seen of a and b (the first run's).
     Raises: UserError: other films, labels or values than in the first run.
     """
@@ -143,7 +151,13 @@ def compare_runs(
     assert first is not None, "no runs given"
     seeds = [[int(about["seed"]) for about in of] for of in abouts]
     stacked = [np.stack(of)[np.argsort(own, kind="stable")] for of, own in zip(scores, seeds, strict=True)]
-    more: dict[str, Any] = {"names": first[3], "samples": samples, "seed": seed, "same_seeds": pairs(*seeds)}
+    more: dict[str, Any] = {
+        "names": first[3],
+        "samples": samples,
+        "seed": seed,
+        "same_seeds": pairs(*seeds),
+        "drawn": drawn,
+    }
     shares = abouts[0][0].get("prevalence")  # of the film tasks
     macros = thirds(shares) if shares else None
     table = paired(first[1], *stacked, groups=first[2], macros=macros, **more)
@@ -180,13 +194,14 @@ def against(
     baseline = baseline or next(iter(runs), None)
     if baseline is None or baseline not in runs:
         raise UserError(f"{folder}: no complete run of `{baseline}`; complete: {', '.join(runs) or 'none'}")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    drawn: dict[bytes, Any] = {}  # resamples of the baseline's runs, for every comparison
     for method, own in runs.items():
         by = [read_results(run)[0].get("compared_by") or {} for run in own]
         row: dict[str, Any] = {"method": method} | {key: by[0].get(key) for key in COSTS}
         seconds = [b["processor_seconds"] for b in by if b.get("processor_seconds") is not None]
         row |= {"processor_seconds": float(np.mean(seconds)) if seconds else None, "runs": len(own)}
-        found = compare_runs(own, runs[baseline], split=split, samples=samples, seed=seed).iloc[0]
+        found = compare_runs(own, runs[baseline], split=split, samples=samples, seed=seed, drawn=drawn).iloc[0]
         row["auroc"] = found["a"]
         if method != baseline:
             row |= {key: found[key] for key in ("difference", "low", "high", "p", "claim")}

@@ -74,6 +74,12 @@ def methods(config: GridConfig) -> dict[str, str]:
     }
 
 
+def choices(config: GridConfig) -> dict[str, dict[str, str]]:
+    """Each combination's name -> axis -> choice, for tables."""
+    combinations = itertools.product(*config.axes.values())
+    return {"-".join(own): dict(zip(config.axes, own, strict=True)) for own in combinations}
+
+
 def _command(
     config: GridConfig, name: str, step: str, folders: Mapping[str, Path], choices: list[dict[str, list[str]]]
 ) -> Command:
@@ -111,7 +117,8 @@ def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bo
         print("\n".join(command.typed(processes) for command in waiting))
         return 0
     lock(Path(config.out), f".lock-{digest([shard, only])}")  # other machines may run other shards
-    write_json(Path(config.out) / "grid.json", {"methods": methods(config), "steps": list(config.steps)})
+    about = {"methods": methods(config), "axes": choices(config), "steps": list(config.steps)}
+    write_json(Path(config.out) / "grid.json", about)
     failed: dict[str, int] = {}
     for i, command in enumerate(waiting):
         if command.name in failed:

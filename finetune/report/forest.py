@@ -6,6 +6,7 @@ above them.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from markupsafe import Markup
 from finetune.report.figures import COLOURS, Scale, mark, shape, span, svg, tick_text
 from finetune.report.html import interval, join, number
 
-LETTER, WIDEST, SMALL = 7.2, 8.2, 6.7  # pixels of a letter: on average, in a word of wide ones, of a remark
+WIDEST, SMALL = 8.2, 6.7  # pixels of a letter: of a name, of a remark
 GAP, TOP = 14, 26
 PAGE = 780  # pixels: a longer plot is split between rows, to fit a printed page
 
@@ -51,8 +52,8 @@ def forest(
     """
     wide = width > 500
     step = 17 if max(len(row.points) for row in rows) <= 4 else 14
-    room = max(max(len(row.name) * LETTER, len(row.remark) * SMALL) for row in rows) + 18
-    left = min(room, 290.0) if wide else 12.0
+    room = max(max(len(row.name) * WIDEST, len(row.remark) * SMALL) for row in rows) + 18
+    left = min(room, 300.0) if wide else 12.0
     right = 170 if chance == 0 else 148
     most = (left if wide else width) - 8
     values = [v for row in rows for point in row.points for v in point[1:] if v is not None and np.isfinite(v)]
@@ -128,6 +129,7 @@ class _Block:
 
 def wrap(text: str, letters: float) -> list[str]:
     """A text in lines, whole; a word that is longer than a line is broken."""
+    text = re.sub(r"\bseed (?=\d)", "seed\u00a0", text)  # no line begins with a seed's number
     return textwrap.wrap(text, max(int(letters), 8), break_on_hyphens=False)
 
 

@@ -144,7 +144,7 @@ FACETS: tuple[Callable[[Run], str], ...] = (
     lambda run: encoder_name(run) if run.kind == "evaluation" and run.task != "findings" else "",
     lambda run: str(run.result.get("model") or ""),
     lambda run: "encoder fine-tuned" if run.config.get("freeze") is False else "",
-    lambda run: _said("record: ", ", ".join(map(str, part(run.config, "ehr").get("groups") or []))),
+    lambda run: _said("record: ", ", ".join(map(str, _record(run)))),
     lambda run: _said("seed ", str(run.result.get("seed", run.config.get("seed", "")))),
 )
 
@@ -174,6 +174,12 @@ def _equal(runs: Sequence[Run], names: Sequence[str]) -> list[list[int]]:
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         found.setdefault((run.kind, run.task, name), []).append(i)
     return [same for same in found.values() if len(same) > 1]
+
+
+def _record(run: Run) -> list[Any]:
+    """The groups of the record that a run, or the encoder that it reads, was pretrained with."""
+    found = part(run.config, "ehr").get("groups") or part(run.result, "compared_by").get("record")
+    return found if isinstance(found, list) else []
 
 
 def _said(what: str, value: str) -> str:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
-from finetune.report import checklist, cohort, curves, groups, pairs, results, training
+from finetune.report import checklist, cohort, curves, grids, groups, pairs, results, training
 from finetune.report.alerts import alerts
 from finetune.report.data import Run, part, read_object, read_runs
 from finetune.report.html import fixed, join, number, page, render, section, table
@@ -52,6 +52,7 @@ def report(
     drawn: dict[bytes, Any] = {}  # resamples of each run, for all its comparisons
     parts: list[tuple[str, str, Callable[[], Markup]]] = [
         ("summary", "At a glance", lambda: _summary(read, known)),
+        ("grid", "The grid", lambda: grids.grids_section(read)),
         ("data", "Data", lambda: cohort.cohort_section(read)),
         ("pretraining", "Pretraining", lambda: training.curves_section(read)),
         *[(results.key_of("task", t), _short(t), partial(_task, t, own, known, drawn)) for t, own in tasks.items()],

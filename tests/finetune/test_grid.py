@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs import UserError, load
+from ehr_features.files import read_json
 from finetune import grid as grids
 from finetune.config import GridConfig
 from finetune.grid import Command, grid, plan
@@ -44,6 +45,12 @@ def test_every_combination_once_with_its_own_words(small: GridConfig) -> None:
     pretrain, probe = combinations[3]
     assert pretrain.words[-3:] == ("ehr.groups=[sex]", "seed=1", f"out={small.out}/sex-s1/pretrain")
     assert probe.words[2:] == (f"encoder={small.out}/sex-s1/pretrain", "seed=1", f"out={small.out}/sex-s1/probe")
+
+
+def test_the_choices_of_every_combination_are_kept_for_tables(small: GridConfig, ran: list[Command]) -> None:
+    grid(small)
+    about = read_json(Path(small.out) / "grid.json")
+    assert about["axes"]["sex-s1"] == {"record": "sex", "seed": "s1"} and about["methods"]["sex-s1"] == "sex"
 
 
 def test_shards_share_all_combinations(small: GridConfig, ran: list[Command]) -> None:
