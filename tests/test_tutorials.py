@@ -14,7 +14,12 @@ from ehr_features.series import events
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "docs/tutorials").glob("*.ipynb"))
-SMALLER = {"SUBJECTS = 200": "SUBJECTS = 100", "STEPS = 40": "STEPS = 4", "STEPS = 20": "STEPS = 4"}
+SMALLER = {
+    "SUBJECTS = 200": "SUBJECTS = 80",
+    "samples=200": "samples=20",
+    "STEPS = 40": "STEPS = 4",
+    "STEPS = 20": "STEPS = 4",
+}
 
 
 @pytest.mark.slow

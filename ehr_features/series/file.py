@@ -231,8 +231,10 @@ def load(
     """Read the series of stays.
 
     Args:
-        folder: of features. stay_ids: all if None. hours: only bins that end by then. normalise: (x - mean) / std of
-        train.
+        folder: of features.
+        stay_ids: all if None.
+        hours: only bins that end by then.
+        normalise: (x - mean) / std of train.
     Returns: stay_id -> (min(T, hours / step), F + number of variables) float32: values, then 1 where observed.
     Raises: UserError: no features folder; a stay without series.
     """
