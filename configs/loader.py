@@ -10,31 +10,66 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from configs import shipped
+
+LONGEST, KEPT = 1000, 300  # characters of a line of an error; a longer one holds a value, of which the start is kept
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: its message says what, where, and what to do. Commands exit with 2."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("\n".join(_cut(line) for line in str(message).split("\n")))
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= LONGEST else f"{line[:KEPT]} ... ({len(line):,} characters)"
 
 
 class BooleanWord(str):
     """A plain `yes`, `no`, `on`, `off`, `true` or `false` of a YAML file, before the field's type says what it is."""
 
 
+MOST_BYTES, MOST_VALUES, DEEPEST = 2**20, 100_000, 50  # of a YAML file; values: with its aliases written out
+
+
 class Yaml(get_yaml_loader()):  # type: ignore[misc]
-    """OmegaConf's YAML (1e-3 is a number, a key stands once), in which boolean words stay words."""
+    """OmegaConf's YAML (1e-3 is a number, a key stands once), in which boolean words stay words.
+
+    A file of very many values or levels is refused before any alias is written out.
+    """
+
+    def add_indent(self, column: int) -> bool:
+        self._refuse_depth()
+        return bool(super().add_indent(column))
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        self._refuse_depth()
+        super().fetch_flow_collection_start(token)
+
+    def _refuse_depth(self) -> None:
+        if self.flow_level + len(self.indents) > DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, f"nested deeper than {DEEPEST} levels", self.get_mark())
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _values(node, {}) > MOST_VALUES:
+            says = f"more than {MOST_VALUES:,} values, with its aliases written out"
+            raise yaml.composer.ComposerError(None, None, says, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         for key, _ in node.value:
@@ -42,7 +77,23 @@ class Yaml(get_yaml_loader()):  # type: ignore[misc]
         return super().construct_mapping(node, deep=deep)
 
 
+def _values(node: yaml.Node, counted: dict[int, int], level: int = 0) -> int:
+    """The number of values of a node. Raises: yaml.YAMLError: nested too deep, as an alias of itself is."""
+    if level > DEEPEST:
+        says = f"nested deeper than {DEEPEST} levels"
+        raise yaml.composer.ComposerError(None, None, says, node.start_mark)
+    if id(node) not in counted:
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        own = 0 if isinstance(node, yaml.ScalarNode) else sum(_values(part, counted, level + 1) for part in inner)
+        counted[id(node)] = 1 + own
+    return counted[id(node)]
+
+
 Yaml.add_constructor("tag:yaml.org,2002:bool", lambda _, node: BooleanWord(node.value))
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
@@ -59,6 +110,7 @@ class Settings(BaseModel):
         return _resolved(value, as_bool=bool in types if str in types else Any in types)
 
 
+RESOLVER = re.compile(r"\$\{[^}]*(?::|\$\{)")
 S = TypeVar("S", bound=Settings)
 Given = Mapping[str, Any] | str | Path  # what a config is made of
 WANTED = {  # in the words of YAML, where pydantic's are those of Python
@@ -101,6 +153,7 @@ def load(schema: type[S], path: S | Given, overrides: Sequence[str] = ()) -> S:
             continue
         given.add(key)
     try:
+        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), path)
         data = typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {first_line(error)}") from None
@@ -145,7 +198,11 @@ def fragment(preset: str) -> dict[str, Any]:
 
 def _read(path: Path) -> DictConfig:
     try:
-        given = yaml.load(path.read_bytes().decode("utf-8"), Yaml)
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise UserError(f"{path}: longer than {MOST_BYTES:,} bytes; wanted a config, which is some lines of YAML")
+        given = yaml.load(text.decode("utf-8"), Yaml)
         given = {} if given is None else given
         config = OmegaConf.create(given, flags={"allow_objects": True}) if isinstance(given, dict) else None
     except FileNotFoundError:
@@ -162,6 +219,14 @@ def _read(path: Path) -> DictConfig:
     if config is None or not all(isinstance(key, str) for key in config):
         raise UserError(f"{path}: wanted `key: value` lines at the top, found something else")
     return config
+
+
+def _refuse_resolvers(value: Any, path: S | Given) -> None:
+    """`${other.key}` copies a value of the file; `${oc.env:HOME}` and the like read what is not in it."""
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_resolvers(part, path)
+    if isinstance(value, str) and (found := RESOLVER.search(value)):
+        raise UserError(f"{path}: `{found[0]}`: a config reads no environment; only ${{other.key}} is filled in")
 
 
 def _resolved(value: Any, *, as_bool: bool) -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, Field, model_validator
 
 from configs import Settings
+from configs.loader import Seed
 
 Task = Literal["mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay", "findings"]
 Filter = Literal["none", "standard", "aggressive"]
@@ -45,7 +46,7 @@ Memory = Annotated[
     AfterValidator(_memory),
     Field(description="Memory limit of the engine, a number and MB, GB or TB; it spills to disk beyond."),
 ]
-Threads = Annotated[int, Field(ge=1, description="Threads of the engine.")]
+Threads = Annotated[int, Field(ge=1, le=1024, description="Threads of the engine.")]
 Storage = Annotated[
     dict[str, dict[str, str | int | float | bool]],
     Field(description="Options of each URL protocol's file system, e.g. {gs: {requester_pays: my-project}}."),
@@ -95,16 +96,23 @@ class FeaturesConfig(Settings):
         default=("mortality", "phenotypes"), description="Tasks to write; each becomes samples/TASK.parquet."
     )
     landmark_hours: int = Field(
-        default=48, ge=1, description="Hours of a stay that the tasks mortality and phenotypes_early may read."
+        default=48,
+        ge=1,
+        le=10**5,
+        description="Hours of a stay that the tasks mortality and phenotypes_early may read.",
     )
     gap_hours: int = Field(
         default=0,
         ge=0,
+        le=10**5,
         description="Hours after the landmark for which a mortality sample is still alive and in the ICU.",
     )
     findings: Findings = Findings()
     ed_tolerance_hours: float = Field(
-        default=6.0, ge=0, description="Largest gap in hours between a film and the emergency visit it is linked to."
+        default=6.0,
+        ge=0,
+        le=1e4,
+        description="Largest gap in hours between a film and the emergency visit it is linked to.",
     )
     record_window_hours: float = Field(
         default=24,
@@ -117,7 +125,7 @@ class FeaturesConfig(Settings):
         default="hash",
         description="How subjects are split: hash, official, temporal, or a file (csv, parquet) of subject_id, split.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the hash split.")
+    seed: Seed = Field(default=0, description="Seed of the hash split.")
     engine: Engine = "duckdb"
     memory: Memory = "4GB"
     threads: Threads = 2
@@ -164,6 +172,7 @@ class NotesConfig(Settings):
     memory: Memory = "4GB"
     threads: Threads = 2
     storage: Storage = {}
-    seed: int = Field(
-        default=0, ge=0, description="Seed of the audit's resampling; the notes themselves have nothing random."
+    seed: Seed = Field(
+        default=0,
+        description="Seed of the audit's resampling; the notes themselves have nothing random.",
     )

@@ -8,12 +8,13 @@ from pydantic import Field, model_validator
 
 from configs import Settings
 from configs.commands import command_line
+from configs.loader import Beta, Seed
 from ehr_features.config import TRAINING, Empty, Uncertain
 from ehr_features.own_films.config import TableConfig
 from pretrain.config import Precision, ViewChoice
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
 
 
 WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".tar")  # endings of bare weights files
@@ -26,10 +27,10 @@ AllowLeak = Annotated[
     bool, Field(description="Go on with an encoder that saw a val or test subject; the report shows it on top.")
 ]
 Cache = Annotated[str | None, Field(description="Folder of films' features; null: cache/ beside `out`.")]
-Samples = Annotated[int, Field(ge=0, description="Resamples of subjects for the 95% intervals; 0: none.")]
+Samples = Annotated[int, Field(ge=0, le=100_000, description="Resamples of subjects for the 95% intervals; 0: none.")]
 
 
-Seeds = Annotated[int, Field(ge=1)] | Annotated[list[int], Field(min_length=1)]
+Seeds = Annotated[int, Field(ge=1, le=1000)] | Annotated[list[Seed], Field(min_length=1)]
 
 
 def first_seed(data: Any) -> Any:
@@ -52,23 +53,24 @@ class TuneConfig(Settings):
 
     lr: Positive = Field(
         default=1e-3,
+        le=1e3,
         description="Learning rate of the head; with finetune, block i of n has lr x layer_decay ^ (n - i).",
     )
     layer_decay: float = Field(
         default=0.75, gt=0, le=1, description="Factor of the learning rate from a block to the one below."
     )
     weight_decay: NotNegative = Field(default=0.05, description="Weight decay of AdamW.")
-    warmup_epochs: NotNegative = Field(default=1, description="Epochs of linear warm-up.")
-    epochs: int = Field(default=30, ge=1, description="Largest number of epochs.")
+    warmup_epochs: NotNegative = Field(default=1, le=1e6, description="Epochs of linear warm-up.")
+    epochs: int = Field(default=30, ge=1, le=10**6, description="Largest number of epochs.")
     patience: int = Field(
-        default=5, ge=1, description="Epochs without a better validation AUROC before training stops."
+        default=5, ge=1, le=10**6, description="Epochs without a better validation AUROC before training stops."
     )
-    batch_size: int = Field(default=64, ge=1, description="Films in an optimizer step, over all processes.")
-    rotate: NotNegative = Field(default=10, description="Largest rotation in degrees; films are never flipped.")
+    batch_size: int = Field(default=64, ge=1, le=10**6, description="Films in an optimizer step, over all processes.")
+    rotate: NotNegative = Field(default=10, le=360, description="Largest rotation in degrees; films are never flipped.")
     zoom: float = Field(default=0.1, ge=0, lt=1, description="Largest relative change of size.")
     shift: float = Field(default=0.05, ge=0, lt=1, description="Largest shift, as a share of the side.")
     contrast: float = Field(default=0.2, ge=0, lt=1, description="Largest relative change of contrast.")
-    clip: Positive = Field(default=1.0, description="Largest norm of the gradient.")
+    clip: Positive = Field(default=1.0, le=1e6, description="Largest norm of the gradient.")
 
 
 class ShiftConfig(Settings):
@@ -88,13 +90,18 @@ class WeightsConfig(Settings):
     """What a bare weights file (`encoder: path.safetensors`) does not say."""
 
     arch: str = Field(description="Name of the timm network, e.g. vit_base_patch14_dinov2.")
-    image_size: int = Field(default=224, ge=16, description="Side of the films in pixels.")
+    image_size: int = Field(default=224, ge=16, le=4096, description="Side of the films in pixels.")
     in_chans: Literal[1, 3] = Field(default=3, description="Input channels; gray films are repeated to 3.")
     model_args: dict[str, Any] = Field(default={}, description="Arguments passed to timm.")
     mean: float = Field(
-        default=0.449, description="Mean of pixels in [0, 1]; the default is ImageNet's, as one number."
+        default=0.449,
+        ge=-1e3,
+        le=1e3,
+        description="Mean of pixels in [0, 1]; the default is ImageNet's, as one number.",
     )
-    std: float = Field(default=0.226, gt=0, description="Deviation of pixels in [0, 1]; the default is ImageNet's.")
+    std: float = Field(
+        default=0.226, gt=0, le=1e3, description="Deviation of pixels in [0, 1]; the default is ImageNet's."
+    )
 
 
 class ProbeConfig(Settings):
@@ -114,7 +121,7 @@ class ProbeConfig(Settings):
     )
     weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
     out: str = Field(description="The run folder to write.")
-    seed: int = Field(default=0, description="Seed of the batches' order, of the heads and of the intervals.")
+    seed: Seed = Field(default=0, description="Seed of the batches' order, of the heads and of the intervals.")
     method: Literal["linear", "logistic", "knn", "boosting", "attentive", "finetune", "transfer"] = Field(
         default="linear",
         description="Linear heads by gradient steps (linear) or by a solver (logistic), neighbours (knn), trees "
@@ -139,14 +146,19 @@ class ProbeConfig(Settings):
     fraction: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default=1.0, description="Share of the train subjects to train on, or a list of shares."
     )
-    repeats: int = Field(default=3, ge=1, description="Draws of each fraction below 1, with seed, seed + 1, ...")
+    repeats: int = Field(
+        default=3, ge=1, le=1000, description="Draws of each fraction below 1, with seed, seed + 1, ..."
+    )
     seeds: Seeds = Field(
         default=1,
         description="Number of fits, with seed, seed + 1, ...; or their seeds, such as [0, 1, 5], of which the first "
         "replaces `seed`. results.json holds their means.",
     )
     folds: int = Field(
-        default=0, ge=0, description="3 or more: stratified folds by subject; each subject is scored once (0: none)."
+        default=0,
+        ge=0,
+        le=1000,
+        description="3 or more: stratified folds by subject; each subject is scored once (0: none).",
     )
     class_weights: Literal["none", "balanced"] = Field(
         default="none", description="balanced: both classes of a label weigh alike in the loss."
@@ -166,16 +178,16 @@ class ProbeConfig(Settings):
     weight_decays: list[NotNegative] = Field(
         default=[0.0, 1e-2, 1e-1, 1.0], min_length=1, description="Weight decays of linear heads; validation chooses."
     )
-    epochs: int = Field(default=100, ge=1, description="Largest number of epochs of linear heads.")
+    epochs: int = Field(default=100, ge=1, le=10**6, description="Largest number of epochs of linear heads.")
     patience: int = Field(
-        default=10, ge=1, description="Epochs without a better validation AUROC of any head before they stop."
+        default=10, ge=1, le=10**6, description="Epochs without a better validation AUROC of any head before they stop."
     )
-    batch_size: int = Field(default=256, ge=1, description="Films in a step of the linear heads.")
-    pixels: int = Field(default=16, ge=2, description="Side of the image of the baseline `encoder: pixels`.")
+    batch_size: int = Field(default=256, ge=1, le=10**7, description="Films in a step of the linear heads.")
+    pixels: int = Field(default=16, ge=2, le=512, description="Side of the image of the baseline `encoder: pixels`.")
     strengths: list[Positive] = Field(
         default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1, description="Values of C that method: logistic tries."
     )
-    neighbours: list[Annotated[int, Field(ge=1)]] = Field(
+    neighbours: list[Annotated[int, Field(ge=1, le=10**6)]] = Field(
         default=[5, 10, 20, 50], min_length=1, description="Numbers of neighbours that method: knn tries."
     )
     tune: TuneConfig = TuneConfig.model_validate({})
@@ -254,7 +266,7 @@ class FuseConfig(Settings):
     )
     weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
     out: str = Field(description="The run folder to write.")
-    seed: int = Field(default=0, description="Seed of weights, order, draws and intervals.")
+    seed: Seed = Field(default=0, description="Seed of weights, order, draws and intervals.")
     task: str = Field(
         default="mortality", description="Table of features/samples/ to predict; with films: their labels (`labels`)."
     )
@@ -282,7 +294,7 @@ class FuseConfig(Settings):
         description="Share of the train stays without a film that is used, drawn once by `seed`.",
     )
     epoch_samples: int | None = Field(
-        default=None, ge=1, description="Train samples of an epoch, drawn anew each time; null: all."
+        default=None, ge=1, le=10**9, description="Train samples of an epoch, drawn anew each time; null: all."
     )
     film: Literal["features", "findings", "both"] = Field(
         default="both",
@@ -290,7 +302,10 @@ class FuseConfig(Settings):
         "films, or both.",
     )
     num_films: int = Field(
-        default=5, ge=1, description="Largest number of films that medfuse_time reads, the last before prediction."
+        default=5,
+        ge=1,
+        le=1000,
+        description="Largest number of films that medfuse_time reads, the last before prediction.",
     )
     context: bool = Field(default=True, description="Give the film's view and age in hours beside its features.")
     control: Literal["none", "context", "another"] = Field(
@@ -307,14 +322,16 @@ class FuseConfig(Settings):
     text: Literal["features", "findings", "both"] = Field(
         default="both", description="Input of a note: its vector, logits of findings, or both."
     )
-    hidden: int = Field(default=256, ge=1, description="Width of the record's LSTM and of a projected film.")
-    layers: int = Field(default=2, ge=1, description="Layers of the record's LSTM.")
-    joint: int = Field(default=512, ge=1, description="Width of MedFuse's LSTM over the tokens.")
+    hidden: int = Field(default=256, ge=1, le=16384, description="Width of the record's LSTM and of a projected film.")
+    layers: int = Field(default=2, ge=1, le=100, description="Layers of the record's LSTM.")
+    joint: int = Field(default=512, ge=1, le=16384, description="Width of MedFuse's LSTM over the tokens.")
     dropout: float = Field(default=0.3, ge=0, lt=1, description="Dropout probability.")
     missing: Literal["zero", "learnable"] = Field(
         default="learnable", description="Token of model concat in the place of an absent film: zeros, or learned."
     )
-    part_weight: float = Field(default=0.5, ge=0, description="Weight in the loss of each branch's own prediction.")
+    part_weight: float = Field(
+        default=0.5, ge=0, le=1e6, description="Weight in the loss of each branch's own prediction."
+    )
     record_weights: str | None = Field(
         default=None,
         description="A finished record_lstm run whose weights the record branch takes; unused by record-only models.",
@@ -328,38 +345,49 @@ class FuseConfig(Settings):
     unfreeze_after: int | None = Field(
         default=None,
         ge=1,
+        le=10**6,
         description="With freeze: false, epochs on frozen features before tuning begins; null: none.",
     )
     max_hours: int | None = Field(
-        default=None, ge=1, description="Read the last so many hours before prediction; null: all."
+        default=None, ge=1, le=10**5, description="Read the last so many hours before prediction; null: all."
     )
-    lr: float = Field(default=3e-4, gt=0, description="Learning rate of all but the encoder.")
+    lr: float = Field(default=3e-4, gt=0, le=1e3, description="Learning rate of all but the encoder.")
     lr_draws: int = Field(
         default=0,
         ge=0,
+        le=1000,
         description="Learning rates drawn log-uniformly from lr_range, of which validation chooses; 0: `lr`.",
     )
-    lr_range: tuple[float, float] = Field(
+    lr_range: tuple[Positive, Positive] = Field(
         default=(1e-5, 1e-3), description="Lowest and highest learning rate of that search."
     )
-    encoder_lr: float = Field(default=1e-5, gt=0, description="Learning rate of the encoder, with freeze: false.")
+    encoder_lr: float = Field(
+        default=1e-5, gt=0, le=1e3, description="Learning rate of the encoder, with freeze: false."
+    )
     seeds: Seeds = Field(
         default=1,
         description="Number of trainings, with seed, seed + 1, ...; or their seeds, such as [0, 1, 5], of which the "
         "first replaces `seed`. results.json holds their means.",
     )
-    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of AdamW.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Both betas of AdamW.")
-    clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient; null: no clipping.")
-    batch_size: int = Field(default=64, ge=1, description="Samples in an optimizer step, over all processes.")
-    epochs: int = Field(default=50, ge=1, description="Largest number of epochs.")
+    weight_decay: float = Field(default=0.01, ge=0, le=1e3, description="Weight decay of AdamW.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Both betas of AdamW.")
+    clip: float | None = Field(
+        default=1.0, gt=0, le=1e6, description="Largest norm of the gradient; null: no clipping."
+    )
+    batch_size: int = Field(default=64, ge=1, le=10**6, description="Samples in an optimizer step, over all processes.")
+    epochs: int = Field(default=50, ge=1, le=10**6, description="Largest number of epochs.")
     patience: int = Field(
-        default=10, ge=1, description="Epochs without a better validation AUROC before training stops."
+        default=10, ge=1, le=10**6, description="Epochs without a better validation AUROC before training stops."
     )
     plateau: int | None = Field(
-        default=None, ge=1, description="Halve lr after so many epochs without a lower validation loss; null: never."
+        default=None,
+        ge=1,
+        le=10**6,
+        description="Halve lr after so many epochs without a lower validation loss; null: never.",
     )
-    checkpoint_every: int = Field(default=5, ge=0, description="Epochs between checkpoints; 0: only when stopped.")
+    checkpoint_every: int = Field(
+        default=5, ge=0, le=10**6, description="Epochs between checkpoints; 0: only when stopped."
+    )
     adds: bool = Field(
         default=False, description="Also train the controls without the picture, and report what the film adds."
     )
@@ -367,7 +395,9 @@ class FuseConfig(Settings):
         default=False, description="Also score the test split without films, and without the last hours of the series."
     )
     samples: Samples = 1000
-    workers: int = Field(default=0, ge=0, description="Processes that read films ahead when the encoder is tuned.")
+    workers: int = Field(
+        default=0, ge=0, le=256, description="Processes that read films ahead when the encoder is tuned."
+    )
     precision: Precision = "no"
     allow_leak: AllowLeak = False
     cache: Cache = None

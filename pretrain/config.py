@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from configs import Settings
-from configs.loader import fragment
+from configs.loader import Beta, Seed, fragment
 from configs.plugin import is_file
 from ehr_features.config import TEXT_GROUP, Storage
 from ehr_features.own_films.config import Columns
@@ -46,7 +46,7 @@ ViewChoice = Annotated[
     Literal["frontal", "all"], Field(description="Which films by view: frontal takes AP and PA, all adds laterals.")
 ]
 PerSubjectCap = Annotated[
-    int | None, Field(ge=1, description="Largest number of films of a subject, drawn by `seed`; null: all.")
+    int | None, Field(ge=1, le=10**9, description="Largest number of films of a subject, drawn by `seed`; null: all.")
 ]
 
 
@@ -90,7 +90,7 @@ class ImagesConfig(Settings):
     workers: int | None = Field(
         default=None, ge=1, le=256, description="Processes that decode films; null: one a core."
     )
-    seed: int = Field(default=0, description="Seed of per_subject_cap.")
+    seed: Seed = Field(default=0, description="Seed of per_subject_cap.")
     storage: Storage = {}
 
     @model_validator(mode="after")
@@ -112,7 +112,10 @@ class EncoderConfig(Settings):
         default="vit_tiny_patch16_224", description="Name of a timm network: vit_*, deit_*, densenet*, resnet*."
     )
     image_size: int = Field(
-        default=224, ge=16, description="Side in pixels of target and random views, and of films at evaluation."
+        default=224,
+        ge=16,
+        le=4096,
+        description="Side in pixels of target and random views, and of films at evaluation.",
     )
     in_chans: Literal[1, 3] = Field(
         default=1, description="Input channels: 1 for gray films; 3 repeats them, for weights trained on colour images."
@@ -133,7 +136,10 @@ class EncoderConfig(Settings):
         description="Weights to start from: encoder/, a .safetensors or a .pth of timm or torchvision; null: random.",
     )
     init_heads: int | None = Field(
-        default=None, description="Attention heads of a bare ViT file in `init`, which its tensors do not tell."
+        default=None,
+        ge=1,
+        le=1024,
+        description="Attention heads of a bare ViT file in `init`, which its tensors do not tell.",
     )
 
 
@@ -174,9 +180,9 @@ class EhrConfig(Settings):
         description="condition: the record conditions the anchor; predict: its known columns are predicted from the "
         "film; contrast: film and record are told from those of other subjects.",
     )
-    predict_weight: float = Field(default=1.0, ge=0, description="Weight of that loss, with use: predict.")
-    contrast_weight: float = Field(default=1.0, ge=0, description="Weight of that loss, with use: contrast.")
-    contrast_temperature: float = Field(default=0.1, gt=0, description="Temperature of that loss.")
+    predict_weight: float = Field(default=1.0, ge=0, le=1e6, description="Weight of that loss, with use: predict.")
+    contrast_weight: float = Field(default=1.0, ge=0, le=1e6, description="Weight of that loss, with use: contrast.")
+    contrast_temperature: float = Field(default=0.1, gt=0, le=1e3, description="Temperature of that loss.")
     permuted: bool = Field(default=False, description="Control: each film gets the record of another film.")
 
     @model_validator(mode="after")
@@ -189,17 +195,19 @@ class EhrConfig(Settings):
         return self
 
 
-Share = tuple[float, float]  # lowest and highest share of a film's area
+Part = Annotated[float, Field(ge=0, le=1)]
+Shape = Annotated[float, Field(gt=0, le=100)]
+Share = tuple[Part, Part]  # lowest and highest share of a film's area
 
 
 class ViewsConfig(Settings):
     """How views are cut from films."""
 
     num_random: int = Field(
-        default=1, ge=0, description="Masked anchor views of side encoder.image_size for each film."
+        default=1, ge=0, le=100, description="Masked anchor views of side encoder.image_size for each film."
     )
-    num_focal: int = Field(default=10, ge=0, description="Small unmasked anchor views for each film.")
-    focal_size: int = Field(default=96, ge=8, description="Side of a focal view in pixels.")
+    num_focal: int = Field(default=10, ge=0, le=100, description="Small unmasked anchor views for each film.")
+    focal_size: int = Field(default=96, ge=8, le=4096, description="Side of a focal view in pixels.")
     target_scale: Share = Field(
         default=(0.3, 1.0), description="Lowest and highest share of the film's area in the target view."
     )
@@ -209,7 +217,7 @@ class ViewsConfig(Settings):
     focal_scale: Share = Field(
         default=(0.05, 0.3), description="Lowest and highest share of the film's area in a focal view."
     )
-    ratio: tuple[float, float] = Field(
+    ratio: tuple[Shape, Shape] = Field(
         default=(3 / 4, 4 / 3),
         description="Lowest and highest width / height of a crop; [1, 1] keeps the heart's shape.",
     )
@@ -223,8 +231,10 @@ class ViewsConfig(Settings):
         default="crop",
         description="Mean and deviation of each view (crop), of its film (film), or `mean` and `std` (dataset).",
     )
-    mean: float = Field(default=0.5, description="Mean of pixels in [0, 1], with normalise: dataset.")
-    std: float = Field(default=0.25, gt=0, description="Deviation of pixels in [0, 1], with normalise: dataset.")
+    mean: float = Field(default=0.5, ge=-1e3, le=1e3, description="Mean of pixels in [0, 1], with normalise: dataset.")
+    std: float = Field(
+        default=0.25, gt=0, le=1e3, description="Deviation of pixels in [0, 1], with normalise: dataset."
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -244,7 +254,9 @@ class MaskConfig(Settings):
         default=0.15, ge=0, lt=1, description="Share of patches (ViT) or cells (convolutional) removed."
     )
     focal: bool = Field(default=False, description="Mask focal views too, which the original MSN does not.")
-    cell: int = Field(default=32, ge=4, description="Side in pixels of a masked cell of a convolutional network.")
+    cell: int = Field(
+        default=32, ge=4, le=4096, description="Side in pixels of a masked cell of a convolutional network."
+    )
     shape: Literal["random", "block"] = Field(
         default="random", description="Which patches: any, or those nearest to a point drawn on the film."
     )
@@ -258,9 +270,9 @@ class HeadConfig(Settings):
     """The projection head: three linear layers."""
 
     hidden: int | None = Field(
-        default=2048, ge=1, description="Width of the hidden layers; null: four times the encoder's width."
+        default=2048, ge=1, le=65536, description="Width of the hidden layers; null: four times the encoder's width."
     )
-    out: int | None = Field(default=256, ge=1, description="Width of the output; null: the encoder's width.")
+    out: int | None = Field(default=256, ge=1, le=65536, description="Width of the output; null: the encoder's width.")
     norm: Literal["batch", "layer", "none"] = Field(
         default="batch", description="Normalisation; layer and none serve exact accumulation and batches of 1."
     )
@@ -273,31 +285,39 @@ class OptimConfig(Settings):
         default="adamw", description="adamw; lars (momentum 0.9) is what SimCLR, VICReg and BYOL were trained with."
     )
 
-    batch_size: int = Field(default=1024, ge=1, description="Films in an optimizer step, over all processes.")
-    epochs: float = Field(default=100, gt=0, description="Passes over the films.")
-    steps: int | None = Field(default=None, ge=1, description="Optimizer steps in place of epochs; null: epochs count.")
+    batch_size: int = Field(default=1024, ge=1, le=10**6, description="Films in an optimizer step, over all processes.")
+    epochs: float = Field(default=100, gt=0, le=1e6, description="Passes over the films.")
+    steps: int | None = Field(
+        default=None, ge=1, le=10**9, description="Optimizer steps in place of epochs; null: epochs count."
+    )
     processor_seconds: float | None = Field(
         default=None,
         gt=0,
+        le=1e10,
         description="Processor seconds of all processes in place of epochs and steps: the first steps are timed, and "
         "the number of steps is kept in the run's budget.json; null: epochs or steps count.",
     )
     lr: float = Field(
-        default=1e-3, gt=0, description="Peak learning rate at lr_batch films a step; scaled with batch_size."
+        default=1e-3, gt=0, le=1e3, description="Peak learning rate at lr_batch films a step; scaled with batch_size."
     )
-    lr_batch: int | None = Field(default=1024, description="Batch size that `lr` is meant for; null: lr is not scaled.")
+    lr_batch: int | None = Field(
+        default=1024, ge=1, le=10**6, description="Batch size that `lr` is meant for; null: lr is not scaled."
+    )
     lr_start: float = Field(default=0.2, ge=0, le=1, description="Learning rate at step 0, as a share of the peak.")
     lr_end: float = Field(default=1e-3, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
-    warmup_epochs: float = Field(default=2, ge=0, description="Epochs of linear warm-up.")
+    warmup_epochs: float = Field(default=2, ge=0, le=1e6, description="Epochs of linear warm-up.")
     warmup_steps: int | None = Field(
-        default=None, ge=0, description="Steps of linear warm-up in place of warmup_epochs; null: warmup_epochs counts."
+        default=None,
+        ge=0,
+        le=10**9,
+        description="Steps of linear warm-up in place of warmup_epochs; null: warmup_epochs counts.",
     )
-    weight_decay: float = Field(default=0.04, ge=0, description="Weight decay at the start.")
-    weight_decay_end: float = Field(default=0.4, ge=0, description="Weight decay at the end of its cosine.")
+    weight_decay: float = Field(default=0.04, ge=0, le=1e3, description="Weight decay at the start.")
+    weight_decay_end: float = Field(default=0.4, ge=0, le=1e3, description="Weight decay at the end of its cosine.")
     decay_all: bool = Field(default=False, description="Decay biases and norms too; prototypes never.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Both betas of AdamW.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="Both betas of AdamW.")
     clip: float | None = Field(
-        default=3.0, gt=0, description="Largest norm of all gradients but the prototypes'; null: no clipping."
+        default=3.0, gt=0, le=1e6, description="Largest norm of all gradients but the prototypes'; null: no clipping."
     )
     ema: float = Field(default=0.996, ge=0, le=1, description="Momentum of the target at the start.")
     ema_end: float = Field(default=1.0, ge=0, le=1, description="Momentum of the target at the end.")
@@ -305,10 +325,12 @@ class OptimConfig(Settings):
         default="linear", description="Path of the target's momentum from start to end."
     )
     stretch: float = Field(
-        default=1.25, ge=1, description="Schedules run as if the training were this many times as long."
+        default=1.25, ge=1, le=1e3, description="Schedules run as if the training were this many times as long."
     )
     by_epoch: bool = Field(default=False, description="Change the schedules once an epoch rather than every step.")
-    accumulate: int = Field(default=1, ge=1, description="Parts in which a process computes its share of the batch.")
+    accumulate: int = Field(
+        default=1, ge=1, le=10**6, description="Parts in which a process computes its share of the batch."
+    )
     accumulate_mode: Literal["exact", "approximate"] = Field(
         default="exact", description="exact: the loss of the whole batch; approximate: the loss of each part by itself."
     )
@@ -319,8 +341,6 @@ class OptimConfig(Settings):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if self.processor_seconds is not None and self.steps is not None:
             raise ValueError("steps and processor_seconds both say how long to train; give one")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas[0]}, {self.betas[1]}")
         return self
 
 
@@ -337,7 +357,10 @@ class FilmsConfig(Columns):
         description="Film of the target view: the anchor's own, another of the study, or of the patient.",
     )
     max_days: float | None = Field(
-        default=None, ge=0, description="Largest gap in days of such a pair, with positives: patient; null: any."
+        default=None,
+        ge=0,
+        le=1e6,
+        description="Largest gap in days of such a pair, with positives: patient; null: any.",
     )
 
 
@@ -360,7 +383,7 @@ class PretrainConfig(Settings):
         "(docs/methods.md). Keys that are not given have its published values (configs/presets/METHOD.yaml).",
     )
     method_args: dict[str, Any] = Field(default={}, description="Arguments of a method of your own.")
-    seed: int = Field(default=0, description="Seed of weights, order, views and masks.")
+    seed: Seed = Field(default=0, description="Seed of weights, order, views and masks.")
     encoder: EncoderConfig = EncoderConfig()
     ehr: EhrConfig = EhrConfig()
     views: ViewsConfig = ViewsConfig()
@@ -382,16 +405,22 @@ class PretrainConfig(Settings):
     workers: int = Field(
         default=0, ge=0, le=256, description="Processes that prepare batches, for each training process."
     )
-    log_every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
+    log_every: int = Field(default=1, ge=1, le=10**9, description="Steps between lines of metrics.jsonl.")
     save_every_minutes: float = Field(
-        default=10.0, gt=0, description="Minutes between checkpoints; SIGTERM saves at once."
+        default=10.0, gt=0, le=1e6, description="Minutes between checkpoints; SIGTERM saves at once."
     )
-    keep: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+    keep: int = Field(default=2, ge=1, le=10**4, description="Newest checkpoints that are kept.")
     keep_every_hours: float | None = Field(
-        default=None, gt=0, description="Of older checkpoints one is kept for each span of so many hours; null: none."
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Of older checkpoints one is kept for each span of so many hours; null: none.",
     )
     export_every_epochs: float | None = Field(
-        default=None, gt=0, description="Epochs between exports of encoder/ during training; null: at the end only."
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Epochs between exports of encoder/ during training; null: at the end only.",
     )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="Trackers beside metrics.jsonl.")
     readability: bool = Field(

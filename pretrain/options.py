@@ -38,14 +38,14 @@ class LossConfig(Settings):
     prototypes: int = Field(
         default=1024, ge=2, le=1_000_000, description="Number of learned prototypes; far more than clusters collapses."
     )
-    temperature: float = Field(default=0.1, gt=0, description="Temperature of the anchors' distribution.")
+    temperature: float = Field(default=0.1, gt=0, le=1e6, description="Temperature of the anchors' distribution.")
     target_temperature: float = Field(
         default=0.25, gt=0, le=1, description="Exponent of the targets' sharpening; lower is sharper, 1 is none."
     )
     sinkhorn_iterations: int = Field(
-        default=3, ge=0, description="Sinkhorn iterations that balance the targets; 0: none."
+        default=3, ge=0, le=1000, description="Sinkhorn iterations that balance the targets; 0: none."
     )
-    me_max_weight: float = Field(default=1.0, ge=0, description="Weight of the mean-entropy term.")
+    me_max_weight: float = Field(default=1.0, ge=0, le=1e6, description="Weight of the mean-entropy term.")
     prior: Literal["uniform", "power_law"] = Field(
         default="uniform", description="Distribution over prototypes that the mean-entropy term asks for."
     )
@@ -56,13 +56,19 @@ class DinoConfig(Settings):
 
     bottleneck: int = Field(default=256, ge=1, le=65536, description="Width before the last layer of the head.")
     norm_last_layer: bool = Field(default=True, description="Keep the norms of the last layer's weights at 1.")
-    freeze_epochs: float = Field(default=1.0, ge=0, description="Epochs in which the last layer stays as it is.")
-    student_temperature: float = Field(default=0.1, gt=0, description="Temperature of the student.")
-    teacher_temperature: float = Field(default=0.04, gt=0, description="Temperature of the teacher after its warm-up.")
-    teacher_start: float = Field(default=0.04, gt=0, description="Temperature of the teacher at the start.")
-    warmup_epochs: float = Field(default=0.0, ge=0, description="Epochs of the teacher's warm-up.")
+    freeze_epochs: float = Field(
+        default=1.0, ge=0, le=1e6, description="Epochs in which the last layer stays as it is."
+    )
+    student_temperature: float = Field(default=0.1, gt=0, le=1e6, description="Temperature of the student.")
+    teacher_temperature: float = Field(
+        default=0.04, gt=0, le=1e6, description="Temperature of the teacher after its warm-up."
+    )
+    teacher_start: float = Field(default=0.04, gt=0, le=1e6, description="Temperature of the teacher at the start.")
+    warmup_epochs: float = Field(default=0.0, ge=0, le=1e6, description="Epochs of the teacher's warm-up.")
     center_momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of the teacher's mean, its centre.")
-    patch_weight: float = Field(default=1.0, ge=0, description="With ibot: weight of the loss of masked patches.")
+    patch_weight: float = Field(
+        default=1.0, ge=0, le=1e6, description="With ibot: weight of the loss of masked patches."
+    )
 
 
 class MaeConfig(Settings):
@@ -70,7 +76,7 @@ class MaeConfig(Settings):
 
     decoder_width: int = Field(default=512, ge=4, le=65536, description="Width of the decoder.")
     decoder_depth: int = Field(default=8, ge=1, le=256, description="Blocks of the decoder.")
-    decoder_heads: int = Field(default=16, ge=1, description="Attention heads of the decoder.")
+    decoder_heads: int = Field(default=16, ge=1, le=1024, description="Attention heads of the decoder.")
     norm_pixels: bool = Field(default=True, description="Targets are patches of mean 0 and deviation 1.")
 
     @model_validator(mode="after")
@@ -85,15 +91,15 @@ class MaeConfig(Settings):
 class SimclrConfig(Settings):
     """With method: simclr."""
 
-    temperature: float = Field(default=0.1, gt=0, description="Temperature of the contrast between films.")
+    temperature: float = Field(default=0.1, gt=0, le=1e6, description="Temperature of the contrast between films.")
 
 
 class VicregConfig(Settings):
     """With method: vicreg: weights of the three terms."""
 
-    invariance: float = Field(default=25.0, ge=0, description="Weight of the distance between views.")
-    variance: float = Field(default=25.0, ge=0, description="Weight of the hinge on each output's deviation.")
-    covariance: float = Field(default=1.0, ge=0, description="Weight of the covariance between outputs.")
+    invariance: float = Field(default=25.0, ge=0, le=1e6, description="Weight of the distance between views.")
+    variance: float = Field(default=25.0, ge=0, le=1e6, description="Weight of the hinge on each output's deviation.")
+    covariance: float = Field(default=1.0, ge=0, le=1e6, description="Weight of the covariance between outputs.")
 
 
 class LejepaConfig(Settings):

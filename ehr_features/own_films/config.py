@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from configs import Settings, UserError, load
+from configs.loader import Seed
 from ehr_features.config import Empty
 from ehr_features.schema import Split
 
@@ -55,7 +56,9 @@ class Columns(Settings):
     images: str | None = Field(
         default=None, description="The folder that the films' paths begin in; null: the folder of the table."
     )
-    size: int = Field(default=256, ge=16, description="Side in pixels of the packed films, where `store` is not given.")
+    size: int = Field(
+        default=256, ge=16, le=4096, description="Side in pixels of the packed films, where `store` is not given."
+    )
     names: Literal["own", "chexpert"] = Field(
         default="own", description="Labels: the table's own, or those that CheXpert has too, under CheXpert's names."
     )
@@ -94,8 +97,8 @@ class Columns(Settings):
         default=[],
         description="Columns that are known only after the film, e.g. died: the encoder is named outcome-supervised.",
     )
-    seed: int = Field(
-        default=0, ge=0, description="Seed of the split by hash; keep it the same in pretrain, probe and fuse."
+    seed: Seed = Field(
+        default=0, description="Seed of the split by hash; keep it the same in pretrain, probe and fuse."
     )
 
 
