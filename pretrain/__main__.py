@@ -56,10 +56,18 @@ def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from pretrain import hub
     from pretrain.export import export
 
-    out = export(args.source, args.out, in_chans=args.in_chans, branch=args.branch, form=args.format, probe=args.probe)
-    print(f"{out}\nnext: read {out / 'MODEL_CARD.md'}: whether these weights may leave your institution")
+    if args.push is not None:
+        hub.check_name(args.push)
+        hub.confirm(args.push, yes=args.yes_i_may)
+    elif args.yes_i_may:
+        raise UserError("--yes-i-may goes with --push ORG/NAME")
+    given = {"in_chans": args.in_chans, "branch": args.branch, "form": args.format, "probe": args.probe}
+    out = export(args.source, args.out, **given, name=args.push)
+    where = f"{out}\n{hub.push(out, args.push, args.format)}" if args.push is not None else f"{out}"
+    print(f"{where}\nnext: read {out / 'README.md'}: whether these weights may leave your institution")
 
 
 def _knowledge(args: argparse.Namespace) -> None:
@@ -91,8 +99,16 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("out", metavar="OUT", help="a new folder")
     out.add_argument("--in-chans", type=int, choices=(1, 3), default=None, help="channels of its input")
     out.add_argument("--branch", choices=("target", "anchor"), help="moving average, or trained (default: encoder/)")
-    out.add_argument("--format", choices=("timm", "onnx"), default="timm")
-    out.add_argument("--probe", metavar="RUN", default=None, help="a probe's run folder, for the model card")
+    out.add_argument("--format", choices=("timm", "transformers", "onnx", "torchscript"), default="timm")
+    out.add_argument(
+        "--probe", metavar="RUN", help="a probe's run, for the model card (default: the newest beside RUN)"
+    )
+    out.add_argument(
+        "--push", metavar="ORG/NAME", help="send OUT to a private repository of the model hub, after a question"
+    )
+    out.add_argument(
+        "--yes-i-may", action="store_true", help="in scripts: the data's terms allow you to share these weights"
+    )
     out.set_defaults(run=_export)
     near = cli.command(commands, "knowledge")
     near.add_argument("notes", metavar="NOTES", help="a folder that `notes` wrote")

@@ -6,7 +6,6 @@ Input: a run folder, or the method of a running one. Output: encoder/ (see pretr
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,16 @@ from torch import Tensor
 
 from configs import UserError
 from ehr_features.config import TEXT_GROUP
-from ehr_features.files import digest, new_folder, read_json, write_json
+from ehr_features.files import digest, new_folder, write_json
+from pretrain import card
 from pretrain import encoder as encoders
+from pretrain.card import NO_RESULTS, READABLE, model_card
 from pretrain.config import PretrainConfig
 from pretrain.data import Films
 from pretrain.encoder import Encoder
 from pretrain.encoder.model import encoder_folder
 from pretrain.encoder.weights import to_channels
+from pretrain.formats import WRITERS, opened
 from pretrain.methods import Method
 from pretrain.run import load_checkpoint
 from pretrain.seen import ancestry
@@ -59,6 +61,7 @@ def write(
         "num_films": len(films),
         "films_trained": step * config.optim.batch_size,
         "processor_seconds": seconds,
+        "datasets": card.datasets(config.features, config.films.layout),
         "num_subjects": int(films.table["subject_id"].nunique()),
         "config_hash": digest(config.model_dump(mode="json")),
         "features_hash": films.source_hash,
@@ -69,6 +72,7 @@ def write(
     if config.encoder.init is not None:
         before = ancestry(config.encoder.init)
         meta["ehr_groups"] = before.pop("ehr_groups", {}) | meta["ehr_groups"]
+        meta["datasets"] = list(dict.fromkeys([*meta["datasets"], *before.pop("datasets", [])]))
         meta["splits_seen"] = sorted({*before.pop("splits_seen", []), *meta["splits_seen"]})
         meta |= before
     if last and config.readability and films.columns:
@@ -131,51 +135,78 @@ def export(
     branch: str | None = None,
     form: str = "timm",
     probe: str | Path | None = None,
+    name: str | None = None,
 ) -> Path:
-    """Copy the encoder of a run, for use elsewhere.
+    """Copy the encoder of a run, for use elsewhere, and compare the copy with it.
 
     Args:
         source: a run folder, or an encoder/ (its own branch only).
-        out: a new folder; for ONNX too (encoder.onnx beside encoder.json).
+        out: a new folder: the form's files, encoder.json, MODEL_CARD.md, and the same card as README.md with what a
+            hub reads above it.
         in_chans: 1 or 3: the first layer gives the same features for gray films repeated in so many channels.
         branch: None: that of encoder/; `anchor` reads the trained branch from the newest checkpoint.
-        form: `timm` or `onnx`.
-        probe: a probe's run folder; its numbers go into the model card.
-    Raises: UserError: no encoder or checkpoint there, `out` exists, or packages for ONNX are missing.
+        form: `timm`, `transformers`, `onnx` or `torchscript` (pretrain/formats.py).
+        probe: a probe's run folder; its numbers go into the model card. None: the newest one beside the run.
+        name: on a hub, ORG/NAME; for the card.
+    Raises: UserError: no encoder or checkpoint there, `out` exists, the form cannot have this encoder, or packages are
+        missing.
     """
     source, out = Path(source), Path(out)
+    if form not in WRITERS:
+        raise UserError(f"--format {form}: wanted {', '.join(WRITERS)}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; choose a new folder")
     folder, encoder = encoder_folder(source), encoders.load(source)
-    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8") if (folder / "MODEL_CARD.md").is_file() else None
-    if card is not None and probe is not None:
-        card = card.replace(NO_RESULTS, probe_table(read_json(Path(probe) / "results.json")))
+    text = (folder / "MODEL_CARD.md").read_text(encoding="utf-8") if (folder / "MODEL_CARD.md").is_file() else None
     held = encoder.meta.get("branch", "target")
     if branch == "target" and held != "target":
         raise UserError(f"{folder}: method {encoder.meta.get('method')} has no target branch; leave --branch out")
-    if branch == "anchor" and held == "target":
+    other = branch == "anchor" and held == "target"
+    found = Path(probe) if probe is not None else None if other else card.own_results(source)
+    results = None if found is None else card.read_results(found, source)
+    if text is not None and results is not None:
+        text = text.replace(NO_RESULTS, card.probe_table(results))
+    if other:
         target = f"the target branch after {encoder.meta.get('step')} steps"
         _fill_from_anchor(encoder, source)
-        card = card and card.replace(target, f"the anchor branch after {encoder.meta['step']} steps")
-        card = card and card.replace(READABLE, f"{READABLE} of the target branch")
+        text = text and text.replace(target, f"the anchor branch after {encoder.meta['step']} steps")
+        text = text and text.replace(READABLE, f"{READABLE} of the target branch")
         encoder.meta.pop("readability", None)  # it was measured on the other branch
-    meta = encoder.meta | {"branch": branch or held}
-    if in_chans is not None and in_chans != meta["in_chans"]:
-        before = meta["in_chans"]
-        state, said = to_channels(encoder.net.state_dict(), in_chans)
-        meta |= {"in_chans": in_chans}
-        preprocess = dataclasses.replace(encoder.preprocess, in_chans=in_chans)
-        encoder = encoders.create(
-            meta["arch"], in_chans=in_chans, image_size=meta["image_size"], model_args=meta["model_args"],
-            preprocess=preprocess, pool=meta["pool"],
-        )  # fmt: skip
-        encoder.net.load_state_dict(state)
-        if card is not None:
-            card = card.replace(f"{before} channel(s)", f"{in_chans} channel(s)") + f"\nExported with {said}.\n"
-    encoder.meta = meta
-    if form == "timm":
-        return encoders.save(out, encoder, card=card)
-    return _to_onnx(out, encoder, card)
+    encoder.meta = encoder.meta | {"branch": branch or held}
+    if in_chans is not None and in_chans != encoder.meta["in_chans"]:
+        encoder, text = _with_channels(encoder, in_chans, text)
+    name = name or out.resolve().name
+    library = form if form in ("timm", "transformers", "onnx") else "pytorch"
+    top = card.header(encoder.meta, name, library, card.trained_on(encoder.meta, source), results)
+    with new_folder(out) as part:
+        if form == "timm":
+            encoders.write_files(part, encoder, card=text)
+        else:
+            write_json(part / "encoder.json", encoders.about(encoder))
+            if text is not None:
+                (part / "MODEL_CARD.md").write_text(text, encoding="utf-8")
+        print(WRITERS[form](part, encoder))
+        body = "\n".join([text or f"# {name}\n\n{card.LICENCE}\n", opened(form, encoder, name)])
+        (part / "README.md").write_text(top + body, encoding="utf-8")
+    return out
+
+
+def _with_channels(encoder: Encoder, in_chans: int, text: str | None) -> tuple[Encoder, str | None]:
+    """The same encoder for another number of equal channels, and its card."""
+    before = encoder.meta
+    state, said = to_channels(encoder.net.state_dict(), in_chans)
+    meta = before | {"in_chans": in_chans}
+    preprocess = dataclasses.replace(encoder.preprocess, in_chans=in_chans)
+    made = encoders.create(
+        meta["arch"], in_chans=in_chans, image_size=meta["image_size"], model_args=meta["model_args"],
+        preprocess=preprocess, pool=meta["pool"],
+    )  # fmt: skip
+    made.net.load_state_dict(state)
+    made.meta, made.name = meta, encoder.name
+    if text is not None:
+        old, new = (f"{number} channel(s)" for number in (before["in_chans"], in_chans))
+        text = text.replace(old, new) + f"\nExported with {said}.\n"
+    return made.eval(), text
 
 
 def _fill_from_anchor(encoder: Encoder, source: Path) -> None:
@@ -185,104 +216,3 @@ def _fill_from_anchor(encoder: Encoder, source: Path) -> None:
     net = {k.removeprefix("anchor.net."): v for k, v in state["model"].items() if k.startswith("anchor.net.")}
     encoder.net.load_state_dict(net)
     encoder.meta = encoder.meta | {"step": state["step"]}
-
-
-def _to_onnx(out: Path, encoder: Encoder, card: str | None) -> Path:
-    """encoder.onnx: normalised views (N, C, S, S) -> features (N, D), any N."""
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    size, chans = encoder.meta["image_size"], encoder.meta["in_chans"]
-    views = torch.zeros(2, chans, size, size)
-    with new_folder(out) as part:
-        torch.onnx.export(
-            encoder.eval(), (views,), part / "encoder.onnx", input_names=["views"], output_names=["features"],
-            dynamo=True, dynamic_shapes={"x": {0: "films"}}, external_data=False, verbose=False,
-        )  # fmt: skip
-        write_json(part / "encoder.json", {**encoder.meta, "preprocess": encoder.preprocess.to_json()})
-        if card is not None:
-            (part / "MODEL_CARD.md").write_text(card, encoding="utf-8")
-    return out
-
-
-# ---- MODEL_CARD.md: what the weights are, the data they saw, and the limits of their use.
-
-LICENCE = """\
-Trained on credentialed data (PhysioNet) where it was MIMIC: the data must not leave your institution, and weights may
-carry traces of patients. Share them only after checking the data use agreement. For research; not a medical device."""
-
-
-NAMES = {
-    "msn": "masked Siamese networks (MSN)", "pmsn": "masked Siamese networks with a power-law prior (PMSN)",
-    "dino": "DINO", "ibot": "iBOT", "mae": "a masked autoencoder (MAE)", "simclr": "SimCLR", "vicreg": "VICReg",
-    "lejepa": "LeJEPA", "byol": "BYOL",
-}  # fmt: skip
-READABLE = "## How linearly readable the record is from the frozen features"
-NO_RESULTS = "None yet: `ehr-msn probe` measures it, `ehr-msn export RUN OUT --probe PROBE` writes it here."
-
-
-def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
-    """The card's Markdown, from encoder.json and the config; `probe_table` later replaces `NO_RESULTS`."""
-    lines = [
-        f"# {meta['arch']}, pretrained on chest films with {NAMES.get(config.method, config.method)}",
-        "",
-        f"- Network: timm `{meta['arch']}` {meta['model_args']}; {meta['in_chans']} channel(s), {meta['image_size']}"
-        f" px, {meta['width']} features (pool `{meta['pool']}`).",
-        f"- Input: {_input(meta['preprocess'])}.",
-        f"- Weights: the {meta['branch']} branch after {meta['step']} steps.",
-        f"- Films: {meta['num_films']} of {meta['num_subjects']} subjects, split {', '.join(meta['splits_seen'])}."
-        " No finding label was read.",
-        *_start(meta),
-        f"- Record: {_record(meta, config)}. Inference needs no record.",
-        f"- Config {meta['config_hash']} (preset {config.preset}, seed {config.seed}), features"
-        f" {meta['features_hash']}, store {meta['store_hash']}.",
-    ]
-    if late := [name for name, when in meta["ehr_groups"].items() if when == "discharge"]:
-        lines.append(
-            f"- **Outcome-supervised**: {', '.join(late)} is known only at discharge. Not comparable with"
-            " self-supervised encoders; never evaluate on subjects that it saw."
-        )
-    if readable := meta.get("readability"):
-        lines += ["", READABLE, ""]
-        lines += ["| column | metric | value | chance |", "|---|---|---|---|"]
-        lines += [f"| {n} | {r['metric']} | {r['value']:.3f} | {r['chance']:g} |" for n, r in readable.items()]
-    lines += ["", "## Results", "", NO_RESULTS, ""]
-    return "\n".join([*lines, "## Licence and use", "", LICENCE, ""])
-
-
-def _input(preprocess: dict[str, Any]) -> str:
-    parts = {f"store {k}": v for k, v in (preprocess.get("store") or {}).items()} | preprocess
-    return ", ".join(f"{k} {v}" for k, v in parts.items() if v is not None and k != "store")
-
-
-def probe_table(results: dict[str, Any]) -> str:
-    """Markdown of a probe's results.json: the mean over labels of each metric on the test split."""
-    run, rows = results["run"], results["rows"]
-    kept = [
-        r for r in rows if r.get("label") == "macro" and r.get("split") == "test" and r.get("subset") in (None, "all")
-    ]
-    lines = [f"{run.get('task')}, {run.get('model')} on frozen features, test split:", ""]
-    lines += ["| metric | value | 95% interval | films |", "|---|---|---|---|"]
-    for r in kept:
-        if r.get("value") is not None:
-            low, high = (f"{r[k]:.3f}" if r.get(k) is not None else "?" for k in ("low", "high"))
-            lines.append(f"| {r['metric']} | {r['value']:.3f} | {low} to {high} | {r.get('n', '')} |")
-    return "\n".join(lines)
-
-
-def _start(meta: dict[str, Any]) -> list[str]:
-    before = meta.get("started_from")
-    return [f"- Started from: {before['weights']}, whose films are {before['films']}."] if before else []
-
-
-def _record(meta: dict[str, Any], config: PretrainConfig) -> str:
-    if not meta["ehr_groups"]:
-        return "none"
-    told = "; ".join(f"`{name}` (known at {when})" for name, when in meta["ehr_groups"].items())
-    if not config.ehr.groups:
-        return f"none in this run; {told} in the run from which it started"
-    how = {
-        "condition": f"told to the anchor ({config.ehr.inject})",
-        "predict": "predicted from the film",
-        "contrast": "contrasted with the film",
-    }[config.ehr.use]
-    return f"{told}; {how}{', permuted between films (control)' if config.ehr.permuted else ''}"

@@ -51,6 +51,7 @@ def ancestry(path: str | Path) -> dict[str, Any]:
     """The entry in encoder.json about the initial weights of a run."""
     folder = encoder_folder(path)
     meta = read_meta(folder) if folder.is_dir() else {}
-    kept = {key: meta[key] for key in ("ehr_groups", "splits_seen", "supervised_by", "started_from") if meta.get(key)}
+    keys = ("ehr_groups", "splits_seen", "supervised_by", "started_from", "datasets")
+    kept = {key: meta[key] for key in keys if meta.get(key)}
     unknown = read_seen(path) is None or kept.get("started_from", {}).get("films") == "unknown"
     return kept | {"started_from": {"weights": str(path), "films": "unknown" if unknown else "known"}}

@@ -25,9 +25,12 @@ from torch import Tensor, nn
 
 from configs import UserError
 from ehr_features.files import new_folder, read_json, write_json
+from pretrain.encoder.hub_config import timm_config
 from pretrain.encoder.network import make, sincos, through
 from pretrain.encoder.preprocess import NO_STORE, Preprocess
 from pretrain.store.decode import BadFilm
+
+HUB_WEIGHTS = "model.safetensors"  # the weights' name on hubs; an export has both
 
 
 class Encoder(nn.Module):
@@ -51,6 +54,7 @@ class Encoder(nn.Module):
         self.preprocess = preprocess
         self.width = int(self.net.num_features)
         self.is_vit = isinstance(net, VisionTransformer)
+        self.exact = True  # see `_as_timm`; a training's moving average goes without
         self._checkpointing = False
         self._resample: dict[tuple[Any, ...], Tensor] = {}
 
@@ -102,7 +106,7 @@ class Encoder(nn.Module):
         if tokens or hide is not None:
             features = self._tokens(x, keep, hide=hide) if self.is_vit else self.features(x, keep)
             return features if tokens else self.pool(features, pool)
-        if self.is_vit and (pool or self.meta["pool"]) == "cls":
+        if self.is_vit and (pool or self.meta["pool"]) == "cls" and not self._as_timm(x, keep):
             return self.pool(self._tokens(x, keep, first_only=True), pool)
         return self.pool(self.features(x, keep), pool)
 
@@ -127,7 +131,13 @@ class Encoder(nn.Module):
         if not self.is_vit:
             assert keep is None, "only a ViT can drop tokens; a convolutional net masks its input"
             return self.net.forward_features(x)
-        return self._tokens(x, keep)
+        return self.net.forward_features(x) if self._as_timm(x, keep) else self._tokens(x, keep)
+
+    def _as_timm(self, x: Tensor, keep: Tensor | None) -> bool:
+        """Whether timm's own forward computes a ViT: frozen, whole films of its own size. An export then gives the
+        same bits; the faster steps of `_tokens` round differently."""
+        frozen = self.exact and not (self.training or torch.is_grad_enabled() or self.checkpointing)
+        return frozen and keep is None and tuple(x.shape[-2:]) == tuple(self.net.patch_embed.img_size)
 
     def _tokens(
         self,
@@ -226,17 +236,27 @@ def create(
 
 
 def save(folder: str | Path, encoder: Encoder, meta: dict[str, Any] | None = None, card: str | None = None) -> Path:
-    """Write encoder/ atomically: weights under timm's keys, encoder.json, MODEL_CARD.md from `card`."""
+    """Write encoder/ atomically: weights under timm's keys, encoder.json, timm's config.json, MODEL_CARD.md."""
     folder = Path(folder)
     with new_folder(folder) as part:
-        state = {key: value.detach().cpu().contiguous().clone() for key, value in encoder.net.state_dict().items()}
-        data = to_bytes(state, metadata={"format": "pt"})  # safetensors' own writer hides the error of a full disk
-        (part / "encoder.safetensors").write_bytes(data)
-        about = {**encoder.meta, "preprocess": encoder.preprocess.to_json(), **(meta or {})}
-        write_json(part / "encoder.json", about)
-        if card is not None:
-            (part / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+        write_files(part, encoder, meta, card)
     return folder
+
+
+def write_files(folder: Path, encoder: Encoder, meta: dict[str, Any] | None = None, card: str | None = None) -> None:
+    """The files of encoder/, in a folder that exists."""
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in encoder.net.state_dict().items()}
+    data = to_bytes(state, metadata={"format": "pt"})  # safetensors' own writer hides the error of a full disk
+    (folder / "encoder.safetensors").write_bytes(data)
+    write_json(folder / "encoder.json", {**about(encoder), **(meta or {})})
+    write_json(folder / "config.json", timm_config(encoder))
+    if card is not None:
+        (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+
+
+def about(encoder: Encoder) -> dict[str, Any]:
+    """The content of encoder.json."""
+    return {**encoder.meta, "preprocess": encoder.preprocess.to_json()}
 
 
 def load(folder: str | Path) -> Encoder:
@@ -258,6 +278,8 @@ def load(folder: str | Path) -> Encoder:
     )
     encoder.meta, encoder.name = meta, str(folder)
     path = folder / "encoder.safetensors"
+    if not path.is_file() and (folder / HUB_WEIGHTS).is_file():
+        path = folder / HUB_WEIGHTS
     try:
         state = load_file(path)
     except FileNotFoundError:

@@ -107,6 +107,7 @@ class Method(nn.Module):
         self.anchor_head = self.head(encoder.width, setup)
         if self.has_target:
             self.target = copy.deepcopy(encoder).requires_grad_(False)
+            self.target.exact = False
             self.target_head = self.head_copy().requires_grad_(False)
         self.begin(setup)
         self.record = RecordUse(encoder.width, setup.out, setup.record)
