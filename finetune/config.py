@@ -11,7 +11,7 @@ from configs.commands import command_line
 from configs.loader import Beta, Seed
 from ehr_features.config import TRAINING, Empty, Uncertain
 from ehr_features.own_films.config import TableConfig
-from pretrain.config import Precision, ViewChoice
+from pretrain.config import Precision, Project, RunName, Trackers, ViewChoice
 
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6)]
@@ -121,6 +121,9 @@ class ProbeConfig(Settings):
     )
     weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
     out: str = Field(description="The run folder to write.")
+    trackers: Trackers = []
+    project: Project = "ehr-msn"
+    run_name: RunName = None
     seed: Seed = Field(default=0, description="Seed of the batches' order, of the heads and of the intervals.")
     method: Literal["linear", "logistic", "knn", "boosting", "attentive", "finetune", "transfer"] = Field(
         default="linear",
@@ -266,6 +269,9 @@ class FuseConfig(Settings):
     )
     weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
     out: str = Field(description="The run folder to write.")
+    trackers: Trackers = []
+    project: Project = "ehr-msn"
+    run_name: RunName = None
     seed: Seed = Field(default=0, description="Seed of weights, order, draws and intervals.")
     task: str = Field(
         default="mortality", description="Table of features/samples/ to predict; with films: their labels (`labels`)."

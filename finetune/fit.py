@@ -69,8 +69,11 @@ def fit(
         net.load_state_dict(saved.pop("net"))
         optimizer.load_state_dict(saved.pop("optimizer"))
         at |= saved
+    part = log.part if log.folder == folder else Path(folder).relative_to(log.folder).as_posix()
     if log.folder == folder:
         log.cut(at["step"])
+    elif log.trackers:
+        log.begin(at["step"], part)
     unit = "steps" if per_epoch > 1 else "epochs"
     with run.stopping() as stop, Bar(f"training {folder.name}", epochs * per_epoch, unit, shown=run.is_main()) as bar:
         bar.advance(at["step"])
@@ -95,7 +98,7 @@ def fit(
                         group["lr"] /= 2
                 bar.advance(0, f"loss {mean:.3f} val AUROC {now.auroc:.3f}")
                 values = {"epoch": epoch, "train/loss": mean, "val/loss": now.loss, "val/auroc/macro": now.auroc}
-                log.log(values, at["step"])
+                log.log(values, at["step"], part)
             ended = bool(within) or stop.agreed()
             if ended or (checkpoint_every and epoch % checkpoint_every == 0):
                 nets = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}

@@ -23,6 +23,17 @@ from ehr_features.files import check_new_file, new_file, read_json, undamaged, w
 COLUMNS = ["split", "label", "subset", "fraction", "metric", "value", "low", "high", "n", "positives", "reason"]
 
 
+TRACKING = ("trackers", "project", "run_name")  # keys that may change when a run is resumed
+
+
+def headline(rows: pd.DataFrame) -> dict[str, float]:
+    """The test metrics of all subjects and all training data, for trackers: `test/METRIC/LABEL` -> value."""
+    kept = rows[(rows["split"] == "test") & rows["subset"].isin(["all"]) & rows["value"].notna()]
+    if "fraction" in kept:
+        kept = kept[kept["fraction"].isna() | (kept["fraction"] == 1)]
+    return {f"test/{r['metric']}/{r['label']}": float(r["value"]) for r in kept.to_dict("records")}
+
+
 class Gap(BaseModel):
     """The largest difference of AUROC between two groups of a field."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,12 @@ from pretrain.views import Views
 
 
 def accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any:
-    """Set up processes, precision and trackers. Raises: UserError: this machine does not support the config."""
+    """Set up processes and precision. Raises: UserError: this machine does not support the config."""
     from accelerate import DistributedDataParallelKwargs
 
-    if absent := [name for name in config.trackers if importlib.util.find_spec(name) is None]:
-        raise UserError(f"trackers: {', '.join(absent)} not installed: pip install {' '.join(absent)}, or trackers=[]")
+    run.check_trackers(config.trackers)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    log_with: Any = config.trackers or None
-    return run.accelerator(
-        args, mixed_precision=config.precision, kwargs_handlers=[ddp], log_with=log_with, project_dir=config.out
-    )
+    return run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[ddp])
 
 
 def text(config: PretrainConfig) -> TextSource | None:

@@ -45,6 +45,12 @@ Precision = Annotated[
 ViewChoice = Annotated[
     Literal["frontal", "all"], Field(description="Which films by view: frontal takes AP and PA, all adds laterals.")
 ]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "mlflow", "csv"]],
+    Field(description="Trackers beside metrics.jsonl, in OUT/trackers/NAME (docs/trackers.md)."),
+]
+Project = Annotated[str, Field(min_length=1, description="The trackers' project or experiment.")]
+RunName = Annotated[str | None, Field(description="The run's name in the trackers; null: the name of `out`.")]
 PerSubjectCap = Annotated[
     int | None, Field(ge=1, le=10**9, description="Largest number of films of a subject, drawn by `seed`; null: all.")
 ]
@@ -422,7 +428,9 @@ class PretrainConfig(Settings):
         le=1e6,
         description="Epochs between exports of encoder/ during training; null: at the end only.",
     )
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="Trackers beside metrics.jsonl.")
+    trackers: Trackers = []
+    project: Project = "ehr-msn"
+    run_name: RunName = None
     readability: bool = Field(
         default=True,
         description="At the end, measure how linearly readable each EHR column is from the frozen features.",

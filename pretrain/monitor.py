@@ -160,7 +160,7 @@ class Watch:
 def introduce(
     log: run.Log, config: PretrainConfig, steps: Steps, method: Method, plan: Schedule, accelerator: Any
 ) -> None:
-    """Write the header of log.txt and of the trackers."""
+    """Write the header of log.txt."""
     films, o = steps.films, config.optim
     for line in films.said:
         log.say(line)
@@ -197,9 +197,6 @@ def introduce(
     groups = np.array(films.column_groups, dtype=object)
     if same := [g for g in films.available_at if (films.static[:, groups == g] == films.static[0, groups == g]).all()]:
         log.say(f"warning: EHR group {', '.join(same)} is equal for all films: it gives the anchor no information")
-    if config.trackers:
-        named = {key: str(value) for key, value in run.flat(config.model_dump(mode="json"))}
-        accelerator.init_trackers("pretrain", config=named)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from pretrain.store import Store
 
 MAY_DIFFER = (
     "workers", "log_every", "save_every_minutes", "keep", "keep_every_hours", "export_every_epochs", "trackers",
-    "checkpointing", "compile",
+    "project", "run_name",    "checkpointing", "compile",
 )  # fmt: skip
 
 callable_module(__name__)
@@ -61,7 +61,7 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     folder = run.open_run(config.out, config, sources=[str(images), index, *notes], may_differ=MAY_DIFFER)
     if run.complete(folder):
         return folder
-    log, store = run.Log(folder, accelerator), Store(config.store)
+    log, store = run.open_log(folder, config, accelerator), Store(config.store)
     with accelerator.main_process_first():  # one process embeds the notes, the others wait
         ehr = config.ehr
         films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
@@ -81,6 +81,7 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     step, seconds = _loop(config, folder, log, method, steps, plan, accelerator)
     if run.is_main():
         export.write(folder, config, method, films, store, step, last=True, seconds=seconds)
+    log.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     run.finish(folder, steps=step, films=len(films))

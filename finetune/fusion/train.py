@@ -37,6 +37,7 @@ from finetune.fusion.models import Sizes
 from finetune.fusion.net import FilmBranch, Net, load_branch, read_branch
 from finetune.fusion.outputs import Predictions
 from finetune.fusion.samples import Samples
+from finetune.results import TRACKING, headline
 from pretrain import run
 
 Rows = dict[str, NDArray[np.int64]]
@@ -57,11 +58,14 @@ def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> 
     if unused and run.is_main():
         print(f"model={config.model} reads no films; not used: {', '.join(unused)}")
     uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may have no film
+    run.check_trackers(config.trackers)
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
     run.share(config.batch_size, accelerator.num_processes, "batch_size")
     samples, films, about = prepare(config, accelerator)
     rows = choose_rows(config, samples)
-    folder = run.open_run(config.out, config, sources=_sources(config), may_differ=["workers", "cache", "adds"])
+    folder = run.open_run(
+        config.out, config, sources=_sources(config), may_differ=["workers", "cache", "adds", *TRACKING]
+    )
     if not run.complete(folder):
         _fuse(config, samples, films, rows, about, accelerator, folder)
     if config.adds:
@@ -79,7 +83,7 @@ def _fuse(
     folder: Path,
 ) -> None:
     """Train with each seed, predict, write."""
-    log = run.Log(folder, accelerator)
+    log = run.open_log(folder, config, accelerator)
     outputs.announce(log, config, samples, rows, films, about)
     found: list[dict[str, Predictions]] = []
     several = len(config.every_seed) > 1
@@ -100,7 +104,10 @@ def _fuse(
         if accelerator.is_main_process and several:
             outputs.write(place, samples, rows, [found[-1]], own, about)
     if accelerator.is_main_process:
-        outputs.show(log, outputs.write(folder, samples, rows, found, config, about), folder)
+        results = outputs.write(folder, samples, rows, found, config, about)
+        log.track(headline(results), 0, "results")
+        outputs.show(log, results, folder)
+    log.close()
     run.finish(folder)
 
 
@@ -157,7 +164,7 @@ def search(
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if not config.lr_draws:
         net = build(config, samples, films)
-        own_log = log if folder == log.folder else run.Log(folder)
+        own_log = log if folder == log.folder else log.within(folder)
         value = train(net, samples, rows, config, accelerator, own_log, folder)
         return net, [_told(config, value) | {"kept": True}]
     low, high = np.log(config.lr_range)
@@ -166,7 +173,7 @@ def search(
     trials = []
     for i, lr in enumerate(lrs):
         own = config.model_copy(update={"lr": lr})
-        net, value = _trial(own, samples, films, rows, accelerator, folder / "search" / f"lr_{i}")
+        net, value = _trial(own, samples, films, rows, accelerator, log, folder / "search" / f"lr_{i}")
         log.say(f"  lr {lr:.2e}: validation AUROC {value.auroc:.3f}, loss {value.loss:.3f}")
         if value.better(best and best[0]):
             best = value, net, i
@@ -176,7 +183,13 @@ def search(
 
 
 def _trial(
-    config: FuseConfig, samples: Samples, films: FilmBranch | None, rows: Rows, accelerator: Accelerator, folder: Path
+    config: FuseConfig,
+    samples: Samples,
+    films: FilmBranch | None,
+    rows: Rows,
+    accelerator: Accelerator,
+    log: run.Log,
+    folder: Path,
 ) -> tuple[Net, Scores]:
     """One training of a search, or its saved result."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -185,7 +198,7 @@ def _trial(
         net.load_state_dict(load_file(folder / "net.safetensors"))
         told = read_json(done)
         return net, Scores(float("nan") if told["val_auroc"] is None else told["val_auroc"], told["val_loss"])
-    value = train(net, samples, rows, config, accelerator, run.Log(folder), folder)
+    value = train(net, samples, rows, config, accelerator, log.within(folder), folder)
     if accelerator.is_main_process:
         with new_file(folder / "net.safetensors") as part:
             save_file({key: weight.contiguous() for key, weight in weights_of(net).items()}, part)

@@ -8,6 +8,7 @@ the end.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ from finetune.probe import evaluation, transfer
 from finetune.probe.evaluation import Scored, check_fields, score, scored, subgroups
 from finetune.probe.methods import Fitted, Learner, Rows, grid, learned_only, on_features, record
 from finetune.probe.shift import in_a_line, shift, sides
-from finetune.results import write_results
+from finetune.results import TRACKING, headline, write_results
 from pretrain import run
 
 
@@ -62,6 +63,7 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     tuned = config.method in ("finetune", "attentive")
     if not tuned and run.check_world(args) > 1:
         raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
+    run.check_trackers(config.trackers)
     run.check_precision(config.precision, cpu=not torch.accelerator.is_available())
     accelerator = run.accelerator(args, mixed_precision=config.precision) if tuned else None
     with accelerator.main_process_first() if accelerator else nullcontext():  # one process packs the films
@@ -72,10 +74,10 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     device = str(accelerator.device) if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
     frozen, through = _through(config, films, store, device, tuned)
     sources = [Path(config.features) / "images.parquet"] if config.features else [Path(config.films.table)]  # type: ignore[union-attr]
-    folder = run.open_run(config.out, config, sources=sources, may_differ=["cache"])
+    folder = run.open_run(config.out, config, sources=sources, may_differ=["cache", *TRACKING])
     if run.complete(folder):
         return folder
-    log = run.Log(folder, accelerator)
+    log = run.open_log(folder, config, accelerator)
     log.say(evaluation.plan(config, films, through.name))
     if through.said:
         log.say(through.said)
@@ -96,11 +98,13 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     if run.is_main():
         said = about(config, films, through, {**more, "warnings": [*warnings, *without_value(rows)]})
         write_results(folder, said, rows)
+        log.track(headline(rows), 0, "results")
         for seed, own in each.items():
             write_results(folder / f"seed_{seed}", said | {"seed": seed, "seeds": 1}, own)
         evaluation.table(rows, f"{config.method} probe of {through.name}, test split, by {config.unit}")
         for line in evaluation.notes(more):
             log.say(line)
+    log.close()
     run.finish(folder, seconds=round(time.monotonic() - began, 1))
     log.say(f"{folder}: results.json, predictions/ ({time.monotonic() - began:.0f} s)")
     log.say(f"next: {command_line('report', folder)}")
@@ -154,8 +158,12 @@ def _learner(
     accelerator: Any,
     device: str,
 ) -> Learner:
+    fits, last = 0, math.inf
+
     def say(epoch: int, value: float) -> None:
-        log.log({"epoch": epoch, "val/auroc/macro": value}, epoch)
+        nonlocal fits, last
+        fits, last = fits + (epoch <= last), epoch  # a draw, fold or seed begins anew
+        log.log({"epoch": epoch, "val/auroc/macro": value}, epoch, "" if fits == 1 else f"fits/{fits - 1}")
 
     if config.encoder == "metadata":
         return on_features(config, films, lambda rows: record(config, films, rows), device, say)

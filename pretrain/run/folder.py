@@ -1,7 +1,7 @@
 """A run folder and what every training loop needs around it; used by pretraining and by fine-tuning.
 
-runs/X/: config.yaml, provenance.json, metrics.jsonl, log.txt, checkpoints/step_*.pt. Only process 0 writes; what it
-decides or refuses, all processes do. A loop reads as
+runs/X/: config.yaml, provenance.json, metrics.jsonl, log.txt, trackers/, checkpoints/step_*.pt. Only process 0 writes;
+what it decides or refuses, all processes do. A loop reads as
 
     accelerator = run.accelerator(args, mixed_precision="no")
     folder = run.open_run(config.out, config, sources=[...])
@@ -31,7 +31,7 @@ from configs.cli import typed
 from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, read_json, tidy, write_json
 from pretrain.run.processes import distributed, on_main
 
-FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet")
+FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet", "trackers")
 OURS = (*FIRST, "metrics.jsonl", "encoder")
 
 

@@ -51,8 +51,8 @@ def test_moments_follow_the_memory_order_of_their_parameters():
     torch.testing.assert_close(three_steps(reload=True), three_steps(reload=False), rtol=0, atol=0)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_tracker_that_is_not_installed_is_named_before_the_run_begins(tmp_path):
+def test_a_tracker_that_is_not_installed_is_named_before_the_run_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
     config = PretrainConfig(**WHERE, trackers=["wandb"])
     with pytest.raises(UserError, match="pip install wandb"):
         build.accelerator(config, None)

@@ -161,7 +161,11 @@ def test_transformers_reads_processor_and_pool(tmp_path):
 
 def probe(folder: Path, encoder: Path, **run) -> Path:
     row = {"split": "test", "label": "macro", "subset": "all", "metric": "auroc", "value": 0.71234, "low": 0.6}
-    rows = [row | {"high": 0.8, "n": 31}, row | {"split": "val", "value": 0.99}, row | {"label": "Edema", "value": 0.98}]
+    rows = [
+        row | {"high": 0.8, "n": 31},
+        row | {"split": "val", "value": 0.99},
+        row | {"label": "Edema", "value": 0.98},
+    ]
     about = {"task": "findings", "model": "linear", "encoder": str(encoder), **run}
     write_json(folder / "results.json", {"run": about, "rows": rows})
     return folder
