@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,7 +166,7 @@ class Wandb:
 
         self.kept = folder / "run.json"
         state = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.is_file() else {}
-        self.id, self.last = state.get("id") or wandb.util.generate_id(), dict[str, int](state.get("last", {}))
+        self.id, self.last = state.get("id") or uuid.uuid4().hex[:8], dict[str, int](state.get("last", {}))
         login = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if login else "offline")
         self.run = wandb.init(
