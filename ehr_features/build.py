@@ -29,7 +29,7 @@ from safetensors import safe_open
 from configs import UserError, load
 from configs.face import callable_module
 from configs.loader import Given
-from ehr_features import check, cohort, labels, schema, splits
+from ehr_features import check, cohort, labels, plug_ins, schema, splits
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import (
     alone,
@@ -84,7 +84,8 @@ def build(config: FeaturesConfig | Given) -> Path:
     out = config.out
     check_ours(out, "a features folder", ["provenance.json"])
     splits.check(config.split)
-    own_tables(out, config.tasks)
+    tasks = [plug_ins.task_name(task) for task in config.tasks]
+    own_tables(out, tasks)
     steps = Steps()
     with steps("opening the tables"):
         source = open_source(config)
@@ -140,7 +141,7 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
         rows = _rows(source, found, attrition)
         write_json(part / "attrition.json", attrition.as_json())
         write_json(part / "provenance.json", _provenance(config, source, prints, rows, part, steps, key, warnings))
-        for path in own_tables(config.out, config.tasks):
+        for path in own_tables(config.out, [plug_ins.task_name(task) for task in config.tasks]):
             whole = path.is_dir() and not path.is_symlink()
             copy = partial(shutil.copytree, symlinks=True) if whole else partial(shutil.copy2, follow_symlinks=False)
             copy(path, part / "samples" / path.name)
@@ -166,7 +167,8 @@ def is_current(out: Path, key: str) -> bool:
 
 
 def _extra_files(config: FeaturesConfig) -> list[str]:
-    named = [config.channels, Path(config.split) if Path(config.split).is_file() else None]
+    tasks = [plug_ins.file_of(task) for task in config.tasks if plug_ins.is_file(task)]
+    named = [*tasks, config.channels, Path(config.split) if Path(config.split).is_file() else None]
     return [file_digest(path) for path in named if path is not None and path.is_file()]
 
 
@@ -319,15 +321,17 @@ def samples(
 ) -> dict[str, Any]:
     """Write samples/TASK.parquet of each task; returns their entries of schema.json."""
     tables, con = {}, cohort_.source.con
-    for task in cohort_.config.tasks:
-        columns = {**schema.SAMPLES, **labels.label_columns(task)}
+    for word in cohort_.config.tasks:
+        task = plug_ins.task_name(word)
+        columns = {**schema.SAMPLES, **labels.label_columns(word)}
         path = part / "samples" / f"{task}.parquet"
         if task == "findings":
             names = ["dicom_id", "stay_id", "subject_id", "split", *schema.FINDINGS]
             images = pd.read_parquet(part / "images.parquet", columns=names)
             write_table(con, labels.finding_samples(images, cohort_.config.findings, attrition), path, columns)
         else:
-            samples = labels.TASKS[task](cohort_, attrition)
+            made = labels.TASKS.get(word)
+            samples = labels.own_task(cohort_, word) if made is None else made(cohort_, attrition)
             samples = labels.latest(samples, status, "code_status")
             samples = _with_film(samples, stay_films)
             write_table(con, samples.order_by("stay_id", "predict_at_hours"), path, columns)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from configs import Settings
-from configs.loader import Seed
+from configs.plugin import is_file
 
 Task = Literal["mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay", "findings"]
 Filter = Literal["none", "standard", "aggressive"]
@@ -92,8 +93,10 @@ class FeaturesConfig(Settings):
     )
     step_hours: int = Field(default=1, ge=1, le=24, description="Hours in a bin of the series.")
     channels: Path | None = Field(default=None, description="Your own channels.yaml in place of the shipped one.")
-    tasks: tuple[Task, ...] = Field(
-        default=("mortality", "phenotypes"), description="Tasks to write; each becomes samples/TASK.parquet."
+    tasks: tuple[str, ...] = Field(
+        default=("mortality", "phenotypes"),
+        description=f"Tasks to write, each becomes samples/TASK.parquet: {', '.join(get_args(Task))}, or one of your "
+        "own, FILE.py:Class (docs/plug_ins.md).",
     )
     landmark_hours: int = Field(
         default=48,
@@ -130,6 +133,16 @@ class FeaturesConfig(Settings):
     memory: Memory = "4GB"
     threads: Threads = 2
     storage: Storage = {}
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for task in tasks:
+            if task not in get_args(Task) and not is_file(task):
+                near = difflib.get_close_matches(task, get_args(Task), n=1)
+                hint = f"did you mean `{near[0]}`? " if near else ""
+                raise ValueError(f"`{task}`: {hint}wanted {', '.join(get_args(Task))}, or FILE.py:Class")
+        return tasks
 
     @model_validator(mode="after")
     def _consistent(self) -> FeaturesConfig:

@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 from ibis import _
 
+from ehr_features import plug_ins
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig, Findings, Policy
 from ehr_features.phenotypes import groups, with_phenotypes
@@ -99,8 +100,22 @@ TASKS: dict[str, Callable[[Cohort, Attrition], ir.Table]] = {
 }
 
 
+def own_task(cohort: Cohort, word: str) -> ir.Table:
+    """The samples of a task of the user's own file, FILE.py:Class."""
+    names = ["stay_id", "hadm_id", "subject_id", "intime", "outtime", "los_hours", "death_hours", "age_years", "sex"]
+    stays = cohort.stays.select(*names, "split").to_pandas()
+    rows = plug_ins.task_rows(word, stays, lambda name: cohort.source.table(name).to_pandas())
+    rows["sample_id"] = rows["stay_id"].astype(str)
+    if rows["stay_id"].duplicated().any():
+        rows["sample_id"] += "-" + rows["predict_at_hours"].map("{:g}".format)
+    held = hold(cohort.source.con, f"own_{plug_ins.task_name(word)}", pa.Table.from_pandas(rows, preserve_index=False))
+    return held.join(cohort.stays.select("stay_id", "subject_id", "split"), "stay_id")
+
+
 def label_columns(task: str) -> dict[str, Column]:
     """The label columns of a task."""
+    if plug_ins.is_file(task):
+        return {name: Column("int64", "", "outcome", "discharge") for name in plug_ins.load_task(task).labels}
     if task.startswith("phenotypes"):
         return {f"phenotype_{g}": Column("int64", "", "phenotype", "discharge") for g in groups()}
     if task == "length_of_stay":

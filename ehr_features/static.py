@@ -25,6 +25,7 @@ from configs import UserError
 from ehr_features import schema
 from ehr_features.config import TEXT_GROUP
 from ehr_features.phenotypes import groups as phenotype_groups
+from ehr_features.plug_ins import encode_group, is_file, load_group
 
 REPORTING_ONLY = ("race", "insurance", "language", "code_status", "anchor_year_group", "care_unit")
 
@@ -59,7 +60,10 @@ def encode(
     scale = Scale(fitted["scales"], train)
     columns: Columns = {}
     for name in names:
-        columns |= MSN[name](images) if preset == "msn" else DEFAULT[name](images, scale)
+        made = _encoded(name, images, scale, preset)
+        if twice := sorted(columns.keys() & made.keys()):
+            raise UserError(f"EHR group {name}: its columns {', '.join(twice)} are those of another group; rename them")
+        columns |= made
     array = np.column_stack(list(columns.values())).astype(np.float32) if columns else np.zeros((len(images), 0), "f4")
     if fitted.setdefault("columns", list(columns)) != list(columns):
         raise UserError(f"fitted with the columns {fitted['columns']}, these films give {list(columns)}")
@@ -79,6 +83,9 @@ def resolve(groups: Sequence[str], preset: str = "default") -> list[str]:
             names += sets[group]
         elif group in known:
             names.append(group)
+        elif is_file(group) and preset == "default":
+            load_group(group)
+            names.append(group)
         else:
             raise UserError(_refusal(group, [*known, *sets], preset))
     return list(dict.fromkeys(names))
@@ -94,6 +101,9 @@ def reads(groups: Sequence[str], preset: str, there: Iterable[str]) -> list[str]
     of, there = (MSN_READS if preset == "msn" else READS), list(there)
     out: dict[str, None] = {}
     for group in resolve(groups, preset):
+        if is_file(group):
+            out |= dict.fromkeys(load_group(group).reads)
+            continue
         own = sorted(c for c in there if c.startswith(f"{group}_")) if group in RECORD_GROUPS else of[group]
         if not own:
             raise UserError(
@@ -109,7 +119,7 @@ def has(group: str, there: Iterable[str]) -> bool:
     there = set(there)
     if group in RECORD_GROUPS:
         return any(column.startswith(f"{group}_") for column in there)
-    return set(READS[group]) <= there
+    return set(load_group(group).reads if is_file(group) else READS[group]) <= there
 
 
 def available_at(groups: Sequence[str], preset: str = "default") -> dict[str, str]:
@@ -120,7 +130,10 @@ def available_at(groups: Sequence[str], preset: str = "default") -> dict[str, st
     of, order = (MSN_READS if preset == "msn" else READS), ("study", "admission", "discharge")
     when = {name: column.available_at for name, column in schema.IMAGES.items()}
     columns = resolve(without_text(groups), preset)
-    known: dict[str, str] = {g: max((when[c] for c in of[g]), key=order.index, default="study") for g in columns}
+    known: dict[str, str] = {
+        g: load_group(g).available_at if is_file(g) else max((when[c] for c in of[g]), key=order.index, default="study")
+        for g in columns
+    }
     return known | ({TEXT_GROUP: "study"} if TEXT_GROUP in groups else {})
 
 
@@ -151,6 +164,13 @@ def known(array: np.ndarray, columns: Sequence[str], groups: Sequence[str]) -> n
             elif i not in masks and not (group in RECORD_GROUPS and columns[i].endswith("_hours")):
                 out[:, i] = array[:, next((mask for mask in masks if mask > i), masks[-1])] == 0
     return out
+
+
+def _encoded(name: str, images: pd.DataFrame, scale: Scale, preset: str) -> Columns:
+    """The columns of one group."""
+    if is_file(name):
+        return encode_group(name, images, scale)
+    return MSN[name](images) if preset == "msn" else DEFAULT[name](images, scale)
 
 
 def _refuse_empty(train: pd.DataFrame, groups: Sequence[str]) -> None:
