@@ -69,10 +69,11 @@ def fit(
         net.load_state_dict(saved.pop("net"))
         optimizer.load_state_dict(saved.pop("optimizer"))
         at |= saved
-    part = log.part if log.folder == folder else Path(folder).relative_to(log.folder).as_posix()
+    inside = log.trackers and log.folder != folder
+    part = Path(folder).relative_to(log.folder).as_posix() if inside else log.part
     if log.folder == folder:
         log.cut(at["step"])
-    elif log.trackers:
+    elif inside:
         log.begin(at["step"], part)
     unit = "steps" if per_epoch > 1 else "epochs"
     with run.stopping() as stop, Bar(f"training {folder.name}", epochs * per_epoch, unit, shown=run.is_main()) as bar:

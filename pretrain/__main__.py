@@ -56,8 +56,7 @@ def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from pretrain import hub
-    from pretrain.export import export
+    from pretrain.export import export, hub
 
     if args.push is not None:
         hub.check_name(args.push)

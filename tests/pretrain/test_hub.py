@@ -19,9 +19,9 @@ from configs import UserError
 from ehr_features.files import write_json
 from pretrain import encoder as enc
 from pretrain.__main__ import main
-from pretrain.card import NO_RESULTS, PHYSIONET
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.export import export
+from pretrain.export.card import NO_RESULTS, PHYSIONET
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/using_the_encoder.md"
 SMALL = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError
-from pretrain.formats import HUB_FILES
+from pretrain.export.formats import HUB_FILES
 
 BESIDE = ("README.md", "encoder.json")  # sent with the files of every form
 TERMS = (

@@ -20,15 +20,15 @@ from torch import Tensor
 from configs import UserError
 from ehr_features.config import TEXT_GROUP
 from ehr_features.files import digest, new_folder, write_json
-from pretrain import card
 from pretrain import encoder as encoders
-from pretrain.card import NO_RESULTS, READABLE, model_card
 from pretrain.config import PretrainConfig
 from pretrain.data import Films
 from pretrain.encoder import Encoder
 from pretrain.encoder.model import encoder_folder
 from pretrain.encoder.weights import to_channels
-from pretrain.formats import WRITERS, opened
+from pretrain.export import card
+from pretrain.export.card import NO_RESULTS, READABLE, model_card
+from pretrain.export.formats import WRITERS, opened
 from pretrain.methods import Method
 from pretrain.run import load_checkpoint
 from pretrain.seen import ancestry
@@ -145,7 +145,7 @@ def export(
             hub reads above it.
         in_chans: 1 or 3: the first layer gives the same features for gray films repeated in so many channels.
         branch: None: that of encoder/; `anchor` reads the trained branch from the newest checkpoint.
-        form: `timm`, `transformers`, `onnx` or `torchscript` (pretrain/formats.py).
+        form: `timm`, `transformers`, `onnx` or `torchscript` (pretrain/export/formats.py).
         probe: a probe's run folder; its numbers go into the model card. None: the newest one beside the run.
         name: on a hub, ORG/NAME; for the card.
     Raises: UserError: no encoder or checkpoint there, `out` exists, the form cannot have this encoder, or packages are
