@@ -23,7 +23,7 @@ Trained on credentialed data (PhysioNet) where it was MIMIC: the data must not l
 carry traces of patients. Share them only after checking the data use agreement. For research; not a medical device."""
 
 
-PHYSIONET = {
+PHYSIONET: dict[str, Any] = {
     "license": "other",
     "license_name": "physionet-credentialed-health-data-1.5.0",
     "license_link": "https://physionet.org/content/mimic-cxr-jpg/view-license/2.1.0/",
@@ -125,7 +125,7 @@ def header(
 ) -> str:
     """The YAML that a hub reads, between its lines of dashes: licence, tags, data sets, and a probe's test metrics."""
     mimic = trained is None or any(data.startswith("mimic") for data in trained)
-    licence = PHYSIONET if mimic else {"license": "other", "license_name": "that-of-the-training-films"}
+    licence: dict[str, Any] = PHYSIONET if mimic else {"license": "other", "license_name": "that-of-the-training-films"}
     tags = ["chest-x-ray", "radiology", "medical", "self-supervised-learning", str(meta.get("method", "ehr-msn"))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
