@@ -61,18 +61,19 @@ def push(folder: Path, name: str, form: str, api: Any = None) -> str:
         api: a `huggingface_hub.HfApi`; None: that of the user's login.
     Returns: its address. Raises: UserError: the hub cannot be reached, or refuses.
     """
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     files = [file for file in (*BESIDE, *HUB_FILES[form]) if (folder / file).is_file()]
     api = HfApi() if api is None else api
+    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]  # the one that the hub uses
+    http: list[type[Exception]] = [client.HTTPError for client in clients]
     try:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=name, folder_path=folder, allow_patterns=files, commit_message=f"Export of {folder.name}"
         )
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, OSError, ValueError, *http) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--push {name}: the hub did not take it: {why}. {folder} is complete; push it again") from None
     print(f"sent {', '.join(files)} to the repository {name} (private if it is new)")
