@@ -232,7 +232,8 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer({"commitUrl": "http://hub/commit/1", "commitOid": "1", "pullRequestUrl": None})
+            where = f"http://{self.headers['Host']}/my-lab/cxr/commit/1"
+            self.answer({"commitUrl": where, "commitOid": "1", "pullRequestUrl": None})
         else:
             self.answer({"error": f"no POST {self.path}"}, 404)
 
