@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from configs import Settings
+from configs.loader import Seed
 from configs.plugin import is_file
 
 Task = Literal["mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay", "findings"]
