@@ -67,13 +67,13 @@ def push(folder: Path, name: str, form: str, api: Any = None) -> str:
     files = [file for file in (*BESIDE, *HUB_FILES[form]) if (folder / file).is_file()]
     api = HfApi() if api is None else api
     clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]  # the one that the hub uses
-    http: list[type[Exception]] = [client.HTTPError for client in clients]
+    failed: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, ValueError, *(c.HTTPError for c in clients))
     try:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=name, folder_path=folder, allow_patterns=files, commit_message=f"Export of {folder.name}"
         )
-    except (HfHubHTTPError, OSError, ValueError, *http) as error:
+    except failed as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--push {name}: the hub did not take it: {why}. {folder} is complete; push it again") from None
     print(f"sent {', '.join(files)} to the repository {name} (private if it is new)")
