@@ -1,161 +1,227 @@
-"""A smoke test on real films: a short vanilla pretraining, then sex, view and findings from the frozen features.
+"""Evidence on real films: what pretraining adds to random weights, raw pixels and training from scratch.
 
-    ./launch.sh python -m benchmarks.real_films OUT --mimic-cxr DIR --nih DIR --mimic-iv DIR [--seeds 0 1 2] [--folds 3]
+    ./launch.sh python -m benchmarks.real_films OUT --films DIR/films.csv [--tables networks films time record]
 
-`--mimic-cxr`: NIH films in MIMIC-CXR-JPG's layout under other names. Their sex and person are known only from NIH's
-table (`--nih`: Data_Entry*.csv and the same image files). Cross-validation is by person: each film is scored by an
-encoder and a head of a fold that saw neither its NIH person nor its subject_id. Prints AUROC over all films and the
-paired difference to random weights of the same architecture (95% interval over seeds and persons).
+`--films`: a table with path, source, patient, sex, view and findings (words separated by |), beside its films. The NIH
+films' patients are split into five folds. A run pretrains on all films but those of the patients of one fold, probes on
+the NIH films of the others (all, and a tenth of the patients), and is scored on the fold's: findings with at least 30
+films, among AP films and among PA films, averaged; sex; view. So all five runs of a setting have their own test
+patients, training and heads, and Student's t over them gives the intervals.
+
+Training from scratch (all weights, from the labels) is run once per network and fold. Each run adds its rows to
+benchmarks/real_films.csv (`--rows`), which ships; runs with rows there are skipped, so the same command resumes, on any
+machine. It ends with the tables of all rows so far.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.special import expit
+from scipy import stats
+from sklearn.metrics import roc_auc_score
 
-from configs import cli, load
-from ehr_features.build import build
-from ehr_features.config import FeaturesConfig
-from ehr_features.schema import FINDINGS, FRONTAL
-from finetune.compare import paired
-from finetune.config import ProbeConfig
+from configs import cli
+from ehr_features.files import read_json
 from finetune.demo import CONFIGS
-from finetune.probe.main import probe
 from finetune.results import read_predictions
-from pretrain.config import ImagesConfig, PretrainConfig
-from pretrain.store import pack
-from pretrain.train import train
 
-RECIPE = ["encoder.model_args={embed_dim: 96, depth: 4, num_heads: 3}", "ehr.groups=[]", "readability=false"]
-Scores = dict[str, pd.DataFrame]
-SOURCES = ("random weights", "pretrained", "raw 16x16 pixels")
+FOLDS, LEAST = 5, 30  # LEAST: films with a finding
+SHARES = (1.0, 0.1)
+ROWS = Path(__file__).with_name("real_films.csv")
+SETTING = ["network", "record", "films", "seconds"]
+SCORES = ["findings", "sex", "view"]
+COLUMNS = [*SETTING, "fold", "source", "share", *SCORES, "steps", "seconds_used"]
+NETWORKS = {  # the demo's recipe with each network, at 64 px
+    "resnet": [],
+    "densenet": ["encoder.arch=densenet121", "encoder.model_args={growth_rate: 12, block_config: [2, 3, 4, 3]}"],
+    "vit": [
+        "encoder.arch=vit_small_patch16_224",
+        "encoder.model_args={patch_size: 8, embed_dim: 192, depth: 6, num_heads: 3}",
+    ],
+}
+RECORDS = {
+    "off": ["ehr.groups=[]"],
+    "condition": ["ehr.groups=[sex,age]", "ehr.use=condition"],
+    "predict": ["ehr.groups=[sex,age]", "ehr.use=predict", "ehr.predict_weight=5"],
+    "permuted": ["ehr.groups=[sex,age]", "ehr.use=predict", "ehr.predict_weight=5", "ehr.permuted=true"],
+}
+BASE: dict[str, Any] = {"network": "resnet", "record": "off", "films": 0, "seconds": 120}  # films 0: all
+TABLES: dict[str, list[dict[str, Any]]] = {
+    "networks": [{"network": name} for name in NETWORKS],
+    "films": [{"films": n} for n in (500, 1000, 2000, 0)],
+    "time": [{"seconds": n} for n in (120, 480, 1800)],
+    "record": [{"record": name} for name in RECORDS],
+}
+OURS, RIVALS = "pretrained", ("random weights", "raw pixels", "from scratch")
 
 
-def read_films(mimic_cxr: Path, nih: Path) -> pd.DataFrame:
-    """One row per frontal film: ids, path, male, ap, findings, and person (from NIH's or the linked tables)."""
-    metadata, findings = (pd.read_csv(mimic_cxr / f"mimic-cxr-2.0.0-{n}.csv.gz") for n in ("metadata", "chexpert"))
-    named = pd.read_csv(next(nih.glob("Data_Entry*.csv")))
-    named["stem"] = named["Image Index"].map(lambda name: Path(name).stem)
-    twins = _contents(nih).merge(named, on="stem").drop_duplicates("content")
-    films = _contents(mimic_cxr).merge(twins.drop(columns=["stem", "path"]), on="content", validate="m:1")
-    films = films.rename(columns={"stem": "dicom_id"}).merge(metadata, on="dicom_id", validate="1:1")
-    films = films.merge(findings, on=["subject_id", "study_id"], how="left", validate="m:1")
-    films = films[films["ViewPosition"].isin(FRONTAL)].sort_values("dicom_id", ignore_index=True)
-    films["male"] = (films["Patient Gender"] == "M").astype(int)
-    films["ap"] = (films["ViewPosition"] == "AP").astype(int)
-    people, subjects = (pd.factorize(films[c])[0] for c in ("Patient ID", "subject_id"))
-    links = (np.ones(len(films)), (people, people.max() + 1 + subjects))
-    size = int(people.max() + subjects.max() + 2)
-    films["person"] = connected_components(coo_array(links, shape=(size, size)), directed=False)[1][people]
+def read_films(path: Path) -> pd.DataFrame:
+    """The table with 0/1 columns (findings of at least LEAST NIH films, `male`, `ap`) and `fold` (-1: not NIH)."""
+    films = pd.read_csv(path, dtype={"patient": str})
+    nih = films["source"] == "nih"
+    words = films["findings"].str.get_dummies("|")
+    names = [name for name in words if name != "No Finding" and words.loc[nih, name].sum() >= LEAST]
+    films[names] = words[names].where(nih)
+    films["male"], films["ap"] = (
+        (films[c] == yes).where(nih).astype("Int8") for c, yes in (("sex", "M"), ("view", "AP"))
+    )
+    films["fold"] = films["patient"].where(nih).map(folds(films[nih])).fillna(-1).astype(int)
     return films
 
 
-def _contents(folder: Path) -> pd.DataFrame:
-    paths = sorted(folder.rglob("*.jpg"))
-    rows = [(p.stem, p.relative_to(folder).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in paths]
-    return pd.DataFrame(rows, columns=["stem", "path", "content"])
+def folds(films: pd.DataFrame) -> pd.Series:
+    """Patient -> fold, of about equally many films."""
+    sizes = films.groupby("patient").size().sample(frac=1, random_state=0)
+    return ((sizes.cumsum() - 1) * FOLDS // len(films)).astype(int)
 
 
-def parts(films: pd.DataFrame, seed: int, folds: int, fold: int) -> pd.Series:
-    """train, val (an eighth of the rest) or test of a fold: whole persons, in folds of about equally many films."""
-    sizes = films.groupby("person").size().sample(frac=1, random_state=seed)
-    order = (sizes.cumsum() - 1) * folds * 8 // len(films)  # eighths of folds
-    eighth = films["person"].map(order)
-    split = pd.Series("train", index=films.index).mask(eighth % 8 == 7, "val")
-    return split.mask(eighth // 8 == fold, "test")
-
-
-def prepared(args: argparse.Namespace, films: pd.DataFrame, folder: Path, split: pd.Series) -> None:
-    """features/ with the fold's split, and films.csv: the inputs of pretraining and probe."""
+def tables_of_a_fold(
+    films: pd.DataFrame, fold: int, count: int, folder: Path, root: Path
+) -> tuple[list[str], list[str]]:
+    """Write what pretraining reads and what the probe reads. Returns: the keys that name them."""
     folder.mkdir(parents=True, exist_ok=True)
-    films.assign(split=split).to_csv(folder / "films.csv", index=False)
-    patients = pd.read_csv(next((args.mimic_iv / "hosp").glob("patients.csv*")))
-    listed = pd.read_csv(args.mimic_cxr / "mimic-cxr-2.0.0-metadata.csv.gz")
-    subjects = pd.DataFrame({"subject_id": films["subject_id"], "split": split}).drop_duplicates()
-    others = set(patients["subject_id"]) | set(listed["subject_id"])
-    others = pd.DataFrame({"subject_id": sorted(others - set(subjects["subject_id"])), "split": "train"})
-    pd.concat([subjects, others]).to_csv(folder / "split.csv", index=False)
-    given = [f"mimic_iv={args.mimic_iv}", f"mimic_cxr={args.mimic_cxr}", "tasks=[]", f"split={folder / 'split.csv'}"]
-    if not (folder / "features" / "provenance.json").is_file():
-        build(load(FeaturesConfig, CONFIGS / "features.yaml", [*given, f"out={folder / 'features'}"]))
+    patients = films.loc[films["fold"] >= 0, "patient"].drop_duplicates().sample(frac=1, random_state=fold)
+    val = set(patients[: len(patients) // 10])
+    split = (
+        pd.Series("train", index=films.index)
+        .mask(films["patient"].isin(val), "val")
+        .mask(films["fold"] == fold, "test")
+    )
+    given = films[["path", "patient", "sex", "age_years", "view"]].assign(split=split)
+    train = given.index[split == "train"]
+    drop = train if not count else train.to_series().sample(count, random_state=fold)
+    given.loc[(split != "train") | given.index.isin(drop)].to_csv(folder / "pretrain.csv", index=False)
+    labels = label_columns(films)
+    films[["path", "patient", "view", *labels]].assign(split=split)[films["fold"] >= 0].to_csv(
+        folder / "probe.csv", index=False
+    )
+    common = [f"films.images={root}", "films.path=path", "films.subject=patient", "features=null"]
+    one = [*common, f"films.table={folder / 'pretrain.csv'}"]
+    return one, [
+        *common,
+        f"films.table={folder / 'probe.csv'}",
+        f"films.columns=[{','.join(labels)}]",
+        "films.split=split",
+    ]
 
 
-def run(args: argparse.Namespace, films: pd.DataFrame, labels: Sequence[str], seed: int, fold: int) -> Scores:
-    """Pretrain and probe one fold. Returns: source -> probabilities of its test films, by dicom_id."""
-    folder = args.out / f"seed_{seed}_fold_{fold}"
-    prepared(args, films, folder, parts(films, seed, args.folds, fold))
-    store = f"store={args.out / 'store'}"
-    given = [f"features={folder / 'features'}", store, f"out={folder / 'pretrained'}", f"seed={seed}"]
-    given += [*RECIPE, f"optim.steps={args.steps}", *args.keys]
-    encoder = train(load(PretrainConfig, CONFIGS / "pretrain_vit_small.yaml", given))
-    table = f"{{layout: csv, table: {folder / 'films.csv'}, images: {args.mimic_cxr}, columns: {list(labels)}, "
-    table += "subject: person, study: dicom_id, split: split, view: ViewPosition}"
-    found = {}
-    for source, spec in zip(SOURCES, (f"random:{encoder}", str(encoder), "pixels"), strict=True):
-        out = folder / f"probe_{source.replace(' ', '_')}"
-        given = ["features=null", "labels=[]", "samples=0", "empty=zeros", f"films={table}", store]  # as in MIMIC
-        given += [f"encoder={spec}", f"out={out}", f"seed={seed}"]
-        probe(load(ProbeConfig, CONFIGS / "probe_linear.yaml", given))
-        ids, _, logits = read_predictions(out, "test")
-        found[source] = pd.DataFrame(expit(logits.to_numpy()), index=ids["dicom_id"], columns=list(logits))
-    return found
+def label_columns(films: pd.DataFrame) -> list[str]:
+    """The findings, then male and ap."""
+    place = list(films).index("pixels") + 1
+    return [name for name in list(films)[place:] if name != "fold"]
 
 
-def table(films: pd.DataFrame, findings: Sequence[str], runs: dict[str, list[pd.DataFrame]]) -> str:
-    """AUROC of each source, and the paired difference of the first two."""
-    head = f"| AUROC, {len(films)} films, mean of {len(runs[SOURCES[0]])} seeds | {' | '.join(SOURCES)} |"
-    rows = [f"{head} pretrained minus random |", "|---|---|---|---|---|"]
-    whole, ap = np.ones(len(films), bool), films["ap"].to_numpy() == 1
-    for says, columns, among in (
-        ("sex", ["male"], whole),
-        ("view (AP or PA)", ["ap"], whole),
-        (f"{len(findings)} findings, macro", list(findings), whole),
-        ("the same, AP films", list(findings), ap),
-        ("the same, PA films", list(findings), ~ap),
-    ):
-        labels = films.loc[among, columns].fillna(0).replace(-1, np.nan).to_numpy(np.float64)
-        scores = {source: np.stack([each[columns].to_numpy()[among] for each in runs[source]]) for source in SOURCES}
-        people = films.loc[among, "person"].to_numpy()
-        found = [
-            paired(labels, scores["pretrained"], scores[source], groups=people, same_seeds=True).iloc[0]
-            for source in SOURCES
-        ]
-        gap = f"{found[0]['difference']:+.3f} ({found[0]['low']:+.3f} to {found[0]['high']:+.3f})"
-        values = " | ".join(f"{each['b']:.3f}" for each in found)
-        rows.append(f"| {says} | {values} | {gap} |")
-    return "\n".join(rows)
+def scores(films: pd.DataFrame, run: Path) -> dict[str, float]:
+    """AUROC on the test films: findings (macro within AP and within PA, averaged), sex, view."""
+    ids, _, logits = read_predictions(run, "test")
+    films = films.set_index(films["path"].map(lambda p: Path(p).stem)).loc[ids["dicom_id"]].reset_index(drop=True)
+    found: dict[str, list[float]] = {name: [] for name in SCORES}
+    for name in logits:
+        kind = {"male": "sex", "ap": "view"}.get(name, "findings")
+        for ap in (None,) if kind != "findings" else (0, 1):
+            among = np.ones(len(films), bool) if ap is None else (films["ap"] == ap).to_numpy(bool)
+            truth = films.loc[among, name].to_numpy(int)
+            if 0 < truth.sum() < len(truth):
+                found[kind].append(float(roc_auc_score(truth, logits.loc[among, name])))
+    return {kind: round(float(np.mean(values)), 4) for kind, values in found.items()}
+
+
+def run(out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fold: int) -> list[dict[str, Any]]:
+    """Pretrain and probe once. Returns: the rows, one for each source and share of labelled patients."""
+    folder = out / ("-".join(str(setting[k]) for k in SETTING) + f"-fold{fold}")
+    pretraining, probing = tables_of_a_fold(films, fold, setting["films"], folder, root)
+    keys = [*NETWORKS[setting["network"]], *RECORDS[setting["record"]], "encoder.image_size=64", "readability=false"]
+    keys += [
+        "films.positives=film",
+        "optim.steps=null",
+        f"optim.processor_seconds={setting['seconds']}",
+        f"seed={fold}",
+    ]
+    encoder = folder / "pretrained"
+    _call("pretrain", "demo/pretrain_resnet", *pretraining, f"store={out / 'store'}", *keys, f"out={encoder}")
+    about, made = read_json(encoder / "encoder" / "encoder.json"), []
+    sources = {OURS: str(encoder), RIVALS[0]: f"random:{encoder}", RIVALS[1]: "pixels"}
+    if setting == BASE | {"network": setting["network"]}:
+        sources[RIVALS[2]] = f"random:{encoder}"
+    for source, spec in sources.items():
+        for share in SHARES:
+            probe = folder / f"{source.replace(' ', '_')}_{share:g}"
+            method = ["method=finetune", "tune.epochs=15"] if source == RIVALS[2] else ["method=logistic"]
+            given = [
+                *probing,
+                f"store={out / 'store'}",
+                f"encoder={spec}",
+                *method,
+                f"fraction={share}",
+                f"seed={fold}",
+            ]
+            _call("probe", "own_films/probe", *given, f"out={probe}")
+            row = {**setting, "fold": fold, "source": source, "share": share, **scores(films, probe)}
+            made.append(row | {"steps": about["step"], "seconds_used": round(about["processor_seconds"])})
+    return made
+
+
+def _call(command: str, config: str, *keys: str) -> None:
+    words = [sys.executable, "-P", "-m", "configs", command, str(CONFIGS.parent / f"{config}.yaml"), *keys]
+    subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+
+def table(rows: pd.DataFrame, settings: Sequence[dict[str, Any]], share: float) -> str:
+    """Findings within view of each setting, ours minus each rival over the folds, and sex and view."""
+    lines = ["| pretraining | folds | " + " | ".join((OURS, *(f"minus {r}" for r in RIVALS), "sex", "view")) + " |"]
+    lines.append("|---" * (4 + len(RIVALS) + 1) + "|")
+    for setting in settings:
+        among = rows[(rows[SETTING] == pd.Series(BASE | setting)[SETTING]).all(axis=1) & (rows["share"] == share)]
+        by = {name: among.pivot(index="fold", columns="source", values=name) for name in SCORES}
+        if not len(among):
+            continue
+        says = ", ".join(f"{k} {v or 'all'}" for k, v in setting.items())
+        ours = by["findings"][OURS]
+        cells = [f"{ours.mean():.3f}", *(gap(ours - by["findings"][r]) if r in by["findings"] else "" for r in RIVALS)]
+        cells += [f"{by[name][OURS].mean():.3f}" for name in ("sex", "view")]
+        lines.append(f"| {says} | {len(by['sex'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gap(differences: pd.Series) -> str:
+    """The mean with its 95% interval."""
+    if len(differences) < 2:
+        return f"{differences.mean():+.3f}"
+    between = stats.ttest_1samp(differences, 0).confidence_interval()
+    return f"{differences.mean():+.3f} ({between.low:+.3f} to {between.high:+.3f})"
 
 
 def main() -> None:
-    """Run what is missing, print the table."""
+    """Run what is missing, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path)
-    for name in ("mimic-cxr", "nih", "mimic-iv"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of folds and trainings")
-    parser.add_argument("--folds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--keys", nargs="*", default=[], metavar="key=value", help="of every pretraining")
+    parser.add_argument("--films", type=Path, required=True, metavar="CSV")
+    parser.add_argument("--tables", nargs="*", choices=list(TABLES), default=list(TABLES), help="(default: all)")
+    parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)), help="(default: all five)")
+    parser.add_argument("--rows", type=Path, default=ROWS, metavar="CSV", help="(default: benchmarks/real_films.csv)")
     args = parser.parse_args()
-    films = read_films(args.mimic_cxr, args.nih)
-    findings = [name for name in FINDINGS if (films[name] == 1).sum() >= 20]
+    films = read_films(args.films)
     if not (args.out / "store" / "store.json").is_file():
-        pack(ImagesConfig(mimic_cxr=str(args.mimic_cxr), out=str(args.out / "store"), size=96, views="frontal"))
-    runs: dict[str, list[pd.DataFrame]] = {source: [] for source in SOURCES}
-    for seed in args.seeds:
-        folds = [run(args, films, [*findings, "male", "ap"], seed, fold) for fold in range(args.folds)]
-        for source in SOURCES:
-            runs[source].append(pd.concat([fold[source] for fold in folds]).loc[films["dicom_id"]])
-    print(table(films, findings, runs))
+        _call("images", "own_films/images", f"films={args.films}", f"out={args.out / 'store'}", "size=96")
+    rows = pd.read_csv(args.rows) if args.rows.is_file() else pd.DataFrame(columns=COLUMNS)
+    for fold in args.folds:
+        for setting in (BASE | each for name in args.tables for each in TABLES[name]):
+            if ((rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["fold"] == fold)).any():
+                continue
+            made = pd.DataFrame(run(args.out, films, args.films.parent, setting, fold))[COLUMNS]
+            rows = pd.concat([rows, made], ignore_index=True) if len(rows) else made
+            rows.to_csv(args.rows, index=False)
+    for name in TABLES:
+        for share in SHARES:
+            print(f"\n{name}, {share:.0%} of patients labelled\n\n{table(rows, TABLES[name], share)}")
 
 
 if __name__ == "__main__":

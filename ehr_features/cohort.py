@@ -21,6 +21,7 @@ from configs import UserError
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source, without_ids
 
+DEATHS = "admissions whose death the tables tell differently"  # a count of attrition.json
 LISTED = 1000  # ids listed per reason
 
 
@@ -160,7 +161,7 @@ def _note_disagreements(source: Source, attrition: Attrition) -> None:
     }
     sums = rows.agg(**{f"n{k}": rule.fill_null(False).sum() for k, rule in enumerate(found.values())})
     counts = [int(n or 0) for n in sums.to_pyarrow().to_pylist()[0].values()]
-    attrition.note("admissions whose death the tables tell differently", dict(zip(found, counts, strict=True)))
+    attrition.note(DEATHS, dict(zip(found, counts, strict=True)))
 
 
 def _adults(frame: pd.DataFrame, attrition: Attrition) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from configs import UserError
+from ehr_features.cohort import DEATHS
 from ehr_features.files import read_json, read_table, undamaged
 from ehr_features.schema import SPLITS
 from finetune.report.data import Run, read_object
@@ -68,9 +69,9 @@ def attrition(folder: Path) -> list[tuple[str, int, int, str]]:
 def notes(folder: Path) -> str | None:
     """Counts of attrition.json that excluded no row."""
     content = read_json(folder / "attrition.json")
-    listed = content.get("notes", []) if isinstance(content, dict) else []
-    listed = [n for n in listed if isinstance(n, dict)] if isinstance(listed, list) else []
-    told = [f"{number(n['count'])} {n['what']}" for n in listed if n.get("count") and n.get("what")]
+    counts = content.get("counts") if isinstance(content, dict) else None
+    deaths = counts.get(DEATHS) if isinstance(counts, dict) else None
+    told = [f"{number(n)} {what}" for what, n in deaths.items() if n] if isinstance(deaths, dict) else []
     told += [f"{number(n)} {what}" for n, what in _ambiguous(content) if n]
     return f"Also counted, and kept: {'; '.join(told)}." if told else None
 

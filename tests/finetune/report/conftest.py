@@ -13,6 +13,7 @@ import yaml
 from safetensors.numpy import save_file
 from scipy.special import expit
 
+from ehr_features.cohort import DEATHS
 from ehr_features.files import provenance, write_json
 from finetune.metrics import evaluate
 from finetune.results import write_predictions, write_results
@@ -46,7 +47,8 @@ def make_features(folder: Path, rng: np.random.Generator, subjects: int = 240) -
         {"table": "icu stays", "before": 300, "after": 260, "why": "age under 18 at intime", "ids": 40},
         {"table": "icu stays", "before": 260, "after": subjects, "why": f"outtime before intime {HOSTILE}", "ids": 20},
     ]
-    write_json(folder / "attrition.json", {"exclusions": steps, "notes": [{"what": "films before birth", "count": 3}]})
+    deaths = {"deathtime on another day than dod": 3, "dod before admission": 0}
+    write_json(folder / "attrition.json", {"exclusions": steps, "counts": {DEATHS: deaths}})
     write_json(folder / "provenance.json", provenance({"mimic_iv": str(folder.parent / "data" / "mimic-iv")}))
     return films
 

@@ -95,7 +95,7 @@ PAGE = {
     "no films": lambda runs: pd.DataFrame(columns=["dicom_id", "subject_id", "split"]).to_parquet(
         runs.parent / "features" / "images.parquet"
     ),
-    "odd attrition": file("features/attrition.json", '{"exclusions": [1, {"before": 1}], "notes": 5}'),
+    "odd attrition": file("features/attrition.json", '{"exclusions": [1, {"before": 1}], "counts": 5}'),
     "other attrition": file("features/attrition.json", "5"),
     "no features config": file("features/provenance.json", '{"config": null}'),
 }  # fmt: skip
