@@ -16,6 +16,7 @@ machine. It ends with the tables of all rows so far.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -212,13 +213,13 @@ def main() -> None:
     if not (args.out / "store" / "store.json").is_file():
         _call("images", "own_films/images", f"films={args.films}", f"out={args.out / 'store'}", "size=96")
     rows = pd.read_csv(args.rows) if args.rows.is_file() else pd.DataFrame(columns=COLUMNS)
-    for fold in args.folds:
-        for setting in (BASE | each for name in args.tables for each in TABLES[name]):
-            if ((rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["fold"] == fold)).any():
-                continue
-            made = pd.DataFrame(run(args.out, films, args.films.parent, setting, fold))[COLUMNS]
-            rows = pd.concat([rows, made], ignore_index=True) if len(rows) else made
-            rows.to_csv(args.rows, index=False)
+    settings = [BASE | each for name in args.tables for each in TABLES[name]]
+    for setting, fold in itertools.product(settings, args.folds):
+        if ((rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["fold"] == fold)).any():
+            continue
+        made = pd.DataFrame(run(args.out, films, args.films.parent, setting, fold))[COLUMNS]
+        rows = pd.concat([rows, made], ignore_index=True) if len(rows) else made
+        rows.to_csv(args.rows, index=False)
     for name in TABLES:
         for share in SHARES:
             print(f"\n{name}, {share:.0%} of patients labelled\n\n{table(rows, TABLES[name], share)}")

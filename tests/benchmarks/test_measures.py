@@ -2,21 +2,59 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
+from scipy import stats
 
+from benchmarks import real_films
 from benchmarks.pretrain import count
-from benchmarks.real_films import SOURCES, parts, table
-from finetune.compare import paired
 
 
-def test_each_film_is_tested_once_and_persons_stay_whole():
-    random = np.random.default_rng(0)
-    films = pd.DataFrame({"person": random.integers(0, 90, 300)})
-    splits = pd.DataFrame({fold: parts(films, 5, 3, fold) for fold in range(3)})
-    assert ((splits == "test").sum(axis=1) == 1).all()
-    assert (splits.groupby(films["person"]).nunique() == 1).all(axis=None)
-    assert ((splits == "test").sum() > 80).all() and (splits == "val").sum().between(15, 40).all()
-    assert not splits[0].equals(parts(films, 6, 3, 0))
+@pytest.fixture
+def films(tmp_path):
+    rng = np.random.default_rng(0)
+    count = 400
+    patients = rng.integers(0, 120, count)
+    table = pd.DataFrame({"path": [f"a/{i}.png" for i in range(count)], "source": ["nih"] * 300 + ["other"] * 100})
+    table["patient"] = [f"{s}{p}" for s, p in zip(table["source"], patients, strict=True)]
+    table["sex"], table["age_years"], table["view"] = rng.choice(["M", "F"], count), 50, rng.choice(["AP", "PA"], count)
+    table["findings"] = rng.choice(["Edema", "Edema|Mass", "No Finding", "Rare"], count, p=[0.3, 0.2, 0.45, 0.05])
+    table["pixels"] = 128
+    table.to_csv(tmp_path / "films.csv", index=False)
+    return real_films.read_films(tmp_path / "films.csv")
+
+
+def test_folds_are_whole_patients_and_each_film_is_tested_once(films):
+    nih = films[films["source"] == "nih"]
+    assert (nih.groupby("patient")["fold"].nunique() == 1).all() and set(nih["fold"]) == set(range(5))
+    assert nih["fold"].value_counts().between(45, 75).all()
+    assert (films.loc[films["source"] != "nih", "fold"] == -1).all()
+    assert real_films.label_columns(films) == ["Edema", "Mass", "male", "ap"]  # Rare has too few films
+
+
+@pytest.mark.parametrize("count", [0, 100])
+def test_no_film_of_the_test_patients_is_pretrained_on(films, tmp_path, count):
+    real_films.tables_of_a_fold(films, 2, count, tmp_path, tmp_path)
+    pretrained, probed = pd.read_csv(tmp_path / "pretrain.csv"), pd.read_csv(tmp_path / "probe.csv")
+    tested = set(films.loc[films["fold"] == 2, "patient"])
+    train = pretrained[pretrained["split"] == "train"]
+    assert not set(train["patient"]) & tested and len(train) == (count or (pretrained["split"] == "train").sum())
+    assert set(probed.loc[probed["split"] == "test", "patient"]) == tested and set(probed["patient"].str[:3]) == {"nih"}
+    assert "Edema" in probed and "Edema" not in pretrained  # pretraining reads no label
+
+
+def test_the_table_has_students_interval_over_the_folds():
+    gains, rows = [0.01, 0.03, 0.02, 0.04, 0.05], []
+    for fold, gain in enumerate(gains):
+        for source, value in ((real_films.OURS, 0.7 + gain), ("raw pixels", 0.7), ("random weights", 0.6)):
+            rows.append(
+                real_films.BASE
+                | {"fold": fold, "source": source, "share": 1.0, "findings": value, "sex": 0.6, "view": 0.9}
+            )
+    text = real_films.table(pd.DataFrame(rows), [{"network": "resnet"}, {"network": "vit"}], 1.0)
+    half = stats.t.ppf(0.975, 4) * np.std(gains, ddof=1) / 5**0.5
+    assert f"{np.mean(gains):+.3f} ({np.mean(gains) - half:+.3f} to {np.mean(gains) + half:+.3f})" in text
+    assert "| network resnet | 5 | 0.730 |" in text and "vit" not in text
 
 
 def test_operations_of_a_step_are_counted_as_by_hand():
@@ -29,22 +67,3 @@ def test_operations_of_a_step_are_counted_as_by_hand():
 
     products = 2 * 2 * 3 * 100 * 100 * 8
     assert count(attend_and_multiply) == (2 + 4) * products + 2 * 7 * 5 * 4
-
-
-def test_the_table_of_real_films_prints_the_paired_interval_over_seeds_and_persons():
-    rng = np.random.default_rng(0)
-    films = pd.DataFrame({"dicom_id": [f"f{i}" for i in range(240)], "person": np.arange(240) // 2})
-    films["male"], films["ap"], films["Edema"] = (rng.integers(0, 2, 240) for _ in range(3))
-    truth = films[["male", "ap", "Edema"]].to_numpy(float)
-    runs = {
-        source: [
-            pd.DataFrame(rng.normal(gain * truth, 1), index=films["dicom_id"], columns=["male", "ap", "Edema"])
-            for _ in range(3)
-        ]
-        for source, gain in zip(SOURCES, (0.2, 0.8, 1.2), strict=True)
-    }
-    row = next(line for line in table(films, ["Edema"], runs).splitlines() if line.startswith("| sex"))
-    ours, theirs = (np.stack([of["male"].to_numpy() for of in runs[source]])[..., None] for source in SOURCES[1::-1])
-    found = paired(truth[:, :1], ours, theirs, groups=films["person"].to_numpy(), same_seeds=True).iloc[0]
-    assert row.endswith(f"| {found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}) |")
-    assert found["low"] < found["difference"] < found["high"] and found["claim"] == "method"
