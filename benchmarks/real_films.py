@@ -42,11 +42,11 @@ SCORES = ["findings", "sex", "view"]
 COLUMNS = [*SETTING, "fold", "source", "share", *SCORES, "steps", "seconds_used"]
 NETWORKS = {  # the demo's recipe with each network, at 64 px
     "resnet": [],
-    "densenet": ["encoder.arch=densenet121", "encoder.model_args={growth_rate: 12, block_config: [2, 3, 4, 3]}"],
     "vit": [
         "encoder.arch=vit_small_patch16_224",
         "encoder.model_args={patch_size: 8, embed_dim: 192, depth: 6, num_heads: 3}",
     ],
+    "densenet": ["encoder.arch=densenet121", "encoder.model_args={growth_rate: 12, block_config: [2, 3, 4, 3]}"],
 }
 RECORDS = {
     "off": ["ehr.groups=[]"],
