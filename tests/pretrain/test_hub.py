@@ -292,7 +292,7 @@ def test_a_push_sends_the_files_of_the_form_alone(by, hub, tmp_path, monkeypatch
     source = make(tmp_path / "run")
     (source / "seen_subjects.parquet").write_bytes(b"10000032")
     monkeypatch.setattr(sys, "stdin", Terminal("I may share my-lab/cxr\n") if by == "typing" else io.StringIO())
-    main([*PUSH[:1], str(source), str(tmp_path / "out"), *PUSH[3:], *(["--yes-i-may"] if by == "flag" else [])])
+    assert command([*PUSH, *(["--yes-i-may"] if by == "flag" else [])], source, tmp_path / "out") == 0
     assert hub.made["name"] == "cxr" and hub.made["organization"] == "my-lab" and hub.made["private"] is True
     assert sorted(hub.files) == ["README.md", "config.json", "encoder.json", "model.safetensors"]
     assert b"10000032" not in b"".join(hub.files.values())
