@@ -146,10 +146,12 @@ def _scores(commands: Any) -> None:
 def _films(commands: Any) -> None:
     """Commands on any films with an encoder alone: embed, nearest."""
     embed = cli.command(commands, "embed")
-    embed.add_argument("encoder", metavar="ENCODER", help="encoder/, or a run that has one")
+    embed.add_argument(
+        "encoder", metavar="ENCODER", help="encoder/, a run that has one, or a published encoder, as in probe"
+    )
     embed.add_argument("films", metavar="FILMS", help="a folder, a list (.txt, .csv with a column path), or one film")
     embed.add_argument("out", metavar="OUT.parquet")
-    embed.add_argument("--pool", choices=("cls", "avg", "max"), help="default: the encoder's own")
+    embed.add_argument("--pool", choices=("cls", "avg", "map", "max"), help="default: the encoder's own")
     embed.set_defaults(run=_embed)
     nearest = cli.command(commands, "nearest")
     nearest.add_argument("embeddings", metavar="EMBEDDINGS.parquet", help="what `embed` wrote")

@@ -28,6 +28,8 @@ AllowLeak = Annotated[
 ]
 Cache = Annotated[str | None, Field(description="Folder of films' features; null: cache/ beside `out`.")]
 Samples = Annotated[int, Field(ge=0, le=100_000, description="Resamples of subjects for the 95% intervals; 0: none.")]
+Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
+Deviation = Annotated[float, Field(gt=0, le=1e3)]
 
 
 Seeds = Annotated[int, Field(ge=1, le=1000)] | Annotated[list[Seed], Field(min_length=1)]
@@ -41,6 +43,13 @@ def first_seed(data: Any) -> Any:
     if len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"`seeds` {seeds}: a seed is listed twice; its trainings would be the same")
     return data | {"seed": seeds[0]}
+
+
+def named_weights(data: Any) -> Any:
+    """`weights=hf-hub:ORG/NAME` and other text names the encoder itself."""
+    if isinstance(data, dict) and isinstance(data.get("weights"), str):
+        return {key: value for key, value in data.items() if key != "weights"} | {"encoder": data["weights"]}
+    return data
 
 
 def seed_list(seed: int, seeds: int | list[int], least: int = 1) -> list[int]:
@@ -87,21 +96,39 @@ class ShiftConfig(Settings):
 
 
 class WeightsConfig(Settings):
-    """What a bare weights file (`encoder: path.safetensors`) does not say."""
+    """What a bare weights file (`encoder: path.safetensors`) does not say; of published encoders, another size."""
 
-    arch: str = Field(description="Name of the timm network, e.g. vit_base_patch14_dinov2.")
-    image_size: int = Field(default=224, ge=16, le=4096, description="Side of the films in pixels.")
-    in_chans: Literal[1, 3] = Field(default=3, description="Input channels; gray films are repeated to 3.")
-    model_args: dict[str, Any] = Field(default={}, description="Arguments passed to timm.")
-    mean: float = Field(
-        default=0.449,
-        ge=-1e3,
-        le=1e3,
-        description="Mean of pixels in [0, 1]; the default is ImageNet's, as one number.",
+    arch: str | None = Field(
+        default=None, description="Name of the timm network of a bare file, e.g. vit_base_patch14_dinov2."
     )
-    std: float = Field(
-        default=0.226, gt=0, le=1e3, description="Deviation of pixels in [0, 1]; the default is ImageNet's."
+    image_size: int | None = Field(
+        default=None,
+        ge=16,
+        le=4096,
+        description="Side of the films in pixels; null: the published encoder's own, else 224.",
     )
+    in_chans: Literal[1, 3] = Field(
+        default=3, description="Input channels of a bare file; gray films are repeated to 3."
+    )
+    model_args: dict[str, Any] = Field(default={}, description="Arguments passed to timm, for a bare file.")
+    mean: Mean | Annotated[list[Mean], Field(min_length=1, max_length=3)] | None = Field(
+        default=None,
+        description="Mean of pixels in [0, 1], one number or one per channel; null: the published encoder's own, else "
+        "ImageNet's.",
+    )
+    std: Deviation | Annotated[list[Deviation], Field(min_length=1, max_length=3)] | None = Field(
+        default=None, description="Deviation of pixels in [0, 1], as `mean`."
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> WeightsConfig:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) not in (1, self.in_chans):
+                raise ValueError(
+                    f"`{name}` has {len(values)} numbers; wanted one, or one per channel ({self.in_chans})"
+                )
+        return self
 
 
 class ProbeConfig(Settings):
@@ -117,9 +144,11 @@ class ProbeConfig(Settings):
         default=None, description="The store/ folder of packed films; null with `films`: packed once beside `out`."
     )
     encoder: str = Field(
-        description="encoder/, a run, a weights file, `pixels`, `random:ARCH`, `random:FOLDER`, or `metadata`."
+        description="encoder/, a run, a weights file, a folder with config.json, `hf-hub:ORG/NAME`, `timm:NAME`, "
+        "`rad-dino:PATH`, `chexfound:PATH`, `torchxrayvision:PATH`, `pixels`, `random:ARCH`, `random:FOLDER`, or "
+        "`metadata`."
     )
-    weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
+    weights: WeightsConfig | None = Field(default=None, description="What `encoder` does not say itself.")
     out: str = Field(description="The run folder to write.")
     trackers: Trackers = []
     project: Project = "ehr-msn"
@@ -212,6 +241,7 @@ class ProbeConfig(Settings):
     cache: Cache = None
 
     _first_seed = model_validator(mode="before")(first_seed)
+    _named_weights = model_validator(mode="before")(named_weights)
 
     @property
     def every_seed(self) -> list[int]:
@@ -237,8 +267,8 @@ class ProbeConfig(Settings):
             raise ValueError(f"`method` {self.method} needs an encoder; random:ARCH is training from scratch")
         if (self.method == "transfer") != (self.head is not None):
             raise ValueError("`head` (a finished probe) and method=transfer go together")
-        if self.weights is not None and not self.encoder.endswith(WEIGHTS):
-            raise ValueError(f"`weights` describes a weights file ({', '.join(WEIGHTS)}); `encoder` names none")
+        if self.weights is not None and self.encoder in ("metadata", "pixels"):
+            raise ValueError(f"`weights` describes an encoder's weights; `encoder` is {self.encoder}")
         if self.folds in (1, 2):
             raise ValueError(f"`folds` {self.folds}: one fold tests, one chooses and the others train; take 3 or more")
         if self.folds and (self.shift is not None or self.radiologists is not None or self.method == "transfer"):
@@ -265,9 +295,10 @@ class FuseConfig(Settings):
     )
     encoder: str | None = Field(
         default=None,
-        description="encoder/, a run, a weights file, `random:...` or `pixels`; null for the record alone.",
+        description="encoder/, a run, a weights file, a published encoder as in `probe`, `random:...` or `pixels`; "
+        "null for the record alone.",
     )
-    weights: WeightsConfig | None = Field(default=None, description="What `encoder` is, where it is a weights file.")
+    weights: WeightsConfig | None = Field(default=None, description="What `encoder` does not say itself.")
     out: str = Field(description="The run folder to write.")
     trackers: Trackers = []
     project: Project = "ehr-msn"
@@ -409,6 +440,7 @@ class FuseConfig(Settings):
     cache: Cache = None
 
     _first_seed = model_validator(mode="before")(first_seed)
+    _named_weights = model_validator(mode="before")(named_weights)
 
     @property
     def every_seed(self) -> list[int]:

@@ -1,6 +1,6 @@
 """Open the encoder that a config names, and compute frozen features of films, cached under the hashes of their inputs.
 
-Input: an encoder's name (encoder/, a run, a weights file, `random:...`, `pixels`), a store, film ids. Output: the
+Input: an encoder's name (encoder/, a run, a published encoder, `random:...`, `pixels`), a store, film ids. Output: the
 encoder; (N, D) per pool.
 """
 
@@ -24,8 +24,12 @@ from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
 from finetune.config import WEIGHTS
 from pretrain import encoder as encoders
-from pretrain.encoder.model import check_finite, encoder_folder
+from pretrain.encoder.embed import check_finite
+from pretrain.encoder.hub import card_note
+from pretrain.encoder.model import encoder_folder
 from pretrain.encoder.preprocess import NO_STORE, Preprocess
+from pretrain.encoder.sources import Source, find
+from pretrain.encoder.transformers_config import IMAGENET
 from pretrain.encoder.weights import load_weights
 
 if TYPE_CHECKING:
@@ -48,6 +52,7 @@ class Frozen:
         folder: encoder/ or the weights file that the leak check examines; None without pretraining.
         about: parameters, input size, films seen: columns of every row of a comparison.
         said: for the log: how weights were converted, or what an older encoder.json lacks.
+        card: what a model card lists of the training films, for the leak check.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Frozen:
     folder: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     said: str = ""
+    card: str = ""
 
 
 def open_encoder(
@@ -70,26 +76,36 @@ def open_encoder(
     """The encoder that a config names, in eval mode.
 
     Args:
-        spec: an encoder/ folder, a run with one, a weights file, `random:ARCH`, `random:FOLDER` (that one, new
-            weights), or `pixels`.
+        spec: an encoder/ folder, a run with one, a weights file, a published encoder (pretrain.encoder.sources),
+            `random:ARCH`, `random:FOLDER` (that one, new weights), or `pixels`.
         seed: of random weights.
         pixels: side of the raw-pixel baseline.
-        weights: what a bare weights file, or `random:ARCH`, is.
+        weights: what a bare weights file, or `random:ARCH`, is; of a published encoder, another size or statistics.
     Raises: UserError: no such encoder.
     """
     if spec == "pixels":
         return _pixels(pixels)
-    rest, said, folder = spec.removeprefix("random:"), "", None
+    rest, said, card, folder = spec.removeprefix("random:"), "", "", None
     if rest != spec:
         encoder = _random(rest, seed, weights)
+    elif (weights is None or weights.arch is None) and (source := find(spec)) is not None:
+        encoder, said = _published(source, weights)
+        folder, card = source.file, source.card
     elif not Path(spec).is_dir() and spec.endswith(WEIGHTS):
-        if weights is None:
-            raise UserError(f"{spec}: a bare weights file; say what it is: weights.arch=..., weights.image_size=...")
-        folder, encoder = Path(spec), _described(weights)
+        if weights is None or weights.arch is None:
+            raise UserError(
+                f"{spec}: a bare weights file; say what it is: weights.arch=..., weights.image_size=...; or put its "
+                "config.json (timm's or Hugging Face's) beside it"
+            )
+        folder, encoder, card = Path(spec), _described(weights), card_note(spec, spec)
         said = load_weights(encoder, spec, encoder.heads, "weights")
     else:
         folder, encoder = encoder_folder(spec), encoders.load(spec)
         said = f"{spec}: {NO_STORE}" if encoder.preprocess.store is None else ""
+    size, patch = encoder.meta["image_size"], encoder.patch
+    if encoder.is_vit and size % patch:
+        near = max(1, round(size / patch)) * patch
+        raise UserError(f"{spec}: weights.image_size {size} is not whole patches of {patch} px; e.g. {near}")
     encoder.name = spec
     encoder = encoder.to(device).eval()
 
@@ -99,7 +115,7 @@ def open_encoder(
         return {pool: encoder.pool(features, pool).float().cpu().numpy() for pool in encoder.pools if pool != "max"}
 
     about = _describe(encoder, spec, folder)
-    return Frozen(spec, str(about["hash"]), encode, encoder, folder, about, said)
+    return Frozen(spec, str(about["hash"]), encode, encoder, folder, about, said, card)
 
 
 def _pixels(side: int) -> Frozen:
@@ -116,13 +132,13 @@ def _pixels(side: int) -> Frozen:
 
 def _random(rest: str, seed: int, weights: WeightsConfig | None) -> Encoder:
     """Random weights of an architecture, as `weights` describes it if given, or of the one in a folder."""
-    if weights is not None and rest != weights.arch:
+    if weights is not None and weights.arch is not None and rest != weights.arch:
         raise UserError(f"encoder=random:{rest} and weights.arch={weights.arch} differ; give one architecture")
     folder = encoder_folder(rest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights is not None:
-            return _described(weights)
+            return _described(weights.model_copy(update={"arch": rest}))
         if not folder.is_dir():
             return encoders.create(rest, in_chans=1)
         meta = encoders.read_meta(folder)
@@ -133,13 +149,37 @@ def _random(rest: str, seed: int, weights: WeightsConfig | None) -> Encoder:
 
 def _described(config: WeightsConfig) -> Encoder:
     """`config.arch` with random weights."""
+    assert config.arch is not None
+    size = config.image_size or 224
+    mean, std = (0.449, 0.226) if config.in_chans == 1 else IMAGENET
+    preprocess = Preprocess(size, "dataset", mean, std, config.in_chans)
     return encoders.create(
         config.arch,
         in_chans=config.in_chans,
-        image_size=config.image_size,
+        image_size=size,
         model_args=dict(config.model_args),
-        preprocess=Preprocess(config.image_size, "dataset", config.mean, config.std, config.in_chans),
+        preprocess=_statistics(preprocess, config),
     )
+
+
+def _published(source: Source, config: WeightsConfig | None) -> tuple[Encoder, str]:
+    """A published encoder, at another film size or with other input statistics if the config has them."""
+    if config is None:
+        return source.open()
+    if config.model_args:
+        raise UserError(f"{source.spec}: weights.model_args={config.model_args}: its own config describes the network")
+    encoder, said = source.open(config.image_size)
+    encoder.preprocess = _statistics(encoder.preprocess, config)
+    return encoder, said
+
+
+def _statistics(preprocess: Preprocess, config: WeightsConfig) -> Preprocess:
+    """With the mean and deviation of the config, if it has them."""
+    mean, std = (
+        tuple(given) if isinstance(given, list) else before if given is None else given
+        for given, before in ((config.mean, preprocess.mean), (config.std, preprocess.std))
+    )
+    return replace(preprocess, mean=mean, std=std)
 
 
 def _describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any]:

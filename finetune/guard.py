@@ -46,6 +46,7 @@ def check_encoder(
     allow_leak: bool = False,
     same_source: bool = True,
     other_people: bool = False,
+    card: str = "",
 ) -> Seen:
     """Refuse an encoder whose pretraining saw a val or test subject of this split.
 
@@ -59,11 +60,13 @@ def check_encoder(
         same_source: the films are from a features/ folder; False: from a table of another data set, where equal ids are
             refused too, since they may be the same subjects.
         other_people: the user states that equal ids are different subjects.
+        card: what is known of the training films of weights without a list of subjects, e.g. from their model card.
         allow_leak: continue with a warning at the top of the report.
     Raises: UserError: it saw some of them, or its list of subjects is damaged.
     """
-    if folder.is_file():  # bare weights without a run
-        return Seen("unknown", "unknown", [f"{folder}: the films and labels of its training are unknown"])
+    if folder.is_file():  # weights without a run
+        known = f"; {card}, so it may have seen val or test subjects" if card else ""
+        return Seen("unknown", "unknown", [f"{folder}: the films and labels of its training are unknown{known}"])
     meta = read_json(folder / "encoder.json")
     groups = meta.get("ehr_groups") or {}
     same_source = same_source or (own is not None and _same_people(folder, meta, own))
@@ -104,7 +107,11 @@ def check_encoder(
         none = "none of their subject_ids is a val or test subject here" if compared else "their subjects are unknown"
         warnings.append(f"{folder}: pretrained on films of another source; {none}")
     if films == "unknown":
-        warnings.append(f"{folder}: the films of its pretraining are unknown; it may have seen val or test subjects")
+        before = (meta.get("started_from") or {}).get("card")
+        warnings.append(
+            f"{folder}: the films of its pretraining are unknown; it may have seen val or test subjects"
+            + (f" (it started from weights of which {before})" if before else "")
+        )
     return Seen(films, supervision, warnings, compared)
 
 

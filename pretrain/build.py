@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.optim import Lars
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from configs import UserError, load
 from pretrain import encoder as encoders
@@ -18,7 +19,7 @@ from pretrain import run
 from pretrain.config import OptimConfig, PretrainConfig
 from pretrain.data import Cutter, Films, Partners, Steps
 from pretrain.encoder.preprocess import Preprocess
-from pretrain.encoder.weights import load_weights
+from pretrain.encoder.sources import start_from
 from pretrain.methods import Method, Setup, find
 from pretrain.methods.record import Record
 from pretrain.options import METHODS, SECTIONS
@@ -60,7 +61,7 @@ def method(config: PretrainConfig, films: Films | None = None, log: run.Log | No
         positions=e.positions,
     )
     if e.init is not None:
-        said = load_weights(encoder, e.init, e.init_heads)
+        said = start_from(encoder, e.init, e.init_heads)
         encoder.name = e.init
         if log is not None:
             log.say(f"starting from {said}")
@@ -119,7 +120,11 @@ def _suits(config: PretrainConfig, wanted: type[Method], encoder: encoders.Encod
     """Refuse what this method cannot do."""
     anchors, name = config.views.num_random + config.views.num_focal, config.method
     if wanted.needs_vit and not encoder.is_vit:
-        raise UserError(f"method {name} works on the tokens of a ViT; {config.encoder.arch} has none")
+        raise UserError(
+            f"method {name} works on the tokens of a ViT: it leaves out or replaces tokens, which only timm's "
+            f"VisionTransformer and Eva do exactly; {config.encoder.arch} has none or masks its input; "
+            "take method=msn, dino, simclr, vicreg or byol"
+        )
     if wanted.least_anchors == 0 and anchors:
         raise UserError(f"method {name} sees one view of a film; set views.num_random=0 and views.num_focal=0")
     if anchors < wanted.least_anchors:
@@ -215,21 +220,26 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
             f"compile, exact accumulation and {', '.join(drawn)}: a compiled network may draw other random numbers "
             "in the second pass; set compile=false, or optim.accumulate_mode=approximate"
         )
-    if batch // parts < 2 and not encoder.is_vit:
+    if batch // parts < 2 and any(isinstance(m, _BatchNorm) for m in encoder.modules()):
         raise UserError("batch norm of a convolutional net needs two films or more at a time: raise optim.batch_size")
     if batch // parts < 2 and config.head.norm == "batch":
         raise UserError("batch norm needs two films or more at a time: raise optim.batch_size, or set head.norm: layer")
 
 
 def _passes(encoder: encoders.Encoder, side: int, name: str) -> None:
-    """Refuse views that a convolutional net would downsample to nothing."""
-    if side >= 64:
+    """Refuse views that a net does not take: too small, or of another size than its positions and windows."""
+    if side >= 64 and side == encoder.meta["image_size"]:
         return
     was_training = encoder.training
     try:
         with torch.no_grad():
             encoder.eval()(torch.zeros(1, encoder.meta["in_chans"], side, side))
-    except RuntimeError:
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if side >= 64 or isinstance(error, AssertionError):
+            raise UserError(
+                f"{name} {side}: {encoder.meta['arch']} takes films of encoder.image_size {encoder.meta['image_size']} "
+                f"only ({str(error).splitlines()[0]}); set views.num_focal=0, or views.focal_size to that size"
+            ) from None
         raise UserError(
             f"{name} {side} is too small for {encoder.meta['arch']}: no feature map is left; use e.g. 64"
         ) from None

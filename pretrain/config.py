@@ -115,7 +115,9 @@ class EncoderConfig(Settings):
     """Which network."""
 
     arch: str = Field(
-        default="vit_tiny_patch16_224", description="Name of a timm network: vit_*, deit_*, densenet*, resnet*."
+        default="vit_tiny_patch16_224",
+        description="Name of a timm network that gives tokens or a map: vit_*, eva02_*, vit_*_dinov3, convnext*, "
+        "swin*, efficientnet*, regnet*, densenet*, resnet*, ...",
     )
     image_size: int = Field(
         default=224,
@@ -139,7 +141,8 @@ class EncoderConfig(Settings):
     )
     init: str | None = Field(
         default=None,
-        description="Weights to start from: encoder/, a .safetensors or a .pth of timm or torchvision; null: random.",
+        description="Weights to start from: encoder/, a file, a folder with config.json, hf-hub:ORG/NAME, timm:NAME, "
+        "rad-dino:PATH, chexfound:PATH or torchxrayvision:PATH; null: random.",
     )
     init_heads: int | None = Field(
         default=None,

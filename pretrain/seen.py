@@ -9,7 +9,9 @@ import pandas as pd
 
 from configs import UserError
 from ehr_features.files import new_file, undamaged
+from pretrain.encoder.hub import card_note
 from pretrain.encoder.model import encoder_folder, read_meta
+from pretrain.encoder.sources import find
 
 NAME = "seen_subjects.parquet"
 
@@ -50,8 +52,13 @@ def write_seen(folder: Path, subjects: pd.DataFrame, before: str | Path | None) 
 def ancestry(path: str | Path) -> dict[str, Any]:
     """The entry in encoder.json about the initial weights of a run."""
     folder = encoder_folder(path)
-    meta = read_meta(folder) if folder.is_dir() else {}
+    own = (folder / "encoder.json").is_file()
+    meta = read_meta(folder) if own else {}
     keys = ("ehr_groups", "splits_seen", "supervised_by", "started_from", "datasets")
     kept = {key: meta[key] for key in keys if meta.get(key)}
     unknown = read_seen(path) is None or kept.get("started_from", {}).get("films") == "unknown"
-    return kept | {"started_from": {"weights": str(path), "films": "unknown" if unknown else "known"}}
+    before = {"weights": str(path), "films": "unknown" if unknown else "known"}
+    source = None if own else find(path)
+    card = "" if own else card_note(path, str(path)) if source is None else source.card
+    earlier = kept.get("started_from", {}).get("card", "")
+    return kept | {"started_from": before | ({"card": card or earlier} if card or earlier else {})}

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
-from pretrain.encoder.model import check_finite
+from pretrain.encoder.embed import check_finite
 from pretrain.text.encoder import Tokens, whole
 
 if TYPE_CHECKING:

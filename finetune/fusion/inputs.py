@@ -78,6 +78,7 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
             labels=() if own is None else own.names,
             allow_leak=config.allow_leak,
             same_source=own is None,
+            card=frozen.card,
         )
         about["warnings"] += seen.warnings
         about |= {"supervision": seen.supervision, "films_seen": seen.films, "guard": seen.compared}

@@ -31,7 +31,7 @@ from finetune.fusion.outputs import Predictions
 from finetune.fusion.samples import Samples, batches, stream
 from finetune.metrics import macro_auroc
 from pretrain import run
-from pretrain.encoder.model import check_finite
+from pretrain.encoder.embed import check_finite
 
 
 class WholeBatchDropout(TorchFunctionMode):

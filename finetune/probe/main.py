@@ -142,6 +142,7 @@ def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: 
             allow_leak=config.allow_leak,
             same_source=bool(config.features),
             other_people=config.other_people,
+            card=frozen.card,
         )
     assert store is not None, "an encoder sees films"
     seen = replace(seen, warnings=[*seen.warnings, *store_warnings(frozen, store)])

@@ -31,7 +31,7 @@ from finetune.probe.heads import balance
 from finetune.probe.methods import Fitted, Learner, Rows, val_labels
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.encoder.model import check_finite
+from pretrain.encoder.embed import check_finite
 from pretrain.schedule import warmup_cosine
 from pretrain.seen import ancestry, write_seen
 

@@ -75,6 +75,7 @@ def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dic
             allow_leak=config.allow_leak,
             same_source=bool(config.features),
             other_people=config.other_people,
+            card=frozen.card,
         )
     features = film_features(frozen, store, films.table["dicom_id"].tolist())
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -157,6 +157,8 @@ def attention_figure(sample: Sample) -> Markup:
     chosen = np.linspace(0, len(sample.table) - 1, SHOWN).astype(int)
     x = sample.encoder.preprocess(sample.films[chosen])
     vit = sample.encoder.is_vit
+    if not vit and sample.encoder.layout.form == "tokens":
+        return Markup("")
     maps = rollout(sample.encoder, x) if vit else grad_cam(sample.encoder, x)
     shown, cells = [], []
     for i, heat in zip(chosen, maps, strict=True):

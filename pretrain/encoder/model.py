@@ -1,4 +1,4 @@
-"""Image encoders: any timm VisionTransformer, DenseNet or ResNet, saved under timm's own keys; ViTs can drop tokens.
+"""Image encoders: any timm network of tokens or maps, saved under timm's own keys; ViTs and Evas can drop tokens.
 
 Input: normalised views (B, C, H, W). Output: features (B, D), or tokens (B, N, D) / a map (B, D, h, w).
 encoder/ holds encoder.safetensors, which loads strictly into `timm.create_model` without our code, and encoder.json.
@@ -9,26 +9,25 @@ are not computed, and positions for smaller views are interpolated by one cached
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from timm.layers import resample_abs_pos_embed
+from timm.models.densenet import DenseNet
+from timm.models.eva import Eva
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from configs import UserError
 from ehr_features.files import new_folder, read_json, write_json
 from pretrain.encoder.hub_config import timm_config
-from pretrain.encoder.network import make, sincos, through
-from pretrain.encoder.preprocess import NO_STORE, Preprocess
-from pretrain.store.decode import BadFilm
+from pretrain.encoder.network import drops_tokens, layout, make, sincos, through, through_eva
+from pretrain.encoder.preprocess import Preprocess
 
 HUB_WEIGHTS = "model.safetensors"  # the weights' name on hubs; an export has both
 
@@ -52,8 +51,10 @@ class Encoder(nn.Module):
         self.meta = meta
         self.name = str(meta["arch"])
         self.preprocess = preprocess
-        self.width = int(self.net.num_features)
-        self.is_vit = isinstance(net, VisionTransformer)
+        self.layout = layout(net, self.name, meta["in_chans"], meta["image_size"])
+        self.width = self.layout.width
+        self.is_vit = drops_tokens(net)
+        self.is_eva = self.is_vit and isinstance(net, Eva)
         self.exact = True  # see `_as_timm`; a training's moving average goes without
         self._checkpointing = False
         self._resample: dict[tuple[Any, ...], Tensor] = {}
@@ -61,18 +62,32 @@ class Encoder(nn.Module):
     @property
     def pools(self) -> tuple[str, ...]:
         """Valid values of `pool`; the first is that of timm's own forward."""
-        if not self.is_vit:
+        own = getattr(self.net, "global_pool", "avg")
+        if self.is_vit:
+            if self.net.attn_pool is not None:
+                return ("map",)
+            if self.net.cls_token is None:
+                return ("avg",)
+            return ("avg", "cls") if own == "avg" else ("cls", "avg")
+        kinds = {"token": "cls", "map": "map", "max": "max"}
+        first = kinds.get(own, "avg") if self.layout.form == "tokens" else "avg"
+        if self.layout.width != self.layout.channels:  # layers after the pooling
+            return (first,)
+        if self.layout.form != "tokens":
             return "avg", "max"
-        if self.net.attn_pool is not None:
-            return ("map",)
-        if self.net.cls_token is None:
-            return ("avg",)
-        return ("avg", "cls") if self.net.global_pool == "avg" else ("cls", "avg")
+        return tuple(dict.fromkeys((first, "avg", *(["cls"] if self.layout.prefix else []))))
 
     @property
     def heads(self) -> int | None:
         """Attention heads of a ViT."""
         return int(self.net.blocks[0].attn.num_heads) if self.is_vit else None
+
+    def set_norm_eps(self, eps: float) -> None:
+        """Set the constant of all layer norms, which timm fixes by family; `meta` records it."""
+        for module in self.net.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
+        self.meta["norm_eps"] = eps
 
     @property
     def checkpointing(self) -> bool:
@@ -81,8 +96,13 @@ class Encoder(nn.Module):
 
     @checkpointing.setter
     def checkpointing(self, wanted: bool) -> None:
+        if wanted == self._checkpointing:
+            return
         self._checkpointing = wanted
-        self.net.set_grad_checkpointing(wanted)
+        try:
+            self.net.set_grad_checkpointing(wanted)
+        except (AssertionError, AttributeError):
+            raise UserError(f"checkpointing: timm's {self.meta['arch']} does not support it; set it to false") from None
 
     def forward(
         self,
@@ -114,12 +134,22 @@ class Encoder(nn.Module):
         """Tokens or map -> (B, D)."""
         pool = self._known(pool or self.meta["pool"])
         if not self.is_vit:
-            return features.mean(dim=(2, 3)) if pool == "avg" else features.amax(dim=(2, 3))
+            return self._pool_of_timm(features, pool)
         if pool == "map":
-            return self.net.fc_norm(self.net.pool(features))
+            pooled = self.net.attn_pool(features) if self.is_eva else self.net.pool(features)
+            return self.net.fc_norm(pooled)
         return self.net.fc_norm(
             features[:, 0] if pool == "cls" else features[:, self.net.num_prefix_tokens :].mean(dim=1)
         )
+
+    def _pool_of_timm(self, features: Tensor, pool: str) -> Tensor:
+        """`pool` of a net without token dropping; the first of `pools` is timm's own head, with its layers."""
+        if pool == self.pools[0] and not isinstance(self.net, (DenseNet, ResNet)):
+            last = self.layout.form == "map, channels last"  # `features` gives all maps channels first
+            return self.net.forward_head(features.permute(0, 2, 3, 1) if last else features, pre_logits=True)
+        if self.layout.form == "tokens":
+            return features[:, 0] if pool == "cls" else features[:, self.layout.prefix :].mean(dim=1)
+        return features.mean(dim=(2, 3)) if pool == "avg" else features.amax(dim=(2, 3))
 
     def _known(self, pool: str) -> str:
         if pool not in self.pools:
@@ -129,8 +159,9 @@ class Encoder(nn.Module):
     def features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, N, D), class token first, after the last norm; or the last map (B, D, h, w)."""
         if not self.is_vit:
-            assert keep is None, "only a ViT can drop tokens; a convolutional net masks its input"
-            return self.net.forward_features(x)
+            assert keep is None, "only a ViT can drop tokens; other nets mask their input"
+            features = self.net.forward_features(x)
+            return features.permute(0, 3, 1, 2) if self.layout.form == "map, channels last" else features
         return self.net.forward_features(x) if self._as_timm(x, keep) else self._tokens(x, keep)
 
     def _as_timm(self, x: Tensor, keep: Tensor | None) -> bool:
@@ -149,6 +180,11 @@ class Encoder(nn.Module):
         """(B, C, H, W) -> (B, N, D); with `first_only`, (B, 1, D): the class token alone."""
         net = self.net
         tokens = self._embed(x)  # (B, N, D)
+        if self.is_eva:
+            if hide is not None:
+                tokens = torch.where(hide[0][:, :, None], hide[1].to(tokens.dtype), tokens)
+            patches = tokens.unflatten(1, (x.shape[-2] // self.patch, -1))  # (B, h, w, D)
+            return through_eva(net, patches, keep, checkpointing=self.checkpointing)
         if hide is not None:
             tokens = torch.where(hide[0][:, :, None], hide[1].to(tokens.dtype), tokens)
         prefix, patches = self._positions((x.shape[-2] // self.patch, x.shape[-1] // self.patch))
@@ -162,8 +198,8 @@ class Encoder(nn.Module):
 
     @property
     def patch(self) -> int:
-        """Pixels of a patch's side (ViT), else of a cell of the last map."""
-        return self.net.patch_embed.patch_size[0] if self.is_vit else 32
+        """Pixels of a patch's side, or of a cell of the last map."""
+        return self.layout.patch
 
     def _embed(self, x: Tensor) -> Tensor:
         """The patch embedding as one matrix product: the convolution's kernel and stride are equal."""
@@ -208,15 +244,17 @@ def create(
     preprocess: Preprocess | None = None,
     pool: str | None = None,
     positions: str = "timm",
+    norm_eps: float | None = None,
 ) -> Encoder:
     """A freshly initialised encoder.
 
     Args:
-        arch: a timm name: a VisionTransformer (vit_*, deit*), densenet* or resnet*.
+        arch: a timm name; any network that gives tokens or a map of features.
         image_size: pixels of a side of the largest view; sets the number of positions of a ViT.
         model_args: passed to timm (depth, embed_dim, num_heads, ...).
         positions: `timm`: its own initialisation; `sincos`: sine-cosine, trainable all the same.
-    Raises: UserError: timm has no such model, refuses the arguments, or it is of another family.
+        norm_eps: of all layer norms, as the owner of weights has it; None: timm's.
+    Raises: UserError: timm has no such model, refuses the arguments, or it gives neither tokens nor a map.
     """
     args = dict(model_args or {})
     net = make(arch, in_chans, image_size, args)
@@ -232,6 +270,8 @@ def create(
     preprocess = dataclasses.replace(preprocess or Preprocess(image_size), size=image_size, in_chans=in_chans)
     encoder = Encoder(net, meta, preprocess)
     meta["pool"] = encoder._known(pool or encoder.pools[0])
+    if norm_eps is not None:
+        encoder.set_norm_eps(norm_eps)
     return encoder
 
 
@@ -275,6 +315,7 @@ def load(folder: str | Path) -> Encoder:
         model_args=meta["model_args"],
         preprocess=Preprocess.from_json(meta["preprocess"], meta["in_chans"], f"{folder}/encoder.json"),
         pool=meta["pool"],
+        norm_eps=meta.get("norm_eps"),
     )
     encoder.meta, encoder.name = meta, str(folder)
     path = folder / "encoder.safetensors"
@@ -303,77 +344,16 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     """encoder.json, checked. Raises: UserError: absent, damaged, or a required key is missing."""
     path = Path(folder) / "encoder.json"
     if not path.is_file():
-        raise UserError(f"{folder}: not an encoder folder (no encoder.json); give the encoder/ of a pretraining run")
+        raise UserError(
+            f"{folder}: not an encoder folder (no encoder.json); give the encoder/ of a pretraining run, or a "
+            "published encoder: a folder with config.json and weights, hf-hub:ORG/NAME, timm:NAME, rad-dino:PATH, "
+            "chexfound:PATH"
+        )
     meta = read_json(path)
     wanted = ("arch", "model_args", "in_chans", "width", "image_size", "pool", "preprocess")
     if not isinstance(meta, dict) or (missing := [key for key in wanted if key not in meta]):
         raise UserError(f"{path}: keys missing: {', '.join(missing if isinstance(meta, dict) else wanted)}")
     return meta
-
-
-@torch.inference_mode()
-def embed(
-    folder: str | Path | Encoder,
-    films: str | Path | Iterable[str | Path | np.ndarray | Tensor] | np.ndarray | Tensor,
-    *,
-    pool: str | None = None,
-    batch_size: int = 64,
-    device: str | torch.device = "cpu",
-    names: Sequence[str] | None = None,
-) -> Tensor:
-    """Frozen features of films, the same for a film's file, its pixels, and its square in a store.
-
-    Args:
-        folder: encoder/, a run that has one, or a loaded encoder.
-        films: paths of film files; or uint8 (N, H, W), an array or a tensor; or a list of uint8 (H, W).
-        names: of the films, for errors; their paths or numbers if None.
-    Returns: (N, D) float32 on the CPU.
-    Raises: UserError: a film that cannot be read, or features that are not finite.
-    """
-    encoder = folder if isinstance(folder, Encoder) else load(folder)
-    encoder = encoder.to(device).eval()
-    given: Any = [films] if isinstance(films, (str, Path)) else films
-    if not isinstance(given, (np.ndarray, Tensor)):
-        given = list(given)
-        names = names or [str(f) if isinstance(f, (str, Path)) else f"number {i}" for i, f in enumerate(given)]
-        if encoder.preprocess.store is None and any(isinstance(film, (str, Path)) for film in given):
-            warnings.warn(f"{encoder.name}: {NO_STORE}", stacklevel=2)
-    elif given.ndim == 2:
-        given = given[None]
-    names = names or [f"number {i}" for i in range(len(given))]
-    parts = [torch.empty(0, encoder.width)]
-    for start in range(0, len(given), batch_size):
-        part = given[start : start + batch_size]
-        if isinstance(part, list):
-            read = [_film(encoder.preprocess, film) for film in part]
-            part = np.stack(read) if len({film.shape for film in read}) == 1 else read
-        x = torch.cat([encoder.preprocess(f) for f in part]) if isinstance(part, list) else encoder.preprocess(part)
-        parts.append(encoder(x.to(device), pool).float().cpu())
-        check_finite(parts[-1], encoder.name, names[start : start + batch_size])
-    return torch.cat(parts)
-
-
-def _film(preprocess: Preprocess, film: str | Path | np.ndarray | Tensor) -> np.ndarray:
-    """The pixels of a film given by its path or as pixels."""
-    if not isinstance(film, (str, Path)):
-        return np.asarray(film.cpu() if isinstance(film, Tensor) else film)
-    try:
-        return preprocess.read(film)
-    except BadFilm as error:
-        raise UserError(f"{film}: {error}; leave this film out") from None
-
-
-def check_finite(features: Tensor, encoder: str, films: Sequence[object]) -> None:
-    """Refuse features that are not finite or whose squares are not, because no head can be fitted on them.
-
-    Raises: UserError.
-    """
-    bad = (~features.float().flatten(1).square().isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"{encoder}: features that are not finite or above 1e19, of film {films[bad[0]]} and {len(bad) - 1} more "
-            f"of its {len(films)}; the weights overflow or are damaged: pretrain or export them again"
-        )
 
 
 def differences(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:

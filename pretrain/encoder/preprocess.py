@@ -34,15 +34,15 @@ class Preprocess:
         size: pixels of a side after resizing.
         normalise: `crop`: each view by its own mean and standard deviation (plus 0.1); `film`: each by those of the
             film from which it was cut (for a whole film the same as crop); `dataset`: by `mean` and `std`.
-        mean, std: of pixels in [0, 1]; used by `dataset` only.
+        mean, std: of pixels in [0, 1]; used by `dataset` only. One number, or one per channel.
         in_chans: number of channels; the grey channel is repeated.
         store: the preprocessing of film files to squares; None: unknown, films are padded and resized as they are.
     """
 
     size: int
     normalise: Normalise = "crop"
-    mean: float = 0.5
-    std: float = 0.25
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.25
     in_chans: int = 1
     store: Square | None = None
 
@@ -84,6 +84,9 @@ class Preprocess:
     def to_input(self, pixels: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
         """Normalise views (N, 1, h, w) in [0, 1]; `mean`, `std` (N,) are those of the films, for `film`."""
         if self.normalise == "dataset":
+            if isinstance(self.mean, tuple) or isinstance(self.std, tuple):
+                centre, spread = (pixels.new_tensor(one).view(1, -1, 1, 1) for one in (self.mean, self.std))
+                return ((pixels - centre) / spread).expand(-1, self.in_chans, -1, -1)
             normal = (pixels - self.mean).div_(self.std)
         else:
             if self.normalise == "crop" or mean is None or std is None:
@@ -110,6 +113,7 @@ class Preprocess:
         """The reverse of `to_json`. Raises: UserError: damaged, or an unsupported preprocessing."""
         store = Square.from_json(meta["store"], f"{where}: preprocess.store") if meta.get("store") else None
         given = {key: meta[key] for key in ("normalise", "mean", "std") if meta.get(key) is not None}
+        given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
         try:
             made = cls(size=int(meta["resize"]), in_chans=in_chans, store=store, **given)
         except (KeyError, TypeError, ValueError):
