@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from timm.models.eva import Eva
 from torch import nn
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
     """
     meta, way = encoder.meta, encoder.preprocess
     chans, size = meta["in_chans"], meta["image_size"]
-    fixed = way.normalise == "dataset"
+    mean, std = way.per_channel()
     own = getattr(encoder.net, "default_cfg", {})
     return {
         "architecture": meta["arch"].partition(".")[0],
@@ -39,8 +40,8 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "crop_mode": "border",  # scale the longer side and pad: nothing is cropped
-            "mean": [way.mean if fixed else 0.0] * chans,
-            "std": [way.std if fixed else 1.0] * chans,
+            "mean": mean,
+            "std": std,
             "num_classes": 0,
             "first_conv": own.get("first_conv"),
             "classifier": own.get("classifier"),
@@ -54,4 +55,5 @@ def _pooling(encoder: Encoder) -> dict[str, Any]:
         return {}
     chosen: dict[str, Any] = {"global_pool": TIMM_POOLS.get(encoder.meta["pool"], encoder.meta["pool"])}
     after = getattr(encoder.net, "fc_norm", None)
-    return chosen if after is None else {**chosen, "fc_norm": not isinstance(after, nn.Identity)}
+    name = "use_fc_norm" if isinstance(encoder.net, Eva) else "fc_norm"
+    return chosen if after is None else {**chosen, name: not isinstance(after, nn.Identity)}

@@ -94,6 +94,13 @@ class Preprocess:
             normal = (pixels - mean.view(-1, 1, 1, 1)).div_(std.view(-1, 1, 1, 1) + SOFT)
         return normal.expand(-1, self.in_chans, -1, -1)
 
+    def per_channel(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of each channel; 0 and 1 if films are normalised by their own."""
+        fixed = (self.mean, self.std) if self.normalise == "dataset" else (0.0, 1.0)
+        given = [list(one) if isinstance(one, tuple) else [one] for one in fixed]
+        mean, std = (one * self.in_chans if len(one) == 1 else one for one in given)
+        return mean, std
+
     def to_json(self) -> dict[str, Any]:
         """Its description in encoder.json."""
         return {

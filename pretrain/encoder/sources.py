@@ -210,8 +210,6 @@ def _timm_config(spec: str, file: Path, config: dict[str, Any]) -> Source:
     nested = config.get("pretrained_cfg")
     cfg: dict[str, Any] = nested if isinstance(nested, dict) else config
     args = dict(config.get("model_args") or {})
-    if config.get("global_pool"):
-        args.setdefault("global_pool", config["global_pool"])
     for fixed in ("num_classes", "in_chans", "pretrained"):
         args.pop(fixed, None)
     return _from_cfg(spec, file, config["architecture"], args, cfg)

@@ -72,8 +72,8 @@ def to_transformers(folder: Path, encoder: Encoder) -> str:
     fixed, size = way.normalise == "dataset", encoder.meta["image_size"]
     ViTImageProcessor(
         do_resize=True, size={"height": size, "width": size}, resample=2, do_rescale=True, rescale_factor=1 / 255,
-        do_normalize=fixed, image_mean=[way.mean if fixed else 0.0] * chans,
-        image_std=[way.std if fixed else 1.0] * chans,
+        do_normalize=fixed, image_mean=way.per_channel()[0],
+        image_std=way.per_channel()[1],
     ).save_pretrained(folder)  # fmt: skip
     theirs, x = AutoModel.from_pretrained(folder).eval(), _input(encoder)
     with torch.inference_mode():
@@ -198,7 +198,10 @@ OPEN = {  # how a reader of the card opens it
 def opened(form: str, encoder: Encoder, name: str) -> str:
     """The card's section on how to open this form, from a film as a square of pixels in [0, 1]."""
     way = encoder.preprocess
-    line = f"x = (x - {way.mean}) / {way.std}"
+    mean, std = (
+        f"torch.tensor({list(one)}).view(-1, 1, 1)" if isinstance(one, tuple) else one for one in (way.mean, way.std)
+    )
+    line = f"x = (x - {mean}) / {std}"
     if way.normalise != "dataset":
         line = (
             "x = (x - x.mean((1, 2, 3), True)) / (x.std((1, 2, 3), True, correction=0) + 0.1)  # each film by its own"
