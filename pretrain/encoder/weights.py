@@ -26,7 +26,6 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from configs import UserError
 from pretrain.encoder.model import Encoder, differences, encoder_folder, load
 
-FIRST = ("patch_embed.proj.weight", "features.conv0.weight", "conv1.weight")  # layers that read the film's channels
 WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "target_encoder", "student", "encoder", "backbone")
 ROOTS = (  # layers that occur once in a backbone: the text before one in a key is the backbone's name
     "patch_embed.proj.weight",  # timm's ViTs, DINO, DINOv2, MAE, MSN
@@ -319,12 +318,10 @@ def to_channels(
     state: dict[str, Tensor], in_chans: int, wanted: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], str]:
     """Change the number of equal input channels without changing the function of a grey film; also say what was
-    changed. `wanted`: the tensors of the network; in other families the first convolution reads the film."""
-    named = (
-        *FIRST,
-        *[key for key, value in (wanted or {}).items() if value.ndim == 4 and value.shape[1] == in_chans][:1],
-    )
-    first = next((key for key in named if key in state and state[key].ndim == 4), None)
+    changed. `wanted`: the network's tensors in its order, by default `state`; the first convolution reads the film."""
+    ordered = (state if wanted is None else wanted).items()
+    first = next((key for key, value in ordered if value.ndim == 4 and key.endswith(".weight")), None)
+    first = first if first in state and state[first].ndim == 4 else None
     if first is None or state[first].shape[1] == in_chans:
         return state, ""
     weight = state[first]

@@ -14,7 +14,7 @@ from torch import nn
 from configs import UserError
 from pretrain import encoder as enc
 from pretrain.encoder import hub, sources
-from pretrain.encoder.weights import load_weights
+from pretrain.encoder.weights import copy_state, load_weights
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 2}
 HIERARCHY = {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 2, 3, 4)}
@@ -36,6 +36,7 @@ ARCHS = [
     ("regnetx_002", 32, {}, False),
     ("beit_base_patch16_224", 32, SMALL, False),  # relative positions: tokens, without dropping
     ("deit_tiny_distilled_patch16_224", 32, SMALL, False),
+    ("vit_tiny_r_s16_p8_224", 32, {**SMALL, "patch_size": 1}, False),  # a convolutional stem
 ]
 
 
@@ -83,6 +84,17 @@ def test_dropped_patches_leave_the_forward_of_a_network_that_never_had_them(row)
         wanted = wanted.gather(1, seen[:, :, None].expand(-1, -1, wanted.shape[2]))
         found = encoder.features(x, keep)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch, size, args, drops", ARCHS, ids=[row[0] for row in ARCHS])
+def test_three_equal_channels_give_the_features_of_one(arch, size, args, drops):
+    torch.manual_seed(0)
+    one = enc.create(arch, image_size=size, model_args=args).eval()
+    three = enc.create(arch, image_size=size, model_args=args, in_chans=3).eval()
+    assert "from 1 to 3 channels" in copy_state(three, one.net.state_dict(), "", "")
+    x = torch.randn(1, 1, size, size)
+    with torch.inference_mode():
+        torch.testing.assert_close(three(x.expand(-1, 3, -1, -1)), one(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_network_without_one_tensor_of_features_is_refused_by_name(monkeypatch):
