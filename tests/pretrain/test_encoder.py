@@ -276,6 +276,7 @@ def test_recomputing_activations_changes_no_gradient_of_a_convolutional_net(arch
 def test_a_full_disk_while_exporting_keeps_the_encoder_before(tmp_path):
     enc.save(tmp_path / "encoder", tiny(), {"step": 1})
     if (child := os.fork()) == 0:
+        torch.set_num_threads(1)  # threads do not survive a fork
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         os._exit(guard(lambda: (enc.save(tmp_path / "encoder", tiny(), {"step": 2}), 0)[1]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
