@@ -18,11 +18,22 @@ from scipy import stats
 
 from configs import cli
 from ehr_features.files import read_json
-from finetune.demo import FUSIONS, PROBES, auroc_rows, demo
-from finetune.report.data import read_run
+from finetune.demo import auroc_rows, demo
 from finetune.report.verdict import difference
+from finetune.run_folders import read_run
 
 FEW = 0.1
+PROBES = {
+    "raw pixels": "probe_pixels",
+    "random weights": "probe_random",
+    "pretrained on films": "probe_films",
+    "pretrained with records": "probe_ehr",
+}
+FUSIONS = {
+    "record only (LSTM)": ("mortality_record_lstm", "record"),
+    "film only": ("mortality_film_only", "film"),
+    "fused (MedFuse)": ("mortality_medfuse", "both"),
+}
 GAPS = {  # what it says: minuend, subtrahend, runs whose rows count, share of labels
     "pretrained minus random weights": ("probe_ehr", "probe_random", (), None),
     "pretrained minus raw pixels": ("probe_ehr", "probe_pixels", (), None),

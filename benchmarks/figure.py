@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.demo import GAPS
 from benchmarks.pages import ROOT
-from finetune.report.data import read_run
 from finetune.report.verdict import difference
+from finetune.run_folders import read_run
 
 NUMBERS = ROOT / "docs/results.json"
 SAYS = {  # rows of the figure: the difference of benchmarks.demo

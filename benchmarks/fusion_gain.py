@@ -33,10 +33,9 @@ from sklearn.metrics import roc_auc_score
 
 from configs import load
 from ehr_features.files import read_json
-from finetune.compare import each_training
 from finetune.config import FuseConfig
 from finetune.fusion.train import fuse
-from finetune.results import read_predictions
+from finetune.results import each_training, read_predictions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 TRAININGS = 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from scipy.special import expit
 from configs import UserError
 from ehr_features.files import read_json
 from finetune.metrics import by_count, check, distribution, macro, thirds
+from finetune.names import named, unit, without_seed
 from finetune.resample import degrees, smaller_class, spread
-from finetune.results import check_table, read_predictions, read_results, write_table
+from finetune.results import check_table, each_training, read_predictions, read_results, write_table
+from finetune.run_folders import Run, read_run
 
 ENOUGH_SEEDS = 3
 COSTS = ("parameters", "image_size", "films_seen", "films_trained", "processor_seconds")
@@ -229,14 +232,6 @@ def pairs(a: Sequence[int], b: Sequence[int]) -> bool:
     return sorted(a) == sorted(b) and len(set(a)) == len(a)
 
 
-def each_training(runs: Sequence[str | Path]) -> list[str | Path]:
-    """The runs, with a fusion of several seeds replaced by the folders of its trainings."""
-    found: list[str | Path] = []
-    for run in runs:
-        found += sorted(Path(run).glob("seed_*/")) or [run]
-    return found
-
-
 def _by_count(
     labels: NDArray[Any], stacked: Sequence[NDArray[Any]], groups: NDArray[Any], more: Mapping[str, Any]
 ) -> pd.DataFrame:
@@ -282,11 +277,12 @@ def show(
         write_table(out, table)
     every = [[read_results(folder)[0] for folder in each_training(runs)] for runs in (a, b)]
     abouts = [of[0] for of in every]
-    print(f"AUROC on {split}")
-    for side, runs, about in zip("ab", (a, b), abouts, strict=True):
-        by = about.get("compared_by") or {}
-        size = [f"{_say(by.get(key))} {unit}" for key, unit in CARRIED.items()]
-        print(f"  {side} = {about['model']} of {about['encoder']}: {', '.join(size)}  [{', '.join(map(str, runs))}]")
+    sides = _sides(a, b)
+    print(f"AUROC on {split}, {table['n'].iloc[0]:,} {unit(sides[0])}")
+    for side, of, runs in zip("ab", sides, (a, b), strict=True):
+        by = of.result.get("compared_by") or {}
+        size = [f"{_say(by.get(key))} {what}" for key, what in CARRIED.items()]
+        print(f"  {side} = {of.called}: {', '.join(size)}  [{', '.join(map(str, runs))}]")
     for difference in differences(*abouts):
         print(f"  not the encoder alone: {difference}")
     carried = [f"{key}_{side}" for key in CARRIED for side in "ab"]
@@ -296,6 +292,19 @@ def show(
     if out is not None:
         print(f"wrote {out}")
     return table
+
+
+def _sides(a: Sequence[str], b: Sequence[str]) -> list[Run]:
+    """The first run of each side under its model's name, without what is printed beside it: folders, several seeds."""
+    first = []
+    for runs in (a, b):
+        whole = (Path(runs[0]) / "results.json").is_file()  # else a folder that holds trainings alone
+        first.append(read_run(Path(runs[0] if whole else each_training(runs)[0]), str(runs[0])))
+    sides = []
+    for run, runs in zip(named(first), (a, b), strict=True):
+        name = run.called.removesuffix(f" [{run.name}]")
+        sides.append(replace(run, called=without_seed(name) if len(runs) > 1 else name))
+    return sides
 
 
 def _bounds(row: pd.Series, paired_seeds: bool) -> str:

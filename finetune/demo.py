@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ from configs.commands import command_line
 from configs.launch import end_with_me
 from configs.signals import Stopped, held
 from ehr_features.files import check_ours, digest, lock, make_folder, read_json, write_json
-from finetune.report.data import read_runs
+from finetune.names import named, unit
+from finetune.report.html import fixed
+from finetune.report.results import by_task, possible
 from finetune.report.verdict import verdicts
+from finetune.run_folders import Run, read_runs
 
 CORES = 2
+FEW = 0.1  # share of the labelled train subjects
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 
 
@@ -130,18 +135,10 @@ RUNS = (
     "mortality_film_only",
     "mortality_medfuse",
 )
-PROBES = {
-    "raw pixels": "probe_pixels",
-    "random weights": "probe_random",
-    "pretrained on films": "probe_films",
-    "pretrained with records": "probe_ehr",
-}
-COUNTED = (("probe_pixels", "all"), ("mortality_record_lstm", "paired"))  # runs whose rows the table counts
-FUSIONS = {
-    "record only (LSTM)": ("mortality_record_lstm", "record"),
-    "film only": ("mortality_film_only", "film"),
-    "fused (MedFuse)": ("mortality_medfuse", "both"),
-}
+TABLE = {
+    "findings": ("findings, frozen encoder", "all"),
+    "mortality": ("death in hospital, from 48 h", "paired"),
+}  # task: heading, subset of the test rows
 
 
 def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path:
@@ -173,8 +170,9 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
                 step.process.send_signal(signal.SIGTERM)
                 step.process.wait()
     console.print()
-    console.print(table(out))
-    for sentence in verdicts(read_runs([out / "runs" / name for name in RUNS]), read_json(out / "data" / "truth.json")):
+    runs, truth = named(read_runs([out / "runs" / name for name in RUNS])), read_json(out / "data" / "truth.json")
+    console.print(table(runs, truth))
+    for sentence in verdicts(runs, truth):
         console.print(Padding(sentence, (0, 0, 0, 2)))
     console.print(f"\n[bold]{out / 'report.html'}[/]   open it in a browser   ({time.monotonic() - start:.0f} s)")
     console.print("\nYou have MIMIC? Say where it lies; the other steps follow in the README:")
@@ -185,46 +183,41 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
     return out / "report.html"
 
 
-def table(out: Path) -> Table:
-    """Measured AUROC on the test split with 95% intervals over subjects, beside the best possible one."""
-    bayes = read_json(out / "data" / "truth.json")["bayes"]
+def table(runs: Sequence[Run], truth: dict[str, Any]) -> Table:
+    """Measured AUROC on the test split with 95% intervals over subjects, beside the best possible one.
+
+    Args:
+        runs: with `called`, the names of their models. Fusions are scored on the stays with a film, the same for all.
+        truth: truth.json of the synthetic hospital.
+    """
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    studies, stays = (_macro(out / "runs" / run, subset)["n"] for run, subset in COUNTED)
-    result.caption = (
-        f"Test split: {studies:,} studies (mean over findings), {stays:,} stays with a film. Intervals from resampling "
-        "subjects. "
-        "10% labels: heads fitted on a tenth of the train subjects. Possible: the generator's Bayes-optimal AUROC."
-    )
     for name in ("", "AUROC", "95% interval", "10% labels", "possible"):
         result.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
-    result.add_row("[bold]findings, frozen encoder[/]")
-    for says, run in PROBES.items():
-        best = [
-            bayes["findings"][r["label"]]
-            for r in auroc_rows(out / "runs" / run, "all")
-            if r["label"] in bayes["findings"]
-        ]
-        result.add_row("  " + says, *_cells(out / "runs" / run, "all"), f"{sum(best) / len(best):.3f}")
-    result.add_row("[bold]death in hospital, from 48 h[/]")
-    for says, (run, part) in FUSIONS.items():
-        result.add_row("  " + says, *_cells(out / "runs" / run, "paired"), f"{bayes['mortality'][part]:.3f}")
+    tasks, counts = by_task(runs), []
+    for task, (heading, subset) in TABLE.items():
+        result.add_row(f"[bold]{heading}[/]")
+        heads = [run.headline(subset=subset) or {} for run in tasks[task]]
+        counts.append(f"{max(head.get('n', 0) for head in heads):,} {unit(tasks[task][0])}")
+        for run, head in zip(tasks[task], heads, strict=True):
+            best = possible(truth, task, run.main, run, subset)
+            result.add_row(Padding(run.called, (0, 0, 0, 2)), *_cells(run, head, subset), fixed(best))
+    result.caption = (
+        f"Test split: {' (mean over findings), '.join(counts)} with a film. Intervals from resampling subjects. "
+        "10% labels: heads fitted on a tenth of the train subjects. Possible: the generator's Bayes-optimal AUROC."
+    )
     return result
 
 
-def _cells(run: Path, subset: str) -> tuple[str, str, str]:
-    """The macro AUROC of the test rows; for mortality, of the stays with a film, the same for all three models."""
-    row, few = _macro(run, subset), _macro(run, subset, 0.1)
-    tenth = "" if few["value"] is None else f"{few['value']:.3f}"
-    if row["value"] is None:
-        return "-", row["reason"] or "-", tenth
-    interval = "-" if row["low"] is None else f"{row['low']:.3f} - {row['high']:.3f}"
-    return f"{row['value']:.3f}", interval, tenth
-
-
-def _macro(run: Path, subset: str, fraction: float = 1.0) -> dict[str, Any]:
-    """The row of the macro; without a value where there is none."""
-    rows = auroc_rows(run, subset, fraction)
-    return next((row for row in rows if row["label"] == "macro"), {"value": None, "reason": None, "n": 0})
+def _cells(run: Run, head: Mapping[str, Any], subset: str) -> tuple[str, str, str]:
+    """AUROC, its interval or why there is no AUROC, and the AUROC of the heads fitted on a tenth of the subjects."""
+    rows = run.rows[(run.rows["label"] == run.main) & (run.rows["metric"] == "auroc") & (run.rows["split"] == "test")]
+    rows = rows[rows["subset"] == subset]
+    few = rows.loc[rows["fraction"] == FEW, "value"]
+    tenth = fixed(few.iloc[0]) if few.notna().any() else ""
+    if not head:
+        return "-", next((str(why) for why in rows["reason"] if why), "-"), tenth
+    ends = [fixed(head[end]) for end in ("low", "high")]
+    return fixed(head["value"]), "-" if "–" in ends else " - ".join(ends), tenth
 
 
 def auroc_rows(run: Path, subset: str, fraction: float = 1.0) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,6 +230,14 @@ def read_predictions(folder: str | Path, split: str) -> tuple[pd.DataFrame, pd.D
     ids = table[[c for c in columns if not c.startswith(("label_", "logit_"))]]
     labels, logits = (table[[f"{kind}_{n}" for n in names]].set_axis(names, axis=1) for kind in ("label", "logit"))
     return ids, labels, logits
+
+
+def each_training(runs: Sequence[str | Path]) -> list[str | Path]:
+    """The runs, with a fusion of several seeds replaced by the folders of its trainings."""
+    found: list[str | Path] = []
+    for run in runs:
+        found += sorted(Path(run).glob("seed_*/")) or [run]
+    return found
 
 
 TABLES = (".csv", ".md", ".tex")

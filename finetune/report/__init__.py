@@ -1,6 +1,6 @@
 """One self-contained HTML page for any set of runs."""
 
-from configs.face import callable_module
-from finetune.report.page import report
+from configs.face import callable_module, lazy
 
+__getattr__, __dir__ = lazy(__name__, {"report": "page:report"})
 callable_module(__name__)

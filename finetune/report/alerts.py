@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
-from finetune.report.data import Run, plain
 from finetune.report.html import render, told
 from finetune.report.results import by_task, title
 from finetune.report.training import collapse
+from finetune.run_folders import Run, plain
 
 FEW = 20  # positives (or negatives) under which an AUROC says little
 FILMS = "shows films: under MIMIC's data use agreement it must not be passed on."

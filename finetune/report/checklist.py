@@ -11,9 +11,9 @@ from pathlib import Path
 from markupsafe import Markup
 
 from finetune.report.cohort import attrition, folders
-from finetune.report.data import Run, part, read_object
 from finetune.report.html import number, render, section, table
 from finetune.report.results import by_task, labels, title
+from finetune.run_folders import Run, part, read_object
 
 BLANK = "to be filled in by the authors"
 

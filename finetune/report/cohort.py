@@ -18,9 +18,9 @@ from configs import UserError
 from ehr_features.cohort import DEATHS
 from ehr_features.files import read_json, read_table, undamaged
 from ehr_features.schema import SPLITS
-from finetune.report.data import Run, read_object
 from finetune.report.figures import bars, flow
 from finetune.report.html import figure, frame, number, render, section, table, variable
+from finetune.run_folders import Run, read_object
 
 
 def folders(runs: Sequence[Run]) -> list[Path]:

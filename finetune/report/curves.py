@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from finetune.report.data import Run, common_rows
 from finetune.report.figures import Frame, Series, legend, panels
 from finetune.report.html import figure, join, number, render, table, told
 from finetune.report.results import key_of
+from finetune.run_folders import Run, common_rows
 
 Floats = NDArray[np.float64]
 POINTS = 80  # of a drawn curve

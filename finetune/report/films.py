@@ -24,9 +24,9 @@ from configs import UserError
 from ehr_features.files import read_table
 from ehr_features.schema import FINDINGS
 from finetune.labelled import age_bands
-from finetune.report.data import Run
 from finetune.report.figures import legend, scatter
 from finetune.report.html import figure, join, number, render, section, table
+from finetune.run_folders import Run
 from pretrain import encoder as encoders
 from pretrain.store import Store
 

@@ -17,11 +17,11 @@ from configs import UserError
 from configs.commands import command_line
 from ehr_features.files import read_json
 from finetune.compare import against
-from finetune.report.data import Run, is_macro, part
+from finetune.names import unit
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, fixed, interval, number, render, section, table
-from finetune.report.names import unit
 from finetune.report.results import key_of
+from finetune.run_folders import Run, is_macro, part
 
 
 def grid_folders(runs: Sequence[Run]) -> list[Path]:

@@ -11,12 +11,12 @@ from dataclasses import replace
 import pandas as pd
 from markupsafe import Markup
 
-from finetune.report.data import Run, is_macro, plain
+from finetune.names import counted
 from finetune.report.figures import Frame, Series, legend, panel
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, frame, interval, join, metric, number, render, table
-from finetune.report.names import counted
 from finetune.report.results import OWN, SIDE_BY_SIDE, key_of, lacking
+from finetune.run_folders import Run, is_macro, plain
 
 BANDS = 4  # most lines that are drawn with bands
 

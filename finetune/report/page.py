@@ -18,12 +18,12 @@ from markupsafe import Markup
 
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
+from finetune.names import counted, named
 from finetune.report import checklist, cohort, curves, grids, groups, pairs, results, training
 from finetune.report.alerts import alerts
-from finetune.report.data import Run, part, read_object, read_runs
 from finetune.report.html import fixed, join, number, page, render, section, table
-from finetune.report.names import counted, named
 from finetune.report.verdict import Lead, lead, verdicts
+from finetune.run_folders import Run, part, read_object, read_runs
 
 EXPLAINED = (
     "AUROC: how often a model ranks a patient with the outcome above one without it; 0.5 is chance, 1 is always. "

@@ -17,11 +17,11 @@ from markupsafe import Markup
 from scipy.special import expit
 
 from finetune.compare import holm, paired, pairs
-from finetune.report.data import Run, common_rows, is_macro, methods, trainings_of
+from finetune.names import CONTROLS, RECORDS, unit, without_seed
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, fixed, frame, interval, join, number, told
-from finetune.report.names import CONTROLS, RECORDS, unit, without_seed
 from finetune.report.results import key_of
+from finetune.run_folders import Run, common_rows, is_macro, methods, trainings_of
 
 FEW = 5
 ADDED = "auroc_difference"  # rows of results.json by `fuse adds=true`

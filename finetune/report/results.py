@@ -12,11 +12,11 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from finetune.report.data import Run, is_macro, plain
+from finetune.names import counted, unit
 from finetune.report.figures import legend
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, frame, interval, join, table, told
-from finetune.report.names import counted, unit
+from finetune.run_folders import Run, is_macro, plain
 
 OWN = "counts differ"  # in place of counts, where the runs' differ
 SIDE_BY_SIDE = 8  # runs in one block of a forest

@@ -16,11 +16,12 @@ from scipy.special import expit
 
 from configs import UserError
 from finetune.metrics import evaluate
-from finetune.report.data import Run, common_rows, find_runs, methods, read_run
+from finetune.names import named, without_seed
 from finetune.report.html import interval, number
 from finetune.report.results import encoder_of, model_of
 from finetune.report.training import curve
 from finetune.results import check_table, write_table
+from finetune.run_folders import Run, common_rows, find_runs, methods, read_run
 
 PIPED = 160  # columns where there is no terminal
 
@@ -39,16 +40,13 @@ def show(folder: str | Path, console: Console | None = None, *, out: str | None 
         console.width = PIPED
     broad = console.width >= 120
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("run", "what", "encoder", "AUROC (95%)", *(("AUPRC (95%)", "finished") if broad else ()), "n"):
+    for name in ("run", "model", "AUROC (95%)", *(("AUPRC (95%)", "finished") if broad else ()), "n"):
         table.add_column(name, justify="right" if name == "n" else "left", overflow="fold")
-    runs = []
-    for path in find_runs([folder]):
-        name = path.relative_to(folder).as_posix() if path != Path(folder) else path.name
-        try:
-            runs.append(read_run(path, name))
-            table.add_row(*map(Text, cells(runs[-1], broad)))  # brackets in names are no markup
-        except UserError as error:
-            table.add_row(Text(name), Text(f"damaged: {error}", "yellow"))
+    runs, damaged = _read(Path(folder))
+    for run in runs:
+        table.add_row(*map(Text, cells(run, broad)))  # brackets in names are no markup
+    for name, error in damaged.items():
+        table.add_row(Text(name), Text(f"damaged: {error}", "yellow"))
     rows = [_numbers(run, run.name, 1, run.headline(), run.headline("auprc")) for run in runs]
     for name, group in methods(runs).items():
         if len(group) > 1 and group[0].kind == "evaluation":
@@ -62,12 +60,31 @@ def show(folder: str | Path, console: Console | None = None, *, out: str | None 
         console.print(f"wrote {out}")
 
 
+def _read(folder: Path) -> tuple[list[Run], dict[str, UserError]]:
+    """The runs there under their models' names; what is wrong with the others."""
+    runs, damaged = [], {}
+    for path in find_runs([folder]):
+        name = path.relative_to(folder).as_posix() if path != folder else path.name
+        try:
+            runs.append(read_run(path, name))
+        except UserError as error:
+            damaged[name] = error
+    return named(runs), damaged
+
+
+def model_and_task(run: Run) -> str:
+    """The model and what it was trained or scored on, in one cell."""
+    if run.kind == "unfinished":
+        return "not finished"
+    return f"{run.called} · {'pretraining' if run.kind == 'pretraining' else run.task.replace('_', ' ')}"
+
+
 def _mean_cells(group: Sequence[Run], name: str, means: Mapping[str, Mapping[str, Any]], broad: bool) -> list[str]:
     auroc, auprc = means.get("auroc", {}), means.get("auprc", {})
     values = [interval(of.get("value"), of.get("low"), of.get("high")) for of in (auroc, auprc)]
     more = [values[1], ""] if broad else []
-    what = f"{group[0].task} · {model_of(group[0])}"
-    said = [f"{name}, mean of {len(group)} seeds", what, encoder_of(group[0]), values[0]]
+    model = without_seed(model_and_task(group[0]))
+    said = [f"{name}, mean of {len(group)} seeds", model, values[0]]
     return [*said, *more, number(auroc.get("n"))]
 
 
@@ -98,6 +115,7 @@ def _numbers(
     """A row of the written table."""
     row: dict[str, Any] = {
         "run": name,
+        "model": run.called if seeds == 1 else without_seed(run.called),
         "what": f"{run.task} · {model_of(run)}" if run.kind == "evaluation" else run.kind,
         "encoder": encoder_of(run) if run.kind == "evaluation" else str(run.encoder.get("arch") or ""),
         "seeds": max(seeds, int(run.result.get("seeds") or 1)),
@@ -111,7 +129,6 @@ def cells(run: Run, broad: bool) -> list[str]:
     """What the table says of a run."""
     head, precision = run.headline() or {}, run.headline("auprc") or {}
     steps, losses = curve(run, ("loss",))
-    kind = f"{run.task} · {model_of(run)}" if run.kind == "evaluation" else run.kind
     numbers = interval(head.get("value"), head.get("low"), head.get("high"))
     if run.kind == "pretraining" and len(steps):
         numbers = f"loss {losses[-1]:.3f} at step {steps[-1]:,.0f}"
@@ -119,5 +136,4 @@ def cells(run: Run, broad: bool) -> list[str]:
         interval(precision.get("value"), precision.get("low"), precision.get("high")),
         str(run.provenance.get("finished_at") or "not yet")[:16].replace("T", " "),
     ]
-    encoder = encoder_of(run) if run.kind == "evaluation" else str(run.encoder.get("arch") or "–")
-    return [run.name, kind, encoder, numbers, *(more if broad else []), number(head.get("n"))]
+    return [run.name, model_and_task(run), numbers, *(more if broad else []), number(head.get("n"))]

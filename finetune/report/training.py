@@ -12,10 +12,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from configs.commands import command_line
-from finetune.report.data import Run, column, part
 from finetune.report.figures import Frame, Series, legend, panels
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, frame, join, metric, number, section, table
+from finetune.run_folders import Run, column, part
 from pretrain.config import PROTOTYPES_FLOOR, RANK_FLOOR
 
 POINTS = 240  # points of a drawn curve: more than its pixels

@@ -11,10 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from finetune.report.data import Run, common_rows
-from finetune.report.names import unit
+from finetune.names import unit
 from finetune.report.pairs import compare
 from finetune.report.results import by_task, possible
+from finetune.run_folders import Run, common_rows
 
 OUTCOMES = {"mortality": "death in hospital", "phenotypes": "phenotypes", "phenotypes_early": "phenotypes"}
 OUTCOMES |= {"decompensation": "death within 24 hours", "length_of_stay": "the remaining length of stay"}

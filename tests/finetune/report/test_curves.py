@@ -16,12 +16,12 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from finetune.compare import compare_runs
 from finetune.report.curves import Scored, bins, curves_figure, net_benefit, precision_recall, roc
-from finetune.report.data import read_runs
 from finetune.report.figures import Scale, flow, shape, tick_text
 from finetune.report.html import interval, number
 from finetune.report.pairs import compare, methods
 from finetune.report.results import possible
 from finetune.report.training import smooth
+from finetune.run_folders import read_runs
 
 ROWS = st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=2, max_size=40).filter(
     lambda rows: 0 < sum(y for y, _ in rows) < len(rows)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetune.report import films as report_films
-from finetune.report.data import Run, read_runs
+from finetune.run_folders import Run, read_runs
 from pretrain import encoder as encoders
 
 SIZE = 32

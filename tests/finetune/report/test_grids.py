@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from finetune.compare import against
-from finetune.report.data import read_runs
 from finetune.report.grids import axes_of, grid_figures, grid_folders
 from finetune.report.html import fixed, interval
+from finetune.run_folders import read_runs
 from tests.finetune.test_compare import sample, write_run
 
 

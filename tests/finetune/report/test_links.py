@@ -8,7 +8,7 @@ import yaml
 
 from ehr_features.files import write_json
 from finetune.report.cohort import cohort_section, flow_figure
-from finetune.report.data import read_runs
+from finetune.run_folders import read_runs
 
 
 def test_links_and_their_ambiguities_are_drawn(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from ehr_features.files import write_json
-from finetune.report.data import Run, read_runs
-from finetune.report.names import architecture, counted, model_name, named, pretrained_name
+from finetune.names import architecture, counted, model_name, named, pretrained_name
 from finetune.report.verdict import lead
+from finetune.run_folders import Run, read_runs
 
 TINY = {"arch": "vit_tiny_patch16_224"}
 

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from configs import UserError
-from finetune.report.data import read_runs
 from finetune.report.page import report
 from finetune.report.runs import show
+from finetune.run_folders import read_runs
 
 HERE = ("vanilla", "film_only", "record_lstm")
 

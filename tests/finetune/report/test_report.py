@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from configs import UserError
-from finetune.report.data import find_runs, read_runs
 from finetune.report.page import report
 from finetune.report.runs import show
+from finetune.run_folders import find_runs, read_runs
 
 HOSTILE = "<script>alert('x')</script>"
 

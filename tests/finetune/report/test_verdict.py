@@ -12,9 +12,9 @@ import pytest
 
 from ehr_features.files import read_json, write_json
 from finetune.compare import compare_runs
-from finetune.report.data import Run, read_runs
 from finetune.report.verdict import Gap, _adds, _against, difference, verdicts
 from finetune.results import predictions
+from finetune.run_folders import Run, read_runs
 
 
 @pytest.fixture

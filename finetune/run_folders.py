@@ -19,8 +19,7 @@ import yaml
 
 from configs import UserError
 from ehr_features.files import read_json
-from finetune.compare import each_training
-from finetune.results import COLUMNS, predictions, read_results
+from finetune.results import COLUMNS, each_training, predictions, read_results
 
 MARK = "config.yaml"
 
@@ -211,10 +210,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str) -> Run:
     """Read one run. Raises: UserError: a file in it is damaged."""
     result, rows = read_results(folder) if (folder / "results.json").is_file() else ({}, pd.DataFrame(columns=COLUMNS))
+    path = folder / MARK
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / 'config.yaml'}: not readable YAML ({type(error).__name__})") from None
+        raise UserError(f"{path}: not readable YAML ({type(error).__name__})") from None
     return Run(
         folder=folder,
         name=name,

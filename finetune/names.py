@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from finetune.report.data import Run, is_macro, part, read_object
+from finetune.run_folders import Run, is_macro, part, read_object
 
 METHODS = {"msn": "MSN", "pmsn": "PMSN", "dino": "DINO", "ibot": "iBOT", "mae": "MAE", "simclr": "SimCLR"}
 METHODS |= {"vicreg": "VICReg", "byol": "BYOL", "lejepa": "LeJEPA"}
