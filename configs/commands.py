@@ -64,7 +64,7 @@ COMMANDS = {
         "paired difference between two methods on the same test subjects", "runs/a_seed* --with runs/b_seed*"),
     "embed": Command("finetune", "embed", "ENCODER FILMS OUT", "features of any films, by an exported encoder alone",
         "runs/msn/encoder my-films embeddings.parquet"),
-    "nearest": Command("finetune", "nearest", "EMBEDDINGS FILM", "the films most alike to one",
+    "nearest": Command("finetune", "nearest", "EMBEDDINGS [FILM]", "the films most alike to one",
         "embeddings.parquet my-films/one.png"),
     "config": Command("configs", "config", "[NAME]", "list the shipped configs, or print one to standard output",
         "probe_linear"),

@@ -28,8 +28,9 @@ def _build(config: Any, args: argparse.Namespace) -> int:
         out = build(config)
     print("\n".join(summary(out)))
     print(out)
-    fuse = ["fuse", "fuse_mortality", f"features={out}", "model=record_lstm", "encoder=null", "store=null"]
-    images = ["images", "images", f"mimic_cxr={config.mimic_cxr}"]
+    of = "demo/" if str(args.config).startswith("demo/") else ""
+    fuse = ["fuse", f"{of}fuse_mortality", f"features={out}", "model=record_lstm", "encoder=null", "store=null"]
+    images = ["images", f"{of}images", f"mimic_cxr={config.mimic_cxr}", f"out={out.parent / 'store'}"]
     print(f"next: {command_line(*(images if config.mimic_cxr else fuse))}")
     return 0
 
@@ -39,7 +40,10 @@ def _check(config: Any, args: argparse.Namespace) -> int:
     from ehr_features.raw.engine import interruptible
 
     with interruptible():
-        return check(config)
+        code = check(config)
+    if code == 0:
+        print(f"next: {command_line('features', args.config, *args.overrides)}")
+    return code
 
 
 def _notes(config: Any, args: argparse.Namespace) -> int:

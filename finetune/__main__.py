@@ -155,7 +155,8 @@ def _films(commands: Any) -> None:
     embed.set_defaults(run=_embed)
     nearest = cli.command(commands, "nearest")
     nearest.add_argument("embeddings", metavar="EMBEDDINGS.parquet", help="what `embed` wrote")
-    nearest.add_argument("film", metavar="FILM", help="an id or path in it, or another film's file")
+    says = "an id or path in it, or another film's file; default: the first film in it"
+    nearest.add_argument("film", metavar="FILM", nargs="?", help=says)
     nearest.add_argument("--number", type=_count, default=10, help="how many (default 10)")
     nearest.add_argument("--encoder", help="in place of the one that EMBEDDINGS names")
     nearest.set_defaults(run=_nearest)

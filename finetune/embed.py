@@ -71,7 +71,7 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
     with new_file(out) as part:
         pq.write_table(table, part)
     print(f"wrote {out}: {len(kept):,} films x {features.shape[1]} features" + f", {len(bad)} left out" * bool(bad))
-    print(f"next: {command_line('nearest', out, listed['path'].iloc[kept[0]])}")
+    print(f"next: {command_line('nearest', out)}")
     return Path(out)
 
 
@@ -106,12 +106,12 @@ def _films(place: str) -> pd.DataFrame:
     return films.reset_index(drop=True)
 
 
-def nearest(embeddings: str, film: str, *, number: int = 10, encoder: str | None = None) -> pd.DataFrame:
+def nearest(embeddings: str, film: str | None = None, *, number: int = 10, encoder: str | None = None) -> pd.DataFrame:
     """Print the films most similar to one, by the cosine of centred features.
 
     Args:
         embeddings: a file that `embed` wrote.
-        film: an id or a path in it, or another film's file (then its encoder is needed).
+        film: an id or a path in it, or another film's file (then its encoder is needed); None: the first film in it.
         encoder: instead of the one that the file names.
     Raises: UserError: not such a file, no such film.
     """
@@ -123,13 +123,13 @@ def nearest(embeddings: str, film: str, *, number: int = 10, encoder: str | None
     frame = table.to_pandas()
     x = frame[[c for c in frame if c.startswith("f") and c[1:].isdigit()]].to_numpy(np.float32)
     centre = x.mean(0)
-    own = np.flatnonzero(frame["path"] == film)
+    own = np.flatnonzero(frame["path"] == film) if film is not None else np.array([0])
     own = own if len(own) else np.flatnonzero(frame["dicom_id"] == film)
     if len(own) > 1:
         raise UserError(f"{film}: {len(own)} films of {embeddings} have this name; give the path of one")
     if len(own):
         query = x[own[0]]
-    elif Path(film).is_file():
+    elif film is not None and Path(film).is_file():
         frozen, made = _opened(encoder or about["encoder"])
         if about.get("key") != frozen.key:
             raise UserError(

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before the imports below, which take a while
 
 import argparse
 import re
+from pathlib import Path
 
 from configs import UserError, cli
 from configs.commands import command_line
@@ -23,16 +24,39 @@ def _images(config: ImagesConfig, args: argparse.Namespace) -> None:
         raise UserError(f"--shard {args.shard}: wanted i/n, e.g. 1/4 on the first of four machines")
     out = pack(config, (int(part[1]), int(part[2])))
     if (out / "store.json").is_file():
-        beside = out.parent / "features"
-        features = beside if (beside / "images.parquet").is_file() else "features"
-        words = ["pretrain_vit_small", f"features={features}"]
-        if config.layout is not None:
-            more = {"layout": config.layout if config.layout != "csv" else None, "path": config.path}
-            named = [f"films.{key}={value}" for key, value in more.items() if value is not None]
-            words = ["own_films/pretrain", f"films.table={config.films}", *named]
-        print(f"{out}\nnext: {command_line('pretrain', *words, f'store={out}')}")
+        print(f"{out}\nnext: {command_line(*_after_images(config, out, str(getattr(args, 'config', ''))))}")
     else:
         print(f"{out}\nnext: the parts of --shard i/{part[2]} that are not packed yet")
+
+
+def _after_images(config: ImagesConfig, out: Path, given: str) -> list[str]:
+    """The command that the packed films are for: pretraining on a table of films, or on the features beside."""
+    if config.mimic_cxr is None:
+        is_table = str(config.films).removesuffix(".gz").endswith((".csv", ".parquet"))
+        table = config.films if is_table else "my.csv"  # who is on the films, to be written
+        more = {"layout": config.layout if config.layout != "csv" else None, "path": config.path}
+        named = [f"films.{key}={value}" for key, value in more.items() if value is not None]
+        return ["pretrain", "own_films/pretrain", f"films.table={table}", *named, f"store={out}"]
+    places = [
+        out.parent / "features",
+        *sorted(out.parent.glob("*")),
+        Path("features"),
+        *sorted(Path("features").glob("*")),
+    ]
+    made = [place for place in places if (place / "images.parquet").is_file()]
+    same = [place for place in made if _films_of(place) == config.mimic_cxr]
+    features = next(iter([*same, *made]), Path("features"))
+    name = "demo/pretrain_resnet" if given.startswith("demo/") else "pretrain_vit_small"
+    return ["pretrain", name, f"features={features}", f"store={out}"]
+
+
+def _films_of(features: Path) -> str | None:
+    """The folder of films that a features folder was made with."""
+    from ehr_features.files import read_json
+
+    path = features / "provenance.json"
+    config = read_json(path).get("config") if path.is_file() else None
+    return config.get("mimic_cxr") if isinstance(config, dict) else None
 
 
 def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
@@ -51,7 +75,8 @@ def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
     if is_main():
         words = [f"{key}={value}" for key, value in config.source.items()]
         words += [f"store={config.store}", f"encoder={folder}", f"out={folder}_probe"]
-        probe = "probe_linear" if config.features is not None else "own_films/probe"
+        of = "demo/" if str(args.config).startswith("demo/") else ""
+        probe = f"{of}probe_linear" if config.features is not None else "own_films/probe"
         print(f"{folder / 'encoder'}\nnext: {command_line('probe', probe, *words)}")
 
 

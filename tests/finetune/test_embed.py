@@ -85,12 +85,15 @@ def test_films_that_cannot_be_read_are_said_once_for_each_reason(
             assert "bad1" not in capsys.readouterr().out
 
 
-def test_the_nearest_film_to_a_copy_is_the_film(tmp_path: Path) -> None:
+def test_the_nearest_film_to_a_copy_is_the_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder, films = tiny(tmp_path), draw(tmp_path)
     out = str(embed(str(encoder), str(films), str(tmp_path / "out.parquet")))
     copy = tmp_path / "copy.png"
     copy.write_bytes((films / "film2.png").read_bytes())
+    said = capsys.readouterr().out
+    assert f"next: ./launch.sh nearest {out}\n" in said and "film0" not in said  # a path may hold a patient's id
     assert nearest(out, str(copy), number=3)["dicom_id"].tolist()[0] == "film2"
+    assert nearest(out)["dicom_id"].tolist() == nearest(out, pd.read_parquet(out)["path"][0])["dicom_id"].tolist()
     found = nearest(out, "film2", number=99)
     assert "film2" not in found["dicom_id"].tolist() and len(found) == 5
     with pytest.raises(UserError, match="neither a film of"):
