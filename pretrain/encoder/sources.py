@@ -172,7 +172,10 @@ def find(spec: str | Path) -> Source | None:
 def _in_folder(spec: str, path: Path) -> Source | None:
     """A folder with config.json, or a weights file beside one."""
     folder = path if path.is_dir() else path.parent
-    if (encoder_folder(folder) / "encoder.json").is_file() or not (folder / "config.json").is_file():
+    ours = encoder_folder(folder)
+    if any((ours / name).is_file() for name in ("encoder.json", "encoder.safetensors")):  # the second: a broken one
+        return None
+    if not (folder / "config.json").is_file():
         return None
     if path.is_dir():
         return _described(spec, folder)
