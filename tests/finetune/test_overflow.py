@@ -32,16 +32,19 @@ def large(folder: Path, last: float) -> Path:
     return encoders.save(folder / "large/encoder", made, {"ehr_groups": {}}).parent
 
 
-def probed(folder: Path, encoder: Path, method: str, **more: Any) -> Path:
+def probed(folder: Path, encoder: Path, method: str, **beyond: Any) -> Path:
+    """`beyond`: values of `tune`, also outside its bounds, so that training diverges."""
     given = {"features": str(folder / "features"), "store": "memory", "encoder": str(encoder), "samples": 0}
     given |= {"out": str(folder / "run"), "method": method, "epochs": 1, "tune": {"epochs": 2, "batch_size": 32}}
-    return probe(ProbeConfig.model_validate(given | more))
+    config = ProbeConfig.model_validate(given)
+    return probe(config.model_copy(update={"tune": config.tune.model_copy(update=beyond)}))
 
 
-def fused(folder: Path, encoder: Path, **more: Any) -> Path:
+def fused(folder: Path, encoder: Path, **beyond: Any) -> Path:
+    """`beyond`: values, also outside their bounds."""
     small = {"hidden": 8, "layers": 1, "joint": 8, "epochs": 1, "samples": 0, "batch_size": 32, "pairing": "paired"}
     paths = {"features": str(folder / "features"), "store": "memory", "encoder": str(encoder), "out": str(folder / "r")}
-    return fuse(FuseConfig(**(paths | small | more)))
+    return fuse(FuseConfig(**(paths | small)).model_copy(update=beyond))
 
 
 @pytest.mark.parametrize("last", LARGE)
@@ -65,7 +68,7 @@ def test_training_that_diverges_names_the_encoder_and_the_films(make_world: Make
     folder = make_world(subjects=60)
     encoder = large(folder, 1.0)
     with pytest.raises(UserError, match=said):
-        probed(folder, encoder, "finetune", tune={"lr": 1e30, "clip": 1e30, "epochs": 3, "batch_size": 32})
+        probed(folder, encoder, "finetune", lr=1e30, clip=1e30, epochs=3)
     with pytest.raises(UserError, match=said):
         fused(make_icu(stays=60), encoder, freeze=False, encoder_lr=1e30, clip=None, epochs=3)
     with pytest.raises(UserError, match=said):
