@@ -49,6 +49,7 @@ def test_numbers_and_gradients_are_those_of_timm(arch, size, args, only_class):
 
 def test_the_last_block_computes_one_token_where_one_is_read():
     encoder, _ = pair("vit_tiny_patch16_224", 224, {"depth": 2})
+    encoder.exact = False  # as the target of a training; a frozen encoder takes the way of timm, to the last bit
     x, spent = torch.randn(1, 1, 224, 224), {}
     for pool in ("cls", "avg"):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
