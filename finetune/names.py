@@ -17,9 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetune.run_folders import Run, is_macro, part, read_object
+from pretrain.options import TITLES
 
-METHODS = {"msn": "MSN", "pmsn": "PMSN", "dino": "DINO", "ibot": "iBOT", "mae": "MAE", "simclr": "SimCLR"}
-METHODS |= {"vicreg": "VICReg", "byol": "BYOL", "lejepa": "LeJEPA"}
 USES = {"condition": "EHR-conditioned", "predict": "EHR-predicting", "contrast": "EHR-contrasted"}
 RECORDS = {"record_lstm": "LSTM", "record_transformer": "Transformer", "record_gbm": "Gradient boosting"}
 FUSIONS = {
@@ -101,7 +100,7 @@ def encoder_name(run: Run) -> str:
 def pretrained_name(encoder: Mapping[str, Any]) -> str:
     """Method, use of the record, architecture. `encoder`: encoder.json, or what a config plans."""
     given = str(encoder.get("method") or "")
-    method = METHODS.get(given, given.rpartition(":")[2] or "Pretrained encoder")
+    method = TITLES.get(given, given.rpartition(":")[2] or "Pretrained encoder")
     record, ehr = encoder.get("ehr_groups"), part(dict(encoder), "ehr")
     said = f"{USES.get(str(ehr.get('use') or 'condition'), 'EHR with')} {method}" if record else method
     said += " on films alone" if record is not None and not record else ""

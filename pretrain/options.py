@@ -20,6 +20,10 @@ METHODS = {
     "byol": "byol:BYOL",
     "lejepa": "lejepa:LeJEPA",
 }
+TITLES = {  # as a reader knows them
+    "msn": "MSN", "pmsn": "PMSN", "dino": "DINO", "ibot": "iBOT", "mae": "MAE", "simclr": "SimCLR", "vicreg": "VICReg",
+    "byol": "BYOL", "lejepa": "LeJEPA",
+}  # fmt: skip
 SECTIONS = {
     "msn": "loss",
     "pmsn": "loss",

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from ehr_features.demo.beside import truth_of
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
 from finetune.names import counted, named
@@ -79,14 +80,7 @@ def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
     """truth.json of a synthetic hospital; {} for real data."""
     if given is not None:
         return read_object(Path(given))
-    for folder in cohort.folders(runs):
-        config = part(read_object(folder / "provenance.json"), "config")
-        for key in ("mimic_iv", "mimic_cxr"):
-            beside = Path(str(config.get(key) or "")).parent / "truth.json"
-            for path in (beside, *(parent / beside for parent in folder.resolve().parents)):
-                if config.get(key) and path.is_file():
-                    return read_object(path)
-    return {}
+    return next((truth for folder in cohort.folders(runs) if (truth := truth_of(folder))), {})
 
 
 def _head(runs: Sequence[Run], truth: dict[str, Any], with_films: bool, said: Sequence[str]) -> Markup:

@@ -14,9 +14,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from configs import UserError
+from ehr_features.demo.beside import truth_of
 from ehr_features.files import read_json
 from pretrain.config import PretrainConfig
 from pretrain.encoder.model import encoder_folder
+from pretrain.options import TITLES
 
 LICENCE = """\
 Trained on credentialed data (PhysioNet) where it was MIMIC: the data must not leave your institution, and weights may
@@ -34,11 +36,8 @@ LAYOUTS = {  # our layouts of public data sets, as they are usually called
 }  # fmt: skip
 HUB_METRICS = {"auroc": "roc_auc", "auprc": "average_precision", "brier": "brier_score", "f1": "f1"}
 
-NAMES = {
-    "msn": "masked Siamese networks (MSN)", "pmsn": "masked Siamese networks with a power-law prior (PMSN)",
-    "dino": "DINO", "ibot": "iBOT", "mae": "a masked autoencoder (MAE)", "simclr": "SimCLR", "vicreg": "VICReg",
-    "lejepa": "LeJEPA", "byol": "BYOL",
-}  # fmt: skip
+LONG = {"msn": "masked Siamese networks", "pmsn": "masked Siamese networks with a power-law prior"}
+LONG["mae"] = "a masked autoencoder"
 READABLE = "## How linearly readable the record is from the frozen features"
 NO_RESULTS = "None yet: `ehr-msn probe` measures it, `ehr-msn export RUN OUT --probe PROBE` writes it here."
 
@@ -46,7 +45,7 @@ NO_RESULTS = "None yet: `ehr-msn probe` measures it, `ehr-msn export RUN OUT --p
 def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
     """The card's Markdown, from encoder.json and the config; `probe_table` later replaces `NO_RESULTS`."""
     lines = [
-        f"# {meta['arch']}, pretrained on chest films with {NAMES.get(config.method, config.method)}",
+        f"# {meta['arch']}, pretrained on chest films with {_method(config.method)}",
         "",
         f"- Network: timm `{meta['arch']}` {meta['model_args']}; {meta['in_chans']} channel(s), {meta['image_size']}"
         f" px, {meta['width']} features (pool `{meta['pool']}`).",
@@ -72,13 +71,20 @@ def model_card(meta: dict[str, Any], config: PretrainConfig) -> str:
     return "\n".join([*lines, "## Licence and use", "", LICENCE, ""])
 
 
+def _method(name: str) -> str:
+    title = TITLES.get(name, name)
+    return f"{LONG[name]} ({title})" if name in LONG else title
+
+
 def _input(preprocess: dict[str, Any]) -> str:
     parts = {f"store {k}": v for k, v in (preprocess.get("store") or {}).items()} | preprocess
     return ", ".join(f"{k} {v}" for k, v in parts.items() if v is not None and k != "store")
 
 
 def datasets(features: str | None, layout: str | None) -> list[str]:
-    """The public data sets of a run, by their usual names; a table of somebody's own films has none."""
+    """The public data sets of a run, by their usual names; synthetic ones and a table of one's own films have none."""
+    if features is not None and truth_of(features):
+        return []
     if features is not None:
         return ["mimic-cxr", "mimic-iv"]
     return [LAYOUTS[layout]] if layout in LAYOUTS else []

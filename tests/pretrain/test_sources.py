@@ -54,7 +54,7 @@ def test_each_architecture_gives_timms_features_after_saving_and_trains(tmp_path
     net.load_state_dict(again.net.state_dict())
     x = torch.randn(2, 1, size, size)
     with torch.inference_mode():
-        torch.testing.assert_close(again(x), net(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again(x), net(x), rtol=0, atol=1e-5)
         assert again(x).shape == (2, again.width) and set(again.pools) >= {meta["pool"]}
         features = again.features(x)
         assert features.shape[1 if features.ndim == 4 else 2] == again.layout.channels
@@ -83,7 +83,7 @@ def test_dropped_patches_leave_the_forward_of_a_network_that_never_had_them(row)
         wanted = net.forward_features(x, attn_mask=torch.zeros(mask.shape).masked_fill(~mask, -torch.inf))
         wanted = wanted.gather(1, seen[:, :, None].expand(-1, -1, wanted.shape[2]))
         found = encoder.features(x, keep)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch, size, args, drops", ARCHS, ids=[row[0] for row in ARCHS])
@@ -94,7 +94,7 @@ def test_three_equal_channels_give_the_features_of_one(arch, size, args, drops):
     assert "from 1 to 3 channels" in copy_state(three, one.net.state_dict(), "", "")
     x = torch.randn(1, 1, size, size)
     with torch.inference_mode():
-        torch.testing.assert_close(three(x.expand(-1, 3, -1, -1)), one(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(three(x.expand(-1, 3, -1, -1)), one(x), rtol=0, atol=1e-5)
 
 
 def test_a_network_without_one_tensor_of_features_is_refused_by_name(monkeypatch):
@@ -152,11 +152,11 @@ def test_a_folder_of_hugging_face_gives_transformers_features(tmp_path, kind, mo
     torch.testing.assert_close(x, (pixels - mean) / std)
     with torch.inference_mode():
         wanted = model(x).last_hidden_state
-        torch.testing.assert_close(encoder.features(x), wanted, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(encoder(x), wanted[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder.features(x), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(encoder(x), wanted[:, 0], rtol=0, atol=1e-5)
     again = enc.load(enc.save(tmp_path / "encoder", encoder))  # through encoder.json
     with torch.inference_mode():
-        torch.testing.assert_close(again(again.preprocess(films)), wanted[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again(again.preprocess(films)), wanted[:, 0], rtol=0, atol=1e-5)
 
 
 def test_positions_of_another_film_size_are_those_of_transformers(tmp_path):
@@ -166,7 +166,7 @@ def test_positions_of_another_film_size_are_those_of_transformers(tmp_path):
     x = torch.randn(2, 3, 28, 28)
     with torch.inference_mode():
         wanted = model(x).last_hidden_state
-        torch.testing.assert_close(encoder.features(x), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder.features(x), wanted, rtol=0, atol=1e-5)
 
 
 def test_the_processors_statistics_are_those_of_its_own_pixels(tmp_path):
@@ -181,7 +181,7 @@ def test_the_processors_statistics_are_those_of_its_own_pixels(tmp_path):
         wanted = own(np.stack([film] * 3, -1), return_tensors="pt")["pixel_values"]
         ours = enc.create("resnet10t", image_size=32, in_chans=3).preprocess
         ours = type(ours)(32, "dataset", source_mean, source_std, 3)
-        torch.testing.assert_close(ours(film), wanted.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(film), wanted.float(), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +241,11 @@ def test_a_folder_of_timm_gives_timms_features_without_its_head(tmp_path, arch, 
     owner = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
     x = torch.randn(2, 3, size, size)
     with torch.inference_mode():
-        torch.testing.assert_close(encoder(x), owner(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder(x), owner(x), rtol=0, atol=1e-5)
     bare = enc.create(arch, in_chans=3, image_size=size, model_args=args).eval()
     load_weights(bare, tmp_path / "model.safetensors", heads=2)
     with torch.inference_mode():
-        torch.testing.assert_close(bare(x), owner(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bare(x), owner(x), rtol=0, atol=1e-5)
 
 
 def test_a_file_of_eva_x_in_its_own_names_is_read_by_timms_conversion(tmp_path):
@@ -270,7 +270,7 @@ def test_a_file_of_eva_x_in_its_own_names_is_read_by_timms_conversion(tmp_path):
     load_weights(ours, tmp_path / "eva_x.pt", heads=2)
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
 
 
 # ---- Layouts known by name.
@@ -290,7 +290,7 @@ def test_torchxrayvisions_files_hold_a_whole_module_and_are_read_without_running
     x = encoder.preprocess(film)
     torch.testing.assert_close(x[0, 0], torch.from_numpy(normalize(film.astype(np.float32), 255)), atol=1e-3, rtol=0)
     with torch.inference_mode():
-        torch.testing.assert_close(encoder(x), theirs.features2(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoder(x), theirs.features2(x), rtol=0, atol=1e-5)
     assert source.image_size == 224 and "MIMIC" in source.card
 
 
@@ -304,7 +304,7 @@ def test_rad_dino_by_name_is_its_folder_with_its_own_statistics(tmp_path):
     encoder = enc.load(f"rad-dino:{folder}")
     x = torch.randn(2, 3, 28, 28)
     with torch.inference_mode():
-        torch.testing.assert_close(encoder(x), model(x).pooler_output, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder(x), model(x).pooler_output, rtol=0, atol=1e-5)
     assert encoder.preprocess.std == (0.26, 0.26, 0.26)
     assert "MIMIC-CXR" in sources.find(f"rad-dino:{folder}/model.safetensors").card
 
@@ -329,7 +329,7 @@ def test_chexfounds_teacher_is_a_dinov2_with_registers_and_gated_blocks(tmp_path
     encoder, _ = source.open()
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        torch.testing.assert_close(encoder.features(x), model(x).last_hidden_state, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoder.features(x), model(x).last_hidden_state, rtol=0, atol=1e-5)
     assert "MIMIC-CXR" in source.card
     torch.save({"teacher": {"backbone.fc.weight": torch.zeros(2)}}, tmp_path / "teacher_checkpoint.pth")
     with pytest.raises(UserError, match="not CheXFound's layout"):
@@ -368,7 +368,7 @@ def test_a_hubs_repository_is_read_as_its_folder(tmp_path, monkeypatch):
     source = sources.find("hf-hub:someone/a-vit@main")
     x = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
-        torch.testing.assert_close(source.open()[0].features(x), model(x).last_hidden_state, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(source.open()[0].features(x), model(x).last_hidden_state, rtol=0, atol=1e-5)
     assert asked[0] == ("someone/a-vit", "config.json") and "README.md lists mimic-cxr" in source.card
 
 
@@ -448,7 +448,7 @@ def test_a_run_starts_from_a_folder_of_the_same_network_only(tmp_path):
     x = torch.randn(2, 1, 28, 28)
     with torch.inference_mode():
         wanted = model(x.expand(-1, 3, -1, -1)).last_hidden_state
-        torch.testing.assert_close(ours.features(x), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.features(x), wanted, rtol=0, atol=1e-5)
     other = enc.create("vit_base_patch14_dinov2", image_size=28, model_args={**args, "num_heads": 3})
     with pytest.raises(UserError, match=r"attention heads 2 there, 3 in this config.*set encoder\.arch="):
         sources.start_from(other, str(folder))
