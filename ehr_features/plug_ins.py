@@ -124,9 +124,10 @@ def load_task(word: str) -> Task:
             raise UserError(f"tasks: {word} does not declare `{key}`; see docs/plug_ins.md")
     if not str(made.name).isidentifier():
         raise UserError(f"tasks: {word}: name is {made.name!r}; wanted letters, digits and _")
-    if isinstance(made.labels, str) or (clash := sorted({*made.labels} & {*schema.SAMPLES})):
-        raise UserError(f"tasks: {word}: labels is {made.labels!r}; wanted a tuple of names of its own" if isinstance(
-            made.labels, str) else f"tasks: {word}: labels {', '.join(clash)} are names of other columns")  # fmt: skip
+    if isinstance(made.labels, str):
+        raise UserError(f"tasks: {word}: labels is {made.labels!r}; wanted a tuple of names, e.g. ('{made.labels}',)")
+    if clash := sorted({*made.labels} & {*schema.SAMPLES}):
+        raise UserError(f"tasks: {word}: labels {', '.join(clash)} are names of other columns")
     return made()
 
 
