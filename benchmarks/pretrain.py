@@ -34,13 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import encoder as encoders
 from pretrain.build import keep_freed_memory
-from pretrain.config import ViewsConfig
 from pretrain.data import Cutter
 from pretrain.draws import film_keys
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.methods import Batch, Setup
 from pretrain.methods.msn import MSN
-from pretrain.options import LossConfig
+from pretrain.options import LossConfig, ViewsConfig
 from pretrain.views import Views
 
 TURN = 6  # our batches of views per turn, so that a turn lasts about as long as one batch of lightly's

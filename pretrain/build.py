@@ -16,13 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from configs import UserError, load
 from pretrain import encoder as encoders
 from pretrain import run
-from pretrain.config import OptimConfig, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.data import Cutter, Films, Partners, Steps
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.encoder.sources import start_from
 from pretrain.methods import Method, Setup, find
 from pretrain.methods.record import Record
-from pretrain.options import METHODS, SECTIONS
+from pretrain.options import METHODS, SECTIONS, OptimConfig
 from pretrain.store import Store
 from pretrain.text.notes import TextSource
 from pretrain.views import Views

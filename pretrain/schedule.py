@@ -10,7 +10,7 @@ import math
 
 from lightly.utils.scheduler import cosine_schedule
 
-from pretrain.config import OptimConfig
+from pretrain.options import OptimConfig
 
 
 def warmup_cosine(

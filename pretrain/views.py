@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.config import ViewsConfig
 from pretrain.draws import uniforms
+from pretrain.options import ViewsConfig
 
 
 @dataclasses.dataclass(frozen=True)

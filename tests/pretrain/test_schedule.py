@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightly.utils.scheduler import CosineWarmupScheduler
 
-from pretrain.config import OptimConfig, PretrainConfig
+from pretrain.config import PretrainConfig
+from pretrain.options import OptimConfig
 from pretrain.schedule import Schedule, cosine, linear, warmup_cosine
 
 

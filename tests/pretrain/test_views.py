@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain import views as vw
-from pretrain.config import ViewsConfig
 from pretrain.data import Cutter
 from pretrain.draws import film_keys, uniforms
 from pretrain.encoder.preprocess import Preprocess
+from pretrain.options import ViewsConfig
 
 KEYS = film_keys([f"film-{i}" for i in range(6)])
 
