@@ -169,7 +169,7 @@ def test_a_running_pretraining_is_watched_and_its_probes_are_drawn(house: Path) 
     assert steps[-1] == 24 and steps == sorted(set(steps)), steps
     assert all(0 < line[key] < 1 for line in lines for key in ("linear/auroc", "knn/auroc"))
     command("finetune", "report", out, "--out", house / "watched.html")
-    assert "Linear probe, AUROC on val" in (house / "watched.html").read_text(encoding="utf-8")
+    assert "Quality: linear probe, val AUROC" in (house / "watched.html").read_text(encoding="utf-8")
 
 
 def test_one_split_for_films_and_stays(house: Path) -> None:

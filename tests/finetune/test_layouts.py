@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from configs import UserError
+from ehr_features.own_films.config import TableConfig
 from ehr_features.schema import FINDINGS
 from finetune.compare import compare_runs
-from finetune.config import ProbeConfig, TableConfig
+from finetune.config import ProbeConfig
 from finetune.labelled import check_splits
 from finetune.layouts import read_layout
 from finetune.probe.main import probe
