@@ -43,12 +43,16 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 
 @dataclass
 class Step:
-    """One command of the demo. `words` follow `python -m`; it starts when all of `after` are done."""
+    """One command of the demo. `words` follow `python -m`; it starts when all of `after` are done and a core is free.
+
+    A step that `follows` another's file starts as soon as that file exists, beside the others: it mostly waits.
+    """
 
     name: str
     says: str
     words: list[str]
     after: tuple[str, ...] = ()
+    follows: Path | None = None
     state: str = "waiting"
     seconds: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
@@ -65,9 +69,11 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
     def pretrain(name: str, *keys: str) -> list[str]:
         return ["pretrain", "train", config("pretrain_resnet"), *inputs, f"out={runs / name}", f"seed={seed}", *keys]
 
-    def probe(name: str, encoder: object) -> list[str]:
-        words = ["finetune", "probe", config("probe_linear"), *inputs, f"encoder={encoder}"]
-        return [*words, "method=logistic", "fraction=[0.1,1]", f"out={runs / name}", f"seed={seed}"]
+    def probe(*keys: str) -> list[str]:
+        return ["finetune", "probe", config("probe_linear"), *inputs, "method=logistic", f"seed={seed}", *keys]
+
+    def probed(name: str, encoder: object) -> list[str]:
+        return probe(f"encoder={encoder}", "fraction=[0.1,1]", f"out={runs / name}")
 
     def fuse(model: str, *keys: str) -> list[str]:
         words = ["finetune", "fuse", config("fuse_mortality"), *inputs, f"model={model}", *keys]
@@ -93,24 +99,31 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
         ),
         Step("films", "pretraining on the films alone", pretrain("pretrain_films", "ehr.groups=[]"), both),
         Step("ehr", "pretraining on the films and their records", pretrain("pretrain_ehr"), both),
-        Step("probe_pixels", "linear evaluation: raw pixels", probe("probe_pixels", "pixels"), both),
+        Step(
+            "watch",
+            "linear evaluation of each encoder on the way",
+            [*probe(), "--watch", str(runs / "pretrain_ehr")],
+            both,
+            follows=runs / "pretrain_ehr" / "config.yaml",
+        ),
+        Step("probe_pixels", "linear evaluation: raw pixels", probed("probe_pixels", "pixels"), both),
         Step("fuse_record", "mortality from the record alone", fuse("record_lstm"), both),
         Step(
             "probe_random",
             "linear evaluation: random weights",
-            probe("probe_random", f"random:{runs / 'pretrain_films'}"),
+            probed("probe_random", f"random:{runs / 'pretrain_films'}"),
             ("films",),
         ),
         Step(
             "probe_films",
             "linear evaluation: pretrained on films",
-            probe("probe_films", runs / "pretrain_films"),
+            probed("probe_films", runs / "pretrain_films"),
             ("films",),
         ),
         Step(
             "probe_ehr",
             "linear evaluation: pretrained on films and records",
-            probe("probe_ehr", runs / "pretrain_ehr"),
+            probed("probe_ehr", runs / "pretrain_ehr"),
             ("ehr",),
         ),
         Step("fuse_film", "mortality from the film alone", fuse("film_only", encoder), ("ehr",)),
@@ -119,7 +132,7 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
             "report",
             "one HTML page",
             ["finetune", "report", *(str(runs / name) for name in RUNS), "--out", str(out / "report.html")],
-            ("probe_pixels", "probe_random", "probe_films", "probe_ehr", "fuse_record", "fuse_film", "fuse_both"),
+            ("watch", "probe_pixels", "probe_random", "probe_films", "probe_ehr", "fuse_record", "fuse_film", "fuse_both"),
         ),
     ]
 
@@ -246,7 +259,10 @@ def _run(steps: list[Step], out: Path, kept: dict[str, Any], settings: dict[str,
         while any(step.state != "done" for step in steps):
             ready = {step.name for step in steps if step.state == "done"}
             for step in steps:
-                free = CORES - sum(s.state == "running" for s in steps)
+                if step.follows is None:
+                    free = CORES > sum(s.state == "running" and s.follows is None for s in steps)
+                else:
+                    free = step.follows.exists()
                 if step.state == "waiting" and free and ready.issuperset(step.after):
                     _start(step, out, alone=len(step.after) == 0)
             for step in steps:

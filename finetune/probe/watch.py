@@ -62,7 +62,10 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
 
 
 def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dict[str, Any]:
-    """Macro AUROC on val of the best linear head and of kNN. Raises: UserError: the encoder saw val or test."""
+    """Macro AUROC on val of the best linear head (by gradient steps, or method=logistic) and of kNN.
+
+    Raises: UserError: the encoder saw val or test.
+    """
     if frozen.folder is not None:
         subjects = films.table if films.own is None else films.own.films
         if config.features:
@@ -80,10 +83,11 @@ def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dic
     features = film_features(frozen, store, films.table["dicom_id"].tolist())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {}
-    for method, chosen in (("linear", "pool"), ("knn", "neighbours")):
+    head = "logistic" if config.method == "logistic" else "linear"
+    for name, method, chosen in (("linear", head, "pool"), ("knn", "knn", "neighbours")):
         learn = on_features(config.model_copy(update={"method": method}), films, features, device, lambda *_: None)
         fit = learn(films.rows("train"), films.rows("val"), config.seed).chosen
-        found |= {f"{method}/auroc": fit["val_auroc"], f"{method}/{chosen}": fit[chosen]}
+        found |= {f"{name}/auroc": fit["val_auroc"], f"{name}/{chosen}": fit[chosen]}
     return found
 
 
