@@ -132,7 +132,10 @@ def plan(out: Path, subjects: int, seed: int, shuffled: bool) -> list[Step]:
             "report",
             "one HTML page",
             ["finetune", "report", *(str(runs / name) for name in RUNS), "--out", str(out / "report.html")],
-            ("watch", "probe_pixels", "probe_random", "probe_films", "probe_ehr", "fuse_record", "fuse_film", "fuse_both"),
+            (
+                *("watch", "probe_pixels", "probe_random", "probe_films", "probe_ehr"),
+                *("fuse_record", "fuse_film", "fuse_both"),
+            ),
         ),
     ]
 
@@ -260,7 +263,7 @@ def _run(steps: list[Step], out: Path, kept: dict[str, Any], settings: dict[str,
             ready = {step.name for step in steps if step.state == "done"}
             for step in steps:
                 if step.follows is None:
-                    free = CORES > sum(s.state == "running" and s.follows is None for s in steps)
+                    free = sum(s.state == "running" and s.follows is None for s in steps) < CORES
                 else:
                     free = step.follows.exists()
                 if step.state == "waiting" and free and ready.issuperset(step.after):
