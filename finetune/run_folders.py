@@ -18,10 +18,12 @@ import pandas as pd
 import yaml
 
 from configs import UserError
+from configs.commands import command_line
 from ehr_features.files import read_json
 from finetune.results import COLUMNS, each_training, predictions, read_results
 
 MARK = "config.yaml"
+ON_A_PAGE = 30  # runs that a `next:` line still shows on a page
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,12 @@ def find_runs(folders: Sequence[str | Path]) -> list[Path]:
             )
         found |= {path.resolve(): path for path in sorted(inside) if path.resolve() not in found}
     return list(found.values())
+
+
+def report_line(folder: Path) -> str:
+    """The command that shows a run: with those beside it, if they are few enough for a page."""
+    beside = len(list(folder.parent.glob(f"*/{MARK}")))
+    return command_line("report", folder.parent if 1 < beside <= ON_A_PAGE else folder)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from configs import UserError
-from configs.commands import command_line
 from ehr_features.files import new_file, read_table
 from ehr_features.schema import HELD_OUT
 from finetune import metrics, results
@@ -23,6 +22,7 @@ from finetune.fusion.net import FilmBranch, Net
 from finetune.fusion.samples import FILM_TASKS, RETROSPECTIVE, Samples, length_of_stay, macros
 from finetune.labelled import AGE_BANDS, age_bands
 from finetune.metrics import by_count, prevalence, thirds
+from finetune.run_folders import report_line
 from pretrain import encoder as encoders
 from pretrain import run
 from pretrain.seen import ancestry, write_seen
@@ -207,4 +207,4 @@ def show(log: run.Log, table: pd.DataFrame, folder: Path) -> None:
         log.say(f"{says}  {row['reason']}" if row["reason"] else says)
     for warning in metrics.without_value(table):
         log.say(f"  warning: {warning}")
-    log.say(f"wrote {folder}\nnext: {command_line('report', folder)}")
+    log.say(f"wrote {folder}\nnext: {report_line(folder)}")

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 
 from configs import UserError, load
-from configs.commands import command_line
 from configs.loader import Given
 from ehr_features.files import read_table
 from ehr_features.schema import HELD_OUT
@@ -37,6 +36,7 @@ from finetune.probe.evaluation import Scored, check_fields, score, scored, subgr
 from finetune.probe.methods import Fitted, Learner, Rows, grid, learned_only, on_features, record
 from finetune.probe.shift import in_a_line, shift, sides
 from finetune.results import TRACKING, headline, write_results
+from finetune.run_folders import report_line
 from pretrain import run
 
 
@@ -107,7 +107,7 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     log.close()
     run.finish(folder, seconds=round(time.monotonic() - began, 1))
     log.say(f"{folder}: results.json, predictions/ ({time.monotonic() - began:.0f} s)")
-    log.say(f"next: {command_line('report', folder)}")
+    log.say(f"next: {report_line(folder)}")
     return folder
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from configs import UserError
-from configs.commands import command_line
 from ehr_features.files import read_json, read_table
 from finetune.config import ProbeConfig
 from finetune.encoders import Frozen, film_features, open_encoder
@@ -23,6 +22,7 @@ from finetune.guard import check_encoder
 from finetune.labelled import Films, check_splits
 from finetune.layouts import open_films
 from finetune.probe.methods import on_features
+from finetune.run_folders import report_line
 
 
 def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> Path:
@@ -56,7 +56,7 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
             print(f"step {step}: linear {values['linear/auroc']:.4f}, kNN {values['knn/auroc']:.4f}", flush=True)
             continue
         if ended:
-            print(f"{run} has ended; {out} holds {len(done)} encoders\nnext: {command_line('report', run)}")
+            print(f"{run} has ended; {out} holds {len(done)} encoders\nnext: {report_line(run)}")
             return out
         time.sleep(seconds)
 

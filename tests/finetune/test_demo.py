@@ -54,6 +54,7 @@ def done(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_leaves_its_result_and_the_page_shows_every_run(done: Path) -> None:
     page = (done / "report.html").read_text(encoding="utf-8")
     assert page.rstrip().endswith("</html>") and all(name in page for name in RUNS)
+    assert "Quality: linear probe, val AUROC" in page  # of the encoders on the way
     assert set(read_json(done / "demo.json")["steps"]) == {step.name for step in demos.plan(done, 120, 3, False)}
 
 
