@@ -70,7 +70,8 @@ class Watch:
         values["train/epoch"] = done / self.steps.steps_per_epoch
         self.log.log(values, done)
         speed = f"{values['train/films_per_second']:.0f} films/s"
-        self.note = f"{speed}, loss {values['train/loss']:.3f}, rank {values['train/effective_rank']:.1f}"
+        # a narrow terminal cuts the note's end
+        self.note = f"loss {values['train/loss']:.3f}, rank {values['train/effective_rank']:.1f}, {speed}"
         self._warn(done, values)
         self.pending, self._since = [], time.monotonic()
 

@@ -129,15 +129,22 @@ def _tile(task: str, runs: Sequence[Run], truth: dict[str, Any]) -> dict[str, An
 
 
 def _summary(runs: Sequence[Run], truth: dict[str, Any]) -> Markup:
-    """Every evaluated run in one row, task by task."""
+    """Every evaluated run in one row, task by task; on the rows of the tiles and sentences above."""
     tasks = results.by_task(runs)
-    figures = [results.overview_figure(task, chosen, truth) for task, chosen in tasks.items()]
+    figures = [results.overview_figure(task, chosen, truth, _subset(task, chosen)) for task, chosen in tasks.items()]
     return section("summary", "Results at a glance", figures, lead=results.CAUTION)
 
 
+def _subset(task: str, runs: Sequence[Run]) -> str:
+    """The test rows of the main result: `paired` where the film is one of the inputs."""
+    found = lead(task, runs)
+    return found.subset if found else "all"
+
+
 def _task(task: str, runs: Sequence[Run], truth: dict[str, Any], drawn: dict[bytes, Any]) -> Markup:
+    other = "all" if _subset(task, runs) == "paired" else "paired"  # the summary has the first
     parts = [
-        results.overview_figure(task, runs, truth, subset="paired"),
+        results.overview_figure(task, runs, truth, subset=other),
         results.overview_figure(task, runs, truth, split="test_radiologist"),
         pairs.pairs_figure(task, runs, drawn=drawn),
         pairs.adds_figure(task, runs),

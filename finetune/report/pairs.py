@@ -42,11 +42,14 @@ def pairs_figure(
     chosen = combinations(names, 2) if len(names) <= FEW else ((base, name) for name in names if name != base)
     found, apart, each = [], [], []
     drawn = {} if drawn is None else drawn
+    everyone = [run for method in able.values() for run in method]
+    common = common_rows(everyone)
+    same = everyone if common is not None and len(common) >= FEWEST else []
     for first, second in chosen:
-        if (table := compare(able[second], able[first], samples, drawn)) is None:
+        if (table := compare(able[second], able[first], samples, drawn, also=same)) is None:
             apart.append(f"{second} and {first}")
         else:
-            found.append((second, first, table[table["main"]].iloc[0].to_dict()))
+            found.append(_higher_first(second, first, table[table["main"]].iloc[0].to_dict()))
             each += _each(f"{second} − {first}", table)
     if not found:
         return None
@@ -60,10 +63,11 @@ def pairs_figure(
         cells.append([f"{first} − {second}", *means, interval(*value), *tests, row["n"], row["runs_a"], row["runs_b"]])
     drawing = both_widths(lambda w: forest(rows, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
     label = "macro AUROC" if len(next(iter(able.values()))[0].labels) > 1 else "AUROC"
+    scored = f"{_rows(found, runs[0])} that {'all' if same else 'both'} scored"
     caption = (
-        f"The first model's {label} less the second's, on the {_rows(found, runs[0])} that both scored. Intervals and "
-        "p (two-sided, Holm-adjusted over these pairs) are Student's, over subjects and, where both have several, over "
-        "training seeds. An interval that crosses the dashed line shows no difference."
+        f"The higher {label} less the lower, on the {scored}. Intervals and p (two-sided, Holm-adjusted over these "
+        "pairs) are Student's, over subjects and, where both have several, over training seeds. An interval that "
+        "crosses the dashed line shows no difference."
     )
     columns = ["pair", "first", "second", "difference", "p", "p (Holm)", "n", "seeds of first", "of second"]
     return figure(
@@ -154,6 +158,15 @@ def compare(
     table = paired(labels, *sides, groups=groups, names=names, samples=samples, same_seeds=together, drawn=drawn)
     main = table["label"] == a[0].main
     return table.assign(main=main) if main.any() and np.isfinite(table.loc[main, "difference"]).all() else None
+
+
+def _higher_first(first: str, second: str, row: dict[Any, Any]) -> tuple[str, str, dict[Any, Any]]:
+    """A pair and its row, turned round where the second model is the better."""
+    if row["difference"] >= 0:
+        return first, second, row
+    turned = {"difference": -row["difference"], "low": -row["high"], "high": -row["low"]}
+    swapped = {f"{name}{one}": row[f"{name}{other}"] for name in ("", "runs_") for one, other in ("ab", "ba")}
+    return second, first, row | turned | swapped
 
 
 def _each(pair: str, table: pd.DataFrame) -> list[list[Any]]:

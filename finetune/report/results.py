@@ -131,7 +131,8 @@ def overview_figure(
     caption += lacking(rows)
     given = [i for i in range(len(COLUMNS)) if any(cell[i] is not None for cell in cells)]
     numbers = table([COLUMNS[i] for i in given], [[cell[i] for i in given] for cell in cells])
-    heading = f"On {part}" if part else title(task)
+    parted = part or any(run.headline(subset="paired") for run in runs)
+    heading = f"{title(task)}: {where}" if parted else title(task)
     key = key_of("overview", f"{task} {part}" if part else task)
     return figure(key, heading, drawing, caption, numbers)
 

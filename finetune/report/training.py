@@ -6,6 +6,7 @@ Input: runs whose metrics.jsonl has a loss. Output: sections, and warnings deriv
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ PANELS = (
     ("films", ("films_per_second",), "Films per second"),
 )
 MOST = 5  # probes that are drawn
+READ = 12  # columns of the record that are drawn
 PROBES = {"linear/auroc": "Quality: linear probe, val AUROC", "knn/auroc": "Quality: kNN, val AUROC"}
 
 
@@ -155,35 +157,62 @@ def quality(runs: Sequence[Run]) -> tuple[Drawn, list[tuple[str, str, int, float
 
 
 def hidden_figure(runs: Sequence[Run]) -> Markup | None:
-    """How well each conditioned column is still linearly readable from the frozen features."""
+    """How well each column of the record is linearly readable from the frozen features, the most readable first."""
     found = {i: rows for i, run in enumerate(runs) if (rows := readability(run))}
     if not found:
         return None
-    columns = dict.fromkeys(row[0] for rows in found.values() for row in rows)
+    columns: dict[str, list[tuple[int, Readable]]] = {}
+    for i, rows in found.items():
+        for row in rows:
+            columns.setdefault(row.column, []).append((i, row))
     names = {i: runs[i].called for i in found}
+    values = [name for name in columns if not name.endswith(("_missing", "_hours"))] or list(columns)
+    most = sorted(values, key=lambda name: max(row.above for _, row in columns[name]), reverse=True)[:READ]
     drawn: dict[str, list[Row]] = {}  # one axis a metric
-    cells = []
-    for column_name in columns:
-        same = [(i, row) for i, rows in found.items() for row in rows if row[0] == column_name]
-        _, by, _, chance = same[0][1]
-        points = [(i, row[2], None, None) for i, row in same]
-        drawn.setdefault(by, []).append(Row(column_name.replace("_", " "), points, best=chance))
-        cells += [[column_name, names[i], row[1], number(row[2]), number(row[3])] for i, row in same]
-    caption = (
-        "How well a linear model reads each conditioned column from the frozen features; dotted: chance. A conditioned "
-        "anchor may take it from the record instead of the film, and near chance the encoder has become blind to it."
-    )
+    for name in most:
+        points = [(i, row.value, None, None) for i, row in columns[name]]
+        first = columns[name][0][1]
+        drawn.setdefault(first.metric, []).append(Row(name.replace("_", " "), points, best=first.chance))
+    cells = [
+        [name, names[i], row.metric, number(row.value), number(row.chance)]
+        for name, same in columns.items()
+        for i, row in same
+    ]
+    caption = "How well a linear model reads the record's columns from the frozen features; dotted: chance."
+    if len(most) < len(columns):
+        caption += f" The {len(most)} most readable values of {len(columns)} columns; all are in the numbers."
+    uses = {part(runs[i].encoder, "ehr").get("use", "condition") for i in found}
+    if "condition" in uses:
+        caption += (
+            " A conditioned anchor may take a column from the record instead of the film, and near chance the encoder "
+            "has become blind to it."
+        )
+    heading = "What conditioning hid" if uses == {"condition"} else "What the features tell of the record"
 
     def draw(width: int) -> Markup:
         return join([forest(rows, names, width, chance=None, x_label=metric(by)) for by, rows in drawn.items()])
 
     drawing = join([legend(list(names.items())) if len(runs) > 1 else None, both_widths(draw)])
-    numbers = table(["column", "model", "metric", "value", "chance"], cells)
-    return figure("hidden", "What conditioning hid", drawing, caption, numbers)
+    return figure("hidden", heading, drawing, caption, table(["column", "model", "metric", "value", "chance"], cells))
 
 
-def readability(run: Run) -> list[tuple[str, str, float, float | None]]:
-    """(column, metric, value, chance) from encoder.json."""
+class Readable(NamedTuple):
+    """How well a column of the record is read from the features; the best value is 1."""
+
+    column: str
+    metric: str
+    value: float
+    chance: float | None
+
+    @property
+    def above(self) -> float:
+        """0 at chance, 1 at best."""
+        chance = self.chance or 0.0
+        return (self.value - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+def readability(run: Run) -> list[Readable]:
+    """From encoder.json."""
     found = run.encoder.get("readability") or {}
     rows = []
     for name, given in found.items() if isinstance(found, dict) else []:
@@ -193,5 +222,5 @@ def readability(run: Run) -> list[tuple[str, str, float, float | None]]:
             for key in ("value", "chance")
         )
         if value is not None:
-            rows.append((str(name), str(detail.get("metric", "")), value, chance))
+            rows.append(Readable(str(name), str(detail.get("metric", "")), value, chance))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from configs import UserError
 from finetune.report.page import report
 from finetune.report.runs import show
+from finetune.report.training import hidden_figure
 from finetune.run_folders import find_runs, read_runs
 
 HOSTILE = "<script>alert('x')</script>"
@@ -158,3 +160,25 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.C
     show(tmp_path)
     printed = capsys.readouterr().out
     assert "damaged" in printed and "whole" in printed and "lr=[bold]" in printed
+
+
+def test_the_summary_is_on_the_rows_of_the_main_result_and_each_difference_has_the_higher_first(html: str) -> None:
+    summary = html.split('<section id="summary"')[1].split("</section>")[0]
+    assert ": test stays with a film" in summary and ": all test stays" not in summary
+    assert ": all test stays" in html.split("</section>", 2)[2]
+    for task in ("findings", "mortality"):
+        figure = unescape(html.split(f'<figure id="figure-pairs-{task}">')[1].split("</figure>")[0])
+        pairs = re.findall(r"<td>[^<]+ − [^<]+</td>(?:<td[^>]*>[^<]*</td>){2}<td[^>]*>([^<]+)</td>", figure)
+        assert pairs and not [pair for pair in pairs if pair.startswith("−")]
+
+
+def test_of_many_columns_of_the_record_the_most_readable_values_are_drawn(report_runs: list[Path]) -> None:
+    run = next(run for run in read_runs(report_runs) if run.kind == "pretraining")
+    columns = {f"labs_{i:02d}": {"metric": "r2", "value": i / 100} for i in range(40)}
+    columns |= {"labs_01_missing": {"metric": "auroc", "value": 0.99, "chance": 0.5}}
+    several = replace(run, called="a", encoder={"readability": columns, "ehr": {"use": "contrast"}})
+    page = str(hidden_figure([several]))
+    drawn = page.split("<figcaption")[0]
+    assert "What the features tell of the record" in page and "labs 39" in drawn and "labs 28" in drawn
+    assert "labs 27" not in drawn and "missing" not in drawn and "labs_01_missing" in page
+    assert "The 12 most readable values of 41 columns" in page

@@ -103,7 +103,7 @@ def test_the_list_of_runs_has_the_names_and_the_numbers_of_the_page(demo: Path, 
 def test_compare_has_the_names_and_the_difference_of_the_page(demo: Path, capsys: Any) -> None:
     page = text((demo / "report.html").read_text(encoding="utf-8"))
     runs = {run.name: run for run in named(read_runs([demo / "runs"]))}
-    for a, b, unit in (("probe_ehr", "probe_films", "films"), ("mortality_medfuse", "mortality_record_lstm", "stays")):
+    for a, b, unit in (("probe_ehr", "probe_films", "films"), ("mortality_medfuse", "mortality_film_only", "stays")):
         folders = [[str(demo / "runs" / name)] for name in (a, b)]
         row = compare.show(*folders, split="test", samples=1000, seed=0).iloc[0]
         said = capsys.readouterr().out
