@@ -2,7 +2,8 @@
 
 Differences in AUROC with their intervals, from docs/results.json, drawn for light and for dark pages
 (docs/results-light.svg, docs/results-dark.svg). With OUT, the folder of `benchmarks.demo`, the numbers are read anew
-from its finished hospitals: each hospital's paired difference, with its 95% interval over subjects.
+from its finished hospitals (each hospital's paired difference, and their mean with its 95% interval over hospitals)
+and from benchmarks/real_films.csv (the same over folds of patients).
 """
 
 from __future__ import annotations
@@ -13,46 +14,50 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo import GAPS
+from pandas import Series, read_csv
+
+from benchmarks.demo import between, over
 from benchmarks.pages import ROOT
-from finetune.report.verdict import difference
-from finetune.run_folders import read_run
+from benchmarks.real_films import BASE, OURS, ROWS, SETTING
 
 NUMBERS = ROOT / "docs/results.json"
 SAYS = {  # rows of the figure: the difference of benchmarks.demo
-    "Findings: pretrained minus raw pixels": "pretrained minus raw pixels",
+    "Synthetic films: pretrained minus raw pixels": "pretrained minus raw pixels",
     "The same, 10% of subjects labelled": "the same, 10% of subjects labelled",
-    "Findings: pretrained minus random weights": "pretrained minus random weights",
-    "Findings: the record added to pretraining": "with minus without the record",
+    "Synthetic films: minus random weights": "pretrained minus random weights",
+    "Synthetic films: the record added to pretraining": "with minus without the record",
     "Death: the film added to the record": "death: fused minus record only",
 }
 COLOURS = {  # page, text, quiet text, lines, marks
     "light": ("#ffffff", "#1f2328", "#59636e", "#d1d9e0", "#00796b"),
     "dark": ("#0d1117", "#f0f6fc", "#9198a1", "#3d444d", "#4db6ac"),
 }
-WIDTH, EDGE, LEFT, RIGHT, WORDS, TOP, ROW, STEP = 456, 14, 74, 256, 268, 64, 42, 16
+WIDTH, EDGE, LEFT, RIGHT, WORDS, TOP, ROW, STEP = 456, 14, 14, 256, 268, 64, 50, 16
 
 
 def measured(out: Path, seeds: list[int]) -> dict[str, Any]:
-    """The numbers of the figure, from finished demos."""
-    rows = []
-    for says, gap in SAYS.items():
-        a, b, also, share = GAPS[gap]
-        points = []
-        for seed in seeds:
-            one, other, *rest = (read_run(out / f"seed_{seed}/runs" / name, name) for name in (a, b, *also))
-            found = difference([one], [other], rest, share=share)
-            assert found is not None, f"seed {seed}: {a} and {b} share no rows"
-            points.append(dict(zip(("value", "low", "high"), (round(x, 3) for x in found[:3]), strict=True)))
-            points[-1]["hospital"] = seed
-        rows.append({"says": says, "points": points})
-    seen = " ".join(map(str, seeds))
-    return {"command": f"./launch.sh python -m benchmarks.demo OUT --seeds {seen}", "rows": rows}
+    """The numbers of the figure, from finished demos and the shipped rows of real films."""
+    films = read_csv(ROWS)
+    films = films[(films[SETTING] == Series(BASE)[SETTING]).all(axis=1) & (films["share"] == 1)]
+    by = films.pivot(index="fold", columns="source", values="findings")
+    found = {"Real films: pretrained minus raw pixels": over(list(by[OURS] - by["raw pixels"]))}
+    found |= {says: between(gap, [out / f"seed_{seed}" for seed in seeds]) for says, gap in SAYS.items()}
+    rows = [
+        {
+            "says": says,
+            **{key: round(value, 3) for key, value in (("value", of.mean), ("low", of.low), ("high", of.high))},
+            "each": [round(value, 3) for value in of.each],
+        }
+        for says, of in found.items()
+    ]
+    commands = ["benchmarks.real_films OUT --films FILMS", f"benchmarks.demo OUT --seeds {' '.join(map(str, seeds))}"]
+    on = f"Real films: {len(by)} folds of patients. The others: {len(seeds)} synthetic hospitals."
+    return {"commands": [f"./launch.sh python -m {words}" for words in commands], "on": on, "rows": rows}
 
 
-def said(point: dict[str, float]) -> str:
+def said(row: dict[str, Any]) -> str:
     """A difference with its interval, in the words of the README."""
-    return f"{point['value']:+.3f} ({point['low']:.3f} to {point['high']:.3f})"
+    return f"{row['value']:+.3f} ({row['low']:.3f} to {row['high']:.3f})"
 
 
 def text(x: float, y: float, words: str, colour: str, more: str = "") -> str:
@@ -60,28 +65,25 @@ def text(x: float, y: float, words: str, colour: str, more: str = "") -> str:
 
 
 def draw(numbers: dict[str, Any], theme: str) -> str:
-    """The forest plot as SVG: a block for each difference, a line for each hospital."""
+    """The forest plot as SVG: a mean with its interval for each difference, and a faint dot for each hospital."""
     page, ink, quiet, line, mark = COLOURS[theme]
-    points = [point for row in numbers["rows"] for point in row["points"]]
-    low = min(0.0, *(point["low"] for point in points)) - 0.01
-    high = max(point["high"] for point in points) + 0.01
+    rows = numbers["rows"]
+    low = min(0.0, *(min(row["low"], *row["each"]) for row in rows)) - 0.01
+    high = max(max(row["high"], *row["each"]) for row in rows) + 0.01
 
     def at(value: float) -> float:
         return LEFT + (value - low) / (high - low) * (RIGHT - LEFT)
 
     parts, y = [], float(TOP)
-    for row in numbers["rows"]:
+    for row in rows:
         halo = f'paint-order="stroke" stroke="{page}" stroke-width="5"'
         parts.append(text(EDGE, y, row["says"], ink, f'font-weight="600" {halo}'))
-        for point in row["points"]:
-            y += STEP + 3
-            x, top = at(point["value"]), y - 4
-            parts.append(
-                f'<path d="M{at(point["low"]):.1f} {top}H{at(point["high"]):.1f}" stroke="{mark}" stroke-width="3"/>'
-            )
-            parts.append(f'<circle cx="{x:.1f}" cy="{top}" r="5" fill="{mark}"/>')
-            parts.append(text(EDGE, y, f"seed {point['hospital']}", quiet, 'font-size="13"'))
-            parts.append(text(WORDS, y, said(point), quiet, 'font-size="14"'))
+        y += STEP + 8
+        top = y - 4
+        parts.append(f'<path d="M{at(row["low"]):.1f} {top}H{at(row["high"]):.1f}" stroke="{mark}" stroke-width="3"/>')
+        parts.append(f'<circle cx="{at(row["value"]):.1f}" cy="{top}" r="5" fill="{mark}"/>')
+        parts += [f'<circle cx="{at(value):.1f}" cy="{top - 9}" r="2.5" fill="{quiet}"/>' for value in row["each"]]
+        parts.append(text(WORDS, y, said(row), quiet, 'font-size="14"'))
         y += ROW - STEP + 4
     bottom = y - 18
     axis = [f'<path d="M{at(0):.1f} {TOP - 18}V{bottom}" stroke="{quiet}" stroke-dasharray="4 3"/>']
@@ -90,9 +92,10 @@ def draw(numbers: dict[str, Any], theme: str) -> str:
             label = "0" if tick == 0 else f"{value:+.2f}"
             axis.append(text(at(value), bottom + 16, label, quiet, 'text-anchor="middle" font-size="12"'))
             axis.append(f'<path d="M{at(value):.1f} {bottom}v4" stroke="{line}"/>')
-    head = text(EDGE, 28, "AUROC, difference with its 95% interval", ink, 'font-size="16" font-weight="700"')
-    height = bottom + 28
-    title = "; ".join(f"{row['says']}: {said(row['points'][0])}" for row in numbers["rows"])
+    head = text(EDGE, 28, "Difference in AUROC, mean with its 95% interval", ink, 'font-size="16" font-weight="700"')
+    foot = text(EDGE, bottom + 40, numbers["on"], quiet, 'font-size="12"')
+    height = bottom + 54
+    title = "; ".join(f"{row['says']}: {said(row)}" for row in rows)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" '
@@ -103,6 +106,7 @@ def draw(numbers: dict[str, Any], theme: str) -> str:
             head,
             *axis,
             *parts,
+            foot,
             "</svg>\n",
         ]
     )
@@ -111,7 +115,7 @@ def draw(numbers: dict[str, Any], theme: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder of benchmarks.demo")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 10, 11, 12, 13, 14])
     args = parser.parse_args()
     if args.out is not None:
         NUMBERS.write_text(json.dumps(measured(args.out, args.seeds), indent=1) + "\n", encoding="utf-8")
