@@ -108,7 +108,7 @@ def enlarge(samples: Samples, k: int) -> Samples:
         samples,
         table=pd.concat([samples.table] * k, ignore_index=True),
         labels=np.tile(samples.labels, (k, 1)),
-        values=np.tile(samples.values, (k, 1)),
+        values=np.tile(samples.values[:], (k, 1)),
         start=(samples.start + hours * np.arange(k)[:, None]).ravel(),
         length=np.tile(samples.length, k),
         films=np.tile(samples.films, (k, 1)),
@@ -126,7 +126,7 @@ def epoch_seconds(model: str, samples: Samples, rows: np.ndarray, epochs: int) -
     wrapped, optimizer = accelerator.prepare(net, optimizer)
     began = time.perf_counter()
     for epoch in range(epochs):
-        loop._epoch(wrapped, optimizer, samples, rows, config, accelerator, epoch)
+        loop._epoch(net, wrapped, optimizer, samples, rows, config, accelerator, epoch)
     return (time.perf_counter() - began) / epochs
 
 

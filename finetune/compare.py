@@ -24,6 +24,7 @@ from scipy.special import expit
 
 from configs import UserError
 from ehr_features.files import read_json
+from finetune.drawn import Drawn
 from finetune.metrics import by_count, check, distribution, macro, thirds
 from finetune.names import named, unit, without_seed
 from finetune.resample import degrees, smaller_class, spread
@@ -51,7 +52,7 @@ def paired(
     seed: int = 0,
     same_seeds: bool = False,
     macros: Mapping[str, Sequence[str]] | None = None,
-    drawn: dict[bytes, Any] | None = None,
+    drawn: Drawn | None = None,
 ) -> pd.DataFrame:
     """Compare two methods on the same rows.
 
@@ -62,7 +63,7 @@ def paired(
         groups: (N,) subjects.
         same_seeds: run i of `a` and run i of `b` share their seed: their differences are what varies.
         macros: means over some labels beside `macro`.
-        drawn: resamples of runs by their digest, read and filled: where one run stands in many pairs.
+        drawn: resamples of runs, read and filled: where one run stands in many pairs.
     Returns: label, metric, a, b (means over runs), difference (a - b), low, high, p (two-sided), p_holm, n, runs_a,
         runs_b, claim (`method` | `one run`); the first row is `macro`.
     """
@@ -73,7 +74,7 @@ def paired(
     y = np.where(absent, np.nan, y)
     num = int(group.max()) + 1
     more = {"samples": samples, "seed": seed, "metrics": [metric], "num_groups": num}
-    drawn = {} if drawn is None else drawn
+    drawn = Drawn() if drawn is None else drawn
 
     def resampled(scores: NDArray[Any]) -> Any:
         s = np.ascontiguousarray(np.where(absent, 0.0, scores), np.float64)
@@ -125,7 +126,7 @@ def compare_runs(
     split: str = "test",
     samples: int = 1000,
     seed: int = 0,
-    drawn: dict[bytes, Any] | None = None,
+    drawn: Drawn | None = None,
 ) -> pd.DataFrame:
     """`paired` of run folders, on the rows that they scored; a fusion with `seeds` above 1 counts as its trainings.
 
@@ -174,13 +175,20 @@ def compare_runs(
 
 
 def against(
-    folder: str | Path, baseline: str | None = None, *, split: str = "test", samples: int = 1000, seed: int = 0
+    folder: str | Path,
+    baseline: str | None = None,
+    *,
+    split: str = "test",
+    samples: int = 1000,
+    seed: int = 0,
+    drawn: Drawn | None = None,
 ) -> pd.DataFrame:
     """Each method of a grid against one of them, on the grid's last step.
 
     Args:
         folder: what `grid` wrote; runs that differ by their seed alone are trainings of one method.
         baseline: a method's name; None: the first.
+        drawn: as in `paired`.
     Returns: method, parameters, image_size, films_seen, films_trained, processor_seconds (mean over runs), runs, auroc,
         and against the baseline difference, low, high, p, p_holm (over all methods of the table), claim.
     Raises: UserError: not a grid's folder, no such method, or no complete run of one.
@@ -198,7 +206,7 @@ def against(
     if baseline is None or baseline not in runs:
         raise UserError(f"{folder}: no complete run of `{baseline}`; complete: {', '.join(runs) or 'none'}")
     rows: list[dict[str, Any]] = []
-    drawn: dict[bytes, Any] = {}  # resamples of the baseline's runs, for every comparison
+    drawn = Drawn() if drawn is None else drawn  # resamples of the baseline's runs, for every comparison
     for method, own in runs.items():
         by = [read_results(run)[0].get("compared_by") or {} for run in own]
         row: dict[str, Any] = {"method": method} | {key: by[0].get(key) for key in COSTS}

@@ -213,13 +213,13 @@ def distribution(
             cut = None if thresholds is None or np.isnan(thresholds[i]) else float(thresholds[i])
             plan = Label.of(y[known, i], s[known, i], group[known], num_groups, cut, not set(kept) & set(PROBABILITIES))
             plans.append((i, plan))
-            for metric, value in plan.statistics(np.ones((num_groups, 1))).items():
+            for metric, value in plan.statistics(np.ones((num_groups, 1)), kept).items():
                 if metric in values:
                     values[metric][i] = value[0]
     done = 0
     for counts in multiplicities(num_groups, samples, seed, rows=len(y)):
         for i, plan in plans:
-            for metric, value in plan.statistics(counts).items():
+            for metric, value in plan.statistics(counts, kept).items():
                 if metric in draws:
                     draws[metric][done : done + counts.shape[1], i] = value
         done += counts.shape[1]

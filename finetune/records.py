@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from configs import UserError
 from ehr_features import series, static
 from ehr_features import splits as by_subject
 from ehr_features.config import TRAINING, Empty, Policy, Uncertain
-from ehr_features.files import file_digest, new_file, read_json, read_table, undamaged
+from ehr_features.files import file_digest, new_file, read_json, read_table
 from ehr_features.schema import SPLITS
 from ehr_features.series import bins
 from finetune.fusion.samples import KEYS, complete_steps, one_hot, read_samples
@@ -260,15 +259,12 @@ class MappedSeries:
     """The visible hours of each row's stay; `self[i]` is (T, F) float32, normalised.
 
     Args:
-        start, length: (N,) rows of series.safetensors; length 0: no series. mean, std: (values,) of the train stays.
+        start, length: (N,) rows of `hours`; length 0: no series.
     """
 
-    def __init__(self, folder: Path, start: NDArray[np.int64], length: NDArray[np.int64], mean: Any, std: Any) -> None:
-        self.path, self.start, self.length, self.mean, self.std = (
-            folder / "series.safetensors", start, length, mean, std,
-        )  # fmt: skip
-        self.columns: list[str] = read_json(folder / "series.json")["columns"]
-        self._file: Any = None
+    def __init__(self, hours: series.Mapped, start: NDArray[np.int64], length: NDArray[np.int64]) -> None:
+        self.hours, self.start, self.length = hours, start, length
+        self.columns = hours.columns
 
     @classmethod
     def open(
@@ -282,37 +278,23 @@ class MappedSeries:
         """
         if not (folder / "series.json").is_file():
             return None
-        about = read_json(folder / "series.json")
-        step = float(about.get("step_hours", 1))
-        path = folder / "series.safetensors"
-        with undamaged(path, "build the features again"), safe_open(path, "numpy") as file:
-            known, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
+        hours = series.Mapped(folder)
         stays = read_table(folder, "stays", ["stay_id", "subject_id", "los_hours"]).set_index("stay_id")
         stay, until = pd.Index(table["stay_id"]), table["until"].to_numpy(float)
-        at = pd.Index(known).get_indexer(stay)
-        size = np.where(at >= 0, np.diff(offsets)[at], 0)
+        at = pd.Index(hours.stay_id).get_indexer(stay)
+        size = np.where(at >= 0, np.diff(hours.offsets)[at], 0)
         los = stays["los_hours"].reindex(stay).to_numpy(float, na_value=np.nan)
         none = (at < 0) | ~(until >= 0)
-        length = np.where(none, 0, complete_steps(np.where(none, 0, until), np.nan_to_num(los, nan=np.inf), step, size))
-        cut = np.zeros_like(length) if max_hours is None else np.maximum(length - round(max_hours / step), 0)
-        normaliser = about["normaliser"]
+        ends = np.nan_to_num(los, nan=np.inf)
+        length = np.where(none, 0, complete_steps(np.where(none, 0, until), ends, hours.step_hours, size))
+        cut = 0 if max_hours is None else np.maximum(length - round(max_hours / hours.step_hours), 0)
         if subjects is not None:
-            train = stays["subject_id"].reindex(known).map(subjects).eq("train").to_numpy()
-            normaliser = series.fit(folder / "series.safetensors", _layout(about), train)
-        mean = np.array([0.0 if m is None else m for m in normaliser["mean"]], np.float32)
-        std = np.array([1.0 if s is None else s for s in normaliser["std"]], np.float32)
-        return cls(folder, np.where(none, 0, offsets[at] + cut), length - cut, mean, std)
+            train = stays["subject_id"].reindex(hours.stay_id).map(subjects).eq("train").to_numpy()
+            hours.set_scale(series.fit(hours.path, _layout(read_json(folder / "series.json")), train))
+        return cls(hours, np.where(none, 0, hours.offsets[at] + cut), length - cut)
 
     def __getitem__(self, i: int) -> NDArray[np.float32]:
-        if self._file is None:
-            self._file = safe_open(self.path, "numpy").__enter__()
-        begin, end = int(self.start[i]), int(self.start[i] + self.length[i])
-        values = self._file.get_slice("values")[begin:end]
-        observed = self._file.get_slice("observed")[begin:end]
-        return np.concatenate([(values - self.mean) / self.std, observed.astype(np.float32)], axis=1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}  # memory maps cannot be pickled
+        return self.hours[int(self.start[i]) : int(self.start[i] + self.length[i])]
 
 
 def _layout(about: dict[str, Any]) -> bins.Layout:

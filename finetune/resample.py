@@ -10,7 +10,7 @@ values, because resampling three units underestimates their variance. `benchmark
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
 Floats = NDArray[np.float64]
+WHOLE = 4_000_000  # rows up to which float32 holds all counts of a resample exactly (2^24)
 CHUNK = 4_000_000  # rows x resamples held at a time: 32 MB in each temporary array
 SPECIFICITY = 0.9
 BINS = 15
@@ -95,7 +96,8 @@ class Label:
         fit = calibrate(y, scores) if probabilities else (np.nan, np.nan)
 
         def count(row: NDArray[np.intp], of: NDArray[np.intp], num_rows: int) -> sparse.csr_array:
-            return sparse.coo_array((np.ones(len(row)), (row, of)), shape=(num_rows, num_groups)).tocsr()
+            ones = np.ones(len(row), np.float32 if len(y) < WHOLE else np.float64)
+            return sparse.coo_array((ones, (row, of)), shape=(num_rows, num_groups)).tocsr()
 
         terms = _terms(y, scores, fit, probabilities, threshold)  # (S, n)
         sums = [np.bincount(group, weights=term, minlength=num_groups) for term in terms]
@@ -114,36 +116,42 @@ class Label:
             threshold=threshold,
         )
 
-    def statistics(self, counts: Floats) -> dict[str, Floats]:
+    def statistics(self, counts: Floats, metrics: Collection[str] | None = None) -> dict[str, Floats]:
         """Each statistic of each resample.
 
         Args:
             counts: (G, R) multiplicities.
+            metrics: those that are wanted; None: all.
         Returns: name -> (R,); NaN where a resample has one class only.
         """
-        positives = self.positives @ counts  # (K, R)
-        above = self.negatives @ counts
+        rows = counts.astype(self.positives.dtype, copy=False)
+        positives = self.positives @ rows  # (K, R), whole numbers as all below
+        above = self.negatives @ rows
         np.cumsum(above, axis=0, out=above)  # (K + 1, R): negatives at or above each threshold
-        found = np.cumsum(positives, axis=0)  # (K, R)
-        p, n = found[-1], above[-1]
+        p, n = positives.sum(axis=0, dtype=np.float64), above[-1].astype(np.float64)
         above = above[:-1]
         with np.errstate(invalid="ignore", divide="ignore"):
-            pairs = p * n - np.einsum("kr,kr->r", positives, above)
-            pairs += 0.5 * np.einsum("tr,tr->r", positives[self.tied_at], self.tied @ counts)
-            last = (above <= (1 - SPECIFICITY) * n + 1e-9).sum(axis=0)  # `above` never falls
-            above += found
-            np.maximum(above, 1.0, out=above)
-            np.divide(found, above, out=above)  # precision at each threshold
-            out = {
-                "auroc": pairs / (p * n),
-                "auprc": np.einsum("kr,kr->r", positives, above) / p,
-                "sensitivity_at_specificity_90": np.where(last > 0, found[last - 1, np.arange(len(p))], 0.0) / p,
-                "prevalence": p / (p + n),
-            }
-            sums = self.sums @ counts  # (S, R)
-            out |= self._sums(sums, p, n, counts)
+            pairs = p * n - np.einsum("kr,kr->r", positives, above, dtype=np.float64)
+            ties = np.einsum("tr,tr->r", positives[self.tied_at], self.tied @ rows, dtype=np.float64)
+            out = {"auroc": (pairs + 0.5 * ties) / (p * n), "prevalence": p / (p + n)}
+            if metrics is None or not out.keys() >= set(metrics):
+                out |= self._ranks(positives, above, p, n)
+                out |= self._sums(self.sums @ counts, p, n, counts)
         defined = (p > 0) & (n > 0)
         return {name: np.where(defined, value, np.nan) for name, value in out.items()}
+
+    def _ranks(self, positives: Floats, above: Floats, p: Floats, n: Floats) -> dict[str, Floats]:
+        """Statistics of the ranks beside AUROC, from what `statistics` counted."""
+        found = np.cumsum(positives, axis=0)  # (K, R)
+        last = (above <= (1 - SPECIFICITY) * n + 1e-9).sum(axis=0)  # `above` never falls
+        sensitivity = np.where(last > 0, found[last - 1, np.arange(len(p))], 0.0) / p
+        above += found
+        np.maximum(above, 1.0, out=above)
+        precision = np.divide(found, above, dtype=np.float64)  # at each threshold
+        return {
+            "auprc": np.einsum("kr,kr->r", positives, precision) / p,
+            "sensitivity_at_specificity_90": sensitivity,
+        }
 
     def _sums(self, sums: Floats, p: Floats, n: Floats, counts: Floats) -> dict[str, Floats]:
         out = {}

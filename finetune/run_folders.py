@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +76,23 @@ class Run:
         places = [place / str(given) for place in (Path(), *self.folder.resolve().parents) if given]
         return next((place for place in places if (place / file).is_file()), None)
 
-    @cached_property
+    @property
+    def predicted(self) -> bool:
+        """Whether the run has test predictions; reads none."""
+        return (self.folder / "predictions" / "test.parquet").is_file()
+
+    @property
     def predictions(self) -> pd.DataFrame | None:
         """The run's test predictions: id, subject_id, label_*, logit_*; None where there are none."""
-        there = (self.folder / "predictions" / "test.parquet").is_file()
-        return predictions(self.folder, "test") if there else None
+        return self._read_test()[0] if self.predicted else None
 
-    @cached_property
+    @property
     def by_row(self) -> pd.DataFrame | None:
         """`predictions` indexed by sample_id, study_id or dicom_id, the first that is unique; None if none is."""
-        table = self.predictions
-        keys = [c for c in ("sample_id", "study_id", "dicom_id") if table is not None and c in table]
-        unique = [key for key in keys if table is not None and table[key].is_unique]
-        return table.set_index(unique[0]) if table is not None and unique and "subject_id" in table else None
+        return self._read_test()[1] if self.predicted else None
+
+    def _read_test(self) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+        return _read_test(self.folder, (self.folder / "predictions" / "test.parquet").stat().st_mtime_ns)
 
     def row(
         self, label: str = "macro", metric: str = "auroc", subset: str = "all", split: str = "test"
@@ -114,6 +118,14 @@ class Run:
     def headline(self, metric: str = "auroc", subset: str = "all", split: str = "test") -> dict[str, Any] | None:
         """The main label's number."""
         return self.row(self.main, metric, subset, split)
+
+
+@lru_cache(maxsize=8)  # the runs of a figure of curves: a report of many runs does not hold all their predictions
+def _read_test(folder: Path, changed: int) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """`Run.predictions` and `Run.by_row`. `changed`: when the file was, so that an older table is not returned."""
+    table = predictions(folder, "test")
+    unique = [key for key in ("sample_id", "study_id", "dicom_id") if key in table and table[key].is_unique]
+    return table, table.set_index(unique[0]) if unique and "subject_id" in table else None
 
 
 SEED = re.compile(r"(^|[-_/])s(eed)?[-_=]?\d+(?=$|[-_/])")  # a part of a run's name

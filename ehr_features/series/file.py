@@ -16,12 +16,13 @@ from safetensors import safe_open
 
 from configs import UserError
 from ehr_features.config import FeaturesConfig
-from ehr_features.files import code_digest, digest, new_file, read_json, undamaged, write_json
+from ehr_features.files import code_digest, digest, new_file, read_json, write_json
 from ehr_features.raw.engine import batches
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source
 from ehr_features.series import bins, channels, coverage, events, medfuse
 from ehr_features.series.bins import Layout
+from ehr_features.series.mapped import Mapped
 
 BINS = ("stay_id", "channel", "bin", "v", "mark", "n", "unstored")
 
@@ -238,25 +239,15 @@ def load(
     Returns: stay_id -> (min(T, hours / step), F + number of variables) float32: values, then 1 where observed.
     Raises: UserError: no features folder; a stay without series.
     """
-    about = read_json(Path(folder) / "series.json")
-    path = Path(folder) / "series.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; build the features again")
-    keep = None if hours is None else int(hours // about["step_hours"])
-    mean = np.array([0.0 if m is None else m for m in about["normaliser"]["mean"]], np.float32)
-    std = np.array([1.0 if s is None else s for s in about["normaliser"]["std"]], np.float32)
-    with undamaged(path, "build the features again"), safe_open(path, "numpy") as file:
-        known, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
-        wanted = known if stay_ids is None else np.asarray(stay_ids, np.int64)
-        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        if len(wanted) and (absent := wanted[known[place] != wanted]).size:
-            raise UserError(f"{path}: {absent.size} stays have no series there, e.g. {absent[:3].tolist()}")
-        values, observed = file.get_slice("values"), file.get_slice("observed")
-        out = {}
-        for stay, at in zip(wanted.tolist(), place.tolist(), strict=True):
-            begin, end = int(offsets[at]), int(offsets[at + 1])
-            end = end if keep is None else min(end, begin + keep)
-            v = values[begin:end]
-            v = (v - mean) / std if normalise else v
-            out[stay] = np.concatenate([v, observed[begin:end].astype(np.float32)], axis=1)
+    series = Mapped(folder)
+    keep = None if hours is None else int(hours // series.step_hours)
+    wanted = series.stay_id if stay_ids is None else np.asarray(stay_ids, np.int64)
+    place = series.place(wanted)
+    if (absent := wanted[place < 0]).size:
+        raise UserError(f"{series.path}: {absent.size} stays have no series there, e.g. {absent[:3].tolist()}")
+    out = {}
+    for stay, at in zip(wanted.tolist(), place.tolist(), strict=True):
+        begin, end = int(series.offsets[at]), int(series.offsets[at + 1])
+        end = end if keep is None else min(end, begin + keep)
+        out[stay] = series.read(slice(begin, end), normalise)
     return out

@@ -1,8 +1,8 @@
 """Load features/ as batches: the hourly series, the films before the prediction, the labels.
 
 Input: samples/TASK.parquet, series.safetensors, stay_films.parquet, and the ids of the readable films.
-Output: `Samples`, all of a task in memory (each stay's series once, for all its predictions), which gathers a batch
-with one index operation; and the order of batches, by length, to reduce padding.
+Output: `Samples`, the rows of a task in memory and its series mapped from their file, which gathers a batch with one
+index operation; and the order of batches, by length, to reduce padding.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Samples:
     table: pd.DataFrame  # N rows: KEYS
     labels: NDArray[np.float32]  # (N, L), NaN where unknown
     names: list[str]  # (L,)
-    values: NDArray[np.float32]  # (all stays' hours, F), normalised
+    values: NDArray[np.float32] | series.Mapped  # (all stays' hours, F), normalised; mapped: one copy a machine
     start: NDArray[np.int64]  # (N,) first row of the sample's stay in `values`
     length: NDArray[np.int64]  # (N,) visible hours, 0 if none is complete
     film_ids: list[str]  # M films
@@ -91,8 +91,8 @@ class Samples:
         lengths = np.maximum(self.length[rows], 1)  # without a complete hour the series is one hour of zeros
         steps = np.arange(lengths.max())
         inside = steps < self.length[rows][:, None]  # (B, T)
-        values = self.values[np.where(inside, self.start[rows][:, None] + steps, 0)]
-        values[~inside] = 0
+        values = np.zeros((*inside.shape, self.num_inputs), np.float32)
+        values[inside] = self.values[(self.start[rows][:, None] + steps)[inside]]
         films, hours = self.films[rows], self.hours[rows]
         present = films >= 0
         context = np.concatenate([self.views[films], np.log1p(np.maximum(hours, 0))[..., None] / 4], axis=2)
@@ -176,19 +176,20 @@ def load(
 
 def _record(
     folder: str | Path, table: pd.DataFrame, task: str, step: float
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """All series concatenated (hours, F), and each sample's first row and number of hours in them."""
+) -> tuple[NDArray[np.float32] | series.Mapped, NDArray[np.int64], NDArray[np.int64]]:
+    """The hours of all stays (hours, F), and each sample's first row and number of hours in them."""
     if task == "findings":  # no record
         return np.zeros((1, 1), np.float32), *np.zeros((2, len(table)), np.int64)
-    loaded = series.load(folder, stay_ids=table["stay_id"].unique().tolist())
-    ids = np.array(list(loaded))
-    size = np.array([len(loaded[i]) for i in ids])
-    at = pd.Series(np.arange(len(ids)), index=ids)[table["stay_id"]].to_numpy()
+    hours = series.Mapped(folder)
+    at = hours.place(table["stay_id"].to_numpy(np.int64))
+    if (at < 0).any():
+        absent = np.unique(table["stay_id"].to_numpy()[at < 0])
+        raise UserError(f"{hours.path}: {absent.size} stays have no series there, e.g. {absent[:3].tolist()}")
     los = read_table(folder, "stays", ["stay_id", "los_hours"]).set_index("stay_id")["los_hours"]
     los_hours = table["stay_id"].map(los).to_numpy(float)
-    length = complete_steps(table["predict_at_hours"].to_numpy(float), los_hours, step, size[at])
-    values = np.concatenate([loaded[i] for i in ids]).astype(np.float32, copy=False)
-    return values, (np.cumsum(size) - size)[at].astype(np.int64), length.astype(np.int64)
+    size = np.diff(hours.offsets)[at]
+    length = complete_steps(table["predict_at_hours"].to_numpy(float), los_hours, step, size)
+    return hours, hours.offsets[at], length.astype(np.int64)
 
 
 def complete_steps(
@@ -232,12 +233,25 @@ def another_film(samples: Samples, seed: int = 0) -> Samples:
     last = (films >= 0).sum(1) - 1
     groups = samples.table.assign(view=view, row=np.arange(len(samples)))[samples.has_image].groupby(["split", "view"])
     for _, group in groups:
-        rows, subject = group["row"].to_numpy(), group["subject_id"].to_numpy()
+        rows = group["row"].to_numpy()
         own = samples.films[rows, last[rows]]
-        for i, row in enumerate(rows):
-            others = own[subject != subject[i]]
-            films[row, : last[row] + 1] = rng.choice(others) if len(others) else -1
+        drawn = _of_others(group["subject_id"].to_numpy(), rng)
+        given = np.where(drawn < 0, -1, own[drawn])
+        films[rows] = np.where(films[rows] >= 0, given[:, None], films[rows])
     return replace(samples, films=films)
+
+
+def _of_others(subject: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """For each row (n,) the number of a row of another subject, drawn evenly; -1 where there is none."""
+    codes, each = np.unique(subject, return_inverse=True)
+    num, size = len(subject), np.bincount(each)
+    if len(codes) < 2:
+        return np.full(num, -1)
+    drawn = rng.integers(0, num - size[each])  # among the rows of the others, which keep their order
+    order, begin = np.argsort(each, kind="stable"), np.cumsum(size) - size
+    before = order - (np.arange(num) - begin[each[order]])  # rows of others before each own row
+    passed = np.searchsorted(each[order] * (num + 1) + before, each * (num + 1) + drawn, side="right")
+    return drawn + passed - begin[each]
 
 
 def _film_rows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from configs import UserError
+from ehr_features.progress import Bar
 from ehr_features.static import fit_scale
 from finetune.encoders import Features
 from finetune.metrics import macro_auroc
 
 Head = Callable[[Features], NDArray[np.float64]]  # features of any films -> logits (N, L)
 Say = Callable[[int, float], None]  # epoch, best validation AUROC so far
+ROWS = 8192  # films that are scaled at a time
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,12 @@ class LinearHead:
         return cls(list(names), folded, np.asarray(weights[-1], np.float64) - mean @ folded)
 
     def __call__(self, features: Features) -> NDArray[np.float64]:
-        x = np.concatenate([features[name] for name in self.names], axis=1)
-        return x.astype(np.float64) @ self.weights + self.bias
+        used = [features[name] for name in self.names]
+        out = np.empty((len(used[0]), len(self.bias)))
+        for start in range(0, len(out), ROWS):
+            x = np.concatenate([values[start : start + ROWS] for values in used], axis=1)
+            out[start : start + ROWS] = x.astype(np.float64) @ self.weights + self.bias
+        return out
 
 
 class Scale:
@@ -72,13 +78,24 @@ class Scale:
 
     def __init__(self, features: Features) -> None:
         self.names = list(features)
-        self.fitted = {name: fit_scale(values, dtype=np.float64) for name, values in features.items()}
+        self.fitted = {name: self._fit(values) for name, values in features.items()}
 
     def __call__(self, features: Features, names: Sequence[str] | None = None) -> NDArray[np.float32]:
         """(N, D), the named blocks concatenated."""
         mean, deviation = self.columns(names or self.names)
-        x = np.concatenate([features[name] for name in names or self.names], axis=1)
-        return ((x - mean) / deviation).astype(np.float32)
+        used = [features[name] for name in names or self.names]
+        out = np.empty((len(used[0]), len(mean)), np.float32)
+        for start in range(0, len(out), ROWS):  # by rows: the arithmetic is in float64
+            x = np.concatenate([values[start : start + ROWS] for values in used], axis=1)
+            out[start : start + ROWS] = (x - mean) / deviation
+        return out
+
+    @staticmethod
+    def _fit(values: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and deviation, by 64 columns: numpy's deviation makes a float64 copy."""
+        parts = [values[:, start : start + 64] for start in range(0, values.shape[1], 64)]
+        mean, deviation = zip(*(fit_scale(part, dtype=np.float64) for part in parts), strict=True)
+        return np.concatenate(mean), np.concatenate(deviation)
 
     def columns(self, names: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and deviation (D,) of the blocks named; the deviation of a constant column is infinite."""
@@ -252,7 +269,13 @@ def trees(x: NDArray[np.float32], labels: NDArray[np.float32], **more: Any) -> l
 
 
 def knn(
-    train: Data, val: Data, *, pools: Sequence[str], neighbours: Sequence[int], temperature: float = 0.07
+    train: Data,
+    val: Data,
+    *,
+    pools: Sequence[str],
+    neighbours: Sequence[int],
+    temperature: float = 0.07,
+    device: str | torch.device = "cpu",
 ) -> tuple[Head, dict[str, Any]]:
     """Weighted mean of the labels of the nearest train films by cosine; validation chooses pool and number.
 
@@ -262,28 +285,51 @@ def knn(
     numbers = sorted({min(k, len(train.labels)) for k in neighbours})
     known = ~np.isnan(train.labels)
     mean = np.nansum(train.labels, axis=0) / np.maximum(known.sum(0), 1)
+    used = blocks(train.features, pools)
+
+    def votes(features: Features, pool: str, numbers: Sequence[int]) -> NDArray[np.float64]:
+        """(N, numbers, L) probabilities."""
+        x, bank = (_unit(scale(of, used[pool]), device) for of in (features, train.features))
+        found = []
+        with Bar(f"neighbours, {pool}", len(x), "films") as bar:
+            for similar, rows in nearest(x, bank, max(numbers)):
+                own = [_vote(similar[:, :k], train.labels[rows[:, :k]], temperature, mean) for k in numbers]
+                found.append(np.stack(own, axis=1))
+                bar.advance(len(rows))
+        return np.concatenate(found)
+
     best = (-math.inf, "", 0)
-    banks = {}
-    for pool, names in blocks(train.features, pools).items():
-        banks[pool] = _unit(scale(train.features, names))
-        similar = _unit(scale(val.features, names)) @ banks[pool].T
-        for k in numbers:
-            p = _vote(similar, train.labels, k, temperature, mean)
-            reached = float(macro_auroc(val.labels, p[:, None])[0])
-            if reached > best[0]:
-                best = (reached, pool, k)
-    reached, pool, k = best
+    for pool in used:
+        reached = macro_auroc(val.labels, votes(val.features, pool, numbers))  # (numbers,)
+        i = int(np.argmax(reached))
+        best = max(best, (float(reached[i]), pool, numbers[i]), key=lambda of: of[0])
+    value, pool, k = best
 
     def predict(features: Features) -> NDArray[np.float64]:
-        x = _unit(scale(features, blocks(train.features, pools)[pool]))
-        parts = [
-            _vote(part @ banks[pool].T, train.labels, k, temperature, mean)
-            for part in np.split(x, range(512, len(x), 512))
-        ]
-        p = np.clip(np.concatenate(parts), 1e-6, 1 - 1e-6)
+        p = np.clip(votes(features, pool, [k])[:, 0], 1e-6, 1 - 1e-6)
         return np.log(p / (1 - p))
 
-    return predict, {"pool": pool, "neighbours": k, "val_auroc": reached}
+    return predict, {"pool": pool, "neighbours": k, "val_auroc": value}
+
+
+def nearest(
+    x: Tensor, bank: Tensor, k: int, queries: int = 512, banked: int = 16_384
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """The k rows of a bank with the largest inner products, the largest first, by blocks of both tables.
+
+    Args:
+        x: (N, D). bank: (M, D). queries, banked: rows of a block; no array is larger than one block by the other.
+    Yields: the products (B, k) and the rows of `bank` (B, k), B <= `queries`, in the order of `x`.
+    """
+    for part in x.split(queries):
+        best = part.new_empty(len(part), 0)
+        rows = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
+        for start in range(0, len(bank), banked):
+            values, at = (part @ bank[start : start + banked].T).topk(min(k, len(bank) - start, banked), dim=1)
+            best, rows = torch.cat([best, values], dim=1), torch.cat([rows, at + start], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            rows = rows.gather(1, order)
+        yield best.cpu().numpy(), rows.cpu().numpy()
 
 
 def _logistic(x: NDArray[np.float32], y: NDArray[np.float32], c: float, balanced: bool) -> NDArray[np.float64]:
@@ -301,16 +347,14 @@ def _log_odds(y: NDArray[np.float32]) -> float:
     return math.log((float(y.sum()) + 0.5) / (len(y) - float(y.sum()) + 0.5))
 
 
-def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+def _unit(x: NDArray[np.float32], device: str | torch.device) -> Tensor:
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return torch.from_numpy(x).to(device)
 
 
-def _vote(similar: NDArray[Any], labels: NDArray[Any], k: int, temperature: float, mean: NDArray[Any]) -> NDArray[Any]:
-    """Similarities (B, N) -> probabilities (B, L)."""
-    nearest = np.argpartition(-similar, k - 1, axis=1)[:, :k]  # (B, k)
-    near = np.take_along_axis(similar, nearest, axis=1)
+def _vote(near: NDArray[Any], votes: NDArray[Any], temperature: float, mean: NDArray[Any]) -> NDArray[Any]:
+    """Similarities (B, k) and labels (B, k, L) of the neighbours -> probabilities (B, L)."""
     weight = np.exp((near - near.max(1, keepdims=True)) / temperature)[:, :, None]
-    votes = labels[nearest]  # (B, k, L)
     known = ~np.isnan(votes)
     total = (weight * known).sum(1)
     return np.where(total > 0, (weight * np.nan_to_num(votes)).sum(1) / np.maximum(total, 1e-30), mean)

@@ -95,7 +95,7 @@ def on_features(
         if config.method == "logistic":
             head, chosen = logistic(train, val, pools=config.pools, strengths=config.strengths, balanced=balanced)
         elif config.method == "knn":
-            other, chosen = knn(train, val, pools=config.pools, neighbours=config.neighbours)
+            other, chosen = knn(train, val, pools=config.pools, neighbours=config.neighbours, device=device)
             return Fitted(lambda rows: other(at(features, rows)), chosen)
         elif config.method == "boosting":
             other, chosen = boosting(train, val, seed=seed, balanced=balanced)

@@ -41,7 +41,7 @@ class Scored:
 def curves_figure(task: str, runs: Sequence[Run]) -> Markup | None:
     """Four curves of each label, the label with the most positives open; on the rows that all runs scored."""
     by_label: dict[str, list[Scored]] = {}
-    able = [(i, run) for i, run in enumerate(runs[:RUNS]) if run.predictions is not None]
+    able = [(i, run) for i, run in enumerate(runs[:RUNS]) if run.predicted]
     common = common_rows([run for _, run in able])
     shared = common is not None and len(common) >= FEWEST
     for i, run in able:

@@ -17,6 +17,7 @@ from configs import UserError
 from configs.commands import command_line
 from ehr_features.files import read_json
 from finetune.compare import against
+from finetune.drawn import Drawn
 from finetune.names import unit
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, fixed, interval, number, render, section, table
@@ -30,12 +31,12 @@ def grid_folders(runs: Sequence[Run]) -> list[Path]:
     return [folder for folder in parents if (folder / "grid.json").is_file()]
 
 
-def grids_section(runs: Sequence[Run]) -> Markup:
+def grids_section(runs: Sequence[Run], drawn: Drawn | None = None) -> Markup:
     """A table and a forest plot for each grid; why there is none where its runs cannot be compared."""
     parts: list[Any] = []
     for folder in grid_folders(runs):
         try:
-            parts += grid_figures(folder, runs, against(folder))
+            parts += grid_figures(folder, runs, against(folder, drawn=drawn))
         except UserError as error:
             parts.append(render("paragraph", "muted", f"The grid cannot be shown as one table: {error}"))
     lead = "Every combination of the grid in one table; runs that differ by their seed alone are trainings of one row."

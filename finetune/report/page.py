@@ -19,6 +19,7 @@ from markupsafe import Markup
 from ehr_features.demo.beside import truth_of
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
+from finetune.drawn import Drawn
 from finetune.names import counted, named
 from finetune.report import checklist, cohort, curves, grids, groups, pairs, results, training
 from finetune.report.alerts import alerts
@@ -50,10 +51,10 @@ def report(
     read = named(read_runs(runs))
     known = _truth(read, truth)
     tasks = results.by_task(read)
-    drawn: dict[bytes, Any] = {}  # resamples of each run, for all its comparisons
+    drawn = Drawn(next((run.folder.parent / "cache" for run in read if run.predicted), None))
     parts: list[tuple[str, str, Callable[[], Markup]]] = [
         ("summary", "At a glance", lambda: _summary(read, known)),
-        ("grid", "The grid", lambda: grids.grids_section(read)),
+        ("grid", "The grid", lambda: grids.grids_section(read, drawn)),
         ("data", "Data", lambda: cohort.cohort_section(read)),
         ("pretraining", "Pretraining", lambda: training.curves_section(read)),
         *[(results.key_of("task", t), _short(t), partial(_task, t, own, known, drawn)) for t, own in tasks.items()],
@@ -141,7 +142,7 @@ def _subset(task: str, runs: Sequence[Run]) -> str:
     return found.subset if found else "all"
 
 
-def _task(task: str, runs: Sequence[Run], truth: dict[str, Any], drawn: dict[bytes, Any]) -> Markup:
+def _task(task: str, runs: Sequence[Run], truth: dict[str, Any], drawn: Drawn) -> Markup:
     other = "all" if _subset(task, runs) == "paired" else "paired"  # the summary has the first
     parts = [
         results.overview_figure(task, runs, truth, subset=other),

@@ -16,7 +16,9 @@ import pandas as pd
 from markupsafe import Markup
 from scipy.special import expit
 
+from ehr_features.progress import Bar
 from finetune.compare import holm, paired, pairs
+from finetune.drawn import Drawn
 from finetune.names import CONTROLS, RECORDS, unit, without_seed
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, fixed, frame, interval, join, number, told
@@ -30,27 +32,26 @@ LABELS = ["pair", "label", "difference", "p (Holm over labels)", "n"]
 FEWEST = 20  # test rows in common
 
 
-def pairs_figure(
-    task: str, runs: Sequence[Run], samples: int = 1000, drawn: dict[bytes, Any] | None = None
-) -> Markup | None:
+def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000, drawn: Drawn | None = None) -> Markup | None:
     """Differences of the main AUROC between methods. `drawn`: resamples of runs, read and filled."""
-    able = spoken(methods([run for run in runs if run.predictions is not None and run.headline() is not None]))
+    able = spoken(methods([run for run in runs if run.predicted and run.headline() is not None]))
     names = list(able)
     if len(names) < 2:
         return None
     base = reference(able)
-    chosen = combinations(names, 2) if len(names) <= FEW else ((base, name) for name in names if name != base)
+    chosen = list(combinations(names, 2)) if len(names) <= FEW else [(base, name) for name in names if name != base]
     found, apart, each = [], [], []
-    drawn = {} if drawn is None else drawn
-    everyone = [run for method in able.values() for run in method]
-    common = common_rows(everyone)
-    same = everyone if common is not None and len(common) >= FEWEST else []
-    for first, second in chosen:
-        if (table := compare(able[second], able[first], samples, drawn, also=same)) is None:
-            apart.append(f"{second} and {first}")
-        else:
-            found.append(_higher_first(second, first, table[table["main"]].iloc[0].to_dict()))
-            each += _each(f"{second} − {first}", table)
+    drawn = Drawn() if drawn is None else drawn
+    common = common_rows([run for method in able.values() for run in method])
+    within = common if common is not None and len(common) >= FEWEST else None
+    with Bar(f"comparing, {task}", len(chosen), "pairs") as bar:
+        for first, second in chosen:
+            if (table := compare(able[second], able[first], samples, drawn, within=within)) is None:
+                apart.append(f"{second} and {first}")
+            else:
+                found.append(_higher_first(second, first, table[table["main"]].iloc[0].to_dict()))
+                each += _each(f"{second} − {first}", table)
+            bar.advance()
     if not found:
         return None
     adjusted = holm(np.array([row["p"] for *_, row in found], dtype=float))
@@ -63,7 +64,7 @@ def pairs_figure(
         cells.append([f"{first} − {second}", *means, interval(*value), *tests, row["n"], row["runs_a"], row["runs_b"]])
     drawing = both_widths(lambda w: forest(rows, {0: "difference"}, w, chance=0.0, x_label="difference in AUROC"))
     label = "macro AUROC" if len(next(iter(able.values()))[0].labels) > 1 else "AUROC"
-    scored = f"{_rows(found, runs[0])} that {'all' if same else 'both'} scored"
+    scored = f"{_rows(found, runs[0])} that {'both' if within is None else 'all'} scored"
     caption = (
         f"The higher {label} less the lower, on the {scored}. Intervals and p (two-sided, Holm-adjusted over these "
         "pairs) are Student's, over subjects and, where both have several, over training seeds. An interval that "
@@ -126,16 +127,22 @@ def compare(
     a: Sequence[Run],
     b: Sequence[Run],
     samples: int = 1000,
-    drawn: dict[bytes, Any] | None = None,
+    drawn: Drawn | None = None,
     *,
     also: Sequence[Run] = (),
+    within: pd.Index | None = None,
 ) -> pd.DataFrame | None:
-    """Paired differences of each label on the test rows that all these runs, and `also`, have; None: too few rows."""
+    """Paired differences of each label on the test rows that all these runs, and `also`, have; None: too few rows.
+
+    Args:
+        within: rows that further runs have in common, which limit the comparison.
+    """
     a, b = ([own for run in side for own in trainings_of(run)] for side in (a, b))
     read = [run.by_row for run in (*a, *b) if run.by_row is not None]
     common = common_rows([*a, *b, *also])
     if common is None:
         return None
+    common = common if within is None else common.intersection(within)
     names = [str(c).removeprefix("label_") for c in read[0] if str(c).startswith("label_")]
     wanted = [f"{kind}_{name}" for kind in ("label", "logit") for name in names]
     if len(common) < FEWEST or any(name not in one for one in read for name in wanted):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from finetune.drawn import Drawn
 from finetune.names import unit
 from finetune.report.pairs import compare
 from finetune.report.results import by_task, possible
@@ -72,9 +73,7 @@ def best_on_validation(runs: Sequence[Run]) -> Run | None:
     return max(runs, key=value, default=None)
 
 
-def verdicts(
-    runs: Sequence[Run], truth: Mapping[str, Any] | None = None, drawn: dict[bytes, Any] | None = None
-) -> list[str]:
+def verdicts(runs: Sequence[Run], truth: Mapping[str, Any] | None = None, drawn: Drawn | None = None) -> list[str]:
     """A sentence for each main question that these runs answer: fusion first, then the encoder.
 
     Args:
@@ -82,10 +81,10 @@ def verdicts(
         truth: truth.json of a synthetic hospital: the possible AUROC of an encoder is then said too.
         drawn: resamples of runs, read and filled.
     """
-    between = partial(difference, drawn={} if drawn is None else drawn)
+    between = partial(difference, drawn=Drawn() if drawn is None else drawn)
     fused, films = [], []
     for task, own in by_task(runs).items():
-        able = [run for run in own if run.predictions is not None and run.headline() is not None]
+        able = [run for run in own if run.predicted and run.headline() is not None]
         if task == "findings":
             films += _films(able, dict(truth or {}), between)
         else:
@@ -151,7 +150,7 @@ def difference(
     also: Sequence[Run] = (),
     *,
     share: float | None = None,
-    drawn: dict[bytes, Any] | None = None,
+    drawn: Drawn | None = None,
 ) -> Gap | None:
     """AUROC of `a` less that of `b` on the test rows that both, and `also`, scored.
 

@@ -8,8 +8,8 @@ from scipy import stats
 
 from benchmarks.intervals import OWN, RUNS, SDS, coverage, influence, intervals, missed, trainings
 from finetune.compare import paired
-from finetune.metrics import evaluate
-from finetune.resample import spread
+from finetune.metrics import distribution, evaluate
+from finetune.resample import Label, spread
 
 
 def still(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,3 +128,24 @@ def test_a_value_at_its_limit_has_no_interval_and_the_reason() -> None:
     table = evaluate(np.arange(40) > 25, np.arange(40) / 40, samples=50).set_index(["label", "metric"])
     assert table.loc[("0", "auroc"), "value"] == 1 and np.isnan(table.loc[("0", "auroc"), "low"])
     assert "at its limit" in table.loc[("macro", "auroc"), "reason"]
+
+
+def test_a_comparison_computes_no_more_than_the_auroc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`distribution` with AUROC alone leaves out the other statistics, and gives the values of all of them together."""
+    rng = np.random.default_rng(0)
+    y, group = (rng.random((60, 2)) < 0.4).astype(float), rng.integers(0, 30, 60)
+    s = rng.random((60, 2)).round(1)
+    whole = distribution(y, s, group, samples=20, seed=0)
+    monkeypatch.setattr(Label, "_ranks", None)
+    monkeypatch.setattr(Label, "_sums", None)
+    values, draws = distribution(y, s, group, samples=20, seed=0, metrics=["auroc"])
+    assert np.array_equal(values["auroc"], whole[0]["auroc"])
+    assert np.array_equal(draws["auroc"], whole[1]["auroc"], equal_nan=True)
+
+
+def test_counts_beyond_float32_are_held_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    y, group = (rng.random(60) < 0.4).astype(float), rng.integers(0, 30, 60)
+    light = Label.of(y, rng.random(60), group, 30)
+    monkeypatch.setattr("finetune.resample.WHOLE", 10)
+    assert light.positives.dtype == np.float32 and Label.of(y, y, group, 30).positives.dtype == np.float64

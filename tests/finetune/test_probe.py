@@ -1,8 +1,10 @@
 """The probes on films with planted findings."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import pytest
 import torch
 from lightly.utils.benchmarking.knn import knn_predict
 from sklearn.metrics import roc_auc_score
+from torch.overrides import TorchFunctionMode
 
 from configs import UserError, load
 from ehr_features.config import Policy
@@ -211,21 +214,56 @@ def test_the_quick_macro_auroc_equals_scikit_learn_with_ties_and_unknown_labels(
 
 
 def test_knn_votes_of_a_hand_worked_table() -> None:
-    similar = np.array([[1.0, 0.5, -1.0]])
-    labels = np.array([[1.0, np.nan], [0.0, np.nan], [0.0, 1.0]])
-    near, half = 1.0, np.exp(-0.5 / 0.5)
-    got = classic._vote(similar, labels, 2, 0.5, np.array([0.1, 0.2]))
-    np.testing.assert_allclose(got, [[near / (near + half), 0.2]])
+    near, votes = np.array([[1.0, 0.5]]), np.array([[[1.0, np.nan], [0.0, np.nan]]])
+    half = np.exp(-0.5 / 0.5)
+    got = classic._vote(near, votes, 0.5, np.array([0.1, 0.2]))
+    np.testing.assert_allclose(got, [[1 / (1 + half), 0.2]])
 
 
 def test_knn_votes_are_lightlys_where_a_film_has_one_label() -> None:
     rng = np.random.default_rng(0)
-    bank, query = (classic._unit(rng.normal(size=(n, 8)).astype(np.float32)) for n in (60, 40))
+    bank, query = (classic._unit(rng.normal(size=(n, 8)).astype(np.float32), "cpu") for n in (60, 40))
     labels = (rng.random(60) < 0.4).astype(np.float32)
-    ours = classic._vote(query @ bank.T, labels[:, None], 7, 0.07, np.zeros(1))[:, 0]
-    tensors = torch.from_numpy(query), torch.from_numpy(bank.T.copy()), torch.from_numpy(labels).long()
-    theirs = knn_predict(*tensors, num_classes=2, knn_k=7, knn_t=0.07)[:, 0]
-    np.testing.assert_array_equal(ours > 0.5, theirs.numpy() == 1)
+    (near, rows), *_ = classic.nearest(query, bank, 7)
+    ours = classic._vote(near, labels[rows][:, :, None], 0.07, np.zeros(1))[:, 0]
+    theirs = knn_predict(
+        query, bank.T.contiguous(), torch.from_numpy(labels).long(), num_classes=2, knn_k=7, knn_t=0.07
+    )
+    np.testing.assert_array_equal(ours > 0.5, theirs[:, 0].numpy() == 1)
+
+
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_neighbours_by_blocks_are_those_of_the_whole_table(k: int) -> None:
+    """Blocks of both tables, some shorter than k, against a sort of all similarities at once."""
+    rng = np.random.default_rng(0)
+    x, bank = (torch.from_numpy(rng.normal(size=(n, 6)).astype(np.float32)) for n in (23, 50))
+    near, rows = (np.concatenate(of) for of in zip(*classic.nearest(x, bank, k, queries=5, banked=16), strict=True))
+    whole = (x @ bank.T).numpy()
+    np.testing.assert_array_equal(rows, np.argsort(-whole, axis=1)[:, :k])
+    np.testing.assert_allclose(near, -np.sort(-whole, axis=1)[:, :k], atol=1e-6)
+
+
+def test_knn_holds_no_table_of_films_by_films() -> None:
+    """3,000 films among 20,000: all similarities would be 240 MB, and their int64 order twice that."""
+    rng = np.random.default_rng(0)
+    train, val = (
+        heads.Data({"cls": rng.normal(size=(n, 4)).astype(np.float32)}, (rng.random((n, 2)) < 0.4).astype(np.float32))
+        for n in (20_000, 3_000)
+    )
+    sizes: list[int] = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    tracemalloc.start()
+    with Seen():
+        heads.knn(train, val, pools=["cls"], neighbours=[5, 20])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(sizes) <= 512 * 16_384 and peak < 40e6
 
 
 def test_what_uncertain_and_empty_findings_become() -> None:

@@ -182,8 +182,8 @@ def test_the_shares_of_the_preset_are_by_subject_and_all_is_fitted_on_its_train(
     seen = arrays["observed"][:, :5].astype(bool) & rows[:, None]
     mean = [arrays["values"][seen[:, f], f].mean() for f in range(4)]
     assert parts["test"].series is not None
-    np.testing.assert_allclose(parts["test"].series.mean[:4], mean, rtol=1e-4)
-    assert parts["test"].series.mean[4] == 0  # a column that is not normalised stays as it is
+    np.testing.assert_allclose(parts["test"].series.hours.mean[:4], mean, rtol=1e-4)
+    assert parts["test"].series.hours.mean[4] == 0  # a column that is not normalised stays as it is
     ages = pd.read_parquet(features / "images.parquet")
     ages = ages[[by_hash(s, 3, (0.7, 0.15, 0.15)) == "train" for s in ages["subject_id"]]]
     at = parts["train"].columns.index("age_years")

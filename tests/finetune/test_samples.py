@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from configs import UserError
 from ehr_features import series
-from finetune.fusion.samples import another_film, batches, complete_steps, load, padding
+from finetune.fusion.samples import _of_others, another_film, batches, complete_steps, load, padding
 
 Make = Callable[..., Path]
 
@@ -131,6 +132,40 @@ def test_another_film_is_of_another_subject_with_the_same_view_and_split(make_ic
     assert np.array_equal(other.hours, samples.hours)
 
 
+def test_another_film_is_drawn_as_row_by_row_from_the_rows_of_others() -> None:
+    """The plain loop, which looks at all rows for each row, draws the same films."""
+    rng = np.random.default_rng(5)
+    subject = rng.integers(0, 12, 60)
+    drawn = _of_others(subject, np.random.default_rng(1))
+    plain = np.random.default_rng(1)
+    wanted = [plain.choice(np.flatnonzero(subject != own)) for own in subject]
+    assert drawn.tolist() == wanted
+    assert _of_others(np.full(3, 7), rng).tolist() == [-1, -1, -1]
+
+
 def test_an_unknown_task_names_those_there_are(make_icu: Make) -> None:
     with pytest.raises(UserError, match="samples/mortality"):
         load(make_icu() / "features", "mortalty")
+
+
+def test_the_series_stay_in_their_file_and_batches_hold_the_same_hours(make_icu: Make) -> None:
+    """One copy a machine: the hours of all stays are mapped, normalised batch by batch, bit by bit as loaded."""
+    folder = make_icu() / "features"
+    samples = load(folder, "mortality")
+    assert isinstance(samples.values, series.Mapped)
+    again = pickle.loads(pickle.dumps(samples.values))  # as a worker that is spawned gets it
+    assert all(isinstance(of.base, np.memmap) for of in again._map()), "values and observed are views of the file"
+    loaded = series.load(folder)
+    for row in (0, 5):
+        begin, length = samples.start[row], samples.length[row]
+        own = loaded[int(samples.table["stay_id"].iloc[row])][:length]
+        assert np.array_equal(again[begin : begin + length], own)
+        assert np.array_equal(samples.batch(np.array([row]))["series"][0].numpy()[:length], own)
+
+
+def test_samples_of_stays_without_a_series_are_refused(make_icu: Make) -> None:
+    folder = make_icu() / "features"
+    table = pd.read_parquet(folder / "samples/mortality.parquet")
+    table.assign(stay_id=table["stay_id"] + 10**9).to_parquet(folder / "samples/mortality.parquet")
+    with pytest.raises(UserError, match="stays have no series there"):
+        load(folder, "mortality")

@@ -7,14 +7,18 @@ from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from configs import UserError
+from finetune.metrics import evaluate
 from finetune.report.page import report
 from finetune.report.runs import show
 from finetune.report.training import hidden_figure
-from finetune.run_folders import find_runs, read_runs
+from finetune.results import predictions, write_predictions, write_results
+from finetune.run_folders import _read_test, find_runs, read_runs
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -182,3 +186,50 @@ def test_of_many_columns_of_the_record_the_most_readable_values_are_drawn(report
     assert "What the features tell of the record" in page and "labs 39" in drawn and "labs 28" in drawn
     assert "labs 27" not in drawn and "missing" not in drawn and "labs_01_missing" in page
     assert "The 12 most readable values of 41 columns" in page
+
+
+def test_a_report_reads_the_predictions_of_what_it_shows_and_holds_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve runs: none is read to list them; afterwards those of one figure of curves at most are in memory."""
+    folders = [evaluated(tmp_path / f"runs/m{i:02d}", seed=i, model=f"model_{i}") for i in range(12)]
+    reads: list[str] = []
+
+    def counted(folder: Path, split: str) -> pd.DataFrame:
+        reads.append(folder.name)
+        return predictions(folder, split)
+
+    monkeypatch.setattr("finetune.run_folders.predictions", counted)
+    runs = read_runs(folders)
+    assert all(run.predicted for run in runs) and not reads
+    for run in runs:
+        assert run.by_row is not None and run.predictions is not None
+    assert len(reads) == 12 and _read_test.cache_info().currsize <= 8
+
+
+def test_a_report_that_is_made_again_draws_no_resample_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [evaluated(tmp_path / f"runs/m{i}", seed=i, model=f"model_{i}") for i in range(3)]
+    report(folders, tmp_path / "a.html")
+    kept = sorted((tmp_path / "runs/cache").glob("resamples_*.npz"))
+    assert len(kept) == 3
+    monkeypatch.setattr("finetune.compare.distribution", None)
+    report(folders, tmp_path / "b.html")
+    a, b = (re.sub("Made .* by", "", (tmp_path / name).read_text()) for name in ("a.html", "b.html"))
+    assert a == b
+    kept[0].write_bytes(kept[0].read_bytes()[:100])  # a damaged file counts as absent
+    with pytest.raises(TypeError):
+        report(folders, tmp_path / "c.html")
+
+
+def evaluated(folder: Path, *, seed: int, model: str) -> Path:
+    """A run of one task as `fuse` leaves it."""
+    rng = np.random.default_rng(seed)
+    y = (np.random.default_rng(0).random((60, 2)) < 0.4).astype(float)
+    logits = rng.normal(size=y.shape) + y
+    ids = pd.DataFrame({"sample_id": np.arange(60).astype(str), "subject_id": np.arange(60) // 2, "has_image": True})
+    write_predictions(folder, "test", ids, pd.DataFrame(y, columns=["a", "b"]), logits)
+    table = evaluate(y, 1 / (1 + np.exp(-logits)), names=["a", "b"], samples=20).assign(split="test")
+    about = {"task": "phenotypes", "model": model, "encoder": None, "seed": 0, "allow_leak": False, "warnings": []}
+    write_results(folder, about, table)
+    (folder / "config.yaml").write_text(f"model: {model}\n")
+    return folder
