@@ -65,7 +65,7 @@ class Drawn(MutableMapping[bytes, Resampled]):
         if path is None or not path.is_file():
             raise KeyError(key)
         try:
-            with np.load(path) as arrays:
+            with path.open("rb") as file, np.load(file) as arrays:
                 values, draws = ({n[2:]: arrays[n] for n in arrays if n[:2] == f"{kind}_"} for kind in "vd")
         except (OSError, ValueError, BadZipFile, EOFError):
             raise KeyError(key) from None
