@@ -10,12 +10,14 @@ training, whatever their seeds.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from math import comb
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -23,14 +25,15 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from configs import UserError
-from ehr_features.files import read_json
-from finetune.drawn import Drawn
+from ehr_features.files import digest, file_digest, new_file, read_json
+from finetune import metrics, resample
 from finetune.metrics import by_count, check, distribution, macro, thirds
 from finetune.names import named, unit, without_seed
-from finetune.resample import degrees, smaller_class, spread
+from finetune.resample import Floats, degrees, smaller_class, spread
 from finetune.results import check_table, each_training, read_predictions, read_results, write_table
 from finetune.run_folders import Run, read_run
 
+Resampled = tuple[dict[str, Floats], dict[str, Floats]]  # what `metrics.distribution` returns
 ENOUGH_SEEDS = 3
 COSTS = ("parameters", "image_size", "films_seen", "films_trained", "processor_seconds")
 CARRIED = {
@@ -345,3 +348,65 @@ def _say(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return "unknown" if value is None else str(value)
+
+
+# ---- Resamples that are drawn once
+
+
+class Drawn(MutableMapping[bytes, Resampled]):
+    """Digest of labels, scores, subjects and settings -> resamples: a report that is made again reads them.
+
+    Args:
+        folder: of files resamples_DIGEST.npz, as `probe` and `fuse` keep features in RUNS/cache; None keeps them in
+            memory alone. A folder that cannot be written to does no harm.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._held: dict[bytes, Resampled] = {}
+
+    def __getitem__(self, key: bytes) -> Resampled:
+        if key not in self._held:
+            self._held[key] = self._read(key)
+        return self._held[key]
+
+    def __setitem__(self, key: bytes, value: Resampled) -> None:
+        self._held[key] = value
+        if (path := self._path(key)) is None:
+            return
+        arrays = {f"{kind}_{name}": of for kind, part in zip("vd", value, strict=True) for name, of in part.items()}
+        try:
+            with new_file(path) as part, part.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+        except OSError:  # read-only, or full: they are drawn again the next time
+            self.folder = None
+
+    def __delitem__(self, key: bytes) -> None:
+        del self._held[key]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def _path(self, key: bytes) -> Path | None:
+        return None if self.folder is None else self.folder / f"resamples_{digest([_code(), key.hex()])}.npz"
+
+    def _read(self, key: bytes) -> Resampled:
+        """Raises: KeyError: there is no such file, or it is damaged."""
+        path = self._path(key)
+        if path is None or not path.is_file():
+            raise KeyError(key)
+        try:
+            with path.open("rb") as file, np.load(file) as arrays:
+                values, draws = ({n[2:]: arrays[n] for n in arrays if n[:2] == f"{kind}_"} for kind in "vd")
+        except (OSError, ValueError, BadZipFile, EOFError):
+            raise KeyError(key) from None
+        return values, draws
+
+
+@functools.cache
+def _code() -> str:
+    """Of the code that draws: another version's resamples are not read."""
+    return digest([file_digest(str(module.__file__)) for module in (resample, metrics)])

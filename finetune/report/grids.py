@@ -16,8 +16,7 @@ from markupsafe import Markup
 from configs import UserError
 from configs.commands import command_line
 from ehr_features.files import read_json
-from finetune.compare import against
-from finetune.drawn import Drawn
+from finetune.compare import Drawn, against
 from finetune.names import unit
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, fixed, interval, number, render, section, table

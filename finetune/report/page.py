@@ -19,7 +19,7 @@ from markupsafe import Markup
 from ehr_features.demo.beside import truth_of
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
-from finetune.drawn import Drawn
+from finetune.compare import Drawn
 from finetune.names import counted, named
 from finetune.report import checklist, cohort, curves, grids, groups, pairs, results, training
 from finetune.report.alerts import alerts

@@ -17,8 +17,7 @@ from markupsafe import Markup
 from scipy.special import expit
 
 from ehr_features.progress import Bar
-from finetune.compare import holm, paired, pairs
-from finetune.drawn import Drawn
+from finetune.compare import Drawn, holm, paired, pairs
 from finetune.names import CONTROLS, RECORDS, unit, without_seed
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, fixed, frame, interval, join, number, told

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from finetune.drawn import Drawn
+from finetune.compare import Drawn
 from finetune.names import unit
 from finetune.report.pairs import compare
 from finetune.report.results import by_task, possible
