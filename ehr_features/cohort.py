@@ -20,8 +20,8 @@ from ibis import _
 from configs import UserError
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source, without_ids
+from ehr_features.schema import DEATHS
 
-DEATHS = "admissions whose death the tables tell differently"  # a count of attrition.json
 LISTED = 1000  # ids listed per reason
 
 

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -291,20 +292,21 @@ def code_digest(*modules: ModuleType) -> str:
         path = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
         if path.is_file():  # otherwise a name inside a module
             files.append(path)
-            waiting |= _imports(path, home.name) - seen
+            waiting |= _imports(path.read_text(encoding="utf-8"), home.name) - seen
     return digest(sorted((path.relative_to(home).as_posix(), file_digest(path)) for path in files))
 
 
-def _imports(path: Path, package: str) -> set[str]:
-    """The modules of a package that a file imports, and their parents."""
+@functools.cache
+def _imports(code: str, package: str) -> frozenset[str]:
+    """The modules of a package that a file's code imports, and their parents."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     parts = [name.split(".") for name in names if name.partition(".")[0] == package]
-    return {".".join(words[: depth + 1]) for words in parts for depth in range(len(words))}
+    return frozenset(".".join(words[: depth + 1]) for words in parts for depth in range(len(words)))
 
 
 def _alive(pid: str) -> bool:

@@ -35,6 +35,7 @@ class Raw:
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+DEATHS = "admissions whose death the tables tell differently"  # a count of attrition.json
 HELD_OUT = ("val", "test")  # splits on which no encoder may be trained
 FRONTAL = ("AP", "PA")  # the views that `views: frontal` keeps
 VIEW_CODES = {"ANTERO-POSTERIOR": "AP", "POSTERO-ANTERIOR": "PA", "LATERAL": "LATERAL"}  # a code's meaning -> view

@@ -24,7 +24,6 @@ import yaml
 from configs import UserError
 from ehr_features import schema
 from ehr_features.config import TEXT_GROUP
-from ehr_features.phenotypes import groups as phenotype_groups
 from ehr_features.plug_ins import encode_group, is_file, load_group
 
 REPORTING_ONLY = ("race", "insurance", "language", "code_status", "anchor_year_group", "care_unit")
@@ -349,6 +348,8 @@ def _last_values(images: pd.DataFrame, scale: Scale, group: str) -> Columns:
 
 def _prior_diagnoses(images: pd.DataFrame, scale: Scale) -> Columns:
     """Without a record all groups are 0, and log_num_prior_admissions_missing is 1."""
+    from ehr_features.phenotypes import groups as phenotype_groups
+
     out = _scaled(images, ["num_prior_admissions"], scale, log=True)
     listed = images["prior_phenotypes"].fillna("").astype(str).str.split()
     return out | {

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from configs import UserError
 from finetune.resample import (
@@ -332,6 +331,8 @@ def by_count(names: Sequence[str], labels: NDArray[np.float32]) -> dict[str, NDA
 
 def macro_auroc(labels: NDArray[np.float32], scores: NDArray[Any]) -> NDArray[np.float64]:
     """Mean AUROC over the labels that have both classes, for each head: labels (N, L), scores (N, H, L) -> (H,)."""
+    from scipy.stats import rankdata
+
     values = []
     for i in range(labels.shape[1]):
         known = ~np.isnan(labels[:, i])

@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse, stats
-from scipy.special import expit, logit
-from sklearn.linear_model import LogisticRegression
+from scipy import sparse
+from scipy.special import expit, logit, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 WHOLE = 4_000_000  # rows up to which float32 holds all counts of a resample exactly (2^24)
@@ -180,7 +179,7 @@ class Spread(NamedTuple):
 
     def around(self, value: float, between_0_and_1: bool = False) -> tuple[float, float]:
         """The 95% interval; on the logit scale for values between 0 and 1, and none for 0 and 1."""
-        half = stats.t.ppf(0.975, self.df) * np.sqrt(self.variance)
+        half = stdtrit(self.df, 0.975) * np.sqrt(self.variance)
         if not between_0_and_1:
             return float(value - half), float(value + half)
         if not 0 < value < 1:
@@ -192,7 +191,7 @@ class Spread(NamedTuple):
         """Two-sided p-value of the hypothesis that the value is 0."""
         if self.variance < ROUNDING:
             return 1.0 if value == 0 else np.nan
-        return float(2 * stats.t.sf(abs(value) / np.sqrt(self.variance), self.df))
+        return float(2 * stdtr(self.df, -abs(value) / np.sqrt(self.variance)))
 
 
 def spread(sides: Sequence[tuple[Floats, Floats]], df: float = np.inf) -> Spread:
@@ -271,6 +270,8 @@ def calibrate(y: Floats, probabilities: Floats) -> tuple[float, float]:
 
     Probabilities are clipped to [1e-6, 1 - 1e-6]. NaN if there is no finite fit: a single score, or separable classes.
     """
+    from sklearn.linear_model import LogisticRegression
+
     x = logit(np.clip(probabilities, 1e-6, 1 - 1e-6))
     low, high = x[y > 0], x[y <= 0]
     if low.min() >= high.max() or low.max() <= high.min():

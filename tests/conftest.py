@@ -1,5 +1,6 @@
 """Fixtures for the tests of all packages."""
 
+import gc
 import hashlib
 import importlib.util
 import re
@@ -15,6 +16,13 @@ import torch
 
 from ehr_features.files import write_json
 from finetune.report.screenshot import browser
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector the libraries' objects, and run it less often: a sixth of the time of building queries."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

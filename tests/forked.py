@@ -33,7 +33,8 @@ LIBRARIES = [
     "sentence_transformers",
 ]
 COMMAND = """
-import os; os.setsid()
+import gc, os; os.setsid()
+gc.freeze()  # no collection goes through the libraries' objects, whose memory is the server's
 import multiprocessing, runpy, sys, torch, types, warnings
 warnings.filterwarnings("ignore", message=".*found in sys.modules")  # by runpy: loaded before, for speed
 multiprocessing.set_start_method(None, force=True)

@@ -102,6 +102,18 @@ def test_the_features_import_no_torch() -> None:
         assert not imports(path) & {"torch", "torchvision", "timm", "lightly", "accelerate"}, path
 
 
+LIGHT = "finetune.compare, finetune.report.page, finetune.report.runs, finetune.score, pretrain.store.write"
+
+
+def test_commands_on_tables_wait_for_no_library_that_they_do_not_use() -> None:
+    code = f"import sys, {LIGHT}\nprint(*{{'torch', 'sklearn', 'scipy.stats', 'ibis', 'duckdb'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout.strip(), done.stdout + done.stderr
+    for path in (ROOT / "pretrain").rglob("*.py"):  # nor a training, before it needs one
+        top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+        assert not {str(node.module).partition(".")[0] for node in top} & {"sklearn", "ibis"}, path
+
+
 HELPS = """
 import argparse, json, sys
 from configs import cli

@@ -15,8 +15,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from configs import UserError
 from ehr_features.audit.verdict import Verdict, cannot, decide
@@ -163,6 +161,9 @@ def predictions(
         texts: (N,). labels: (N, 14), null if unknown. subjects: (N,), the units of resampling. train, test: (N,) masks.
     Returns: finding -> its prediction, or the reason why there is none.
     """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     words = CountVectorizer(binary=True, min_df=3, max_features=20_000, token_pattern=TOKEN)
     try:
         counts = words.fit(texts[train]).transform(texts)

@@ -1,6 +1,7 @@
 """Find, open and read raw tables with DuckDB or Spark, from a folder or a URL."""
 
-from ehr_features.raw.engine import connect, hold, interruptible
-from ehr_features.raw.source import Source, open_source
+from configs.face import lazy
 
-__all__ = ["Source", "connect", "hold", "interruptible", "open_source"]
+NAMES = {name: f"engine:{name}" for name in ("connect", "hold", "interruptible")}
+NAMES |= {name: f"source:{name}" for name in ("Source", "open_source")}
+__getattr__, __dir__ = lazy(__name__, NAMES)  # packing films reads files at a URL, and no table

@@ -24,8 +24,10 @@ import pandas as pd
 
 from configs import UserError, first_line
 from ehr_features.files import UNREADABLE, digest, new_file
+from ehr_features.schema import Raw
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
+SUFFIXES = (".parquet", ".csv", ".csv.gz")  # of a table
 AT_ONCE = 32  # concurrent requests
 
 
@@ -91,14 +93,26 @@ def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None,
     return table
 
 
-def exists(url: str) -> bool:
+def exists(path: str) -> bool:
     """Whether a file exists. Raises: UserError: it cannot be determined (no credentials, no network, ...)."""
-    with explained(url):
-        filesystem, inner = fsspec.url_to_fs(url)
+    if not is_url(path):
+        return Path(path).is_file()
+    with explained(path):
+        filesystem, inner = fsspec.url_to_fs(path)
         try:
             return bool(filesystem.info(inner)["type"] == "file")
         except FileNotFoundError:
             return False
+
+
+def find_table(root: str, raw: Raw) -> str | None:
+    """The file of a table below a folder or URL; None if there is none."""
+    root = root.removeprefix("file://").rstrip("/")
+    for place in raw.places:
+        for suffix in SUFFIXES:
+            if exists(path := f"{root}/{place}{suffix}"):
+                return path
+    return None
 
 
 def fingerprint(path: str) -> dict[str, Any]:

@@ -29,10 +29,9 @@ from configs import UserError
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import PARTIAL, make_folder, tidy
 from ehr_features.raw.engine import connect, hold, read, readable
-from ehr_features.raw.remote import cached, configure, exists, explained, fingerprint, is_url
+from ehr_features.raw.remote import SUFFIXES, cached, configure, exists, explained, find_table, fingerprint, is_url
 from ehr_features.schema import READ, Raw
 
-SUFFIXES = (".parquet", ".csv", ".csv.gz")
 SINCE_22 = {"admissions": "admit_provider_id", "chartevents": "caregiver_id", "labevents": "order_provider_id"}
 UTC = ("UTC", "ETC/UTC", "GMT", "Z", "+00:00", "+0000", "+00")
 OFFSET = re.compile(r"\d:\d\d(?::\d\d(?:\.\d+)?)? *(Z|[+-]\d\d(?::?\d\d)?|[A-Z][A-Za-z]+/?\w*)$")
@@ -206,20 +205,6 @@ def _cast_one(column: ir.Value, to: str, name: str, is_key: bool) -> ir.Value:
     return (column.nullif("") if column.type().is_string() else column).try_cast(to)
 
 
-def _exists(path: str) -> bool:
-    return exists(path) if is_url(path) else Path(path).is_file()
-
-
-def find_table(root: str, raw: Raw) -> str | None:
-    """The file of a table below a folder or URL; None if there is none."""
-    root = root.removeprefix("file://").rstrip("/")
-    for place in raw.places:
-        for suffix in SUFFIXES:
-            if _exists(path := f"{root}/{place}{suffix}"):
-                return path
-    return None
-
-
 def _wrong_folder(root: str, key: str) -> str:
     wanted = f"wanted the folder that holds {_HOLDS[key]}"
     with explained(root):
@@ -315,7 +300,7 @@ def _layout(root: str, files: Mapping[str, str], columns: Mapping[str, list[str]
     """1.0, 2.0 or 2.2, by the folders and columns; contradictions are refused."""
     signs: dict[str, str] = {}  # evidence -> the layout that has it
     for name in ("patients", "admissions"):
-        places = [p for p in ("core", "hosp") if any(_exists(f"{root.rstrip('/')}/{p}/{name}{s}") for s in SUFFIXES)]
+        places = [p for p in ("core", "hosp") if any(exists(f"{root.rstrip('/')}/{p}/{name}{s}") for s in SUFFIXES)]
         signs |= {f"{place}/{name}": "1.0" if place == "core" else ">=2" for place in places}
     if "admissions" in columns:
         found = columns["admissions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from ibis import _
 from pydantic import AfterValidator, Field, model_validator
 
 from configs import Settings, UserError, load
+from ehr_features.files import file_digest
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
 
@@ -139,7 +141,14 @@ class Channels(Settings):
 
 def read_variables(path: Path | None = None) -> tuple[Channel, ...]:
     """The variables of a channels.yaml, also those of the film's record only. Raises: UserError: any fault in it."""
-    return load(Channels, path or SHIPPED).channels
+    path = path or SHIPPED
+    return _variables(path, file_digest(path) if path.is_file() else "")
+
+
+@functools.lru_cache(maxsize=4)
+def _variables(path: Path, content: str) -> tuple[Channel, ...]:
+    """As `read_variables`; a file of the same content is parsed once in a process."""
+    return load(Channels, path).channels
 
 
 def read_channels(path: Path | None = None) -> tuple[Channel, ...]:

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from configs import UserError
@@ -257,6 +255,8 @@ def boosting(
 
 def trees(x: NDArray[np.float32], labels: NDArray[np.float32], **more: Any) -> list[Any]:
     """Boosted trees of 8 leaves, one label (column) at a time; the log odds for a label with one class."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
     found: list[Any] = []
     for y in labels.T:
         known = ~np.isnan(y)
@@ -334,6 +334,8 @@ def nearest(
 
 def _logistic(x: NDArray[np.float32], y: NDArray[np.float32], c: float, balanced: bool) -> NDArray[np.float64]:
     """(D + 1,) weights and bias; with one class only, the smoothed log odds."""
+    from sklearn.linear_model import LogisticRegression
+
     known = ~np.isnan(y)
     x, y = x[known], y[known]
     if not 0 < y.sum() < len(y):

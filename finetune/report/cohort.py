@@ -15,9 +15,8 @@ from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from configs import UserError
-from ehr_features.cohort import DEATHS
 from ehr_features.files import read_json, read_table, undamaged
-from ehr_features.schema import SPLITS
+from ehr_features.schema import DEATHS, SPLITS
 from finetune.report.figures import bars, flow
 from finetune.report.html import figure, frame, number, render, section, table, variable
 from finetune.run_folders import Run, read_object

@@ -14,7 +14,6 @@ import pandas as pd
 from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from finetune.report.figures import Frame, Series, legend, panels
 from finetune.report.html import figure, join, number, render, table, told
@@ -125,12 +124,16 @@ def _block(label: str, scored: Sequence[Scored], opened: bool) -> Markup:
 
 def roc(s: Scored) -> tuple[Floats, Floats]:
     """1 - specificity and sensitivity at each distinct score, from (0, 0) to (1, 1)."""
+    from sklearn.metrics import roc_curve
+
     false, true, _ = roc_curve(s.y, s.p, drop_intermediate=False)
     return false, true
 
 
 def precision_recall(s: Scored) -> tuple[Floats, Floats]:
     """Recall and precision at each distinct score, from the highest."""
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(s.y, s.p)
     return recall[-2::-1], precision[-2::-1]
 

@@ -11,10 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import Ridge
-from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from configs import UserError
@@ -97,6 +93,8 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
     first = torch.from_numpy(np.isin(subjects, np.random.default_rng(seed).permutation(np.unique(subjects))[::2]))
     if first.all() or not first.any():
         return {}
+    from sklearn.metrics import roc_auc_score
+
     guess = _ridge(x[first], y[first], x[~first])
     out: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(films.columns):
@@ -122,6 +120,10 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
 
 def _ridge(x: Tensor, y: Tensor, new: Tensor) -> Tensor:
     """Fit y (N, S) on standardised x (N, D), mean squared error + 0.01 |weights|^2; predict at `new` (M, D)."""
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     alpha = 0.01 * len(x) ** 2 / max(len(x) - 1, 1)  # for standard deviations over N - 1; StandardScaler divides by N
     fitted = make_pipeline(StandardScaler(), Ridge(alpha)).fit(x.double(), y.double())
     return torch.from_numpy(fitted.predict(new.double()).reshape(len(new), -1))

@@ -16,8 +16,7 @@ from ehr_features.files import digest, named, whole_numbers
 from ehr_features.own_films.config import TableConfig
 from ehr_features.own_films.ids import SUFFIXES, film_id
 from ehr_features.own_films.read import read_paths
-from ehr_features.raw.remote import explained, is_url, user_table
-from ehr_features.raw.source import find_table
+from ehr_features.raw.remote import explained, find_table, is_url, user_table
 from ehr_features.schema import FRONTAL, READ, view_names
 from pretrain.config import ImagesConfig
 from pretrain.draws import within_cap

@@ -13,8 +13,8 @@ import yaml
 from safetensors.numpy import save_file
 from scipy.special import expit
 
-from ehr_features.cohort import DEATHS
 from ehr_features.files import provenance, write_json
+from ehr_features.schema import DEATHS
 from finetune.metrics import evaluate
 from finetune.results import write_predictions, write_results
 
