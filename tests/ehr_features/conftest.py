@@ -10,6 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ehr_features.audit import claims as audit_claims
+from ehr_features.audit import events as audit_events
+from ehr_features.audit import films as audit_films
+from ehr_features.audit import last_values
+from ehr_features.audit import people as audit_people
+from ehr_features.audit import series as audit_series
+from ehr_features.audit.verdict import decide
 from ehr_features.config import FeaturesConfig
 
 Frames = dict[str, pd.DataFrame]
@@ -122,6 +129,30 @@ def apart() -> Callable[..., dict[str, list[dict[str, Any]]]]:
         return together
 
     return shifted
+
+
+SLOW_CHECKS = {  # of the audit, each from the raw tables -> its claims
+    "check_known": (audit_series.KNOWN,),
+    "check_covered": (audit_events.COVERED,),
+    "check_stays": (audit_films.STAYS,),
+    "check_record": (audit_films.RECORD,),
+    "check_people": (audit_people.PEOPLE, audit_people.LABELLED),
+    "check_prior": (audit_people.PRIOR,),
+    "check_last": (last_values.KNOWN_BEFORE, last_values.IS_LAST),
+}
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function after which an audit makes, of its slow checks, those of the named claims only."""
+
+    def keep(*claims: str) -> None:
+        for check, of in SLOW_CHECKS.items():
+            if not any(claim in whole for claim in claims for whole in of):
+                nothing: Any = [] if check == "check_last" else decide(of[0], {}, "not looked at")
+                monkeypatch.setattr(audit_claims, check, lambda *given, nothing=nothing: nothing)
+
+    return keep
 
 
 @pytest.fixture

@@ -23,7 +23,13 @@ DAY, HOUR = pd.Timedelta(days=1), pd.Timedelta(hours=1)
 
 
 @pytest.fixture
-def made(tmp_path: Path, frames: Any, write: Callable[..., Path], config: Callable[..., Any]) -> Callable[..., Path]:
+def made(
+    tmp_path: Path,
+    frames: Any,
+    write: Callable[..., Path],
+    config: Callable[..., Any],
+    only: Callable[..., None],
+) -> Callable[..., Path]:
     """Features of subjects with contradictory times: dead before a stay, discharged before arrival or before leaving
     the ICU.
     """
@@ -54,6 +60,7 @@ def made(tmp_path: Path, frames: Any, write: Callable[..., Path], config: Callab
     (tmp_path / "cxr").mkdir()
     films.to_csv(tmp_path / "cxr" / "mimic-cxr-2.0.0-metadata.csv", index=False)
     given = {"mimic_cxr": str(tmp_path / "cxr"), "tasks": ("mortality", "decompensation"), "landmark_hours": 24}
+    only(PEOPLE, PRIOR)
     return lambda **more: build(config(**{**given, **more}))
 
 
