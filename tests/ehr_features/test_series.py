@@ -187,24 +187,26 @@ numbers = st.sampled_from([0, 50, 80, 81, 120, 999])
 stored = st.none() | st.integers(-60, 600)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([220045, 220621]), minutes, numbers, stored, st.sampled_from([1, 2])), max_size=12
-    ),
-    st.lists(st.tuples(minutes, numbers, stored), max_size=6),
-    st.sampled_from([1, 2]),
-)
-def test_series_equal_a_naive_version(chart_rows, lab_rows, step):
-    parts = [chart((item, m / 60, v, None, None if s is None else s / 60), stay=k) for item, m, v, s, k in chart_rows]
-    events = pd.concat(parts, ignore_index=True) if parts else chart()
-    lab_events = labs(*((50931, m / 60, v, None if s is None else s / 60) for m, v, s in lab_rows))
-    stays = pd.concat([stay(3.2), stay(2.5, 2, 4.0)], ignore_index=True)
-    values, fates, observed = run(events, lab_events, stays, step)
+charted = st.tuples(st.sampled_from([220045, 220621]), minutes, numbers, stored, st.sampled_from([1, 2]))
+persons = st.tuples(st.lists(charted, max_size=12), st.lists(st.tuples(minutes, numbers, stored), max_size=6))
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.lists(persons, min_size=5, max_size=5), st.sampled_from([1, 2]))
+def test_series_equal_a_naive_version(people, step):
+    tables = []  # events, laboratory events and the two stays of each person
+    for n, (chart_rows, lab_rows) in enumerate(people):
+        rows = [(item, m / 60, v, None, None if s is None else s / 60) for item, m, v, s, _ in chart_rows]
+        parts = [chart(row, stay=2 * n + k) for row, (*_, k) in zip(rows, chart_rows, strict=True)]
+        events = pd.concat(parts, ignore_index=True) if parts else chart()
+        lab_events = labs(*((50931, m / 60, v, None if s is None else s / 60) for m, v, s in lab_rows))
+        stays = pd.concat([stay(3.2, 2 * n + 1), stay(2.5, 2 * n + 2, 4.0)], ignore_index=True)
+        tables.append([table.assign(subject_id=7 + n, hadm_id=500 + n) for table in (events, lab_events, stays)])
+    values, fates, observed = run(*(pd.concat(same, ignore_index=True) for same in zip(*tables, strict=True)), step)
     assert fates.loc[fates["fate"] == "used", "n"].sum() == sum(cells.sum() for cells in observed.values())
-    assert fates["n"].sum() >= len(events)  # a laboratory row may meet both stays, or none
-    wanted = naive(events, lab_events, stays, step)
-    for stay_id in (1, 2):
+    assert fates["n"].sum() >= sum(len(events) for events, *_ in tables)  # laboratory rows may meet both stays, or none
+    wanted = {key: value for own in tables for key, value in naive(*own, step).items()}
+    for stay_id in range(1, 2 * len(people) + 1):
         for name in ("heart_rate", "glucose"):
             seen = observed[stay_id][:, NAMES.index(name)]
             bins = {b: v for (s, n, b), v in wanted.items() if s == stay_id and n == name}
