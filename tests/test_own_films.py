@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from tests import forked
 from tests.ehr_features.test_own_films import chexpert_train
-from tests.test_docs import ROOT, Block, blocks, execute
+from tests.test_docs import ROOT, Block, blocks, environment, execute
 
 PAGE = ROOT / "docs/your_own_films.md"
 SHORTER = {  # the page's trainings take hours; these words make them short
@@ -148,7 +150,9 @@ def test_chexperts_whole_train_table_pretrains_and_probes_with_no_table_of_ones_
         f"pretrain configs/own_films/pretrain.yaml {own} 'ehr.groups=[age,sex,view]' {SHORTER['pretrain']}",
         f"probe configs/own_films/probe.yaml {own} encoder=runs/msn labels=[Edema] {SHORTER['probe']}",
     ]
-    execute(tmp_path, "\n".join(f"bash {ROOT}/launch.sh {line}" for line in lines))
+    for line in lines:
+        done = forked.run(["configs", *shlex.split(line)], tmp_path, environment())
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     log = (tmp_path / "runs/msn/log.txt").read_text()
     assert "columns: path=Path, view=AP/PA, sex=Sex, age=Age" in log and "not in the store" in log
     said = json.loads((tmp_path / "runs/probe/results.json").read_text())["run"]

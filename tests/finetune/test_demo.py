@@ -83,19 +83,15 @@ def test_a_demo_that_was_stopped_goes_on_with_the_step_that_was_not_done(done: P
     assert started == ["report"] and (done / "report.html").is_file()
 
 
-@pytest.mark.slow
-def test_another_demo_in_the_same_folder_is_refused(done: Path) -> None:
-    with pytest.raises(UserError, match="give another folder"):
-        demo(done, subjects=120, seed=4)
-
-
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not a folder of the demo; it holds"):
         demo(tmp_path, subjects=120, seed=4)
 
 
-def test_a_folder_is_known_as_a_demo_from_its_first_file_on(tmp_path: Path, short: Path, monkeypatch) -> None:
+def test_a_folder_is_known_as_a_demo_from_its_first_file_on_and_another_demo_in_it_is_refused(
+    tmp_path: Path, short: Path, monkeypatch
+) -> None:
     def stop(path: Path) -> None:
         raise KeyboardInterrupt
 
@@ -105,6 +101,8 @@ def test_a_folder_is_known_as_a_demo_from_its_first_file_on(tmp_path: Path, shor
         with pytest.raises(KeyboardInterrupt):
             demo(tmp_path / "demo", subjects=40, seed=1)
     assert [path.name for path in (tmp_path / "demo").iterdir() if path.name[0] != "."] == ["demo.json"]
+    with pytest.raises(UserError, match="give another folder"):
+        demo(tmp_path / "demo", subjects=40, seed=2)
 
 
 @pytest.mark.slow
