@@ -35,6 +35,7 @@ LIBRARIES = [
 COMMAND = """
 import gc, os; os.setsid()
 gc.freeze()  # no collection goes through the libraries' objects, whose memory is the server's
+gc.set_threshold(20_000, 20, 100)  # as in conftest.py
 import multiprocessing, runpy, sys, torch, types, warnings
 warnings.filterwarnings("ignore", message=".*found in sys.modules")  # by runpy: loaded before, for speed
 multiprocessing.set_start_method(None, force=True)
