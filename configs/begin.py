@@ -1,17 +1,19 @@
-"""The first thing that a command does: answer signals at once, and import nothing from the working directory."""
+"""The first thing that a command does: answer signals at once, import nothing from the working directory, and choose
+the number of threads before numpy is imported."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from configs import signals
+from configs import signals, threads
 
 
 def begin() -> None:
     """Call it before the imports that take a while."""
     signals.leave()
     leave_out_working_directory()
+    threads.choose()
 
 
 def leave_out_working_directory() -> None:

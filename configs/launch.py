@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from configs import UserError
+from configs import UserError, threads
 from configs.commands import COMMANDS, command_line
 
 KINDS = ("NO", "MULTI_GPU", "MULTI_CPU")  # what accelerate calls one process, several GPUs, several CPU processes
@@ -117,7 +117,6 @@ def run(job: Job, words: Sequence[str]) -> int:
     host, _, port = (job.main_address or "127.0.0.1").partition(":")
     if not port:
         port = "29500" if job.machines > 1 else str(_free_port())
-    threads = str(max(1, (os.cpu_count() or 1) // job.processes))
     children: list[subprocess.Popen[bytes]] = []
     told: list[int] = []  # signals that came, to be passed on
 
@@ -135,7 +134,7 @@ def run(job: Job, words: Sequence[str]) -> int:
             "LOCAL_WORLD_SIZE": str(job.processes),
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+            **threads.of_each(job.processes),
         }
         children.append(
             subprocess.Popen(

@@ -27,10 +27,11 @@ class Bar:
         what: the text before the bar.
         total: number of units; unit: their name, in the plural.
         shown: False prints nothing (all processes but the first).
+        after: seconds of work before the bar is shown, for work that may be short or comes many times.
     """
 
-    def __init__(self, what: str, total: int, unit: str, *, shown: bool = True) -> None:
-        self.what, self.total, self.unit, self.shown = what, total, unit, shown
+    def __init__(self, what: str, total: int, unit: str, *, shown: bool = True, after: float = 0.0) -> None:
+        self.what, self.total, self.unit, self.shown, self.after = what, total, unit, shown, after
         self.done, self.note = 0, ""
         self._began = self._spoke = time.monotonic()
         rich = shown and sys.stderr.isatty()
@@ -39,13 +40,18 @@ class Bar:
         self._room = 0 if console is None else _room(what, total, console.width)
 
     def __enter__(self) -> Self:
+        if not self.after:
+            self._start()
+        return self
+
+    def _start(self) -> None:
         if self._rich is not None:
             self._rich.start()
             self._task = self._rich.add_task(_short(self.what), total=self.total, note="")
-        return self
+        self.after = 0.0
 
     def __exit__(self, *_: object) -> None:
-        if self._rich is not None:
+        if self._rich is not None and not self.after:
             self._rich.stop()
 
     @property
@@ -57,6 +63,10 @@ class Bar:
         """Count `number` more units; `note` is printed at the end of the line, e.g. the loss."""
         self.done += number
         self.note = note or self.note
+        if self.after and time.monotonic() - self._began > self.after:
+            self._start()
+        if self.after:
+            return
         if self._rich is not None:
             note = f"{self.rate:.1f} {self.unit}/s {self.note}"
             self._rich.update(self._task, completed=self.done, note=note[: self._room])

@@ -20,6 +20,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from configs import UserError
+from ehr_features.progress import Bar
 from finetune.resample import (
     PROBABILITIES,
     RANKS,
@@ -29,6 +30,7 @@ from finetune.resample import (
     calibrated_error,
     degrees,
     multiplicities,
+    one_thread,
     smaller_class,
     spread,
 )
@@ -186,6 +188,7 @@ def check(
     return y, s, named, group
 
 
+@one_thread
 def distribution(
     y: Floats,
     s: Floats,
@@ -216,12 +219,14 @@ def distribution(
                 if metric in values:
                     values[metric][i] = value[0]
     done = 0
-    for counts in multiplicities(num_groups, samples, seed, rows=len(y)):
-        for i, plan in plans:
-            for metric, value in plan.statistics(counts, kept).items():
-                if metric in draws:
-                    draws[metric][done : done + counts.shape[1], i] = value
-        done += counts.shape[1]
+    with Bar("resampling", samples, "resamples", after=5) as bar:
+        for counts in multiplicities(num_groups, samples, seed, rows=len(y)):
+            for i, plan in plans:
+                for metric, value in plan.statistics(counts, kept).items():
+                    if metric in draws:
+                        draws[metric][done : done + counts.shape[1], i] = value
+            done += counts.shape[1]
+            bar.advance(counts.shape[1])
     return values, draws
 
 

@@ -10,15 +10,19 @@ values, because resampling three units underestimates their variance. `benchmark
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.special import expit, logit, stdtr, stdtrit
+from threadpoolctl import ThreadpoolController
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Floats = NDArray[np.float64]
 WHOLE = 4_000_000  # rows up to which float32 holds all counts of a resample exactly (2^24)
 CHUNK = 4_000_000  # rows x resamples held at a time: 32 MB in each temporary array
@@ -29,6 +33,22 @@ LEAST = 0.3  # the variance over subjects alone is at least minus this share of 
 RANKS = ("auroc", "auprc", "sensitivity_at_specificity_90")
 PROBABILITIES = ("brier", "calibration_error", "calibration_slope", "calibration_intercept")
 THRESHOLDED = ("f1", "sensitivity", "specificity")
+
+
+def one_thread(work: Callable[P, T]) -> Callable[P, T]:
+    """The function with one BLAS thread: on matrices of a few rows more threads wait for each other, and cost."""
+
+    @functools.wraps(work)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _libraries().limit(limits=1, user_api="blas"):
+            return work(*args, **kwargs)
+
+    return alone
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def multiplicities(num_groups: int, samples: int, seed: int, rows: int | None = None) -> Iterator[Floats]:

@@ -135,22 +135,24 @@ def linear(
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     generator = torch.Generator().manual_seed(seed)
     best, best_at, step = (-math.inf, weights[:, 0].clone(), 0), 0, 0
-    for epoch in range(1, epochs + 1):
-        for rows in torch.randperm(len(x), generator=generator).to(device).split(batch_size):
-            step += 1
-            gradient = _gradient(x[rows], weights, target[rows], known[rows]) * mask
-            first.lerp_(gradient, 0.1)
-            second.lerp_(gradient.square(), 0.001)
-            update = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-            weights -= lr * (update + decay * weights)
-        scores = (x_val @ weights.flatten(1)).unflatten(1, weights.shape[1:]).cpu().numpy()  # (N, H, L)
-        reached = macro_auroc(val.labels, scores)  # (H,)
-        h = int(np.argmax(reached))
-        if reached[h] > best[0] + 1e-5:
-            best, best_at = (float(reached[h]), weights[:, h].clone(), h), epoch
-        say(epoch, best[0])
-        if epoch - best_at >= patience:
-            break
+    with Bar("linear heads", epochs, "epochs", after=5) as bar:
+        for epoch in range(1, epochs + 1):
+            for rows in torch.randperm(len(x), generator=generator).to(device).split(batch_size):
+                step += 1
+                gradient = _gradient(x[rows], weights, target[rows], known[rows]) * mask
+                first.lerp_(gradient, 0.1)
+                second.lerp_(gradient.square(), 0.001)
+                update = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+                weights -= lr * (update + decay * weights)
+            scores = (x_val @ weights.flatten(1)).unflatten(1, weights.shape[1:]).cpu().numpy()  # (N, H, L)
+            reached = macro_auroc(val.labels, scores)  # (H,)
+            h = int(np.argmax(reached))
+            if reached[h] > best[0] + 1e-5:
+                best, best_at = (float(reached[h]), weights[:, h].clone(), h), epoch
+            say(epoch, best[0])
+            bar.advance(note=f"val AUROC {best[0]:.3f}")
+            if epoch - best_at >= patience:
+                break
     pool, rate, decayed = grid[best[2]]
     wide = LinearHead.of(scale, scale.names, best[1].cpu().numpy())
     inside = _mask(used[pool], widths)[:-1].numpy() > 0
@@ -209,15 +211,19 @@ def logistic(
     """
     scale = Scale(train.features)
     best: tuple[float, NDArray[np.float64], str, float] = (-math.inf, np.empty(0), "", 0.0)
-    for pool, names in blocks(train.features, pools).items():
-        x, x_val = scale(train.features, names), scale(val.features, names)
-        for c in strengths:
-            weights = np.stack(
-                [_logistic(x, train.labels[:, i], c, balanced) for i in range(train.labels.shape[1])], axis=1
-            )
-            reached = float(macro_auroc(val.labels, (x_val @ weights[:-1] + weights[-1])[:, None])[0])
-            if reached > best[0]:
-                best = (reached, weights, pool, c)
+    used = blocks(train.features, pools)
+    with Bar("logistic heads", len(used) * len(strengths) * train.labels.shape[1], "heads", after=5) as bar:
+        for pool, names in used.items():
+            x, x_val = scale(train.features, names), scale(val.features, names)
+            for c in strengths:
+                heads = []
+                for y in train.labels.T:
+                    heads.append(_logistic(x, y, c, balanced))
+                    bar.advance(note=f"{pool}, C {c:g}")
+                weights = np.stack(heads, axis=1)
+                reached = float(macro_auroc(val.labels, (x_val @ weights[:-1] + weights[-1])[:, None])[0])
+                if reached > best[0]:
+                    best = (reached, weights, pool, c)
     reached, weights, pool, c = best
     head = LinearHead.of(scale, blocks(train.features, pools)[pool], weights)
     return head, {"pool": pool, "c": c, "val_auroc": reached}
@@ -291,7 +297,7 @@ def knn(
         """(N, numbers, L) probabilities."""
         x, bank = (_unit(scale(of, used[pool]), device) for of in (features, train.features))
         found = []
-        with Bar(f"neighbours, {pool}", len(x), "films") as bar:
+        with Bar(f"neighbours, {pool}", len(x), "films", after=5) as bar:
             for similar, rows in nearest(x, bank, max(numbers)):
                 own = [_vote(similar[:, :k], train.labels[rows[:, :k]], temperature, mean) for k in numbers]
                 found.append(np.stack(own, axis=1))

@@ -43,7 +43,7 @@ def pairs_figure(task: str, runs: Sequence[Run], samples: int = 1000, drawn: Dra
     drawn = Drawn() if drawn is None else drawn
     common = common_rows([run for method in able.values() for run in method])
     within = common if common is not None and len(common) >= FEWEST else None
-    with Bar(f"comparing, {task}", len(chosen), "pairs") as bar:
+    with Bar(f"comparing, {task}", len(chosen), "pairs", after=5) as bar:
         for first, second in chosen:
             if (table := compare(able[second], able[first], samples, drawn, within=within)) is None:
                 apart.append(f"{second} and {first}")

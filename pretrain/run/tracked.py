@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import Settings
+from configs.threads import said
 from pretrain.run.folder import flat
 from pretrain.run.log import Log
 from pretrain.run.processes import is_main
@@ -22,4 +23,6 @@ def open_log(folder: Path, config: Settings, accelerator: Accelerator | None = N
     if is_main() and given["trackers"]:
         named = dict(flat(given))
         trackers = open_trackers(given["trackers"], folder, given["project"], given["run_name"], named)
-    return Log(folder, accelerator, trackers)
+    log = Log(folder, accelerator, trackers)
+    log.say(said())
+    return log

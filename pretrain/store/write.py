@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from configs import UserError
 from configs.signals import held
+from configs.threads import cores
 from ehr_features.files import check_ours, digest, lock, new_file, provenance, read_json, tidy, write_json
 from ehr_features.own_films.ids import SUFFIXES, film_id
 from ehr_features.progress import Bar
@@ -288,7 +289,7 @@ def workers(
 
     The processes end with this one, in every case. A job whose process dies is set aside.
     """
-    number = number or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
+    number = number or cores()
     if number == 1:
         yield lambda jobs: map(work, jobs)
         return
