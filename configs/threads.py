@@ -20,7 +20,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def cores(root: Path = CGROUP) -> int:
     """Cores that this process may use: those it is bound to, or fewer by the quota of its cgroup."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(bound, math.ceil(_quota(root))))
+    return max(1, math.ceil(min(bound, _quota(root))))
 
 
 def _quota(root: Path) -> float:

@@ -83,7 +83,7 @@ def paired(
         s = np.ascontiguousarray(np.where(absent, 0.0, scores), np.float64)
         key = hashlib.blake2b(b"".join([y.tobytes(), group.tobytes(), s.tobytes(), repr(more).encode()])).digest()
         if key not in drawn:
-            drawn[key] = distribution(y, s, group, **more)
+            drawn[key] = distribution(y, s, group, **more)  # type: ignore[arg-type]
         return drawn[key]
 
     found = [[resampled(s) for s in runs] for runs in (a, b)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import resource
 import time
 from pathlib import Path
@@ -20,14 +21,17 @@ from pretrain.schedule import Schedule
 from pretrain.store import Store
 
 FIRST, MEASURED = 4, 16  # warm-up steps, and measured steps
+MOST_SECONDS = 10.0  # for the steps of an estimate, by one process
+FEW = 8  # films of a step on a CPU, where the cost of a film does not depend on their number
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds of a step: wall-clock time, and processor time of all processes together."""
+    """Seconds of a step: wall-clock time, and processor time of all processes together; the mean of some steps."""
 
     wall: float
     processor: float
+    steps: int = MEASURED
 
 
 def processor_seconds() -> float:
@@ -36,28 +40,38 @@ def processor_seconds() -> float:
     return sum(of.ru_utime + of.ru_stime for of in used)
 
 
-def step_cost(config: PretrainConfig, steps: Steps, accelerator: Any) -> Cost:
-    """Mean of `MEASURED` steps, including reading and cutting films. The run's generators are not changed."""
-    optim, device = config.optim, accelerator.device
+def step_cost(config: PretrainConfig, steps: Steps, accelerator: Any, most_seconds: float = math.inf) -> Cost:
+    """Mean of `MEASURED` steps, including reading and cutting films. The run's generators are not changed.
+
+    Args:
+        most_seconds: one process alone stops after so long.
+    """
+    optim, device, first, done = config.optim, accelerator.device, FIRST, 0
+    most_seconds = most_seconds if accelerator.num_processes == 1 else math.inf  # all must do the same steps
+    start = time.monotonic()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         method = build.method(config, steps.films).to(device)
         if not method.anchor.is_vit:
             method.to(memory_format=torch.channels_last)
         optimizer, began = build.optimizer(optim, method), (0.0, 0.0)
         for i, batch in enumerate(batches(steps, 0, FIRST + MEASURED, 0, device)):
-            if i == FIRST:
+            late = time.monotonic() - start > most_seconds / 4
+            if i == first or (0 < i < first and late):
                 _wait(device)
-                began = time.monotonic(), processor_seconds()
+                first, began = i, (time.monotonic(), processor_seconds())
             method.before_step(i)
             with accelerator.autocast():
                 out = backward(method, method, batch, accelerator, optim.accumulate, optim.accumulate_mode == "exact")
             optimizer.zero_grad(set_to_none=True)
             method.after_step(0.99)
             del out
+            done = i + 1 - first
+            if done > 0 and time.monotonic() - start > most_seconds:
+                break
         _wait(device)
     spent = torch.tensor([time.monotonic() - began[0], processor_seconds() - began[1]], device=device)
     every = accelerator.gather(spent[None])  # (processes, 2)
-    return Cost(float(every[:, 0].max()) / MEASURED, float(every[:, 1].sum()) / MEASURED)
+    return Cost(float(every[:, 0].max()) / done, float(every[:, 1].sum()) / done, done)
 
 
 def affordable_steps(config: PretrainConfig, steps: Steps, folder: Path, accelerator: Any) -> int:
@@ -79,18 +93,27 @@ def estimate(config: PretrainConfig, args: argparse.Namespace | None = None) -> 
     accelerator, store, text, ehr = build.accelerator(config, args), Store(config.store), build.text(config), config.ehr
     films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
     steps = build.steps(config, films, store, build.method(config, films), accelerator)
-    cost, plan, optim = (
-        step_cost(config, steps, accelerator),
-        Schedule(config.optim, steps.steps_per_epoch),
-        config.optim,
-    )
+    optim, short = config.optim, _shortened(config, accelerator)
+    timed = build.steps(short, films, store, build.method(short, films), accelerator)
+    part = optim.batch_size / short.optim.batch_size
+    found = step_cost(short, timed, accelerator, MOST_SECONDS)
+    cost, plan = Cost(found.wall * part, found.processor * part), Schedule(optim, steps.steps_per_epoch)
     total = plan.total if optim.processor_seconds is None else max(1, int(optim.processor_seconds / cost.processor))
+    where = f"{accelerator.num_processes} x {accelerator.device.type}"
     return (
-        f"{MEASURED} steps of {optim.batch_size} films, {accelerator.num_processes} x {accelerator.device.type}, "
-        f"without compile and workers: {optim.batch_size / cost.wall:.0f} films/s, {cost.wall:.3g} s a step\n"
+        f"{found.steps} steps of {short.optim.batch_size} films, {where}, without compile and workers: {optim.batch_size / cost.wall:.0f} films/s, {cost.wall:.3g} s a step of "
+        f"{optim.batch_size}\n"
         f"the run: {total} steps ({total / steps.steps_per_epoch:.1f} epochs of {len(films)} films), "
         f"about {total * cost.wall / 3600:.2g} h, {total * cost.processor / 3600:.2g} processor hours"
     )
+
+
+def _shortened(config: PretrainConfig, accelerator: Any) -> PretrainConfig:
+    """On a CPU the config with FEW films a process and step: little memory, and the same cost of a film."""
+    few = FEW * accelerator.num_processes
+    if accelerator.device.type != "cpu" or config.optim.batch_size <= few:
+        return config
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"batch_size": few, "accumulate": 1})})
 
 
 def _wait(device: torch.device) -> None:

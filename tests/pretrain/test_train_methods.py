@@ -122,8 +122,28 @@ def test_a_step_is_timed_without_changing_the_run(data, tmp_path):
     assert all(torch.equal(value, weights[key]) for key, value in method.state_dict().items())
 
 
+def test_an_estimate_on_a_cpu_times_few_films_a_step_and_not_for_long(data, tmp_path, monkeypatch):
+    """A step of 12 films is three of 4; steps that last end after a time, not after their number."""
+    timed = []
+
+    def cost(settings, steps, accelerator, most_seconds):
+        timed.append((steps.batch_size, most_seconds))
+        return estimate.Cost(wall=3.0, processor=6.0, steps=2)
+
+    whole = estimate.step_cost
+    monkeypatch.setattr(estimate, "FEW", 4)
+    monkeypatch.setattr(estimate, "step_cost", cost)
+    said = estimate.estimate(config(data, tmp_path / "x", "optim.steps=400", "optim.batch_size=12"))
+    assert timed == [(4, estimate.MOST_SECONDS)] and "2 steps of 4 films" in said and "9 s a step of 12" in said
+    settings = config(data, tmp_path / "x")
+    films = select_films(data / "features", Store(data / "store"), settings.films, [], "default", 0)
+    accelerator = Accelerator(cpu=True)
+    steps = build.steps(settings, films, Store(data / "store"), build.method(settings, films), accelerator)
+    assert whole(settings, steps, accelerator, 0.0).steps == 1
+
+
 def test_an_estimate_says_how_long_and_writes_nothing(data, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "step_cost", lambda *_: estimate.Cost(wall=9.0, processor=18.0))
     said = estimate.estimate(config(data, tmp_path / "x", "optim.steps=400"))
-    assert "1 films/s, 9 s a step" in said and "400 steps" in said and "about 1 h, 2 processor hours" in said
+    assert "1 films/s, 9 s a step of 8" in said and "400 steps" in said and "about 1 h, 2 processor hours" in said
     assert not (tmp_path / "x").exists()
