@@ -101,7 +101,8 @@ def estimate(config: PretrainConfig, args: argparse.Namespace | None = None) -> 
     total = plan.total if optim.processor_seconds is None else max(1, int(optim.processor_seconds / cost.processor))
     where = f"{accelerator.num_processes} x {accelerator.device.type}"
     return (
-        f"{found.steps} steps of {short.optim.batch_size} films, {where}, without compile and workers: {optim.batch_size / cost.wall:.0f} films/s, {cost.wall:.3g} s a step of "
+        f"{found.steps} steps of {short.optim.batch_size} films, {where}, without compile and workers: "
+        f"{optim.batch_size / cost.wall:.0f} films/s, {cost.wall:.3g} s a step of "
         f"{optim.batch_size}\n"
         f"the run: {total} steps ({total / steps.steps_per_epoch:.1f} epochs of {len(films)} films), "
         f"about {total * cost.wall / 3600:.2g} h, {total * cost.processor / 3600:.2g} processor hours"
