@@ -7,7 +7,9 @@ encoder; (N, D) per pool.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
 from finetune.config import WEIGHTS
 from pretrain import encoder as encoders
+from pretrain import run
 from pretrain.encoder.embed import check_finite
 from pretrain.encoder.hub import card_note
 from pretrain.encoder.model import encoder_folder
@@ -31,6 +34,7 @@ from pretrain.encoder.preprocess import NO_STORE, Preprocess
 from pretrain.encoder.sources import Source, find
 from pretrain.encoder.transformers_config import IMAGENET
 from pretrain.encoder.weights import load_weights
+from pretrain.run.processes import agreed
 
 if TYPE_CHECKING:
     from finetune.config import WeightsConfig
@@ -240,46 +244,97 @@ def store_warnings(frozen: Frozen, store: Store) -> list[str]:
     return found
 
 
+# ---- Frozen features of films, kept in files of PART films, each under its encoder, its store and its films
+
+
+PART = 2048  # films in a file; what a stopped process loses
+AHEAD = 4  # batches that threads read while one is encoded
+
+
 def film_features(
     frozen: Frozen, store: Store, films: Sequence[str], *, cache: Path | None = None, batch_size: int = 128
 ) -> Features:
-    """Features of films, read from `cache` if they were computed before.
+    """Features of films, read from `cache` if they were computed before, for these films or among others.
+
+    All processes of a run call it: each encodes a share of the files that are missing. A film in a batch with others
+    may differ in its last digits.
 
     Args:
         films: M dicom_ids, all in the store.
     Returns: pool -> (M, D) float32, rows as `films`.
     """
     wanted = sorted(set(films))
-    path = None if cache is None else cache / f"films_{digest([frozen.key, store.hash, wanted])}.safetensors"
-    found = _read(path)
-    if found is None:
-        parts: list[Features] = []
-        with Bar(f"features of {frozen.name}", len(wanted), "films") as bar:
-            for start in range(0, len(wanted), batch_size):
-                part = wanted[start : start + batch_size]
-                parts.append(frozen.encode(store.read(part)))
-                for value in parts[-1].values():
-                    check_finite(torch.from_numpy(value), frozen.name, part)
-                bar.advance(len(part))
-        found = {pool: np.concatenate([part[pool] for part in parts]).astype(np.float32) for pool in parts[0]}
-        if path is not None:
-            with new_file(path) as file:
-                save_file({pool: np.ascontiguousarray(value) for pool, value in found.items()}, file)
-    place = {film: i for i, film in enumerate(wanted)}
-    rows = np.array([place[film] for film in films], dtype=np.intp)
-    return {pool: value[rows] for pool, value in found.items()}
+    found = {} if cache is None else agreed(lambda: _known(frozen, store, cache, set(wanted)))
+    missing = [film for film in wanted if film not in found]
+    parts = [missing[start : start + PART] for start in range(0, len(missing), PART)]
+    what, made = f"features of {frozen.name}", dict[int, Features]()
+
+    def make(number: int, bar: Bar) -> None:
+        made[number] = _encoded(frozen, store, parts[number], batch_size, bar)
+        if cache is not None:
+            with new_file(_path(frozen, store, cache, parts[number])) as file:
+                save_file(made.pop(number), file, metadata={"films": "\n".join(parts[number])})
+
+    if cache is None:
+        with Bar(what, len(missing), "films") as bar:
+            for number in range(len(parts)):
+                make(number, bar)
+        places = {film: (i, row) for i, part in enumerate(parts) for row, film in enumerate(part)}
+        return _gathered(films, places, lambda number: made[number])
+    paths = [_path(frozen, store, cache, part) for part in parts]
+    run.divide(paths, make, what, "films", [len(part) for part in parts], lambda path: False)
+    found |= {film: (path, row) for path, part in zip(paths, parts, strict=True) for row, film in enumerate(part)}
+    return _gathered(films, found, load_file)
 
 
-def _read(path: Path | None) -> Features | None:
-    """Read the cache; a damaged file, or one with non-finite values (as version 0.2.0 could write), counts as
-    absent."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        found: Features = load_file(path)
-    except (SafetensorError, OSError):
-        return None
-    return found if all(np.isfinite(value).all() for value in found.values()) else None
+def _encoded(frozen: Frozen, store: Store, films: Sequence[str], batch_size: int, bar: Bar) -> Features:
+    """pool -> (n, D) of these films; the next batches are read while one is encoded."""
+    batches = [films[start : start + batch_size] for start in range(0, len(films), batch_size)]
+    out: list[Features] = []
+    with ThreadPoolExecutor(AHEAD) as readers:
+        coming = deque(readers.submit(store.read, batch) for batch in batches[:AHEAD])
+        for number, batch in enumerate(batches):
+            pixels = coming.popleft().result()
+            coming.extend(readers.submit(store.read, later) for later in batches[number + AHEAD : number + AHEAD + 1])
+            out.append(frozen.encode(pixels))
+            for value in out[-1].values():
+                check_finite(torch.from_numpy(value), frozen.name, batch)
+            bar.advance(len(batch))
+    return {pool: np.concatenate([part[pool] for part in out]).astype(np.float32) for pool in out[0]}
+
+
+def _gathered(films: Sequence[str], places: Mapping[str, tuple[Any, int]], read: Callable[[Any], Features]) -> Features:
+    """pool -> (M, D) from (file, row) of each film; each file is read once."""
+    rows: dict[Any, list[tuple[int, int]]] = {}
+    for i, film in enumerate(films):
+        rows.setdefault(places[film][0], []).append((i, places[film][1]))
+    out: Features = {}
+    for place, pairs in rows.items():
+        to, of = np.array(pairs, np.intp).T
+        for pool, value in read(place).items():
+            if pool not in out:
+                out[pool] = np.empty((len(films), value.shape[1]), np.float32)
+            out[pool][to] = value[of]
+    return out
+
+
+def _path(frozen: Frozen, store: Store, cache: Path, films: Sequence[str]) -> Path:
+    return cache / f"films_{digest([frozen.key, store.hash])}_{digest(list(films))}.safetensors"
+
+
+def _known(frozen: Frozen, store: Store, cache: Path, wanted: set[str]) -> dict[str, tuple[Path, int]]:
+    """Film -> file and row. A damaged file, or one with non-finite values, counts as absent."""
+    found: dict[str, tuple[Path, int]] = {}
+    for path in sorted(cache.glob(f"films_{digest([frozen.key, store.hash])}_*.safetensors")):
+        try:
+            with safe_open(path, "numpy") as file:
+                own = {film: (path, row) for row, film in enumerate(file.metadata()["films"].split("\n"))}
+                if own.keys() & wanted - found.keys():
+                    whole = all(np.isfinite(file.get_tensor(pool)).all() for pool in file.keys())  # noqa: SIM118
+                    found |= {film: at for film, at in own.items() if film in wanted} if whole else {}
+        except (SafetensorError, OSError, KeyError, TypeError):
+            continue
+    return found
 
 
 def pooled(encoder: Encoder, films: Tensor | NDArray[np.uint8], pool: str | None) -> Tensor:

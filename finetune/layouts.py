@@ -19,6 +19,7 @@ from ehr_features.own_films.read import read_films_table
 from ehr_features.raw.remote import user_table
 from ehr_features.schema import FRONTAL
 from finetune.labelled import Films, read_films
+from pretrain import run
 from pretrain.config import ImagesConfig
 from pretrain.store import Store, pack
 from pretrain.store.listing import film_files
@@ -102,9 +103,12 @@ def _packed(config: ProbeConfig, films: Films) -> Store:
         with new_file(listed) as part:
             paths.to_csv(part, index=False)
     folder = cache / f"store_{key}"
-    if not (folder / "store.json").is_file():
-        given = {"films": str(listed), "out": str(folder), "size": config.films.size}
+    given = {"films": str(listed), "out": str(folder), "size": config.films.size}
+
+    def make(*_: object) -> None:
         pack(ImagesConfig.model_validate(given))
+
+    run.divide([folder / "store.json"], make, "packing", "films")
     return Store(folder)
 
 

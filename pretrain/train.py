@@ -62,9 +62,8 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     if run.complete(folder):
         return folder
     log, store = run.open_log(folder, config, accelerator), Store(config.store)
-    with accelerator.main_process_first():  # one process embeds the notes, the others wait
-        ehr = config.ehr
-        films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
+    ehr = config.ehr
+    films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
     if config.ehr.permuted:
         films.permute_record(config.seed)
     torch.manual_seed(config.seed)

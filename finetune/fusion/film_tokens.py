@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
+from pretrain import run
 from pretrain.encoder.embed import check_finite
 from pretrain.text.encoder import Tokens, whole
 
@@ -48,13 +49,12 @@ def film_tokens(
     wanted = sorted(set(films))
     cut = [wanted[i : i + PART] for i in range(0, len(wanted), PART)]
     paths = [cache / f"film_tokens_{digest([frozen.key, store.hash, side, part])}.safetensors" for part in cut]
-    new = sum(len(part) for path, part in zip(paths, cut, strict=True) if not whole(path))
-    if new:
-        encode = _encode(frozen, side)
-        with Bar(f"tokens of {frozen.name}", new, "films") as bar:
-            for path, part in zip(paths, cut, strict=True):
-                if not whole(path):
-                    _write(frozen.name, encode, store, part, path, bar)
+    encode = _encode(frozen, side)
+
+    def make(number: int, bar: Bar) -> None:
+        _write(frozen.name, encode, store, cut[number], paths[number], bar)
+
+    run.divide(paths, make, f"tokens of {frozen.name}", "films", [len(part) for part in cut], whole)
     with safe_open(paths[0], "numpy") as file:
         places, width = int(file.metadata()["tokens"]), file.get_slice("values").get_shape()[1]
     place = {film: i for i, film in enumerate(wanted)}

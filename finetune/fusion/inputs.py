@@ -62,8 +62,7 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
             "note_tokens, or task=radiology with the record"
         )
     if config.notes is not None and config.model != "film_tokens":
-        with accelerator.main_process_first():
-            samples, about["text"] = read(config, samples, _cache(config), tokens)
+        samples, about["text"] = read(config, samples, _cache(config), tokens)
     if not sees_films:
         return samples, None, about | {"encoder": None}
     assert store is not None and config.encoder is not None, "checked by read_by_model"
@@ -85,11 +84,10 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
     about["warnings"] += store_warnings(frozen, store)
     samples = samples if own is None else read_only(samples)
     about |= {"encoder_weights": frozen.said} if frozen.said else {}
-    with accelerator.main_process_first():
-        if tokens:
-            states, _ = film_tokens(frozen, store, samples.film_ids, _cache(config))
-            return replace(samples, film_tokens=states), None, about
-        samples, branch, more = _films(config, samples, frozen, store)
+    if tokens:
+        states, _ = film_tokens(frozen, store, samples.film_ids, _cache(config))
+        return replace(samples, film_tokens=states), None, about
+    samples, branch, more = _films(config, samples, frozen, store)
     return samples, branch, about | more
 
 

@@ -11,7 +11,6 @@ import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +65,7 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     run.check_trackers(config.trackers)
     run.check_precision(config.precision, cpu=not torch.accelerator.is_available())
     accelerator = run.accelerator(args, mixed_precision=config.precision) if tuned else None
-    with accelerator.main_process_first() if accelerator else nullcontext():  # one process packs the films
-        films, store = open_films(config)
+    films, store = open_films(config)
     if config.method != "transfer" and not config.folds:
         check_splits(films)
     check_asked(config, films)

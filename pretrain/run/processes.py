@@ -9,21 +9,23 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from configs import UserError
 from configs.launch import from_accelerate
+from ehr_features.progress import Bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 300.0  # for process 0 to answer
+PATIENCE_HOURS = 6.0  # for the next file of another process; the launcher ends a run whose process has failed
 
 
 def is_main() -> bool:
@@ -202,3 +204,59 @@ class stopping:
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flags.item())
+
+
+# ---- Work that takes longer than a process group waits: shared by files, without a collective call
+
+
+def agreed(ask: Callable[[], T]) -> T:
+    """Process 0's answer, in all processes."""
+    if not distributed():
+        return ask()
+    answer: list[Any] = [ask() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    return cast("T", answer[0])
+
+
+def divide(
+    files: Sequence[Path],
+    make: Callable[[int, Bar], None],
+    what: str,
+    unit: str,
+    sizes: Sequence[int] | None = None,
+    whole: Callable[[Path], bool] = Path.is_file,
+) -> None:
+    """Make the files that are not there, each in one process; returns in every process once all are there.
+
+    A stopped run goes on with the files that it lacks.
+
+    Args:
+        files: the same in all processes. make: writes file number i under its final name when it is complete.
+        what, unit: of the bar. sizes: units in each file, which `make` counts; None: no bar here.
+        whole: whether a file can be used; others are removed and made.
+    Raises: UserError: no file has come for `PATIENCE_HOURS`.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+
+    def absent() -> set[int]:
+        found = [i for i, path in enumerate(files) if not whole(path)]
+        for i in found:
+            files[i].unlink(missing_ok=True)
+        return set(found)
+
+    mine = sorted(agreed(absent) & set(range(rank, len(files), world)))
+    with Bar(what, sum(sizes[i] for i in mine) if sizes else 0, unit, shown=rank == 0 and bool(sizes and mine)) as bar:
+        for i in mine:
+            make(i, bar)
+    waited, before = time.monotonic(), -1
+    with Bar("other processes", len(files), "files", shown=rank == 0, after=5) as bar:
+        while (there := sum(path.is_file() for path in files)) < len(files):
+            if there != before:
+                bar.advance(there - max(before, 0))
+                waited, before = time.monotonic(), there
+            if time.monotonic() - waited > PATIENCE_HOURS * 3600:
+                lost = next(path for path in files if not path.is_file())
+                raise UserError(
+                    f"{lost}: another process has not written it for {PATIENCE_HOURS:g} hours; has it died?"
+                )
+            time.sleep(0.2)

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from configs import UserError, first_line
 from ehr_features.files import digest, file_digest, new_file, read_json
 from ehr_features.progress import Bar
+from pretrain import run
 
 PART = {"vectors": 8192, "tokens": 2048}  # texts of a file of the cache
 MADE_OF = (".safetensors", ".bin", ".json", ".txt", ".model")  # files on which an encoder's output depends
@@ -182,12 +183,12 @@ def _parts(
     size = PART[kind]
     cut = [distinct[i : i + size] for i in range(0, len(distinct), size)]
     paths = [cache / f"text_{digest([encoder.key, kind, part])}.safetensors" for part in cut]
-    new = sum(len(part) for path, part in zip(paths, cut, strict=True) if not whole(path))
-    with Bar(f"embedding texts with {encoder.folder.name}", new, "texts", shown=new > 0) as bar:
-        for path, part in zip(paths, cut, strict=True):
-            if not whole(path):
-                _write(encoder, part, path, kind, bar)
-            yield path, part
+
+    def make(number: int, bar: Bar) -> None:
+        _write(encoder, cut[number], paths[number], kind, bar)
+
+    run.divide(paths, make, f"embedding texts with {encoder.folder.name}", "texts", [len(part) for part in cut], whole)
+    yield from zip(paths, cut, strict=True)
 
 
 def whole(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,28 @@ def test_other_weights_or_films_are_not_taken_from_the_cache(make_world: World) 
     assert a.shape == (6, 16) and b.shape == (6, 64)
     reordered = film_features(open_encoder("pixels", pixels=4), store, ids[::-1], cache=cache)["avg"]
     np.testing.assert_array_equal(reordered, a[::-1])
+
+
+def test_features_are_kept_by_film_and_no_film_is_encoded_twice(
+    make_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another set of films encodes those that are new; a damaged file costs its own films."""
+    folder = make_world()
+    store, cache = sources.Store("memory"), folder / "cache"
+    ids = sorted(store.films)[:9]
+    encoded: list[int] = []
+    frozen = open_encoder("pixels", pixels=4)
+    counted = replace(frozen, encode=lambda films: encoded.append(len(films)) or frozen.encode(films))
+    monkeypatch.setattr("finetune.encoders.PART", 3)
+    whole = film_features(frozen, store, ids)["avg"]
+    first = film_features(counted, store, ids[:6], cache=cache, batch_size=2)["avg"]
+    assert sum(encoded) == 6 and len(list(cache.iterdir())) == 2
+    other = film_features(counted, store, [*ids[4:], ids[5]], cache=cache)["avg"]  # five films, two of them known
+    assert sum(encoded) == 9 and np.array_equal(first, whole[:6])
+    assert np.array_equal(other, whole[[4, 5, 6, 7, 8, 5]])
+    path = sorted(cache.iterdir())[0]
+    path.write_bytes(path.read_bytes()[:50])
+    assert np.array_equal(film_features(counted, store, ids, cache=cache)["avg"], whole) and sum(encoded) == 12
 
 
 def test_an_encoder_that_saw_test_subjects_is_refused(make_world: World) -> None:

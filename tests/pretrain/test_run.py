@@ -7,11 +7,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from configs import Settings, UserError
 from configs.cli import guard
@@ -339,3 +341,31 @@ def test_a_full_disk_while_saving_loses_nothing(small_disk: Path) -> None:
         assert state is not None and state["step"] == 1 and len(list((folder / "checkpoints").iterdir())) == 1
 
     assert code_of(in_child(work)) == 0
+
+
+def test_files_are_made_by_all_processes_and_each_waits_for_all_of_them(tmp_path: Path) -> None:
+    """Two processes: each makes its share, the damaged file too; none waits in a collective call."""
+    files = [tmp_path / f"part_{i}" for i in range(5)]
+    files[0].write_text("whole")
+    files[3].write_text("damaged")
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo", f"file://{tmp_path}/group", rank=rank, world_size=2)
+
+        def make(number: int, bar: object) -> None:
+            time.sleep(0.3 * rank)
+            files[number].write_text(f"whole by {rank}")
+
+        run.divide(files, make, "parts", "files", [1] * 5, lambda path: path.is_file() and "whole" in path.read_text())
+        assert all(path.is_file() for path in files)
+        dist.destroy_process_group()
+
+    children = [in_child(partial(work, rank)) for rank in range(2)]
+    assert [code_of(child) for child in children] == [0, 0]
+    assert [path.read_text() for path in files] == ["whole", *(f"whole by {i % 2}" for i in range(1, 5))]
+
+
+def test_a_file_that_never_comes_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.run.processes.PATIENCE_HOURS", 0.0)
+    with pytest.raises(UserError, match="another process has not written it"):
+        run.divide([tmp_path / "x"], lambda *_: None, "parts", "files")
