@@ -14,10 +14,13 @@ from timm.optim import Lars
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from configs import UserError, load
+from configs.amounts import amount, machine_memory
 from pretrain import encoder as encoders
 from pretrain import run
 from pretrain.config import PretrainConfig
 from pretrain.data import Cutter, Films, Partners, Steps
+from pretrain.encoder.memory import TRAINED, weights_fit
+from pretrain.encoder.network import check_model_args
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.encoder.sources import start_from
 from pretrain.methods import Method, Setup, find
@@ -51,6 +54,7 @@ def method(config: PretrainConfig, films: Films | None = None, log: run.Log | No
         films: whose record takes part; None: no record.
     """
     e, v = config.encoder, config.views
+    check_model_args(e.arch, e.in_chans, e.image_size, e.model_args, TRAINED)
     encoder = encoders.create(
         e.arch,
         in_chans=e.in_chans,
@@ -77,7 +81,9 @@ def method(config: PretrainConfig, films: Films | None = None, log: run.Log | No
         num_random=v.num_random,
         steps_per_epoch=1.0 if films is None else max(1, len(films) // config.optim.batch_size),
     )
-    return wanted(encoder, setup)
+    keys = f"head.hidden={setup.hidden}, head.out={setup.out}, and the options of method {config.method}"
+    with weights_fit(keys, TRAINED, encoder):
+        return wanted(encoder, setup)
 
 
 def _record(config: PretrainConfig, wanted: type[Method], films: Films | None) -> Record:
@@ -213,6 +219,14 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
         raise UserError(
             f"optim.batch_size {batch} does not divide among {world} processes x {config.optim.accumulate} parts; "
             f"choose a multiple of {parts}"
+        )
+    v = config.views
+    pixels = size**2 * (1 + v.num_random) + v.focal_size**2 * v.num_focal
+    need, has = 4 * batch // parts * pixels * config.encoder.in_chans, machine_memory()
+    if need > has:
+        raise UserError(
+            f"optim.batch_size {batch}: the views of {batch // parts} films at a time are {amount(need)}, this machine "
+            f"has {amount(has)} of memory; lower it, raise optim.accumulate, or make the views fewer or smaller"
         )
     drawn = [f"{key}={value}" for key, value in encoder.meta["model_args"].items() if "drop" in key and value]
     if config.compile and drawn and config.optim.accumulate > 1 and config.optim.accumulate_mode == "exact":

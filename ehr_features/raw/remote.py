@@ -11,6 +11,7 @@ a remaining network error is reported as such, never as a damaged film.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -21,14 +22,18 @@ from typing import Any
 
 import fsspec
 import pandas as pd
+import pyarrow.parquet as pq
 
 from configs import UserError, first_line
+from configs.amounts import amount, machine_memory
 from ehr_features.files import UNREADABLE, digest, new_file
 from ehr_features.schema import Raw
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
 SUFFIXES = (".parquet", ".csv", ".csv.gz")  # of a table
 AT_ONCE = 32  # concurrent requests
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+INFLATION, SMALL = 100, 10_000_000  # no compressed table expands so many times, but for one of less than SMALL bytes
 
 
 def is_url(path: str) -> bool:
@@ -77,9 +82,16 @@ def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None,
     Raises: UserError: absent, damaged, a column missing, no rows.
     """
     place = str(path)
+    check_regular(place)
     try:
         with explained(place), fsspec.open(place, "rb", compression="infer") as file:
-            table = pd.read_parquet(file) if place.endswith(".parquet") else pd.read_csv(file, dtype=dtype, **csv)
+            if place.endswith(".parquet"):
+                check_rows(file, place)
+                table = pd.read_parquet(file)
+            else:
+                packed = place.endswith(PACKED)
+                bounded = io.BufferedReader(Inflated(file, place, fingerprint(place)["bytes"])) if packed else file
+                table = pd.read_csv(bounded, dtype=dtype, **csv)
     except UserError:
         raise
     except FileNotFoundError:
@@ -91,6 +103,54 @@ def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None,
     if table.empty:
         raise UserError(f"{path}: no rows")
     return table
+
+
+def check_regular(path: str) -> None:
+    """Refuse a pipe or device: reading one may wait for ever or never end. Raises: UserError."""
+    if not is_url(path) and os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or device"
+        raise UserError(f"{path}: {kind}; wanted a regular file, .csv, .csv.gz or .parquet")
+
+
+def check_rows(file: Any, path: str) -> None:
+    """Refuse a Parquet table that needs more memory than there is: a few bytes may stand for billions of equal cells.
+
+    Raises: UserError.
+    """
+    about = pq.ParquetFile(file).metadata
+    check_cells(about.num_rows, about.num_columns, path)
+    file.seek(0)
+
+
+def check_cells(rows: int, columns: int, path: str) -> None:
+    """Refuse a table whose cells, of eight bytes at least, exceed the machine's memory. Raises: UserError."""
+    if (need := 8 * rows * columns) > (has := machine_memory()):
+        raise UserError(
+            f"{path}: {rows:,} rows x {columns} columns need {amount(need)} of memory or more, this machine has "
+            f"{amount(has)}; is the file what it should be?"
+        )
+
+
+class Inflated(io.RawIOBase):
+    """A compressed table's content, up to `INFLATION` times the bytes of its file."""
+
+    def __init__(self, file: Any, path: str, size: int | None) -> None:
+        self.file, self.path, self.read_so_far = file, path, 0
+        self.most = max(SMALL, INFLATION * (size or 0)) if size is not None else None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        self.read_so_far += len(data)
+        if self.most is not None and self.read_so_far > self.most:
+            raise UserError(
+                f"{self.path}: expands to more than {amount(self.most)}, {INFLATION} times its size: no table does; "
+                "download it again"
+            )
+        return len(data)
 
 
 def exists(path: str) -> bool:

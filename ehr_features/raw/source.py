@@ -26,10 +26,22 @@ import pyarrow.parquet as pq
 from ibis import _
 
 from configs import UserError
+from configs.amounts import amount
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import PARTIAL, make_folder, tidy
 from ehr_features.raw.engine import connect, hold, read, readable
-from ehr_features.raw.remote import SUFFIXES, cached, configure, exists, explained, find_table, fingerprint, is_url
+from ehr_features.raw.remote import (
+    INFLATION,
+    SMALL,
+    SUFFIXES,
+    cached,
+    configure,
+    exists,
+    explained,
+    find_table,
+    fingerprint,
+    is_url,
+)
 from ehr_features.schema import READ, Raw
 
 SINCE_22 = {"admissions": "admit_provider_id", "chartevents": "caregiver_id", "labevents": "order_provider_id"}
@@ -236,8 +248,10 @@ def _head(path: str) -> bytes:
         head = bytes(file.read(HEAD))  # one request of a URL
     if not path.endswith(".gz"):
         return head
-    unzip = zlib.decompressobj(wbits=31)
-    whole, head = bool(head), unzip.decompress(head)
+    unzip, whole, most = zlib.decompressobj(wbits=31), bool(head), max(SMALL, INFLATION * len(head))
+    head = unzip.decompress(head, most)
+    if unzip.unconsumed_tail:
+        raise UserError(f"{path}: its start expands to more than {amount(most)}: no table does; download it again")
     if whole and not unzip.eof and b"\n" not in head:
         raise EOFError("it ends within its header")
     return head

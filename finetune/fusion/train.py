@@ -39,6 +39,7 @@ from finetune.fusion.outputs import Predictions
 from finetune.fusion.samples import Samples
 from finetune.results import TRACKING, headline
 from pretrain import run
+from pretrain.encoder.memory import TRAINED, tried_on_meta, weights_fit
 
 Rows = dict[str, NDArray[np.int64]]
 
@@ -59,6 +60,7 @@ def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> 
         print(f"model={config.model} reads no films; not used: {', '.join(unused)}")
     uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may have no film
     run.check_trackers(config.trackers)
+    check_size(config)
     accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
     run.share(config.batch_size, accelerator.num_processes, "batch_size")
     samples, films, about = prepare(config, accelerator)
@@ -235,8 +237,9 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
                 f"film_weights={config.film_weights}: its head has {len(head)} labels, {config.task} {sizes.labels}, "
                 f"and model={config.model} predicts by it; train it on {config.task}, or leave film_weights out"
             )
-    net = Net(copy.deepcopy(films), kind_of(config.model)(sizes))
-    model: Any = net.model
+    with weights_fit(_size_keys(config), TRAINED):
+        model: Any = kind_of(config.model)(sizes)
+    net = Net(copy.deepcopy(films), model)
     if config.record_weights is not None:
         load_branch(model.record, config.record_weights, "record_lstm")
     if config.film_weights is not None:
@@ -244,6 +247,17 @@ def build(config: FuseConfig, samples: Samples, films: FilmBranch | None) -> Net
     if config.freeze_record:
         model.record.requires_grad_(False)
     return net
+
+
+def check_size(config: FuseConfig) -> None:
+    """Refuse, before any work, a model that this machine's memory cannot train even with one input and one label."""
+    given = {key: getattr(config, key) for key in ("hidden", "layers", "joint", "dropout", "missing")}
+    least = Sizes(inputs=1, film=1, labels=1, **given)
+    tried_on_meta(lambda: kind_of(config.model)(least), _size_keys(config), TRAINED)
+
+
+def _size_keys(config: FuseConfig) -> str:
+    return f"model={config.model}, hidden={config.hidden}, layers={config.layers}, joint={config.joint}"
 
 
 def _token_sizes(samples: Samples) -> dict[str, Any]:

@@ -254,7 +254,8 @@ def create(
         model_args: passed to timm (depth, embed_dim, num_heads, ...).
         positions: `timm`: its own initialisation; `sincos`: sine-cosine, trainable all the same.
         norm_eps: of all layer norms, as the owner of weights has it; None: timm's.
-    Raises: UserError: timm has no such model, refuses the arguments, or it gives neither tokens nor a map.
+    Raises: UserError: timm has no such model, refuses the arguments, or it gives neither tokens nor a map;
+            or it exceeds this machine's memory.
     """
     args = dict(model_args or {})
     net = make(arch, in_chans, image_size, args)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs import UserError
+from pretrain.encoder.memory import check_arguments, tried_on_meta, weights_fit
 
 VITS = ("vision_transformer", "deit", "eva")  # timm modules whose models support dynamic_img_size
 PLAIN = ("densenet", "resnet")  # take films of any size without an argument
@@ -28,22 +29,14 @@ SIZES = ("img_size", "dynamic_img_size", "strict_img_size")  # arguments of timm
 def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any:
     """Create a timm model with random weights; `args` is extended so that it takes films of other sizes if it can.
 
-    Raises: UserError: timm has no such model, or refuses the arguments.
+    Raises: UserError: timm has no such model, refuses the arguments, or its weights exceed the memory.
     """
-    if files := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"} & args.keys():
-        raise UserError(
-            f"encoder.model_args: {', '.join(sorted(files))}: no weights are read here; give encoder.init=PATH"
-        )
-    if args.get("patch_drop_rate"):
-        raise UserError("encoder.model_args: patch_drop_rate is not used; mask.ratio sets the dropped patches")
+    check_model_args(arch, in_chans, image_size, args)
     try:
-        module = model_entrypoint(arch).__module__.rpartition(".")[2]
-        sizes: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True}
-        if module in PLAIN:
-            sizes = {}
-        elif module not in VITS:
-            sizes |= {"strict_img_size": False}
-        return _made(arch, in_chans, args, {key: value for key, value in sizes.items() if key not in args})
+        with weights_fit(_keys(arch, args)):
+            return _made(arch, in_chans, args, _sizes(arch, image_size, args))
+    except UserError:
+        raise
     except (KeyError, RuntimeError) as error:
         if not isinstance(error, KeyError) and "Unknown model" not in str(error):
             raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {error}") from None
@@ -51,6 +44,41 @@ def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any
         raise UserError(f"encoder.arch: timm has no `{arch}`. Similar names: {', '.join(near)}") from None
     except (TypeError, AssertionError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {error}") from None
+
+
+def check_model_args(arch: str, in_chans: int, image_size: int, args: dict[str, Any], copies: int = 1) -> None:
+    """Refuse arguments that read files, that have no effect, or that make a network too large for this machine.
+
+    Args:
+        copies: of each weight that the work will hold.
+    Raises: UserError.
+    """
+    if files := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"} & args.keys():
+        raise UserError(
+            f"encoder.model_args: {', '.join(sorted(files))}: no weights are read here; give encoder.init=PATH"
+        )
+    if args.get("patch_drop_rate"):
+        raise UserError("encoder.model_args: patch_drop_rate is not used; mask.ratio sets the dropped patches")
+    check_arguments(args, "encoder.model_args")
+    if args:  # a network as published is built so fast that it needs no trial
+        tried_on_meta(
+            lambda: _made(arch, in_chans, dict(args), _sizes(arch, image_size, args)), _keys(arch, args), copies
+        )
+
+
+def _keys(arch: str, args: dict[str, Any]) -> str:
+    return f"encoder.arch={arch}" + (f", encoder.model_args={args}" if args else "")
+
+
+def _sizes(arch: str, image_size: int, args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by which a timm model takes films of other sizes, but for those that are given."""
+    module = model_entrypoint(arch).__module__.rpartition(".")[2]
+    sizes: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True}
+    if module in PLAIN:
+        sizes = {}
+    elif module not in VITS:
+        sizes |= {"strict_img_size": False}
+    return {key: value for key, value in sizes.items() if key not in args}
 
 
 def _made(arch: str, in_chans: int, args: dict[str, Any], sizes: dict[str, Any]) -> Any:

@@ -61,6 +61,8 @@ def decode(
     """
     path = Path(path)
     try:
+        if data is None and path.exists() and not path.is_file():
+            raise BadFilm("not a regular file")  # reading a pipe would wait for ever, a device would never end
         data = path.read_bytes() if data is None else data
     except FileNotFoundError:
         raise BadFilm("absent") from None
