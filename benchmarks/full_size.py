@@ -1,6 +1,6 @@
-"""Memory and time where a hospital's full counts matter: fuse, kNN, controls, intervals, a report of 200 runs.
+"""Memory and time where a hospital's full counts matter: fuse, kNN, controls, intervals, threads, a report of 200 runs.
 
-    ./launch.sh python -m benchmarks.full_size [PART ...] [--scratch FOLDER] [--share 1.0]
+    ./launch.sh python -m benchmarks.full_size [PART ...] [--scratch FOLDER] [--share 1.0] [--runs 200]
 
 The tables are made up, with the counts of MIMIC-IV 3.1 and MIMIC-CXR: 94,458 stays, 7.8 million stay-hours, 377,110
 films; `--share` takes a part of them. Each part runs in its own processes. `private` is a process's own memory that
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,18 @@ def intervals(scratch: Path, share: float) -> None:
     print(f"| the same, peak MB | {memory()['peak']:.0f} |")
 
 
+def threads(scratch: Path, share: float) -> None:
+    """Processor seconds of intervals where BLAS may use two threads."""
+    code = (
+        f"import time; from benchmarks.full_size import predictions; y, p, g = predictions({int(8000 * share)}, 10)\n"
+        "from finetune.metrics import evaluate; began = time.process_time(); evaluate(y, p, groups=g, samples=500)\n"
+        "print(time.process_time() - began)"
+    )
+    took = float(_python(code, OMP_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2").communicate()[0].splitlines()[-1])
+    what = f"`evaluate` of {8000 * share:,.0f} rows x 10 labels, 500 resamples, two threads of BLAS, processor s"
+    print(f"| {what} | {took:.2f} |")
+
+
 def predictions(rows: int, labels: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels, probabilities (rows, labels), subjects (rows,)."""
     y = (np.random.default_rng(0).random((rows, labels)) < np.linspace(0.03, 0.4, labels)).astype(float)
@@ -194,10 +207,10 @@ def predictions(rows: int, labels: int, seed: int = 0) -> tuple[np.ndarray, np.n
     return y, 1 / (1 + np.exp(-(noise + y - 1))), np.random.default_rng(1).integers(0, max(rows * 2 // 3, 1), rows)
 
 
-def report(scratch: Path, share: float) -> None:
-    """A report of 200 runs of 100,000 rows x 25 labels, in its own process; then the same again."""
-    rows, runs = int(100_000 * share), max(int(200 * share), 3)
-    folder = scratch / f"runs_{share:g}"
+def report(scratch: Path, share: float, runs: int = 200) -> None:
+    """A report of runs of 100,000 rows x 25 labels, in its own process; then the same again."""
+    rows = int(100_000 * share)
+    folder = scratch / f"runs_{runs}_of_{rows}"
     write_runs(folder, runs, rows)
     out = scratch / "report.html"
     for what in ("first", "again"):
@@ -237,12 +250,14 @@ PARTS: dict[str, Callable[[Path, float], None]] = {
     "control": control,
     "knn": knn,
     "intervals": intervals,
+    "threads": threads,
     "report": report,
 }
 
 
-def _python(code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+def _python(code: str, **environment: str) -> subprocess.Popen[str]:
+    own = os.environ | environment
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=own)
 
 
 def main() -> None:
@@ -250,11 +265,13 @@ def main() -> None:
     parser.add_argument("parts", metavar="PART", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}")
     parser.add_argument("--scratch", type=Path, help="folder for the made-up tables, kept for the next time")
     parser.add_argument("--share", type=float, default=1.0, help="of the full counts (default 1)")
+    parser.add_argument("--runs", type=int, default=200, help="of the report (default 200)")
     args = parser.parse_args()
+    parts = PARTS | {"report": partial(report, runs=args.runs)}
     with tempfile.TemporaryDirectory() as made:
         for name in args.parts or PARTS:
             began = time.monotonic()
-            PARTS[name](args.scratch or Path(made), args.share)
+            parts[name](args.scratch or Path(made), args.share)
             print(f"({name}: {time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
 
 

@@ -10,6 +10,7 @@ Splits, film times, inputs and runs are checked on the written files, the series
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +38,7 @@ from ehr_features.audit.series import READ as RAW_EVENTS
 from ehr_features.audit.verdict import PROVED, UNKNOWN, Verdict, cannot, decide
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import read_json, read_table
+from ehr_features.progress import Bar
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import Source, open_source
 from ehr_features.schema import SPLITS
@@ -102,12 +104,22 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
         unsaid = (KNOWN, COVERED, ENDS, STAYS, PEOPLE, *of_films)
         verdicts += [cannot(c, first_line(error)) for c in unsaid]
     else:
-        verdicts += [check_known(features, source, config), check_covered(features, source, config)]
-        verdicts.append(check_ends(source, samples, config))
-        verdicts.append(check_stays(source, stays, config))
-        verdicts.append(check_people(source, stays, images, samples.get("mortality"), config.preset))
-        verdicts += [check_record(source, images, config), check_prior(source, images)] if films else []
-        verdicts += check_last(source, images, config) if has_values else []
+        checks: list[Callable[[], Verdict | Sequence[Verdict]]] = [
+            lambda: check_known(features, source, config),
+            lambda: check_covered(features, source, config),
+            lambda: check_ends(source, samples, config),
+            lambda: check_stays(source, stays, config),
+            lambda: check_people(source, stays, images, samples.get("mortality"), config.preset),
+        ]
+        if films:
+            checks += [lambda: check_record(source, images, config), lambda: check_prior(source, images)]
+        if has_values:
+            checks.append(lambda: check_last(source, images, config))
+        with Bar("audit of the raw tables", len(checks), "claims", after=5) as bar:
+            for check in checks:
+                found = check()
+                verdicts += [found] if isinstance(found, Verdict) else found
+                bar.advance()
     return verdicts + check_runs(runs, subjects.drop_duplicates())
 
 

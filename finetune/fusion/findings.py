@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs import UserError
+from ehr_features.progress import Bar
 from finetune.encoders import Features, Frozen, film_features
 from finetune.fusion.models import Head
 from finetune.labelled import evaluation_labels, read_films, training_labels
 from finetune.metrics import macro_auroc
+from pretrain import run
 
 if TYPE_CHECKING:
     from pretrain.store import Store
@@ -72,21 +74,27 @@ def fit(
     x, y = train[0].float(), torch.from_numpy(train[1])
     both = ((y == 1).sum(0) > 0) & ((y == 0).sum(0) > 0)
     y = y[:, both]
-    heads = [_logistic(x, y, penalty) for penalty in PENALTIES]
-    logits = torch.stack([val[0].float() @ weight.T + bias for weight, bias in heads], dim=1)  # (N, H, L)
-    aurocs = macro_auroc(val[1][:, both.numpy()], logits.numpy())
-    chosen = int(aurocs.argmax())
-    weight, bias = heads[chosen]
-    seen, described = _folds(subjects), _folds(of)
-    unseen, ours = x @ weight.T + bias, films.float() @ weight.T + bias
-    known = torch.from_numpy(np.isin(of, subjects))
-    for fold in range(FOLDS):
-        if not (seen == fold).any() or (seen == fold).all():
-            continue
-        w, b = _logistic(x[seen != fold], y[seen != fold], PENALTIES[chosen])
-        unseen[seen == fold] = x[seen == fold] @ w.T + b
-        rows = (described == fold) & known
-        ours[rows] = films.float()[rows] @ w.T + b
+    fits = len(PENALTIES) + FOLDS
+    with Bar("heads of the findings", fits, "fits", shown=run.is_main(), after=5) as bar:
+        heads = []
+        for penalty in PENALTIES:
+            heads.append(_logistic(x, y, penalty))
+            bar.advance()
+        logits = torch.stack([val[0].float() @ weight.T + bias for weight, bias in heads], dim=1)  # (N, H, L)
+        aurocs = macro_auroc(val[1][:, both.numpy()], logits.numpy())
+        chosen = int(aurocs.argmax())
+        weight, bias = heads[chosen]
+        seen, described = _folds(subjects), _folds(of)
+        unseen, ours = x @ weight.T + bias, films.float() @ weight.T + bias
+        known = torch.from_numpy(np.isin(of, subjects))
+        for fold in range(FOLDS):
+            bar.advance()
+            if not (seen == fold).any() or (seen == fold).all():
+                continue
+            w, b = _logistic(x[seen != fold], y[seen != fold], PENALTIES[chosen])
+            unseen[seen == fold] = x[seen == fold] @ w.T + b
+            rows = (described == fold) & known
+            ours[rows] = films.float()[rows] @ w.T + b
     deviation, mean = torch.std_mean(unseen, dim=0)
     deviation = deviation.clamp(min=1e-6)
     layer = Head(x.shape[1], len(weight))

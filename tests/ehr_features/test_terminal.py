@@ -54,3 +54,19 @@ def test_a_bar_shows_count_and_eta_whatever_the_note(what: str, monkeypatch: pyt
     drawn = [line for line in lines if "12345/30000" in line]
     assert drawn and all(len(line) <= 80 and re.search(r"30000 (\d+|-):(\d\d|--):(\d\d|--)", line) for line in drawn)
     assert all(line.strip() == "" or line in drawn or "/30000" in line for line in lines), "it takes more than one line"
+
+
+def test_a_bar_of_short_work_is_not_shown_and_one_of_long_work_moves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`after`: nothing before that many seconds; then count, rate and time left."""
+    now = [0.0]
+    monkeypatch.setattr("ehr_features.progress.time.monotonic", lambda: now[0])
+    with Bar("fitting", 10, "heads", after=5) as bar:
+        for _ in range(4):
+            now[0] += 1
+            bar.advance()
+        assert capsys.readouterr().err == ""
+        now[0] = 40.0
+        bar.advance()
+    assert "fitting: 5 of 10 heads, 0.1/s, 40 s left" in capsys.readouterr().err
