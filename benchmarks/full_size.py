@@ -192,7 +192,8 @@ def threads(scratch: Path, share: float) -> None:
     """Processor seconds of intervals where BLAS may use two threads."""
     code = (
         f"import time; from benchmarks.full_size import predictions; y, p, g = predictions({int(8000 * share)}, 10)\n"
-        "from finetune.metrics import evaluate; began = time.process_time(); evaluate(y, p, groups=g, samples=500)\n"
+        "import sklearn.linear_model; from finetune.metrics import evaluate\n"
+        "began = time.process_time(); evaluate(y, p, groups=g, samples=500)\n"
         "print(time.process_time() - began)"
     )
     took = float(_python(code, OMP_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2").communicate()[0].splitlines()[-1])

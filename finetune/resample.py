@@ -48,6 +48,8 @@ def one_thread(work: Callable[P, T]) -> Callable[P, T]:
 
 @functools.cache
 def _libraries() -> ThreadpoolController:
+    import scipy.linalg  # noqa: F401  its BLAS is another than numpy's, and limited only if it is loaded
+
     return ThreadpoolController()
 
 
