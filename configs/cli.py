@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import yaml
 
 from configs import launch
+from configs.amounts import amount, free_beside
 from configs.commands import COMMANDS, DISTRIBUTED, NAMES, command_line
 from configs.loader import Settings, UserError, load
 from configs.signals import INTERRUPTED, STOPPED, Stopped, ignore, listen
@@ -33,6 +34,7 @@ ADVICE = {
     errno.EACCES: "permission denied: choose another folder with out=...",
     errno.EPERM: "that is not permitted: choose another folder with out=...",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+    errno.ENOENT: "no longer there; was it moved or deleted under the command? Put it back, and run the command again",
     errno.EROFS: "the file system is read-only: choose another folder with out=...",
 }
 
@@ -147,10 +149,16 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
     except OSError as error:
         if (advice := ADVICE.get(error.errno or 0)) is None:
             raise
-        message, code = f"{error.filename or 'writing'}: {advice}", 2
+        message, code = f"{error.filename or 'writing'}: {advice}{_free(error)}", 2
     if signals:
         ignore()
     return _say(message, code) if message else code
+
+
+def _free(error: OSError) -> str:
+    """How much the disk of the file has free, if it is full."""
+    free = free_beside(error.filename) if error.errno == errno.ENOSPC and error.filename else None
+    return "" if free is None else f" ({amount(free)} are free)"
 
 
 def typed() -> str:

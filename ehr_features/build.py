@@ -34,6 +34,7 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.files import (
     alone,
     check_ours,
+    check_settings,
     code_digest,
     digest,
     file_digest,
@@ -84,8 +85,8 @@ def build(config: FeaturesConfig | Given) -> Path:
     out = config.out
     check_ours(out, "a features folder", ["provenance.json"])
     splits.check(config.split)
-    tasks = [plug_ins.task_name(task) for task in config.tasks]
-    own_tables(out, tasks)
+    check_same(config)
+    own_tables(out, [plug_ins.task_name(task) for task in config.tasks])
     steps = Steps()
     with steps("opening the tables"):
         source = open_source(config)
@@ -157,6 +158,20 @@ def own_tables(out: Path, tasks: Sequence[str]) -> list[Path]:
         if path.suffix == ".parquet" and path.stem in tasks:
             raise UserError(f"{path}: a table of your own with the name of a task that is written now; rename it")
     return own
+
+
+def check_same(config: FeaturesConfig) -> None:
+    """Refuse a folder that was made with another config; one made from other contents of the same tables is made again.
+
+    Not compared: `tasks`, which change no other table, and keys that the version that made it did not have.
+    Raises: UserError.
+    """
+    old: Any = {}
+    with contextlib.suppress(UserError):  # absent or damaged: it is made again
+        old = read_json(config.out / "provenance.json").get("config")
+    new = config.model_dump(mode="json")
+    same = [key for key in new if isinstance(old, dict) and key in old and key not in {*NO_EFFECT, "tasks"}]
+    check_settings(config.out, "features", {key: old[key] for key in same}, {key: new[key] for key in same})
 
 
 def is_current(out: Path, key: str) -> bool:

@@ -151,6 +151,15 @@ def check_ours(folder: str | Path, what: str, marks: Sequence[str], unfinished: 
         raise UserError(f"{folder}: not {what}; it holds {', '.join(foreign[:5])}. Choose another folder with out=...")
 
 
+def check_settings(folder: str | Path, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to write into a folder that was made with other settings. Raises: UserError: names each, there and now."""
+    if keys := [key for key in {**old, **new} if old.get(key) != new.get(key)]:
+        lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys]
+        raise UserError(
+            "\n".join([f"{folder}: holds {what} with other settings:", *lines, "remove it, or choose another out=..."])
+        )
+
+
 def tidy(folder: str | Path, *, locked: bool = False) -> None:
     """Remove temporary files that ended processes left in a folder.
 

@@ -70,11 +70,11 @@ def open_films(config: ProbeConfig) -> tuple[Films, Store | None]:
     Raises: UserError: no such table, label or store, or no film of the table in the store.
     """
     if config.features is not None:
-        films = read_films(config.features, labels=config.labels, views=config.views)
+        films = read_films(config.features, labels=config.labels or (), views=config.views)
         return _in_store(config, films)
     assert config.films is not None
     needs_files = config.store is None and config.encoder != "metadata"
-    films = read_layout(config.films, labels=config.labels, find=needs_files)
+    films = read_layout(config.films, labels=config.labels or (), find=needs_files)
     if config.method == "transfer":
         films = films.keep((films.table["split"] == "test").to_numpy(), "not of split test")
     if config.views == "frontal":

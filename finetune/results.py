@@ -250,13 +250,25 @@ def check_table(path: str | Path) -> None:
         raise UserError(f"{path}: wanted a file that ends in {', '.join(TABLES)}: CSV, Markdown or LaTeX")
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """A table for spreadsheets: a text cell or heading that a program would run as a formula begins with `'`."""
+
+    def quoted(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+    return table.apply(lambda column: column.map(quoted)).rename(columns=quoted)
+
+
 def write_table(path: str | Path, table: pd.DataFrame) -> None:
     """Write a table as CSV, Markdown or LaTeX, by the file's suffix; the latter two with four decimals."""
     shown = table.apply(lambda column: column.map(_cell))
     head = [[str(name) for name in table], ["---"] * table.shape[1]]
     with new_file(path) as part:
         if Path(path).suffix == ".csv":
-            table.to_csv(part, index=False)
+            as_text(table).to_csv(part, index=False)
         elif Path(path).suffix == ".md":
             lines = [[cell.replace("|", "\\|") for cell in row] for row in [*head, *shown.to_numpy().tolist()]]
             part.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")

@@ -18,6 +18,7 @@ from configs import UserError, first_line
 from ehr_features.files import UNREADABLE, check_new_file, new_file
 from ehr_features.raw.remote import user_table
 from finetune.metrics import evaluate
+from finetune.results import as_text
 
 KEYS = ("sample_id", "dicom_id", "study_id", "stay_id", "subject_id", "hadm_id", "path", "view", "split")
 CSV = (".csv", ".csv.gz")
@@ -54,7 +55,7 @@ def score(
     table = evaluate(y.to_numpy(), s.to_numpy(), names=names, groups=group, samples=samples, seed=seed)
     if out is not None:  # before printing, which may fail (`| head`)
         with new_file(out) as part:
-            table.to_csv(part, index=False)
+            as_text(table).to_csv(part, index=False)
     shown = table.drop(columns="reason").round(4).astype(object).where(table.drop(columns="reason").notna(), "-")
     print(shown.assign(reason=table["reason"].fillna("")).to_string(index=False))
     of = f"{len(y):,} rows; --groups FILE resamples subjects" if group is None else f"{len(set(group)):,} subjects"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -380,8 +380,16 @@ def batches(steps: Steps, start: int, end: int, workers: int, device: torch.devi
     )
     with held():  # hold signals while the workers start
         items = iter(loader)
-    for item in items:
+    for item in own_errors(items):
         yield item if isinstance(item, Batch) else steps.cutter.cut(to_device(item, device))
+
+
+def own_errors(items: Iterator[Any]) -> Iterator[Any]:
+    """The items. A UserError of a worker keeps its sentence, without the traceback that torch writes around it."""
+    try:
+        yield from items
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -81,6 +81,8 @@ class Mapped:
     def _map(self) -> tuple[np.ndarray, np.ndarray]:
         """Values (hours, F) float32 and observed (hours, number of variables) uint8, over the mapped file."""
         if self._arrays is None:
+            if not self.path.is_file():
+                raise UserError(f"{self.path}: no longer there; was it moved or deleted while this runs? {AGAIN}")
             with self.path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))

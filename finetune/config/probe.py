@@ -72,7 +72,9 @@ class ProbeConfig(Settings):
     head: str | None = Field(
         default=None, description="With method: transfer, the finished linear or logistic probe whose head is scored."
     )
-    labels: list[str] = Field(default=[], description="Labels to predict; empty: all.")
+    labels: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="Labels to predict; null: all."
+    )
     views: ViewChoice = "frontal"
     unit: Literal["study", "film"] = Field(
         default="study", description="What is scored: a film, or a study by the mean of its films' probabilities."

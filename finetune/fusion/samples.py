@@ -24,7 +24,7 @@ from ehr_features.files import read_json, read_table
 from ehr_features.schema import FRONTAL
 from finetune.metrics import COLUMNS
 from finetune.resample import spread
-from pretrain.data import begin_worker
+from pretrain.data import begin_worker, own_errors
 
 if TYPE_CHECKING:
     from pretrain.store import Store
@@ -322,9 +322,8 @@ def stream(
         return (samples.batch(rows, images) for rows in parts)
     data = Gather(samples, parts, images)
     with held():  # while the workers start
-        return iter(
-            torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, worker_init_fn=begin_worker)
-        )
+        loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, worker_init_fn=begin_worker)
+        return own_errors(iter(loader))
 
 
 # ---- Specific to tasks: their rows, groups of their labels, metrics other than AUROC.

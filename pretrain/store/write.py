@@ -25,9 +25,20 @@ import pandas as pd
 import pyarrow as pa
 
 from configs import UserError
+from configs.amounts import amount
 from configs.signals import held
 from configs.threads import cores
-from ehr_features.files import check_ours, digest, lock, new_file, provenance, read_json, tidy, write_json
+from ehr_features.files import (
+    check_ours,
+    check_settings,
+    digest,
+    lock,
+    new_file,
+    provenance,
+    read_json,
+    tidy,
+    write_json,
+)
 from ehr_features.own_films.ids import SUFFIXES, film_id
 from ehr_features.progress import Bar
 from ehr_features.raw.remote import configure, fetch, is_url
@@ -113,11 +124,7 @@ def _opened(out: Path, plan: dict[str, Any], part: tuple[int, int]) -> bool:
         write_json(out / "packing.json", plan)
         return False
     old = read_json(held)["plan"] if held.name == "store.json" else read_json(held)
-    if keys := [k for k in {**old, **plan} if old.get(k) != plan.get(k)]:
-        lines = [f"  {k}: {old.get(k)!r} there, {plan.get(k)!r} now" for k in keys]
-        raise UserError(
-            "\n".join([f"{out}: holds a store with other settings:", *lines, "remove it, or choose another out=..."])
-        )
+    check_settings(out, "a store", old, plan)
     if held.name == "store.json":
         print(f"{out}: complete, nothing to do; to redo it, remove the folder or choose another out=...")
         return True
@@ -142,7 +149,7 @@ def _check_disk(out: Path, config: ImagesConfig, films: int) -> None:
     free = shutil.disk_usage(out).free
     if need > free:
         more = "" if config.encoding == "jpeg" else "; encoding=jpeg takes about a tenth"
-        raise UserError(f"{out}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free{more}")
+        raise UserError(f"{out}: about {amount(need)} are needed and {amount(free)} are free{more}")
 
 
 def _write_shard(path: Path, rows: list[Row], config: ImagesConfig, plan: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ def test_each_number_is_bounded_on_both_sides(schema):
         (PretrainConfig, "films.size=100000000"),
         (PretrainConfig, "head.hidden=100000000"),
         (PretrainConfig, "encoder.image_size=100000000"),
+        (ProbeConfig, "labels=[]"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_its_key(schema, word):

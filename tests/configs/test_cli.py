@@ -1,13 +1,15 @@
 """Exit codes after a signal, at any stage of a command."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from configs import cli
+from configs import amounts, cli
 
 SLOW = """
 import os, signal, time
@@ -85,3 +87,31 @@ def test_a_flag_that_does_not_exist_is_named_alone_with_what_was_meant(words: li
 def test_a_name_that_is_too_long_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guard(lambda: (tmp_path / ("y" * 300)).mkdir()) == 2
     assert capsys.readouterr().err.strip().endswith("the name is too long: choose a shorter one")
+
+
+def test_a_full_disk_is_named_with_what_it_has_free(tmp_path, monkeypatch, capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run/results.json"))
+
+    monkeypatch.setattr(
+        amounts.shutil, "disk_usage", lambda place: SimpleNamespace(free=4096 if place == tmp_path else 0)
+    )
+    assert cli.guard(full) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: {tmp_path}/run/results.json: the disk is full: free some space and run the same command again "
+        "(4.1 KB are free)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(0, "0 bytes"), (999, "999 bytes"), (4096, "4.1 KB"), (45_678, "46 KB"), (3.4e6, "3.4 MB"), (1.25e13, "12 TB")],
+)
+def test_an_amount_of_bytes_is_never_rounded_to_nothing(number, says):
+    assert amounts.amount(number) == says
+
+
+def test_a_file_that_is_deleted_under_a_command_ends_it_in_a_sentence(tmp_path, capsys):
+    assert cli.guard(lambda: (tmp_path / "series.json").read_text() and 0) == 2
+    assert "series.json: no longer there; was it moved or deleted" in capsys.readouterr().err

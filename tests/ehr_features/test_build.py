@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -168,22 +169,48 @@ def test_films_are_linked_again_only_when_what_they_depend_on_has_changed(tmp_pa
     linked = [[e for e in t["exclusions"] if e["table"].startswith("films")] for t in told]
     assert linked[0] == linked[1] and len(linked[0]) > 5
     with pytest.raises(pytest.fail.Exception, match="linked again"):
-        build.build(FeaturesConfig(**keys, ed_tolerance_hours=24))
+        build.build(FeaturesConfig(**keys | {"out": tmp_path / "three"}, ed_tolerance_hours=24))
+
+
+def changed(mimic):
+    """Change what tells a table's version, so that features are built again."""
+    path = next(mimic.rglob("d_items.csv*"))
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1_000_000))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"seed": 1}, "  seed: 0 there, 1 now"),
+        ({"preset": "medfuse"}, "  preset: 'default' there, 'medfuse' now"),
+        ({"mimic_iv": "elsewhere"}, "  mimic_iv: .* there, 'elsewhere' now"),
+    ],
+)
+def test_features_made_with_other_settings_are_not_overwritten(tmp_path, config, keys, says):
+    out = tmp_path / "features"
+    out.mkdir()
+    (out / "provenance.json").write_text(json.dumps({"config": config(tasks=["mortality"]).model_dump(mode="json")}))
+    with pytest.raises(UserError, match="holds features with other settings:\n" + says) as caught:
+        build.build(config(**keys))
+    assert str(caught.value).endswith("remove it, or choose another out=...")
+    build.check_same(config(**keys, out=tmp_path / "other"))
+    build.check_same(config(memory="2GB", threads=1, tasks=["phenotypes_early"]))
 
 
 def test_a_users_own_table_of_samples_is_kept_when_features_are_built_again(mimic, config):
     out = build.build(config())
     own = pd.DataFrame({"subject_id": ["x"], "my_label": [1]})
     own.to_parquet(out / "samples/mine.parquet")
-    build.build(config(seed=1))
+    changed(mimic)
+    build.build(config())
     pd.testing.assert_frame_equal(pd.read_parquet(out / "samples/mine.parquet"), own)
     (out / "samples/mine.parquet").rename(out / "samples/decompensation.parquet")
     with pytest.raises(UserError, match=r"decompensation\.parquet: a table of your own with the name of a task"):
-        build.build(config(seed=2, tasks=["mortality", "decompensation"]))
+        build.build(config(tasks=["mortality", "decompensation"]))
     pd.testing.assert_frame_equal(pd.read_parquet(out / "samples/decompensation.parquet"), own)
 
 
-def test_whatever_a_user_puts_into_samples_outlives_other_keys_a_refusal_and_a_kill(mimic, config, monkeypatch):
+def test_whatever_a_user_puts_into_samples_outlives_other_tables_a_refusal_and_a_kill(mimic, config, monkeypatch):
     out = build.build(config())
     own = {"mine.parquet": b"p", "mortality.csv": b"c", ".hidden": b"h", "more/deep/table.csv": b"d"}
     for name, content in own.items():
@@ -195,20 +222,22 @@ def test_whatever_a_user_puts_into_samples_outlives_other_keys_a_refusal_and_a_k
         names = {name: (out / "samples" / name).read_bytes() for name in own}
         return names == own and (out / "samples/link.parquet").is_symlink()
 
-    build.build(config(seed=1))
+    changed(mimic)
+    build.build(config())
     assert kept()
     (out / "samples/decompensation.parquet").write_bytes(b"x")
     opened = []
     monkeypatch.setattr(build, "open_source", lambda *a: opened.append(a))
     with pytest.raises(UserError, match=r"decompensation\.parquet: a table of your own"):
-        build.build(config(seed=2, tasks=["mortality", "decompensation"]))
+        build.build(config(tasks=["mortality", "decompensation"]))
     assert kept() and not opened  # refused before anything is read
     monkeypatch.undo()
     (out / "samples/decompensation.parquet").unlink()
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
     out.rename(out.with_name(f".{out.name}.old{PARTIAL}-{process.pid}"))  # killed between the renames
-    build.build(config(seed=3))
+    changed(mimic)
+    build.build(config())
     assert kept() and not list(out.parent.glob(".*.old*"))
 
 
@@ -251,11 +280,12 @@ def test_a_second_run_reads_nothing_and_a_changed_config_only_what_depends_on_it
     build.build(config(memory="900MB"))
     assert (out / "provenance.json").stat().st_mtime_ns == written
     monkeypatch.setattr(bins, "extract", lambda *a: pytest.fail("the series were binned again"))
-    build.build(config(seed=1, landmark_hours=24))
+    config = partial(config, cache=out.with_name("features.cache"), landmark_hours=24)
+    out = build.build(config(seed=1, out=out.with_name("two")))
     assert set(read_table(out, "samples/mortality").predict_at_hours) == {24.0}
     monkeypatch.undo()
     monkeypatch.setattr(events, "_write", lambda *a: pytest.fail("an event table was read again"))
-    build.build(config(step_hours=2, landmark_hours=24))
+    out = build.build(config(step_hours=2, out=out.with_name("three")))
     assert json.loads((out / "series.json").read_text())["step_hours"] == 2
 
 
@@ -442,7 +472,7 @@ def test_a_user_s_channels_file_adds_its_variable_to_the_folder(mimic, frames, w
     mine.write_text(SHIPPED.read_text() + entry)
     before = build.build(config())
     assert "lactate" not in json.loads((before / "series.json").read_text())["columns"]
-    out = build.build(config(channels=mine))
+    out = build.build(config(channels=mine, out=tmp_path / "two"))
     columns = json.loads((out / "series.json").read_text())["columns"]
     got = series.load(out, normalise=False)[30_000_001]
     assert set(got[:, columns.index("lactate")]) == {1.5, 3.5}

@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from configs import UserError
 from pretrain import build, train
 from pretrain import data as bt
 from pretrain import data as loader
-from pretrain.data import Partners
+from pretrain.data import Partners, own_errors
 from pretrain.store import Store
 from tests.pretrain.small import SMALL, config
 
@@ -125,3 +126,18 @@ def test_odd_tables_are_named(data, tmp_path, change, says):
     else:
         with pytest.raises(UserError, match=says):
             train.train(settings)
+
+
+class Gone:
+    """A dataset whose store is no longer there."""
+
+    def __getitem__(self, i: int) -> int:
+        raise UserError("store/shard-00001.arrow: cannot be checked; was the store copied whole?")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_cannot_read_is_said_in_its_sentence(workers):
+    gone = DataLoader(Gone(), batch_size=None, sampler=range(2), num_workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(own_errors(iter(gone)))
+    assert str(caught.value) == "store/shard-00001.arrow: cannot be checked; was the store copied whole?"
