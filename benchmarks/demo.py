@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from configs import UserError, cli
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune.demo import auroc_rows, demo
 from finetune.report.verdict import difference
 from finetune.run_folders import read_run

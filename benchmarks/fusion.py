@@ -26,7 +26,7 @@ from accelerate import Accelerator
 
 from configs import load as load_config
 from ehr_features import series
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune.config import FuseConfig
 from finetune.fusion import loop
 from finetune.fusion.net import FilmBranch

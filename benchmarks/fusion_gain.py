@@ -32,7 +32,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from configs import load
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune.config import FuseConfig
 from finetune.fusion.train import fuse
 from finetune.results import each_training, read_predictions

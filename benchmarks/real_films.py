@@ -30,7 +30,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from configs import cli
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune.demo import CONFIGS
 from finetune.results import read_predictions
 

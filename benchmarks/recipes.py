@@ -23,7 +23,7 @@ import pandas as pd
 
 from benchmarks.encoders import hospital
 from configs import cli
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune.demo import CONFIGS, auroc_rows
 
 COLUMNS = ["try", "hospital", "keys", "seconds", "steps", "auroc", "auroc_tenth", "pixels", "pixels_tenth"]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from benchmarks.fusion_gain import auroc
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 RECIPE = ["encoder=pixels", "pool=null", "lr=1e-3", "dropout=0.5", "samples=0", "checkpoint_every=0"]

@@ -46,11 +46,8 @@ class BooleanWord(str):
 MOST_BYTES, MOST_VALUES, DEEPEST = 2**20, 100_000, 50  # of a YAML file; values: with its aliases written out
 
 
-class Yaml(get_yaml_loader()):  # type: ignore[misc]
-    """OmegaConf's YAML (1e-3 is a number, a key stands once), in which boolean words stay words.
-
-    A file of very many values or levels is refused before any alias is written out.
-    """
+class _Bounded(yaml.SafeLoader):
+    """A file of very many values or levels is refused before any alias is written out."""
 
     def add_indent(self, column: int) -> bool:
         self._refuse_depth()
@@ -71,10 +68,25 @@ class Yaml(get_yaml_loader()):  # type: ignore[misc]
             raise yaml.composer.ComposerError(None, None, says, node.start_mark)
         return node
 
+
+class Yaml(_Bounded, get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's YAML (1e-3 is a number, a key stands once), in which boolean words stay words."""
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         for key, _ in node.value:
             key.tag = key.tag.replace(":bool", ":str")
         return super().construct_mapping(node, deep=deep)
+
+
+class PlainYaml(_Bounded):
+    """YAML as `yaml.safe_dump` writes it; a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) != len(node.value):
+            says = f"a key stands twice among {', '.join(map(str, list(found)[:5]))}"
+            raise yaml.constructor.ConstructorError(None, None, says, node.start_mark)
+        return found
 
 
 def _values(node: yaml.Node, counted: dict[int, int], level: int = 0) -> int:

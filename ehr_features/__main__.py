@@ -20,8 +20,8 @@ from ehr_features.demo.plan import add_arguments as demo_arguments
 
 def _build(config: Any, args: argparse.Namespace) -> int:
     from ehr_features.build import build
+    from ehr_features.films.summary import summary
     from ehr_features.raw.engine import interruptible
-    from ehr_features.summary import summary
 
     print(f"features: {config.mimic_iv} (preset {config.preset}) -> {config.out}", file=sys.stderr, flush=True)
     with interruptible():

@@ -41,7 +41,6 @@ from ehr_features.files import (
     new_file,
     new_folder,
     provenance,
-    read_json,
     write_json,
 )
 from ehr_features.films import linking, record, values
@@ -52,6 +51,7 @@ from ehr_features.raw.source import EVENTS, Source, mixed, open_source, roots, w
 from ehr_features.schema import FOR_NOTES, Column
 from ehr_features.series import bins, channels, coverage, events, medfuse
 from ehr_features.series import file as series_file
+from ehr_features.typed import read_json, shapes
 
 NO_EFFECT = {"out", "cache", "memory", "threads", "storage"}  # keys that change no result
 
@@ -151,7 +151,7 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
 def own_tables(out: Path, tasks: Sequence[str]) -> list[Path]:
     """What a user has put into samples/ of an earlier features folder: files and folders that schema.json does not
     list. Raises: UserError: one has the name of a task that will be written."""
-    described = read_json(out / "schema.json") if (out / "schema.json").is_file() else {}
+    described = read_json(out / "schema.json", shapes.SchemaJson) if (out / "schema.json").is_file() else {}
     found = sorted((out / "samples").glob("*"))
     own = [path for path in found if path.suffix != ".parquet" or f"samples/{path.stem}" not in described]
     for path in own:
@@ -177,7 +177,7 @@ def check_same(config: FeaturesConfig) -> None:
 def is_current(out: Path, key: str) -> bool:
     """Whether a folder was written from these tables, this config and this code."""
     with contextlib.suppress(UserError):
-        return read_json(out / "provenance.json").get("key") == key
+        return bool(read_json(out / "provenance.json", shapes.Provenance).get("key") == key)
     return False
 
 
@@ -204,7 +204,7 @@ def _films(
         with new_file(path) as part:
             pq.write_table(films.to_pyarrow(), part, compression="zstd")
         write_json(facts, own.as_json())
-    attrition.extend(read_json(facts))
+    attrition.extend(read_json(facts, shapes.AttritionJson))
     films = source.con.read_parquet(str(path))
     linking.note_files(films, config.mimic_cxr, attrition)
     return films

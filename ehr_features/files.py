@@ -1,4 +1,4 @@
-"""Atomic writes, typed reads of our files, locks, digests and provenance.
+"""Atomic writes, tables of features/, locks, digests and provenance.
 
 A command writes to a temporary sibling and renames it when it is complete: a file with its final name is never partial.
 """
@@ -25,13 +25,12 @@ from types import ModuleType
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-from safetensors import SafetensorError
 
-from configs import UserError, first_line
+from configs import UserError
 from configs.commands import command_line
-from ehr_features.schema import view_names
+from ehr_features.schema import KEYS, NEVER_EMPTY, SAMPLES, TABLES, Column, view_names
+from ehr_features.typed import read_json, read_parquet, shapes
+from ehr_features.typed.read import check_keys
 
 PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of the disk or the mount, not of the program
@@ -177,45 +176,6 @@ def write_json(path: str | Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n", encoding="utf-8")
 
 
-class _Object(dict[str, Any]):
-    """A JSON object whose KeyError is a UserError that names the file."""
-
-    path: Path
-
-    def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.path}: `{key}` is missing; was it copied whole?")
-
-
-def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises: UserError: the file is absent or damaged; later, a key is missing."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            value = _Object(value)
-            value.path = Path(path)
-        return value
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); was it copied whole?") from None
-
-
-# What pandas, pyarrow and safetensors raise on damaged bytes; some come from pandas' metadata in the file
-UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException, SafetensorError)
-
-
-@contextlib.contextmanager
-def undamaged(path: str | Path, advice: str) -> Iterator[None]:
-    """Name a Parquet or safetensors file that cannot be read. Raises: UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        kind = "safetensors" if str(path).endswith(".safetensors") else "Parquet"
-        raise UserError(f"{path}: damaged {kind} file ({first_line(error)}); {advice}") from None
-
-
 def whole_numbers(column: pd.Series) -> pd.Series:
     """Whole numbers in any form (`1`, ` 1`, `1.0`) as nullable Int64; a value that is no whole number becomes NA."""
     number = pd.to_numeric(column.astype("string").str.strip(), errors="coerce").astype("Float64")
@@ -229,17 +189,23 @@ def named(column: pd.Series) -> pd.Series:
 
 
 def read_table(
-    folder: str | Path, name: str, columns: Sequence[str] | Callable[[list[str]], Sequence[str]] | None = None
+    folder: str | Path,
+    name: str,
+    columns: Sequence[str] | Callable[[list[str]], Sequence[str]] | None = None,
+    *,
+    values: bool = True,
 ) -> pd.DataFrame:
-    """Read a table of a features/ folder.
+    """Read a table of a features/ folder, or of notes.
 
     Args:
         folder: a folder that `ehr-msn features` wrote.
         name: `images`, `stays`, `stay_films`, `samples/TASK`.
         columns: those to read, or a function of those that the table has; all if None.
-    Raises: UserError: no features folder, no such table or column.
+        values: check them too, not only their types; the audit reports on them itself.
+    Raises: UserError: no features folder, no such table, a column that is absent or of another type, a value that its
+        column may not hold.
     """
-    folder = Path(folder)
+    folder, again = Path(folder), "build the features again"
     if not (folder / "provenance.json").is_file():
         raise UserError(
             f"{folder}: not a features folder; write one with {command_line('features', 'features', f'out={folder}')}"
@@ -248,13 +214,25 @@ def read_table(
     if not path.is_file():
         found = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.parquet"))
         raise UserError(f"{path}: no such table; this features folder has {', '.join(found)}")
-    with undamaged(path, "build the features again"):
-        have = pq.read_schema(path).names
-        columns = columns(have) if callable(columns) else columns
-        if missing := [c for c in columns or () if c not in have]:
-            raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}")
-        table = pd.read_parquet(path, columns=list(columns) if columns is not None else None)
+    said = _said(folder, name)
+    declared = said | (SAMPLES if name.startswith("samples/") else TABLES.get(name, {}))
+    needed = [c for c, column in declared.items() if (values and c in said) or column.needed]
+    table = read_parquet(
+        path, declared, again, names=needed if columns is None else columns, more=columns is None, values=values
+    )
+    if values:
+        if table.empty and name in NEVER_EMPTY:
+            raise UserError(f"{path}: no rows; {again}")
+        if name in KEYS and set(keys := KEYS[name]) <= set(table):
+            check_keys(table, keys, path, again)
     return table.assign(view=view_names(table["view"])) if "view" in table else table
+
+
+def _said(folder: Path, name: str) -> dict[str, Column]:
+    """The columns of a table by the folder's schema.json."""
+    path = folder / "schema.json"
+    said = read_json(path, shapes.SchemaJson).get(name, {}) if path.is_file() else {}
+    return {column: Column(about["type"]) for column, about in said.items()}
 
 
 def provenance(config: Mapping[str, Any], sources: Sequence[str | Path] = (), **more: Any) -> dict[str, Any]:

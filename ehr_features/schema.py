@@ -252,43 +252,60 @@ READ: dict[str, Raw] = {
 
 @dataclass(frozen=True)
 class Column:
-    """A written column.
+    """A written column, and what its reader refuses.
 
     `available_at`: study (known when the film is taken, or at the prediction time), admission, discharge.
+    `null`: may be empty. `unique`: each value once. `low`, `high`: limits. `among`: the only values.
     """
 
     type: str
     unit: str = ""
     group: str = "id"
     available_at: Literal["study", "admission", "discharge"] = "study"
+    null: bool = True
+    unique: bool = False
+    low: float | None = None
+    high: float | None = None
+    among: tuple[Any, ...] = ()
+
+    @property
+    def needed(self) -> bool:
+        """Whether a table is of no use without it."""
+        return not self.null and self.group in ("id", "split")
 
 
+def _id(type: str = INT, *, unique: bool = False) -> Column:
+    """An id that every row has."""
+    return Column(type, null=False, unique=unique, low=0 if type == INT else None)
+
+
+_SUBJECT, _SPLIT = _id(), Column(TEXT, group="split", null=False, among=SPLITS)
 STAYS: dict[str, Column] = {
-    "stay_id": Column(INT),
-    "hadm_id": Column(INT),
-    "subject_id": Column(INT),
+    "stay_id": _id(unique=True),
+    "hadm_id": Column(INT, low=0),
+    "subject_id": _SUBJECT,
     "intime": Column(TIME, group="time"),
     "outtime": Column(TIME, group="time", available_at="discharge"),
-    "los_hours": Column(REAL, "hours", "outcome", "discharge"),
-    "age_years": Column(INT, "years", "age", "admission"),
+    "los_hours": Column(REAL, "hours", "outcome", "discharge", null=False, low=0),
+    "age_years": Column(INT, "years", "age", "admission", low=0, high=200),
     "age_capped": Column("boolean", group="age", available_at="admission"),
     "sex": Column(TEXT, group="sex", available_at="admission"),
     "race": Column(TEXT, group="subgroup", available_at="admission"),
     "anchor_year_group": Column(TEXT, group="subgroup", available_at="admission"),
     "care_unit": Column(TEXT, "the first", "subgroup", "admission"),
-    "split": Column(TEXT, group="split"),
+    "split": _SPLIT,
 }
 STAY_FILMS: dict[str, Column] = {  # written by films/linking.py
-    "stay_id": Column(INT),
-    "dicom_id": Column(TEXT),
-    "hours_from_intime": Column(REAL, "hours", "time"),
+    "stay_id": _id(),
+    "dicom_id": _id(TEXT),
+    "hours_from_intime": Column(REAL, "hours", "time", null=False, low=0),
     "view": Column(TEXT, group="view"),
 }
 
 
 def _link(name: str, named: str = "") -> dict[str, Column]:
     return {
-        name: Column(INT, group="link"),
+        name: Column(INT, group="link", low=0),
         f"{name}_link": Column(TEXT, "inside, before, after" + named, "link"),
         f"{name}_gap_hours": Column(REAL, "hours", "link"),
     }
@@ -304,24 +321,24 @@ _VITAL_UNITS = {
     "ed_dbp": "mmHg",
 }
 IMAGES: dict[str, Column] = {  # written by films/
-    "dicom_id": Column(TEXT),
-    "study_id": Column(INT),
-    "subject_id": Column(INT),
+    "dicom_id": _id(TEXT, unique=True),
+    "study_id": Column(INT, low=0),
+    "subject_id": _SUBJECT,
     "path": Column(TEXT, "below mimic_cxr"),
     "taken_at": Column(TIME, group="time"),
     "view": Column(TEXT, group="view"),
     "view_source": Column(TEXT, "ViewPosition, ViewCodeSequence", "link"),
     "position": Column(TEXT, group="position"),
-    "split": Column(TEXT, group="split"),
+    "split": _SPLIT,
     **_link("hadm_id", "; icustays, edstays: named there"),
     **_link("stay_id"),
     **_link("ed_stay_id"),
     "sex": Column(TEXT, "M, F", "sex"),
-    "age_years": Column(REAL, "years", "age"),
+    "age_years": Column(REAL, "years", "age", low=0, high=200),
     "age_capped": Column("boolean", "above 89", "age"),
-    "in_icu": Column(INT, "0, 1", "icu"),
+    "in_icu": Column(INT, "0, 1", "icu", among=(0, 1)),
     "icu_los_days": Column(REAL, "days", "outcome", "discharge"),
-    "died_in_hospital": Column(INT, "0, 1", "mortality", "discharge"),
+    "died_in_hospital": Column(INT, "0, 1", "mortality", "discharge", among=(0, 1)),
     "race": Column(TEXT, group="subgroup", available_at="admission"),
     "insurance": Column(TEXT, group="subgroup", available_at="admission"),
     "language": Column(TEXT, group="subgroup", available_at="admission"),
@@ -335,27 +352,27 @@ IMAGES: dict[str, Column] = {  # written by films/
     "hours_since_prior_study": Column(REAL, "hours", "prior_films"),
     "num_prior_admissions": Column(REAL, "admissions", "prior_diagnoses"),
     "prior_phenotypes": Column(TEXT, "CCS groups of earlier admissions", "prior_diagnoses"),
-    "msn_died": Column(INT, "0, 1, by calendar date", "mortality (msn)", "discharge"),
+    "msn_died": Column(INT, "0, 1, by calendar date", "mortality (msn)", "discharge", among=(0, 1)),
     "msn_in_icu": Column(
-        INT, "0, 1, by calendar date: also a stay that begins later that day", "icu (msn)", "discharge"
+        INT, "0, 1, by calendar date: also a stay that begins later that day", "icu (msn)", "discharge", among=(0, 1)
     ),
-    **{name: Column(REAL, "1, 0, -1 uncertain", "finding") for name in FINDINGS},
+    **{name: Column(REAL, "1, 0, -1 uncertain", "finding", among=(1, 0, -1)) for name in FINDINGS},
 }
 SAMPLES: dict[str, Column] = {
-    "sample_id": Column(TEXT),
-    "stay_id": Column(INT),
-    "subject_id": Column(INT),
-    "split": Column(TEXT, group="split"),
-    "predict_at_hours": Column(REAL, "hours since intime", "time"),
+    "sample_id": _id(TEXT, unique=True),
+    "stay_id": Column(INT, low=0),
+    "subject_id": _SUBJECT,
+    "split": _SPLIT,
+    "predict_at_hours": Column(REAL, "hours since intime", "time", low=0),
     "dicom_id": Column(TEXT),
     "code_status": Column(TEXT, group="subgroup"),
 }
 NOTES: dict[str, Column] = {  # written by notes/write.py
-    "dicom_id": Column(TEXT),
-    "subject_id": Column(INT),
-    "split": Column(TEXT, group="split"),
-    "hadm_id": Column(INT, group="link"),
-    "ed_stay_id": Column(INT, "the visit that the note tells of", "link"),
+    "dicom_id": _id(TEXT, unique=True),
+    "subject_id": _SUBJECT,
+    "split": _SPLIT,
+    "hadm_id": Column(INT, group="link", low=0),
+    "ed_stay_id": Column(INT, "the visit that the note tells of", "link", low=0),
     "taken_at": Column(TIME, group="time"),
     "note": Column(TEXT, "sections, one a line", "text"),
     "sections": Column("list<struct<name: string, text: string>>", group="text"),
@@ -363,6 +380,14 @@ NOTES: dict[str, Column] = {  # written by notes/write.py
     "available_at": Column(TIME, "when the last fact was known", "time"),
     "num_removed": Column(INT, "terms that the leak filter took out", "text"),
 }
+TABLES: dict[str, dict[str, Column]] = {  # name -> columns; samples/TASK has SAMPLES and the labels of its task
+    "images": IMAGES,
+    "stays": STAYS,
+    "stay_films": STAY_FILMS,
+    "notes": NOTES,
+}
+KEYS = {"stay_films": ("stay_id", "dicom_id")}  # columns that together stand once
+NEVER_EMPTY = ("images", "stays")
 FOR_NOTES = frozenset({"medrecon", "pyxis"})  # tables that `build` never reads
 
 

@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from configs import UserError
-from ehr_features.files import digest, file_digest, new_file, read_json
+from ehr_features.files import digest, file_digest, new_file
+from ehr_features.typed import read_json
 from finetune import metrics, resample
+from finetune.config.shapes import GridJson
 from finetune.metrics import by_count, check, distribution, macro, thirds
 from finetune.names import named, unit, without_seed
 from finetune.resample import Floats, degrees, smaller_class, spread
@@ -199,8 +201,8 @@ def against(
     path = Path(folder) / "grid.json"
     if not path.is_file():
         raise UserError(f"{folder}: no grid.json; give the folder that `grid` wrote")
-    about = read_json(path)
-    last = (about.get("steps") or ["probe"])[-1]
+    about = read_json(path, GridJson)
+    last = about.get("steps", ["probe"])[-1]
     runs: dict[str, list[str | Path]] = {}
     for name, method in about["methods"].items():
         if (Path(folder) / name / last / "results.json").is_file():

@@ -29,11 +29,15 @@ from configs import UserError
 from configs.commands import command_line
 from configs.launch import end_with_me
 from configs.signals import Stopped, held
-from ehr_features.files import check_ours, digest, lock, make_folder, read_json, write_json
+from ehr_features.files import check_ours, digest, lock, make_folder, write_json
+from ehr_features.typed import read_json
+from ehr_features.typed.shapes import Truth
+from finetune.config.shapes import DemoJson
 from finetune.names import named, unit
 from finetune.report.html import fixed
 from finetune.report.results import by_task, possible
 from finetune.report.verdict import verdicts
+from finetune.results import Results
 from finetune.run_folders import Run, read_runs
 
 CORES = 2
@@ -186,7 +190,8 @@ def demo(out: Path, *, subjects: int, seed: int, shuffled: bool = False) -> Path
                 step.process.send_signal(signal.SIGTERM)
                 step.process.wait()
     console.print()
-    runs, truth = named(read_runs([out / "runs" / name for name in RUNS])), read_json(out / "data" / "truth.json")
+    runs = named(read_runs([out / "runs" / name for name in RUNS]))
+    truth = read_json(out / "data" / "truth.json", Truth)
     console.print(table(runs, truth))
     for sentence in verdicts(runs, truth):
         console.print(Padding(sentence, (0, 0, 0, 2)))
@@ -238,7 +243,7 @@ def _cells(run: Run, head: Mapping[str, Any], subset: str) -> tuple[str, str, st
 
 def auroc_rows(run: Path, subset: str, fraction: float = 1.0) -> list[dict[str, Any]]:
     """The AUROCs of the test split, from heads fitted on a share of the train subjects."""
-    rows = read_json(run / "results.json")["rows"]
+    rows = read_json(run / "results.json", Results)["rows"]
     wanted = ("test", "auroc", subset, fraction)
     return [r for r in rows if (r["split"], r["metric"], r["subset"], r["fraction"]) == wanted]
 
@@ -248,7 +253,7 @@ def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     check_ours(out, "a folder of the demo", ["demo.json"])
     if not (out / "demo.json").is_file():
         return {}
-    before = read_json(out / "demo.json")
+    before = read_json(out / "demo.json", DemoJson)
     if before["settings"] != settings:
         raise UserError(f"{out}: holds a demo with {before['settings']}, asked for {settings}; give another folder")
     return dict(before["steps"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,10 @@ from configs.commands import command_line
 from ehr_features.files import check_new_file, new_file
 from ehr_features.own_films.ids import SUFFIXES, film_id
 from ehr_features.progress import Bar
+from ehr_features.schema import Column
+from ehr_features.typed import read_parquet, undamaged
+from ehr_features.typed.read import checked, json_of
+from finetune.config.shapes import Embedded
 from finetune.encoders import Frozen, open_encoder
 from pretrain import encoder as encoders
 from pretrain.store.decode import BadFilm
@@ -106,6 +111,26 @@ def _films(place: str) -> pd.DataFrame:
     return films.reset_index(drop=True)
 
 
+def read_embeddings(path: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A file that `embed` wrote: its rows, and what it notes of its making. Raises: UserError."""
+    again = "run `embed` again"
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    with undamaged(path, again):
+        kinds = pq.read_schema(path)
+    said = (kinds.metadata or {}).get(b"ehr_msn")
+    if said is None:
+        raise UserError(f"{path}: not a file that `embed` wrote; {again}")
+    about = checked(json_of(said.decode(errors="replace"), path), Embedded, path)
+    number = sum(name.startswith("f") and name[1:].isdigit() for name in kinds.names)
+    wanted = {f"f{i}": Column("float64", null=False) for i in range(max(number, 1))}
+    wanted |= {name: Column("string", null=False) for name in ("dicom_id", "path")}
+    frame = read_parquet(path, wanted, again, names=list(wanted))
+    if frame.empty:
+        raise UserError(f"{path}: no rows; {again}")
+    return frame, about
+
+
 def nearest(embeddings: str, film: str | None = None, *, number: int = 10, encoder: str | None = None) -> pd.DataFrame:
     """Print the films most similar to one, by the cosine of centred features.
 
@@ -115,13 +140,8 @@ def nearest(embeddings: str, film: str | None = None, *, number: int = 10, encod
         encoder: instead of the one that the file names.
     Raises: UserError: not such a file, no such film.
     """
-    try:
-        table = pq.read_table(embeddings)
-        about = json.loads((table.schema.metadata or {})[b"ehr_msn"])
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{embeddings}: not a file that `embed` wrote ({error})") from None
-    frame = table.to_pandas()
-    x = frame[[c for c in frame if c.startswith("f") and c[1:].isdigit()]].to_numpy(np.float32)
+    frame, about = read_embeddings(embeddings)
+    x = frame.drop(columns=["dicom_id", "path"]).to_numpy(np.float32)
     centre = x.mean(0)
     own = np.flatnonzero(frame["path"] == film) if film is not None else np.array([0])
     own = own if len(own) else np.flatnonzero(frame["dicom_id"] == film)

@@ -21,7 +21,9 @@ from configs import Settings, UserError, load
 from configs.commands import command_line
 from configs.launch import end_with_me
 from configs.signals import held
-from ehr_features.files import digest, lock, read_json, write_json
+from ehr_features.files import digest, lock, write_json
+from ehr_features.typed import read_json
+from ehr_features.typed.shapes import Provenance
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import PretrainConfig
 
@@ -43,7 +45,7 @@ class Command:
     @property
     def done(self) -> bool:
         path = self.folder / "provenance.json"
-        return path.is_file() and bool(read_json(path).get("finished_at"))
+        return path.is_file() and bool(read_json(path, Provenance).get("finished_at"))
 
     def typed(self, processes: int) -> str:
         """The command as a user would type it."""

@@ -16,10 +16,11 @@ from typing import Any
 import pandas as pd
 
 from configs import UserError
-from ehr_features.files import file_digest, read_json
+from ehr_features.files import file_digest
 from ehr_features.own_films.ids import NO_COINCIDENCE
 from ehr_features.own_films.read import FilmsTable
 from ehr_features.schema import HELD_OUT
+from pretrain.encoder.model import read_meta
 from pretrain.seen import read_seen
 
 
@@ -67,7 +68,7 @@ def check_encoder(
     if folder.is_file():  # weights without a run
         known = f"; {card}, so it may have seen val or test subjects" if card else ""
         return Seen("unknown", "unknown", [f"{folder}: the films and labels of its training are unknown{known}"])
-    meta = read_json(folder / "encoder.json")
+    meta = read_meta(folder)
     groups = meta.get("ehr_groups") or {}
     same_source = same_source or (own is not None and _same_people(folder, meta, own))
     told = set(labels)
@@ -138,9 +139,8 @@ def refuse_discharge(groups: Iterable[str], available_at: dict[str, str]) -> Non
         )
 
 
-def _available(groups: object) -> list[tuple[str, str]]:
+def _available(groups: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, available_at) from {name: available_at} or {name: {available_at: ...}}."""
-    assert isinstance(groups, dict), "encoder.json: ehr_groups maps each group to its available_at"
     return [(str(k), str(v.get("available_at") if isinstance(v, dict) else v)) for k, v in groups.items()]
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.run_folders import Run, is_macro, part, read_object
 from pretrain.options import TITLES
+from pretrain.shapes import EncoderJson
 
 USES = {"condition": "EHR-conditioned", "predict": "EHR-predicting", "contrast": "EHR-contrasted"}
 RECORDS = {"record_lstm": "LSTM", "record_transformer": "Transformer", "record_gbm": "Gradient boosting"}
@@ -60,7 +61,7 @@ def encoder_meta(run: Run) -> dict[str, Any]:
         given = str(run.config.get("encoder") or "").removeprefix("random:").removesuffix("/encoder")
         found = {inner: run.find(f"{given}/{inner}", "encoder.json") for inner in ("encoder", "") if given}
         folder = next(filter(None, found.values()), None)
-    meta = read_object(folder / "encoder.json") if folder else {}
+    meta = read_object(folder / "encoder.json", EncoderJson) if folder else {}
     if meta and folder and (folder / "encoder.safetensors").is_file():
         with contextlib.suppress(SafetensorError), safe_open(folder / "encoder.safetensors", "numpy") as file:
             meta["parameters"] = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118

@@ -22,9 +22,11 @@ from configs import UserError
 from ehr_features import series, static
 from ehr_features import splits as by_subject
 from ehr_features.config import TRAINING, Empty, Policy, Uncertain
-from ehr_features.files import file_digest, new_file, read_json, read_table
+from ehr_features.files import file_digest, new_file, read_table
 from ehr_features.schema import SPLITS
 from ehr_features.series import bins
+from ehr_features.typed import read_json
+from ehr_features.typed.shapes import Series
 from finetune.fusion.samples import KEYS, complete_steps, one_hot, read_samples
 from finetune.guard import refuse_discharge
 from finetune.labelled import evaluation_labels, read_films, training_labels
@@ -205,7 +207,7 @@ def _rows(
             table = table.assign(stay_id=np.nan, until=np.nan)
         else:
             taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime"])
-            taken = taken.drop_duplicates(["stay_id", "dicom_id"]).rename(columns={"hours_from_intime": "until"})
+            taken = taken.rename(columns={"hours_from_intime": "until"})
             table = table.merge(taken, "left", on=["stay_id", "dicom_id"], validate="m:1")
         columns = ["dicom_id", "subject_id", "split", "stay_id", "until"]
         return table[columns].reset_index(drop=True), films.labels, films.names, left_out
@@ -290,7 +292,7 @@ class MappedSeries:
         cut = 0 if max_hours is None else np.maximum(length - round(max_hours / hours.step_hours), 0)
         if subjects is not None:
             train = stays["subject_id"].reindex(hours.stay_id).map(subjects).eq("train").to_numpy()
-            hours.set_scale(series.fit(hours.path, _layout(read_json(folder / "series.json")), train))
+            hours.set_scale(series.fit(hours.path, _layout(read_json(folder / "series.json", Series)), train))
         return cls(hours, np.where(none, 0, hours.offsets[at] + cut), length - cut)
 
     def __getitem__(self, i: int) -> NDArray[np.float32]:

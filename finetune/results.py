@@ -11,14 +11,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from configs import UserError
-from ehr_features.files import check_new_file, new_file, read_json, undamaged, write_json
+from ehr_features.files import check_new_file, new_file, write_json
+from ehr_features.typed import read_json, read_parquet, undamaged
+from finetune.config.shapes import PREDICTED, PREDICTION, ROW_IDS, ComparedBy, Shift
 
 COLUMNS = ["split", "label", "subset", "fraction", "metric", "value", "low", "high", "n", "positives", "reason"]
 
@@ -32,6 +35,19 @@ def headline(rows: pd.DataFrame) -> dict[str, float]:
     if "fraction" in kept:
         kept = kept[kept["fraction"].isna() | (kept["fraction"] == 1)]
     return {f"test/{r['metric']}/{r['label']}": float(r["value"]) for r in kept.to_dict("records")}
+
+
+UNIT = (  # metrics between 0 and 1
+    "auroc",
+    "auprc",
+    "brier",
+    "prevalence",
+    "calibration_error",
+    "f1",
+    "sensitivity",
+    "specificity",
+    "sensitivity_at_specificity_90",
+)
 
 
 class Gap(BaseModel):
@@ -56,15 +72,15 @@ class Run(BaseModel):
     task: str
     model: str = "unknown"
     encoder: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     allow_leak: bool = False
     warnings: list[str] = []
-    seeds: int = 1
+    seeds: Annotated[int, Field(ge=1)] = 1
     supervision: str = "unknown"
     control: str = "none"
     gaps: list[Gap] = []
-    shift: dict[str, Any] | None = None
-    compared_by: dict[str, Any] = {}
+    shift: Shift | None = None
+    compared_by: ComparedBy = ComparedBy()
 
 
 class Row(BaseModel):
@@ -75,14 +91,25 @@ class Row(BaseModel):
     split: str
     label: str
     subset: str = "all"
-    fraction: float = 1.0
-    metric: str
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    metric: Annotated[str, Field(min_length=1)]
     value: float | None
     low: float | None = None
     high: float | None = None
-    n: int
-    positives: int
+    n: Annotated[int, Field(ge=0)]
+    positives: Annotated[int, Field(ge=0)]
     reason: str | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError("an interval that begins below its end")
+        numbers = [one for one in (self.value, self.low, self.high) if one is not None]
+        if self.metric in UNIT and not all(0 <= one <= 1 for one in numbers):
+            raise ValueError(f"{self.metric} between 0 and 1")
+        if self.positives > self.n and not self.label.startswith("macro"):
+            raise ValueError("no more positives than rows")
+        return self
 
 
 class Results(BaseModel):
@@ -92,6 +119,15 @@ class Results(BaseModel):
 
     run: Run
     rows: list[Row]
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        seen: set[tuple[Any, ...]] = set()
+        for i, row in enumerate(self.rows):
+            if (key := (row.split, row.label, row.subset, row.fraction, row.metric)) in seen:
+                raise ValueError(f"each number once; `rows.{i}` is of the split, label, subset and metric of another")
+            seen.add(key)
+        return self
 
 
 class WrittenRun(Run):
@@ -151,13 +187,7 @@ def write_results(folder: str | Path, run: Mapping[str, Any], rows: pd.DataFrame
 
 def read_results(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """Read FOLDER/results.json: run, rows. Raises: UserError: absent, or not of the schema."""
-    path = Path(folder) / "results.json"
-    try:
-        results = Results.model_validate(read_json(path))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{path}: not the results of a probe or fusion run: `{where}` {fault['msg']}") from None
+    results = Results.model_validate(read_json(Path(folder) / "results.json", Results))
     rows = pd.DataFrame([row.model_dump() for row in results.rows], columns=COLUMNS)
     always = results.run.model_dump(include={"task", "model", "encoder", "seed", "allow_leak", "warnings"})
     return results.run.model_dump(exclude_unset=True) | always, rows.astype(
@@ -212,13 +242,21 @@ def predictions(folder: str | Path, split: str) -> pd.DataFrame:
     path = Path(folder) / "predictions" / f"{split}.parquet"
     if not path.is_file():
         raise UserError(f"{path}: no such predictions; a finished probe or fusion run has them")
-    with undamaged(path, "evaluate the run again"):
-        table = pd.read_parquet(path)
-    values = [str(c) for c in table if str(c).startswith(("label_", "logit_"))]
-    if missing := [c for c in values if c.replace("label_", "logit_", 1) not in table]:
-        raise UserError(f"{path}: column `{missing[0].replace('label_', 'logit_', 1)}` is missing")
-    if odd := [c for c in values if not pd.api.types.is_numeric_dtype(table[c])]:
-        raise UserError(f"{path}: column `{odd[0]}` holds no numbers; evaluate the run again")
+    again = "evaluate the run again"
+    with undamaged(path, again):
+        have = pq.read_schema(path).names
+    values = {c: PREDICTION[c[:6]] for c in have if c.startswith(("label_", "logit_"))}
+    labels = dict.fromkeys(c[6:] for c in values)
+    needed = ["subject_id", *(f"{kind}_{label}" for label in labels for kind in ("label", "logit"))]
+    table = read_parquet(path, PREDICTED | values, again, names=needed, more=True)
+    if table.empty or not values:
+        raise UserError(f"{path}: no predictions in it; {again}")
+    keys = [key for key in ROW_IDS if key in table]
+    if not any(table[key].notna().all() and table[key].is_unique for key in keys):
+        raise UserError(f"{path}: rows stand twice by their {' and '.join(keys) or 'ids'}; wanted each once; {again}")
+    for name in (c for c in values if c.startswith("logit_")):
+        if table[name].isna().any() and table[name].notna().any():
+            raise UserError(f"{path}: column `{name}`: some rows have no number; {again}")
     return table
 
 

@@ -6,8 +6,8 @@ is empty, what is damaged is named in a UserError. Nothing is computed here but 
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from configs import UserError
 from configs.commands import command_line
-from ehr_features.files import read_json
+from ehr_features.typed import read_json, read_lines, read_yaml
+from ehr_features.typed.shapes import Provenance, RunConfig
+from finetune.config.shapes import GridJson, Logged, Probed
 from finetune.results import COLUMNS, each_training, predictions, read_results
+from pretrain.shapes import EncoderJson
 
 MARK = "config.yaml"
 ON_A_PAGE = 30  # runs that a `next:` line still shows on a page
@@ -150,7 +152,7 @@ def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _method(run: Run) -> str:
     """The run's name without its seed."""
-    grid = read_object(run.folder.parent.parent / "grid.json").get("methods", {})
+    grid = read_object(run.folder.parent.parent / "grid.json", GridJson).get("methods", {})
     if (name := grid.get(run.folder.parent.name)) is not None:
         return f"{name}/{run.folder.name}"
     return SEED.sub("", run.name).lstrip("-_/") or run.name
@@ -231,45 +233,35 @@ def read_run(folder: Path, name: str) -> Run:
     """Read one run. Raises: UserError: a file in it is damaged."""
     result, rows = read_results(folder) if (folder / "results.json").is_file() else ({}, pd.DataFrame(columns=COLUMNS))
     path = folder / MARK
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable YAML ({type(error).__name__})") from None
+    config = read_yaml(path, RunConfig) if path.is_file() else {}
+    said = read_object(folder / "provenance.json", Provenance)
+    if (first := said.get("config")) and first != config:
+        keys = [key for key in {**first, **config} if first.get(key) != config.get(key)]
+        print(f"warning: {path}: differs from provenance.json in {', '.join(keys[:5])}", file=sys.stderr)
     return Run(
         folder=folder,
         name=name,
         called=name,
-        config=config if isinstance(config, dict) else {},
-        provenance=read_object(folder / "provenance.json"),
-        metrics=read_lines(folder / "metrics.jsonl"),
-        watched=read_lines(folder / "probe.jsonl"),
-        encoder=read_object(folder / "encoder" / "encoder.json"),
+        config=config,
+        provenance=said,
+        metrics=as_table(folder / "metrics.jsonl", Logged),
+        watched=as_table(folder / "probe.jsonl", Probed),
+        encoder=read_object(folder / "encoder" / "encoder.json", EncoderJson),
         result=result,
         rows=rows,
     )
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where the file is absent. Raises: UserError: damaged, or something else."""
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: wanted a JSON object, found a {type(value).__name__}")
+def read_object(path: Path, shape: Any) -> dict[str, Any]:
+    """A JSON object; {} where the file is absent. Raises: UserError: damaged, or of another shape."""
+    value: dict[str, Any] = read_json(path, shape) if path.is_file() else {}
     return value
 
 
-def read_lines(path: Path) -> pd.DataFrame:
+def as_table(path: Path, shape: Any) -> pd.DataFrame:
     """JSON lines as a table, an object a row; nested objects become `a/b`. The last line may be cut short by a kill."""
-    if not path.is_file():
-        return pd.DataFrame()
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    records = []
-    for i, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if i < len(lines) - 1:
-                raise UserError(f"{path}: line {i + 1} is not JSON; was the file edited?") from None
-    return pd.json_normalize([r for r in records if isinstance(r, dict)], sep="/") if records else pd.DataFrame()
+    records = read_lines(path, shape) if path.is_file() else []
+    return pd.json_normalize(records, sep="/") if records else pd.DataFrame()
 
 
 def part(of: dict[str, Any], key: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import pandas as pd
 from scipy.special import expit
 
 from configs import UserError, first_line
-from ehr_features.files import UNREADABLE, check_new_file, new_file
+from ehr_features.files import check_new_file, new_file
 from ehr_features.raw.remote import user_table
+from ehr_features.typed.read import UNREADABLE
 from finetune.metrics import evaluate
 from finetune.results import as_text
 

@@ -52,11 +52,12 @@ def _after_images(config: ImagesConfig, out: Path, given: str) -> list[str]:
 
 def _films_of(features: Path) -> str | None:
     """The folder of films that a features folder was made with."""
-    from ehr_features.files import read_json
+    from ehr_features.typed import read_json
+    from ehr_features.typed.shapes import Provenance
 
     path = features / "provenance.json"
-    config = read_json(path).get("config") if path.is_file() else None
-    return config.get("mimic_cxr") if isinstance(config, dict) else None
+    config: dict[str, str | None] = (read_json(path, Provenance).get("config") or {}) if path.is_file() else {}
+    return config.get("mimic_cxr")
 
 
 def _train(config: PretrainConfig, args: argparse.Namespace) -> None:
@@ -95,12 +96,13 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _knowledge(args: argparse.Namespace) -> None:
-    from ehr_features.files import read_json
+    from ehr_features.typed import read_json
+    from pretrain.shapes import Knowledge
     from pretrain.text.knowledge import retrieve
 
     print(f"passages of {args.passages} nearest to each note of {args.notes}, by {args.text_encoder}")
     out = retrieve(args.notes, args.passages, args.text_encoder, top=args.top, threshold=args.threshold)
-    about = read_json(out.with_suffix(".json"))
+    about = read_json(out.with_suffix(".json"), Knowledge)
     print(
         f"  {about['passages']} passages, {about['passages_changed_by_filter']} changed and "
         f"{about['passages_emptied']} emptied by the leak filter ({about['filter']}), "

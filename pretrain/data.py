@@ -128,10 +128,6 @@ def select_films(
     else:
         source, own = from_table(films, groups)
     table, groups, encoded = source.table, source.groups, source.encoded
-    if twice := int(table["dicom_id"].duplicated().sum()):
-        raise UserError(f"{source.name}: {twice} dicom_ids stand twice; build the features again")
-    if unknown := int(table["subject_id"].isna().sum()):
-        raise UserError(f"{source.name}: {unknown} films have no subject_id; build the features again")
     keep, left_out = _kept(table, store, films, seed, source.name)
     if own is not None:
         for group, each in zip(groups, encoded, strict=True):

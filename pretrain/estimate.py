@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from ehr_features.files import read_json, write_json
+from ehr_features.files import write_json
+from ehr_features.typed import read_json
 from pretrain import build, run
 from pretrain.accumulate import backward
 from pretrain.config import PretrainConfig
 from pretrain.data import Steps, batches, select_films
 from pretrain.schedule import Schedule
+from pretrain.shapes import Budget
 from pretrain.store import Store
 
 FIRST, MEASURED = 4, 16  # warm-up steps, and measured steps
@@ -82,7 +84,7 @@ def affordable_steps(config: PretrainConfig, steps: Steps, folder: Path, acceler
         cost = step_cost(config, steps, accelerator)
         said = {"processor_seconds": seconds, "seconds_of_a_step": cost.processor}
         run.on_main(lambda: write_json(path, said | {"steps": max(1, int(seconds / cost.processor))}))
-    return int(read_json(path)["steps"])
+    return int(read_json(path, Budget)["steps"])
 
 
 def estimate(config: PretrainConfig, args: argparse.Namespace | None = None) -> str:

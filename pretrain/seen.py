@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from configs import UserError
-from ehr_features.files import new_file, undamaged
+from ehr_features.files import new_file
+from ehr_features.typed import read_parquet
 from pretrain.encoder.hub import card_note
 from pretrain.encoder.model import encoder_folder, read_meta
 from pretrain.encoder.sources import find
+from pretrain.shapes import SEEN
 
 NAME = "seen_subjects.parquet"
 
@@ -26,10 +27,7 @@ def read_seen(weights: str | Path) -> pd.DataFrame | None:
     path = folder.parent / NAME
     if not (folder.is_dir() and path.is_file()):
         return None
-    with undamaged(path, "copy the run again"):
-        seen = pd.read_parquet(path)
-    if "subject_id" not in seen:
-        raise UserError(f"{path}: damaged (no column subject_id); copy the run again")
+    seen = read_parquet(path, SEEN, "copy the run again", names=["subject_id"], more=True)
     return seen.reindex(columns=["subject_id", "split"])
 
 

@@ -42,7 +42,7 @@ def test_features_points_to_films_or_without_films_to_the_record(
 ) -> None:
     out = tmp_path / "features"
     monkeypatch.setattr("ehr_features.build.build", lambda config: out)
-    monkeypatch.setattr("ehr_features.summary.summary", lambda out: [])
+    monkeypatch.setattr("ehr_features.films.summary.summary", lambda out: [])
     given = load(FeaturesConfig, config, ["mimic_iv=/data/iv", films, f"out={out}"])
     tables._build(given, Namespace(config=config))
     name, found = resolved(capsys.readouterr().out, capsys)

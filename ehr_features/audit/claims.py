@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -37,16 +38,18 @@ from ehr_features.audit.series import DECLARED, FITTED, KNOWN, check_carried, ch
 from ehr_features.audit.series import READ as RAW_EVENTS
 from ehr_features.audit.verdict import PROVED, UNKNOWN, Verdict, cannot, decide
 from ehr_features.config import FeaturesConfig
-from ehr_features.files import read_json, read_table
+from ehr_features.files import read_table
 from ehr_features.progress import Bar
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import Source, open_source
 from ehr_features.schema import SPLITS
 from ehr_features.series import channels
+from ehr_features.typed import read_json, read_parquet, shapes
 
 LABEL_GROUPS = ("finding", "phenotype", "outcome")
 ORDER = ("study", "admission", "discharge")
 RAW = (*RAW_EVENTS, "icustays")
+AGAIN = "build the features again"
 HOURS = "every sample is predicted at the hour of its task"
 ENDS = "no sample is from after death, and remaining hours end with the stay"
 
@@ -76,16 +79,20 @@ def run(args: argparse.Namespace) -> int:
 
 def audit(features: Path, runs: list[Path]) -> list[Verdict]:
     """Check every claim. Raises: UserError: no features folder, or no run folder."""
-    stays = read_table(features, "stays")
+    table = partial(read_table, features, values=False)
+    stays = table("stays")
     films = (features / "images.parquet").is_file()
-    images = read_table(features, "images") if films else _no_images()
-    samples = {p.stem: read_table(features, f"samples/{p.stem}") for p in sorted(features.glob("samples/*.parquet"))}
+    images = table("images") if films else _no_images()
+    ours, samples = read_json(features / "schema.json", shapes.SchemaJson), {}
+    for path in sorted(features.glob("samples/*.parquet")):  # a user's own table may hold anything
+        name = f"samples/{path.stem}"
+        samples[path.stem] = table(name) if name in ours else read_parquet(path, {}, AGAIN, names=[], more=True)
     samples = {name: table for name, table in samples.items() if _has_ids(table)}
     subjects = pd.concat([t[["subject_id", "split"]] for t in (stays, images, *samples.values())])
     verdicts = [check_splits({"stays": stays, "images": images, **{f"samples/{n}": t for n, t in samples.items()}})]
     verdicts.append(check_films(stays, images, samples))
     if films:
-        verdicts.append(check_stay_films(stays, images, read_table(features, "stay_films")))
+        verdicts.append(check_stay_films(stays, images, table("stay_films")))
         verdicts.append(check_history(stays, images))
     verdicts.append(check_inputs(features))
     has_values = any(static.has(group, images.columns) for group in static.RECORD_GROUPS)
@@ -126,7 +133,7 @@ def audit(features: Path, runs: list[Path]) -> list[Verdict]:
 def _built_with(features: Path) -> FeaturesConfig:
     """The config of the build. Raises: UserError: it is missing or invalid."""
     try:
-        config = FeaturesConfig(**read_json(features / "provenance.json")["config"])
+        config = FeaturesConfig(**read_json(features / "provenance.json", shapes.Provenance)["config"])
         channels.read_variables(config.channels)
         return config
     except (KeyError, TypeError, ValueError) as error:
@@ -137,7 +144,7 @@ def _built_with(features: Path) -> FeaturesConfig:
 def _same_source(features: Path, config: FeaturesConfig) -> Source:
     """The raw tables. Raises: UserError: they changed since the build."""
     source = open_source(config)
-    held = {one["table"]: one for one in read_json(features / "provenance.json")["sources"].values()}
+    held = {one["table"]: one for one in read_json(features / "provenance.json", shapes.Provenance)["sources"].values()}
     for name in {*held, *RAW}:
         now = fingerprint(source.files[name]) if name in source.files else {}
         if not now or any(held.get(name, {}).get(key) != value for key, value in now.items()):
@@ -210,7 +217,7 @@ def check_splits(tables: dict[str, pd.DataFrame]) -> Verdict:
 
 def check_inputs(features: Path) -> Verdict:
     """No label is among the input columns, and no column is declared as known earlier than it is."""
-    described = read_json(features / "schema.json")
+    described = read_json(features / "schema.json", shapes.SchemaJson)
     ours = {"stays": schema.STAYS, "images": schema.IMAGES, "stay_films": schema.STAY_FILMS}
     early = moved = unknown = undeclared = columns = 0
     foreign = []
@@ -235,7 +242,7 @@ def check_inputs(features: Path) -> Verdict:
             undeclared += len(said - held)
         else:
             undeclared += len(said ^ held)
-    series = read_json(features / "series.json")["columns"]
+    series = read_json(features / "series.json", shapes.Series)["columns"]
     bad = {
         "labels among the columns of the series": len(labels & {c.removeprefix("mask->") for c in series}),
         "columns declared as known earlier than they are": int(early),

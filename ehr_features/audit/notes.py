@@ -19,10 +19,12 @@ import pyarrow.compute as pc
 from configs import UserError
 from ehr_features.audit.verdict import Verdict, cannot, decide
 from ehr_features.config import EVALUATION
-from ehr_features.files import read_json, read_table
+from ehr_features.files import read_table
 from ehr_features.labels import findings
 from ehr_features.notes import leak_filter
 from ehr_features.schema import FINDINGS
+from ehr_features.typed import read_json
+from ehr_features.typed.shapes import Provenance
 
 SAMPLES = 300  # resamples of the test subjects
 WORDS = 5  # words listed per finding
@@ -46,7 +48,10 @@ def is_notes(folder: Path) -> bool:
 
 def features_of(folder: Path) -> Path:
     """The features of a folder of notes, from its config."""
-    return Path(str(read_json(folder / "provenance.json")["config"]["features"]))
+    path = folder / "provenance.json"
+    if not (given := (read_json(path, Provenance).get("config") or {}).get("features")):
+        raise UserError(f"{path}: `config.features` is missing; was it copied whole?")
+    return Path(given)
 
 
 def audit_notes(folder: Path, features: Path) -> tuple[list[Verdict], list[str]]:
@@ -57,14 +62,19 @@ def audit_notes(folder: Path, features: Path) -> tuple[list[Verdict], list[str]]
     Returns: verdicts, and the lines of the prediction table.
     Raises: UserError: not such a folder, or a damaged table.
     """
-    config = read_json(folder / "provenance.json").get("config") or {}
-    notes = read_table(folder, "notes", ["dicom_id", "subject_id", "split", "note", "available_at"])
-    images = read_table(features, "images", ["dicom_id", "subject_id", "split", "taken_at", *FINDINGS])
+    config = read_json(folder / "provenance.json", Provenance).get("config") or {}
+    keys = ["dicom_id", "subject_id", "split"]
+    notes = read_table(folder, "notes", [*keys, "note", "available_at"], values=False)
+    images = read_table(features, "images", [*keys, "taken_at", *FINDINGS], values=False)
     mode = str(config.get("filter", "none"))
     verdicts = [check_times(folder, notes, images), check_names(folder, notes["note"])]
     before: pd.DataFrame | None = notes
     if mode != "none":
-        before = read_table(folder, "unfiltered") if (folder / "unfiltered.parquet").is_file() else None
+        before = (
+            read_table(folder, "unfiltered", ["dicom_id", "note"], values=False)
+            if (folder / "unfiltered.parquet").is_file()
+            else None
+        )
         verdicts.append(check_filter(folder, notes, before, mode))
     if before is None:
         return verdicts, []

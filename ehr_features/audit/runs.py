@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
-import yaml
 
-from configs import UserError, first_line
+from configs import UserError
 from ehr_features import static
 from ehr_features.audit.verdict import Verdict, cannot, decide
-from ehr_features.files import read_json
-from ehr_features.schema import HELD_OUT
+from ehr_features.schema import HELD_OUT, Column
+from ehr_features.typed import read_json, read_parquet, read_yaml
+from ehr_features.typed.shapes import RunConfig
 
 UNTRAINED = ("pixels", "metadata", "random:")
 
@@ -36,14 +35,9 @@ def check_runs(runs: list[Path], subjects: pd.DataFrame) -> list[Verdict]:
 
 
 def _config(run: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{run}: not a run folder: it has no config.yaml; wanted runs/X") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{run}/config.yaml: damaged; copy the run again")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: not a run folder: it has no config.yaml; wanted runs/X")
+    config: dict[str, Any] = read_yaml(run / "config.yaml", RunConfig)
     return config
 
 
@@ -85,10 +79,13 @@ def _starts_from(config: dict[str, Any]) -> str | None:
 
 
 def _ids(path: Path) -> set[int]:
-    try:
-        return set(pq.read_table(path, columns=["subject_id"])["subject_id"].to_pylist())
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); copy the run again") from None
+    return set(_subjects(path))
+
+
+def _subjects(path: Path) -> list[int]:
+    """The subject of each row of a table of a run."""
+    subject = {"subject_id": Column("int64", null=False)}
+    return read_parquet(path, subject, "copy the run again", names=["subject_id"])["subject_id"].tolist()
 
 
 def _inputs(run: Path, config: dict[str, Any]) -> Verdict:
@@ -122,7 +119,7 @@ def _predictions(run: Path, subjects: pd.DataFrame) -> Verdict:
     rows = 0
     for path in sorted((run / "predictions").glob("*.parquet")):
         own = set(subjects.loc[subjects["split"] == path.stem, "subject_id"].astype(int))
-        ids = pq.read_table(path, columns=["subject_id"])["subject_id"].to_pylist()
+        ids = _subjects(path)
         rows += len(ids)
         if path.stem in HELD_OUT:
             bad[f"rows of predictions/{path.name} of other subjects"] = sum(i not in own for i in ids)

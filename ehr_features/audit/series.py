@@ -23,15 +23,16 @@ import pyarrow as pa
 from ibis import _
 from safetensors import safe_open
 
-from configs import UserError
 from ehr_features.audit.verdict import Verdict, cannot, decide
 from ehr_features.config import FeaturesConfig
-from ehr_features.files import read_json
 from ehr_features.raw.engine import batches, hold
 from ehr_features.raw.source import Source
 from ehr_features.series import bins, channels, events, medfuse
 from ehr_features.series.channels import SPECIMEN_TYPE
 from ehr_features.series.file import fit
+from ehr_features.series.mapped import Mapped
+from ehr_features.typed import read_json
+from ehr_features.typed.shapes import Series
 
 KNOWN = "no vital sign or laboratory value is from after its hour"
 FILLED = "values that were not observed are carried forward, never back"
@@ -43,7 +44,7 @@ READ = ("chartevents", "labevents")
 
 def check_series(features: Path, stays: pd.DataFrame, config: FeaturesConfig) -> list[Verdict]:
     """Verdicts on series.safetensors and series.json that need no raw table."""
-    about, layout = read_json(features / "series.json"), _layout(config)
+    about, layout = read_json(features / "series.json", Series), _layout(config)
     wanted = [*layout.values, *layout.observed]
     other = sum(ours != theirs for ours, theirs in zip_longest(about["columns"], wanted))
     more = abs(sum(_widths(_file(features))) - len(wanted))
@@ -54,10 +55,7 @@ def check_series(features: Path, stays: pd.DataFrame, config: FeaturesConfig) ->
 
 
 def _file(features: Path) -> Path:
-    path = features / "series.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; build the features again")
-    return path
+    return Mapped(features).path
 
 
 def _widths(path: Path) -> tuple[int, int]:
@@ -71,7 +69,7 @@ def _layout(config: FeaturesConfig) -> bins.Layout:
 
 def check_carried(features: Path, chunk: int = 2_000) -> Verdict:
     """A value that was not observed equals the value before it, or the normal value."""
-    path, about = _file(features), read_json(features / "series.json")
+    path, about = _file(features), read_json(features / "series.json", Series)
     normal, of = np.array(about["imputation"]["normal"], np.float32), np.array(about["observed_of"])
     if len(normal) != len(of) or _widths(path)[0] != len(of) or of.max() >= _widths(path)[1]:
         return cannot(FILLED, ODD)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from configs import UserError
-from ehr_features.files import read_json
+from ehr_features.typed import read_json, shapes
 
 
 def truth_of(features: str | Path) -> dict[str, Any]:
@@ -16,16 +15,11 @@ def truth_of(features: str | Path) -> dict[str, Any]:
     """
     features = Path(features).resolve()
     made = features / "provenance.json"
-    said = read_json(made) if made.is_file() else {}
-    config = said.get("config") if isinstance(said, dict) else None
-    if not isinstance(config, dict):
-        return {}
+    config = (read_json(made, shapes.Provenance).get("config") or {}) if made.is_file() else {}
     for tables in (config.get(key) for key in ("mimic_iv", "mimic_cxr") if config.get(key)):
         beside = Path(str(tables)).parent / "truth.json"
         for path in (beside, *(parent / beside for parent in features.parents)):
             if path.is_file():
-                found = read_json(path)
-                if not isinstance(found, dict):
-                    raise UserError(f"{path}: wanted a JSON object, found a {type(found).__name__}")
+                found: dict[str, Any] = read_json(path, shapes.Truth)
                 return found
     return {}

@@ -29,18 +29,7 @@ from ehr_features import schema
 from ehr_features.build import NO_EFFECT, Steps, is_current, note_dropped
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig, NotesConfig
-from ehr_features.files import (
-    alone,
-    check_ours,
-    code_digest,
-    digest,
-    file_digest,
-    new_folder,
-    provenance,
-    read_json,
-    undamaged,
-    write_json,
-)
+from ehr_features.files import alone, check_ours, code_digest, digest, file_digest, new_folder, provenance, write_json
 from ehr_features.films.metadata import where
 from ehr_features.notes import leak_filter
 from ehr_features.notes.facts import FIELDS, complaints, facts, latest, read_abbreviations
@@ -48,6 +37,7 @@ from ehr_features.notes.template import Template, fields_of, read_template, rend
 from ehr_features.raw.engine import hold, named_by_the_engine
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source, open_source
+from ehr_features.typed import read_json, shapes, undamaged
 
 CHUNK = 100_000  # films in a chunk
 READ = ("admissions", "diagnoses_icd", "d_icd_diagnoses", "edstays", "triage", "vitalsign", "medrecon", "pyxis")
@@ -136,7 +126,7 @@ def linked_films(config: NotesConfig) -> tuple[pa.Table, Attrition]:
     Raises: UserError: no features folder, no films in it, or features without visits for notes of visits.
     """
     path = config.features / "images.parquet"
-    about = read_json(config.features / "provenance.json") if config.features.is_dir() else None
+    about = read_json(config.features / "provenance.json", shapes.Provenance) if config.features.is_dir() else None
     if about is None:
         raise UserError(f"{config.features}: no such folder; write it with {command_line('features', 'features')}")
     if not path.is_file():

@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 
 from configs import UserError, first_line
 from configs.amounts import amount, machine_memory
-from ehr_features.files import UNREADABLE, digest, new_file
+from ehr_features.files import digest, new_file
 from ehr_features.schema import Raw
+from ehr_features.typed.read import UNREADABLE
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
 SUFFIXES = (".parquet", ".csv", ".csv.gz")  # of a table

@@ -25,6 +25,8 @@ from ehr_features.raw.remote import explained, fingerprint
 from ehr_features.raw.source import EVENTS, Source, named
 from ehr_features.schema import READ
 from ehr_features.series.channels import SPECIMEN_TYPE, Channel, item_ids
+from ehr_features.typed import read_json
+from ehr_features.typed.shapes import Scan
 
 NOBODY = -1
 CODE_STATUS = (223758, 228687)
@@ -73,7 +75,7 @@ def _one(source: Source, name: str, items: list[int], subjects: list[int], folde
         written = source.con.read_parquet(str(path))
         dropped = int(written.filter(~named(name, written)).count().execute())
         write_json(facts, {"rows_read": rows, "dropped": dropped})
-    found, kept = json.loads(facts.read_text()), source.con.read_parquet(str(path))
+    found, kept = read_json(facts, Scan), source.con.read_parquet(str(path))
     source.dropped[name] = found["dropped"]
     return kept.filter(named(name, kept)), found["rows_read"]
 

@@ -16,13 +16,14 @@ from safetensors import safe_open
 
 from configs import UserError
 from ehr_features.config import FeaturesConfig
-from ehr_features.files import code_digest, digest, new_file, read_json, write_json
+from ehr_features.files import code_digest, digest, new_file, write_json
 from ehr_features.raw.engine import batches
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source
 from ehr_features.series import bins, channels, coverage, events, medfuse
 from ehr_features.series.bins import Layout
 from ehr_features.series.mapped import Mapped
+from ehr_features.typed import read_json, shapes
 
 BINS = ("stay_id", "channel", "bin", "v", "mark", "n", "unstored")
 
@@ -62,7 +63,7 @@ def cached(
         names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
         counts["channel"] = [names[i] for i in counts["channel"]]
         write_json(facts, counts.sort_values(["channel", "fate"]).to_dict("records"))
-    return path, read_json(facts)
+    return path, read_json(facts, list[shapes.Fate])
 
 
 def write(

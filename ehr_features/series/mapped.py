@@ -13,9 +13,11 @@ import numpy as np
 from safetensors import safe_open
 
 from configs import UserError
-from ehr_features.files import read_json, undamaged
+from ehr_features.typed import read_json, undamaged
+from ehr_features.typed.shapes import Series
 
 AGAIN = "build the features again"
+KINDS = {"stay_id": "I64", "offsets": "I64", "values": "F32", "observed": "U8"}
 
 
 class Mapped:
@@ -32,16 +34,29 @@ class Mapped:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        about = read_json(Path(folder) / "series.json")
+        about = read_json(Path(folder) / "series.json", Series)
         self.path = Path(folder) / "series.safetensors"
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file; {AGAIN}")
         with undamaged(self.path, AGAIN), safe_open(self.path, "numpy") as file:
             self.stay_id, self.offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
+            found = {name: [file.get_slice(name).get_dtype(), *file.get_slice(name).get_shape()] for name in KINDS}
         self.columns: list[str] = about["columns"]
-        self.step_hours = float(about.get("step_hours", 1))
+        self._check(found, about["num_values"])
+        self.step_hours = float(about["step_hours"])
         self.set_scale(about["normaliser"])
         self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+
+    def _check(self, found: dict[str, list[Any]], num: int) -> None:
+        """Refuse a file that does not fit series.json, or whose stays are not in order. Raises: UserError."""
+        stays, rows = self.stay_id.size, int(self.offsets[-1]) if self.offsets.ndim == 1 and len(self.offsets) else 0
+        sizes = {"stay_id": [stays], "offsets": [stays + 1], "values": [rows, num]}
+        sizes["observed"] = [rows, len(self.columns) - num]
+        for name, size in sizes.items():
+            if found[name] != (wanted := [KINDS[name], *size]):
+                raise UserError(f"{self.path}: `{name}`: got {found[name]}, wanted {wanted} by series.json; {AGAIN}")
+        if (np.diff(self.stay_id) <= 0).any() or (np.diff(self.offsets) < 0).any() or self.offsets[0] != 0:
+            raise UserError(f"{self.path}: its stays are not in order; {AGAIN}")
 
     def set_scale(self, normaliser: dict[str, Any]) -> None:
         """Normalise by the `mean` and `std` of `series.fit`."""
@@ -63,6 +78,8 @@ class Mapped:
         """As `self[rows]`; `normalise=False` gives the values in their units."""
         values, observed = self._map()
         found = values[rows]
+        if not np.isfinite(found).all():
+            raise UserError(f"{self.path}: `values` holds numbers that are not finite; {AGAIN}")
         out = np.empty((*found.shape[:-1], len(self.columns)), np.float32)
         known = out[..., : len(self.mean)]
         if normalise:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import UserError
-from ehr_features.files import undamaged
+from ehr_features.typed import undamaged
 from finetune.encoders import pooled
 from finetune.fusion.models import Note, Output
 from finetune.fusion.samples import CONTEXT

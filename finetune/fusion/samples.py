@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 from configs import UserError
 from configs.signals import held
 from ehr_features import series
-from ehr_features.files import read_json, read_table
-from ehr_features.schema import FRONTAL
+from ehr_features.files import read_table
+from ehr_features.schema import FRONTAL, SAMPLES, Column
+from ehr_features.typed import read_json
+from ehr_features.typed.read import check_values
+from ehr_features.typed.shapes import Series
 from finetune.metrics import COLUMNS
 from finetune.resample import spread
 from pretrain.data import begin_worker, own_errors
@@ -152,7 +155,7 @@ def load(
     hours_left = table["los_remaining_hours"].to_numpy(float) if "los_bin" in table else None
     table = one_hot(table) if hours_left is not None else table
     names = [str(c) for c in table if c not in KEYS and pd.api.types.is_numeric_dtype(table[c])]
-    step = 1.0 if task == "findings" else float(read_json(Path(folder) / "series.json").get("step_hours", 1))
+    step = 1.0 if task == "findings" else float(read_json(Path(folder) / "series.json", Series)["step_hours"])
     values, start, length = _record(folder, table, task, step)
     if max_hours is not None:
         cut = np.maximum(length - round(max_hours / step), 0)
@@ -270,13 +273,13 @@ def _film_rows(
     if own.empty:  # of tables without films there is no stay_films.parquet
         return own.assign(hours=0.0, view="")[["row", "dicom_id", "hours", "view"]]
     taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime", "view"])
-    taken = taken.drop_duplicates(["stay_id", "dicom_id"]).sort_values("hours_from_intime", kind="stable")
+    taken = taken.sort_values("hours_from_intime", kind="stable")
     taken = taken if readable is None else taken[[film in readable for film in taken["dicom_id"]]]
     pairs = own.merge(taken, on=["stay_id", "dicom_id"], how="left", validate="m:1")
     lost, late = pairs["hours_from_intime"].isna(), pairs["hours_from_intime"] > pairs["predict_at_hours"] + 1e-6
     for bad, why in ((lost, "are not in stay_films.parquet"), (late, "were taken after the prediction")):
         if bad.any():
-            raise UserError(f"{folder}: {bad.sum()} films of samples/{task} {why}; build the features again")
+            raise UserError(f"{folder}: {bad.sum()} films of samples/{task}.parquet {why}; build the features again")
     if count > 1:
         earlier = pairs.merge(taken, on="stay_id", suffixes=("_own", ""))
         keep = (earlier["hours_from_intime"] < earlier["hours_from_intime_own"]) & (earlier["hours_from_intime"] >= 0)
@@ -334,6 +337,12 @@ FILM_TASKS = (
     "radiology",
 )  # findings: films alone; radiology: those of ICU stays, with the record before them
 
+LABEL, FINDING = (Column("float64", among=among) for among in ((0, 1), (0, 1, -1)))
+LABELS = {
+    "los_remaining_hours": Column("float64", null=False, low=0),
+    "los_bin": Column("int64", null=False, low=0, high=9),
+}
+AGAIN = "build the features again"
 RETROSPECTIVE = ("phenotypes",)  # read to the stay's end, so not a forecast; `phenotypes_early` is one
 # Source of the groups: MIMIC-III benchmark (arXiv:1703.07771), table 4: 13 acute, 5 mixed, 7 chronic.
 MIXED, CHRONIC = (50, 105, 106, 108, 151), (49, 53, 98, 99, 101, 127, 158)
@@ -356,12 +365,16 @@ def read_samples(folder: str | Path, task: str) -> pd.DataFrame:
     Raises: UserError: no such task, no rows, a column that is missing.
     """
     name = "findings" if task in FILM_TASKS else task
+    path = f"{folder}/samples/{name}.parquet"
     table = read_table(folder, f"samples/{name}").sort_values("sample_id", ignore_index=True)
     if missing := [c for c in KEYS if c not in table]:
-        found = ", ".join(map(str, table))
-        raise UserError(f"{folder}/samples/{name}.parquet: no column {', '.join(missing)}; found {found}")
+        raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(map(str, table))}")
+    numbers = [str(c) for c in table if c not in SAMPLES and pd.api.types.is_numeric_dtype(table[c])]
+    check_values(table, {c: LABELS.get(c, FINDING if task in FILM_TASKS else LABEL) for c in numbers}, path, AGAIN)
+    if task not in FILM_TASKS:
+        _check_stays(folder, table, path)
     if task == "radiology":
-        taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime"]).drop_duplicates()
+        taken = read_table(folder, "stay_films", ["stay_id", "dicom_id", "hours_from_intime"])
         table = table.merge(taken, on=["stay_id", "dicom_id"], validate="m:1")
         table["predict_at_hours"] = table.pop("hours_from_intime")
         table = table[table["predict_at_hours"] >= 0].reset_index(drop=True)
@@ -370,6 +383,21 @@ def read_samples(folder: str | Path, task: str) -> pd.DataFrame:
             f"{folder}/samples/{name}.parquet: no samples of {task}; attrition.json says what fell out, why"
         )
     return table
+
+
+def _check_stays(folder: str | Path, table: pd.DataFrame, path: str) -> None:
+    """Refuse samples of stays that the features do not have, or of another subject or split than their stay."""
+    check_values(table, {c: Column("float64", null=False) for c in ("stay_id", "predict_at_hours")}, path, AGAIN)
+    stays = read_table(folder, "stays", ["stay_id", "subject_id", "split"]).set_index("stay_id")
+    own = stays.reindex(table["stay_id"])
+    for column, wanted in (
+        ("subject_id", "a stay of stays.parquet and its subject"),
+        ("split", "the split of its stay"),
+    ):
+        if (odd := np.flatnonzero(own[column].to_numpy() != table[column].to_numpy())).size:
+            raise UserError(
+                f"{path}: column `{column}`, {len(odd)} rows, the first row {odd[0] + 1}: wanted {wanted}; {AGAIN}"
+            )
 
 
 def one_hot(table: pd.DataFrame) -> pd.DataFrame:

@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from configs import UserError, load
 from configs.loader import Given
-from ehr_features.files import new_file, read_json, write_json
+from ehr_features.files import new_file, write_json
 from ehr_features.schema import HELD_OUT
+from ehr_features.typed import read_json, undamaged
 from finetune.config import FuseConfig
+from finetune.config.shapes import Trial
 from finetune.fit import Scores, weights_of
 from finetune.fusion import outputs, own_samples
 from finetune.fusion.cross_attention import kind_of
@@ -38,6 +40,7 @@ from finetune.fusion.net import FilmBranch, Net, load_branch, read_branch
 from finetune.fusion.outputs import Predictions
 from finetune.fusion.samples import Samples
 from finetune.results import TRACKING, headline
+from pretrain import encoder as encoders
 from pretrain import run
 from pretrain.encoder.memory import TRAINED, tried_on_meta, weights_fit
 
@@ -197,8 +200,13 @@ def _trial(
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     net, done = build(config, samples, films), folder / "trial.json"
     if done.is_file():
-        net.load_state_dict(load_file(folder / "net.safetensors"))
-        told = read_json(done)
+        path, told = folder / "net.safetensors", read_json(done, Trial)
+        again = f"remove {folder}, and it is trained again"
+        with undamaged(path, again):
+            state = load_file(path)
+        if faults := encoders.differences(net.state_dict(), state):
+            raise UserError(f"{path}: not the weights of this model: {faults}; {again}")
+        net.load_state_dict(state)
         return net, Scores(float("nan") if told["val_auroc"] is None else told["val_auroc"], told["val_loss"])
     value = train(net, samples, rows, config, accelerator, log.within(folder), folder)
     if accelerator.is_main_process:

@@ -15,8 +15,10 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 
 from configs import UserError
-from ehr_features.files import new_file, read_json, undamaged, write_json
+from ehr_features.files import new_file, write_json
+from ehr_features.typed import read_json, undamaged
 from finetune.config import ProbeConfig
+from finetune.config.shapes import Head
 from finetune.encoders import Frozen, film_features
 from finetune.labelled import Films
 from finetune.probe.evaluation import score, scored, subgroups
@@ -47,9 +49,13 @@ def load(folder: str | Path) -> tuple[LinearHead, dict[str, Any]]:
     path = Path(folder)
     if not (path / "head.json").is_file():
         raise UserError(f"{folder}: no head.json; give a finished run of method=linear or logistic")
-    about = read_json(path / "head.json")
+    about = read_json(path / "head.json", Head)
     with undamaged(path / "head.safetensors", "fit it again"):
         tensors = load_file(path / "head.safetensors")
+    labels, width = len(about["labels"]), len(tensors.get("weights", ()))
+    for name, shape in (("weights", (width, labels)), ("bias", (labels,))):
+        if name not in tensors or tensors[name].shape != shape or tensors[name].dtype.kind != "f":
+            raise UserError(f"{path}/head.safetensors: `{name}` is not of the labels in head.json; fit the probe again")
     if odd := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
         raise UserError(f"{path}/head.safetensors: `{odd[0]}` has values that are not finite; fit the probe again")
     return LinearHead(about["pools"], tensors["weights"], tensors["bias"]), about

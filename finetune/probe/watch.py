@@ -15,14 +15,18 @@ from typing import Any
 import torch
 
 from configs import UserError
-from ehr_features.files import read_json, read_table
+from ehr_features.files import read_table
+from ehr_features.typed import read_json, read_lines
+from ehr_features.typed.shapes import Provenance
 from finetune.config import ProbeConfig
+from finetune.config.shapes import Probed
 from finetune.encoders import Frozen, film_features, open_encoder
 from finetune.guard import check_encoder
 from finetune.labelled import Films, check_splits
 from finetune.layouts import open_films
 from finetune.probe.methods import on_features
 from finetune.run_folders import report_line
+from pretrain.shapes import EncoderJson
 
 
 def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> Path:
@@ -104,18 +108,18 @@ def _open(run: Path) -> Frozen | None:
 def _step(run: Path) -> int | None:
     path = run / "encoder" / "encoder.json"
     try:
-        return int(read_json(path)["step"]) if path.is_file() else None
-    except (UserError, KeyError):
+        return read_json(path, EncoderJson).get("step") if path.is_file() else None
+    except UserError:
         return None  # being replaced
 
 
 def _ended(run: Path) -> bool:
     path = run / "provenance.json"
-    return path.is_file() and bool(read_json(path).get("finished_at"))
+    return path.is_file() and bool(read_json(path, Provenance).get("finished_at"))
 
 
 def _steps(path: Path) -> set[int]:
     """Steps already probed, so that watching can resume."""
     if not path.is_file():
         return set()
-    return {json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")}
+    return {line["step"] for line in read_lines(path, Probed)}

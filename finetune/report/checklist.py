@@ -10,6 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from ehr_features.typed.shapes import Provenance, Series
 from finetune.report.cohort import attrition, folders
 from finetune.report.html import number, render, section, table
 from finetune.report.results import by_task, labels, title
@@ -108,8 +109,8 @@ def _data_facts(found: Sequence[Path]) -> dict[str, str]:
     if not found:
         return {}
     folder = found[0]
-    config = part(read_object(folder / "provenance.json"), "config")
-    series = read_object(folder / "series.json")
+    config = part(read_object(folder / "provenance.json", Provenance), "config")
+    series = read_object(folder / "series.json", Series)
     names = {"mimic_iv": "MIMIC-IV", "mimic_ed": "MIMIC-IV-ED", "mimic_cxr": "MIMIC-CXR"}
     sources = ", ".join(name for key, name in names.items() if config.get(key))
     steps = attrition(folder)

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from markupsafe import Markup
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from configs import UserError
-from ehr_features.files import read_json, read_table, undamaged
+from ehr_features.files import read_table
 from ehr_features.schema import DEATHS, SPLITS
+from ehr_features.typed import read_json, undamaged
+from ehr_features.typed.shapes import AttritionJson
 from finetune.report.figures import bars, flow
 from finetune.report.html import figure, frame, number, render, section, table, variable
-from finetune.run_folders import Run, read_object
+from finetune.run_folders import Run
 
 
 def folders(runs: Sequence[Run]) -> list[Path]:
@@ -52,42 +54,26 @@ def attrition(folder: Path) -> list[tuple[str, int, int, str]]:
     path = folder / "attrition.json"
     if not path.is_file():
         return []
-    content = read_json(path)
-    lists = content.values() if isinstance(content, dict) else [content]
-    records = next((v for v in lists if isinstance(v, list)), [])
-    steps = []
-    for record in (r for r in records if isinstance(r, dict)):
-        names = [record.get(k) for k in ("table", "what", "of", "step", "name") if record.get(k)]
-        why = next((str(record[k]) for k in ("why", "reason", "rule") if record.get(k)), "")
-        before, after = (_count(record, k) for k in ("before", "after"))
-        if before is not None and after is not None:
-            steps.append((str(names[0]) if names else why, before, after, why))
-    return steps
+    return [(r["table"] or r["why"], r["before"], r["after"], r["why"]) for r in _attrition(path)["exclusions"]]
+
+
+def _attrition(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = read_json(path, AttritionJson)
+    return content
 
 
 def notes(folder: Path) -> str | None:
     """Counts of attrition.json that excluded no row."""
-    content = read_json(folder / "attrition.json")
-    counts = content.get("counts") if isinstance(content, dict) else None
-    deaths = counts.get(DEATHS) if isinstance(counts, dict) else None
-    told = [f"{number(n)} {what}" for what, n in deaths.items() if n] if isinstance(deaths, dict) else []
+    content = _attrition(folder / "attrition.json")
+    told = [f"{number(n)} {what}" for what, n in content.get("counts", {}).get(DEATHS, {}).items() if n]
     told += [f"{number(n)} {what}" for n, what in _ambiguous(content) if n]
     return f"Also counted, and kept: {'; '.join(told)}." if told else None
 
 
-def _ambiguous(content: Any) -> list[tuple[int, str]]:
+def _ambiguous(content: dict[str, Any]) -> list[tuple[int, str]]:
     """How many films could have been linked to several admissions, stays or visits."""
-    records = content.get("exclusions") if isinstance(content, dict) else None
-    said = [r for r in records if isinstance(r, dict)] if isinstance(records, list) else []
-    said = [r for r in said if str(r.get("why", "")).startswith("ambiguous") and isinstance(r.get("num_ids"), int)]
-    return [(r["num_ids"], f"{r.get('table')} ({r['why']})") for r in said]
-
-
-def _count(record: dict[str, Any], which: str) -> int | None:
-    for key in (which, f"rows_{which}", f"num_{which}", f"n_{which}"):
-        if isinstance(record.get(key), int):
-            return int(record[key])
-    return None
+    said = [r for r in content["exclusions"] if r["why"].startswith("ambiguous") and r.get("num_ids") is not None]
+    return [(r["num_ids"], f"{r['table']} ({r['why']})") for r in said]
 
 
 def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") -> Markup | None:
@@ -131,9 +117,8 @@ def _samples(folder: Path) -> list[list[Any]]:
     rows = []
     for path in sorted((folder / "samples").glob("*.parquet")):
         with undamaged(path, "build the features again"):
-            data = pd.read_parquet(path)
-        if "split" not in data:
-            continue
+            have = [name for name in ("dicom_id", path.stem) if name in pq.read_schema(path).names]
+        data = read_table(folder, f"samples/{path.stem}", ["split", *have])
         task = path.stem.replace("_", " ")
         counts = [data[data["split"] == s] for s in SPLITS]
         rows.append([f"samples: {task}", *[len(d) for d in counts], len(data)])
@@ -149,14 +134,14 @@ def missing_figure(folder: Path, key: str) -> Markup | None:
     path = folder / "series.safetensors"
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "numpy") as file:
-            observed = file.get_tensor("observed")  # (ΣT, 17)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not the series of a features folder ({error}); build the features again") from None
+    from ehr_features.series import Mapped  # here, because it imports Ibis
+
+    opened = Mapped(folder)
+    with undamaged(path, "build the features again"), safe_open(path, "numpy") as file:
+        observed = file.get_tensor("observed")  # (ΣT, 17)
     if not len(observed):
         return None
-    names = _variables(folder, observed.shape[1])
+    names = [variable(column.removeprefix("mask->")) for column in opened.columns[len(opened.mean) :]]
     share = np.asarray(observed != 0).mean(axis=0)
     order = np.argsort(-share)
     rows = [(names[i], float(share[i]), f"{100 * share[i]:.1f}%") for i in order]
@@ -166,9 +151,3 @@ def missing_figure(folder: Path, key: str) -> Markup | None:
         [[names[i], int((observed[:, i] != 0).sum()), number(float(share[i]))] for i in order],
     )
     return figure(f"missing{key}", "How much of the series was measured", bars(rows), caption, numbers)
-
-
-def _variables(folder: Path, count: int) -> list[str]:
-    columns = read_object(folder / "series.json").get("columns", [])
-    names = [variable(str(c).removeprefix("mask->")) for c in columns[-count:]]
-    return names if len(names) == count else [f"variable {i + 1}" for i in range(count)]

@@ -15,8 +15,9 @@ from markupsafe import Markup
 
 from configs import UserError
 from configs.commands import command_line
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune.compare import Drawn, against
+from finetune.config.shapes import GridJson
 from finetune.names import unit
 from finetune.report.forest import Row, forest
 from finetune.report.html import both_widths, figure, fixed, interval, number, render, section, table
@@ -44,8 +45,8 @@ def grids_section(runs: Sequence[Run], drawn: Drawn | None = None) -> Markup:
 
 def grid_figures(folder: Path, runs: Sequence[Run], found: pd.DataFrame) -> list[Markup]:
     """Differences from the grid's first method, and the table of axes x results."""
-    about = read_json(folder / "grid.json")
-    last = (about.get("steps") or ["probe"])[-1]
+    about = read_json(folder / "grid.json", GridJson)
+    last = about.get("steps", ["probe"])[-1]
     of = {str(run.folder.parent.name): run for run in runs if run.folder.parent.parent == folder}
     own = [run for run in runs if run.folder.parent.parent == folder and run.folder.name == last and run.headline()]
     head = own[0].headline() or {} if own else {}

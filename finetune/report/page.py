@@ -19,6 +19,7 @@ from markupsafe import Markup
 from ehr_features.demo.beside import truth_of
 from ehr_features.files import check_new_file, new_file
 from ehr_features.progress import Bar
+from ehr_features.typed.shapes import Truth
 from finetune.compare import Drawn
 from finetune.names import counted, named
 from finetune.report import checklist, cohort, curves, grids, groups, pairs, results, training
@@ -80,7 +81,7 @@ def report(
 def _truth(runs: Sequence[Run], given: str | Path | None) -> dict[str, Any]:
     """truth.json of a synthetic hospital; {} for real data."""
     if given is not None:
-        return read_object(Path(given))
+        return read_object(Path(given), Truth)
     return next((truth for folder in cohort.folders(runs) if (truth := truth_of(folder))), {})
 
 

@@ -5,7 +5,6 @@ Input: ORG/NAME; weights or their folder. Output: the cached folder; a part of a
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 from contextlib import suppress
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from configs import UserError
+from ehr_features.typed import read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # in the order of preference
 BESIDE = ("preprocessor_config.json", "README.md")  # read if they are there
@@ -25,14 +25,9 @@ MIMIC = re.compile(r"\bMIMIC\b[-_ ]?(?:CXR|IV|III|II)?|(?i:\bmimic[-_ ]?(?:cxr|i
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it describes the network, bring it too") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); copy it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: wanted a JSON object")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it describes the network, bring it too")
+    found: dict[str, Any] = read_json(path)
     return found
 
 

@@ -24,10 +24,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from configs import UserError
-from ehr_features.files import new_folder, read_json, write_json
+from ehr_features.files import new_folder, write_json
+from ehr_features.typed import read_json
 from pretrain.encoder.hub_config import timm_config
 from pretrain.encoder.network import drops_tokens, layout, make, sincos, through, through_eva
 from pretrain.encoder.preprocess import Preprocess
+from pretrain.shapes import EncoderJson
 
 HUB_WEIGHTS = "model.safetensors"  # the weights' name on hubs; an export has both
 
@@ -350,10 +352,7 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
             "published encoder: a folder with config.json and weights, hf-hub:ORG/NAME, timm:NAME, rad-dino:PATH, "
             "chexfound:PATH"
         )
-    meta = read_json(path)
-    wanted = ("arch", "model_args", "in_chans", "width", "image_size", "pool", "preprocess")
-    if not isinstance(meta, dict) or (missing := [key for key in wanted if key not in meta]):
-        raise UserError(f"{path}: keys missing: {', '.join(missing if isinstance(meta, dict) else wanted)}")
+    meta: dict[str, Any] = read_json(path, EncoderJson)
     return meta
 
 

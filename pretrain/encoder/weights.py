@@ -8,7 +8,6 @@ tensors and plain containers of a file are unpickled.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -24,7 +23,9 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from configs import UserError
+from ehr_features.typed import read_json
 from pretrain.encoder.model import Encoder, differences, encoder_folder, load
+from pretrain.shapes import WeightIndex
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "target_encoder", "student", "encoder", "backbone")
 ROOTS = (  # layers that occur once in a backbone: the text before one in a key is the backbone's name
@@ -258,7 +259,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.name.endswith(".index.json"):  # the weights lie in several files beside it
-        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        parts = sorted(set(read_json(path, WeightIndex)["weight_map"].values()))
         return {key: value for part in parts for key, value in _read(path.parent / Path(part).name).items()}
     try:
         others = get_unsafe_globals_in_checkpoint(path)

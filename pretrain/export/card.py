@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from configs import UserError
 from ehr_features.demo.beside import truth_of
-from ehr_features.files import read_json
+from ehr_features.typed import read_json, read_yaml
+from ehr_features.typed.shapes import RunConfig
 from pretrain.config import PretrainConfig
 from pretrain.encoder.model import encoder_folder
 from pretrain.options import TITLES
@@ -97,7 +97,7 @@ def trained_on(meta: dict[str, Any], source: Path) -> list[str] | None:
     path = (source if (source / "config.yaml").is_file() else source.parent) / "config.yaml"
     if not path.is_file():
         return None
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_yaml(path, RunConfig)
     return datasets(config.get("features"), (config.get("films") or {}).get("layout"))
 
 

@@ -28,7 +28,9 @@ import yaml
 
 from configs import Settings, UserError
 from configs.cli import typed
-from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, read_json, tidy, write_json
+from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, tidy, write_json
+from ehr_features.typed import read_json, read_yaml
+from ehr_features.typed.shapes import Provenance
 from pretrain.run.processes import distributed, on_main
 
 FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet", "trackers")
@@ -78,12 +80,7 @@ def _begun(folder: Path) -> bool:
 
 def _same_config(folder: Path, given: dict[str, Any], free: set[str]) -> None:
     path = folder / "config.yaml"
-    try:
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        held = None
-    if not isinstance(held, dict):
-        raise UserError(f"{path}: damaged; remove {folder} to start again, or choose another folder with out=...")
+    held = read_yaml(path)
     old, new = dict(flat(held)), dict(flat(given))
     if old.get("precision") == "fp32":  # its name before release 0.3.0
         old["precision"] = "no"
@@ -98,7 +95,7 @@ def _same_config(folder: Path, given: dict[str, Any], free: set[str]) -> None:
 
 
 def _same_sources(folder: Path, digests: dict[str, str]) -> None:
-    held = read_json(folder / "provenance.json").get("digests", {})
+    held = read_json(folder / "provenance.json", Provenance).get("digests", {})
     changed = [path for path, digest in digests.items() if held.get(path, digest) != digest]
     if changed:
         raise UserError(
@@ -120,7 +117,7 @@ def complete(folder: Path) -> bool:
     """Whether the run in the folder has finished; if so, say how to redo it. The same answer in all processes."""
 
     def ask() -> bool:
-        at = read_json(folder / "provenance.json").get("finished_at")
+        at = read_json(folder / "provenance.json", Provenance).get("finished_at")
         if at:
             print(
                 f"{folder}: complete since {at}, nothing to do; to redo it, remove the folder or choose another out=..."
@@ -138,7 +135,8 @@ def finish(folder: Path, **more: Any) -> None:
 
     def mark() -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(folder / "provenance.json", read_json(folder / "provenance.json") | more | {"finished_at": now})
+        path = folder / "provenance.json"
+        write_json(path, read_json(path, Provenance) | more | {"finished_at": now})
 
     on_main(mark)
 

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 from configs import UserError
 from ehr_features.files import new_file
+from ehr_features.typed import read_json
+from pretrain.shapes import TrackerState
 
 NAMES = ("tensorboard", "wandb", "mlflow", "csv")
 FOLDER = "trackers"
@@ -165,7 +167,7 @@ class Wandb:
         import wandb
 
         self.kept = folder / "run.json"
-        state = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.is_file() else {}
+        state = read_json(self.kept, TrackerState) if self.kept.is_file() else {}
         self.id, self.last = state.get("id") or uuid.uuid4().hex[:8], dict[str, int](state.get("last", {}))
         login = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if login else "offline")

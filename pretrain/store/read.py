@@ -17,7 +17,10 @@ import pyarrow as pa
 
 from configs import UserError, first_line
 from configs.commands import command_line
-from ehr_features.files import read_json, undamaged
+from ehr_features.schema import Column
+from ehr_features.typed import read_json, read_parquet
+from ehr_features.typed.read import check_keys, check_values
+from pretrain.shapes import INDEX, StoreJson
 from pretrain.store.decode import Square
 
 FORMAT = 1
@@ -40,7 +43,7 @@ class Store:
             raise UserError(
                 f"{self.folder}: not a store; write one with {command_line('images', 'images', f'out={self.folder}')}"
             )
-        about = _read_about(self.folder / "store.json")
+        about = read_json(self.folder / "store.json", StoreJson)
         if about["format"] != FORMAT:
             raise UserError(
                 f"{self.folder}: store format {about['format']}, this version reads {FORMAT}; pack it again"
@@ -53,7 +56,7 @@ class Store:
         self.hash: str = about["hash"]
         encoding = about.get("plan", {}).get("encoding", "raw")  # `preprocess` of version 0.2.0 leaves it out
         self.square = Square.from_json({"encoding": encoding, **about["preprocess"]}, f"{self.folder}/store.json")
-        self.index = _read_index(self.folder / "index.parquet")
+        self.index = _read_index(self.folder / "index.parquet", about)
         self._places = dict(zip(self.index.dicom_id, zip(self.index.shard, self.index.row, strict=True), strict=True))
         self._frames: dict[str, Any] = about.get("frames", {})  # unknown for older stores
         self._shards: dict[int, Any] = {}
@@ -78,8 +81,34 @@ class Store:
             path = self.folder / shard_name(shard)
             if path.name in self._frames:
                 _check_frame(path, self._frames[path.name])
-            films = self._shards[shard] = _map(path, self.size)
+            films = self._shards[shard] = self._map(path, shard)
         return films[row] if isinstance(films, np.ndarray) else self.square.unpack(films[row].as_buffer())
+
+    def _map(self, path: Path, shard: int) -> Any:
+        """A raw shard as an array (n, size, size) over the mapped file; a jpeg shard as its column of bytes.
+
+        Raises: UserError: damaged, or the index has other films at its places.
+        """
+        try:
+            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path}: damaged ({first_line(error)}); was the store copied whole?") from None
+        mine = self.index[self.index["shard"] == shard].sort_values("row")
+        if batch.column("dicom_id").to_pylist() != mine["dicom_id"].tolist() or not _counted(mine["row"]):
+            raise UserError(
+                f"{self.folder}/index.parquet: has other films, or films in another order, than {path.name}; was the "
+                "store copied whole?"
+            )
+        column, kinds = batch.column("bytes"), set(batch.column("encoding").to_pylist())
+        if odd := kinds - {self.square.encoding}:
+            raise UserError(f"{path}: holds films as {odd.pop()}, store.json says {self.square.encoding}")
+        if self.square.encoding == "raw":
+            assert column.offset == 0
+            pixels = np.frombuffer(column.buffers()[2], np.uint8)
+            if pixels.size != len(batch) * self.size**2:
+                raise UserError(f"{path}: its films are not of the {self.size} px that store.json says")
+            return pixels.reshape(len(batch), self.size, self.size)
+        return column
 
     def read(self, dicom_ids: Sequence[str]) -> np.ndarray:
         """Films in the given order: (N, size, size) uint8, a copy."""
@@ -105,31 +134,22 @@ def _check_frame(path: Path, frame: Any) -> None:
         raise UserError(f"{path}: damaged (outside its films); was the store copied whole?")
 
 
-def _map(path: Path, size: int) -> Any:
-    """A raw shard as an array (n, size, size) over the mapped file; a jpeg shard as its column of bytes."""
-    try:
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); was the store copied whole?") from None
-    column = batch.column("bytes")
-    if len(batch) and batch.column("encoding")[0].as_py() == "raw":
-        assert column.offset == 0
-        return np.frombuffer(column.buffers()[2], np.uint8, len(batch) * size * size).reshape(len(batch), size, size)
-    return column
+def _counted(rows: pd.Series) -> bool:
+    """Whether sorted rows are 0, 1, 2, ..."""
+    return bool((rows.to_numpy() == np.arange(len(rows))).all())
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    about = read_json(path)
-    wanted = {"format": int, "shards": dict, "size": int, "hash": str, "preprocess": dict}
-    found = about if isinstance(about, dict) else {}
-    if odd := [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]:
-        raise UserError(f"{path}: damaged (`{odd[0]}` is invalid); was the store copied whole?")
-    return found
-
-
-def _read_index(path: Path) -> pd.DataFrame:
-    with undamaged(path, "was the store copied whole?"):
-        return pd.read_parquet(path)[["dicom_id", "shard", "row", "height", "width"]]
+def _read_index(path: Path, about: dict[str, Any]) -> pd.DataFrame:
+    """index.parquet, which fits store.json. Raises: UserError."""
+    advice = "was the store copied whole?"
+    index = read_parquet(path, INDEX, advice, names=list(INDEX))
+    if len(index) != about.get("num_films", len(index)) or index.empty:
+        raise UserError(f"{path}: {len(index)} films, store.json says {about.get('num_films')}; {advice}")
+    limits = {"shard": Column("int64", high=len(about["shards"]) - 1)}
+    limits |= {side: Column("int64", among=(about["size"],)) for side in ("height", "width")}
+    check_values(index, limits, path, advice)
+    check_keys(index, ("shard", "row"), path, advice)
+    return index
 
 
 def shard_name(number: int) -> str:

@@ -35,14 +35,15 @@ from ehr_features.files import (
     lock,
     new_file,
     provenance,
-    read_json,
     tidy,
     write_json,
 )
 from ehr_features.own_films.ids import SUFFIXES, film_id
 from ehr_features.progress import Bar
 from ehr_features.raw.remote import configure, fetch, is_url
+from ehr_features.typed import read_json
 from pretrain.config import ImagesConfig
+from pretrain.shapes import Plan, StoreJson
 from pretrain.store.decode import BadFilm, Square
 from pretrain.store.listing import films_digest, list_films
 from pretrain.store.read import FORMAT, frame_hash, shard_name
@@ -123,7 +124,7 @@ def _opened(out: Path, plan: dict[str, Any], part: tuple[int, int]) -> bool:
     if held is None:
         write_json(out / "packing.json", plan)
         return False
-    old = read_json(held)["plan"] if held.name == "store.json" else read_json(held)
+    old = read_json(held, StoreJson).get("plan", {}) if held.name == "store.json" else read_json(held, Plan)
     check_settings(out, "a store", old, plan)
     if held.name == "store.json":
         print(f"{out}: complete, nothing to do; to redo it, remove the folder or choose another out=...")

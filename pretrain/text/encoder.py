@@ -25,9 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from configs import UserError, first_line
-from ehr_features.files import digest, file_digest, new_file, read_json
+from ehr_features.files import digest, file_digest, new_file
 from ehr_features.progress import Bar
+from ehr_features.typed import read_json
 from pretrain import run
+from pretrain.shapes import Module
 
 PART = {"vectors": 8192, "tokens": 2048}  # texts of a file of the cache
 MADE_OF = (".safetensors", ".bin", ".json", ".txt", ".model")  # files on which an encoder's output depends
@@ -99,14 +101,11 @@ def _check(folder: Path) -> None:
     modules = folder / "modules.json"
     if not modules.is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a text encoder: neither modules.json nor config.json is there")
-    listed = read_json(modules) if modules.is_file() else []
-    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
-        raise UserError(f"{modules}: not the list of modules that sentence-transformers writes")
-    for module in listed:
-        if not str(module.get("type", "")).startswith("sentence_transformers."):
-            raise UserError(f"{modules}: the module {module.get('type')!r} is code of its own, which is never run")
+    for module in read_json(modules, list[Module]) if modules.is_file() else []:
+        if not module["type"].startswith("sentence_transformers."):
+            raise UserError(f"{modules}: the module {module['type']!r} is code of its own, which is never run")
     for path in sorted(folder.rglob("*config*.json")):
-        config = read_json(path)
+        config = read_json(path, dict[str, Any] | list[Any])
         if isinstance(config, dict) and config.get("auto_map"):
             raise UserError(f"{path}: `auto_map` asks for code of its own, which is never run; take another encoder")
 

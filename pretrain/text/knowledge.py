@@ -9,7 +9,6 @@ Differs from the published retrieval: the query is the film's note (there, one c
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs import UserError
-from ehr_features.files import alone, digest, new_file, read_json, write_json
+from ehr_features.files import alone, digest, new_file, write_json
 from ehr_features.notes import leak_filter
+from ehr_features.typed import read_json
+from ehr_features.typed.read import json_of
+from ehr_features.typed.shapes import Provenance
 from pretrain.text import notes as film_notes
 from pretrain.text.encoder import embed
 
@@ -56,7 +58,7 @@ def _retrieve(
     threshold: float,
     where: Path,
 ) -> Path:
-    mode = str((read_json(held.folder / "provenance.json").get("config") or {}).get("filter", "standard"))
+    mode = str((read_json(held.folder / "provenance.json", Provenance).get("config") or {}).get("filter", "standard"))
     known, about = filtered(read_passages(passages), mode)
     table, cut = embed(opened, known["text"].tolist(), where)
     distinct, which = np.unique(held.table["note"].to_numpy(object).astype(str), return_inverse=True)
@@ -168,9 +170,9 @@ def _lines(path: Path, stem: str, content: str) -> Iterator[tuple[str, str]]:
         if not line.strip():
             continue
         try:
-            passage = json.loads(line)
+            passage = json_of(line, path)
             name, text = passage["id"], passage["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (UserError, KeyError, TypeError):
             name, text = None, None
         if not isinstance(name, (str, int)) or not isinstance(text, str):
             raise UserError(f'{path}, line {number}: wanted {{"id": ..., "text": ...}}')

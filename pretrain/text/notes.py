@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs import UserError
-from ehr_features.files import file_digest, undamaged
+from ehr_features.files import file_digest
 from ehr_features.static import fit_scale
+from ehr_features.typed import undamaged
 from pretrain.text.encoder import TextEncoder, Tokens, embed, embed_tokens
 
 COLUMNS = ("dicom_id", "available_at")

@@ -22,11 +22,11 @@ def test_the_truth_beside_the_tables_is_found_and_no_data_set_is_named(features,
     config = {"mimic_iv": tables or str(root / "data/mimic-iv")}  # relative to a folder above, or absolute
     (features / "provenance.json").write_text(json.dumps({"config": config}))
     assert truth_of(features) == {} and datasets(str(features), None) == ["mimic-cxr", "mimic-iv"]
-    (root / "data/truth.json").write_text('{"bayes": 1}')
-    assert truth_of(features) == {"bayes": 1} and datasets(str(features), None) == []
+    (root / "data/truth.json").write_text('{"bayes": {"mortality": 1}}')
+    assert truth_of(features) == {"bayes": {"mortality": 1}} and datasets(str(features), None) == []
 
 
-@pytest.mark.parametrize("said", ["[]", '{"config": 3}', "{}"])
+@pytest.mark.parametrize("said", ['{"config": null}', "{}"])
 def test_features_that_say_nothing_are_taken_for_real(features, said):
     (features / "provenance.json").write_text(said)
     assert truth_of(features) == {} == truth_of(features / "absent")
@@ -35,5 +35,5 @@ def test_features_that_say_nothing_are_taken_for_real(features, said):
 def test_a_truth_of_another_kind_is_named(features):
     (features / "provenance.json").write_text('{"config": {"mimic_iv": "data/mimic-iv"}}')
     (features.parents[1] / "data/truth.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"truth\.json: wanted a JSON object, found a list"):
+    with pytest.raises(UserError, match=r"truth\.json: got a list of 1, wanted an object"):
         truth_of(features)

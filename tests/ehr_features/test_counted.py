@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ehr_features.build import build
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune.config import ProbeConfig
 from finetune.probe.main import probe
 from pretrain.config import ImagesConfig

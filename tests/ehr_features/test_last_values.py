@@ -22,12 +22,13 @@ from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
 from ehr_features.demo import generate as demo
 from ehr_features.demo.record_link import VALUES
-from ehr_features.files import read_json, read_table
+from ehr_features.files import read_table
 from ehr_features.films.values import columns, last_values
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
 from ehr_features.series import events
 from ehr_features.series.channels import Channel, read_channels, read_variables
+from ehr_features.typed import read_json
 
 VARIABLES = read_variables()
 TAKEN = pd.Timestamp("2150-01-02 12:00:00")

@@ -21,11 +21,11 @@ from configs import UserError
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig, NotesConfig
 from ehr_features.demo import generate as demo
-from ehr_features.files import read_json
 from ehr_features.notes import facts as notes_words
 from ehr_features.notes import write as notes
 from ehr_features.notes.write import write_notes
 from ehr_features.schema import FINDINGS, NOTES
+from ehr_features.typed import read_json
 
 WRITTEN = ("notes.parquet", "unfiltered.parquet", "schema.json", "attrition.json")
 

@@ -9,8 +9,8 @@ import pytest
 
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig, NotesConfig
-from ehr_features.files import read_json
 from ehr_features.notes.write import write_notes
+from ehr_features.typed import read_json
 
 pytestmark = pytest.mark.real
 

@@ -19,8 +19,8 @@ from ehr_features.demo.people import People, people
 from ehr_features.demo.plan import Plan, age_and_sex, hours_between
 from ehr_features.demo.record_link import VALUES, plant, posterior, stay_likelihood, strength
 from ehr_features.demo.truth import NAMES, PHENOTYPES, Outcomes, amounts, auroc, draw_film, presence
-from ehr_features.files import read_json
 from ehr_features.schema import FINDINGS
+from ehr_features.typed import read_json
 
 CHANGED = {"labevents", "chartevents", "vitalsign", "d_items", "d_labitems", "truth", "truth_films"}
 

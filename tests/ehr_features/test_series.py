@@ -31,6 +31,7 @@ from tests.ehr_features.one_stay import (
     stay,
     value,
 )
+from tests.written import series_json
 
 
 def test_a_bin_begins_at_its_hour_and_its_last_value_wins_then_it_is_carried_forward():
@@ -229,7 +230,8 @@ def test_load_normalises_by_the_train_stays_observed_values_only(tmp_path):
     assert fitted["mean"][heart] == 90 and fitted["std"][heart] == pytest.approx(np.std([60, 80, 100, 120]))
     assert fitted["mean"][columns.values.index("glucose")] is None  # nothing observed: left as it is
     assert fitted["mean"][columns.values.index("gcs_intubated")] is None
-    write_json(tmp_path / "series.json", {"step_hours": 1, "normaliser": fitted})
+    observed = [name.removeprefix("mask->") for name in columns.observed]
+    write_json(tmp_path / "series.json", series_json(list(columns.values), observed, normaliser=fitted))
     raw, scaled = series.load(tmp_path, normalise=False), series.load(tmp_path, [3, 1], hours=2)
     assert {i: a.shape for i, a in raw.items()} == {1: (4, 35), 2: (2, 35), 3: (3, 35)}
     assert raw[1][:, heart].tolist() == [60, 60, 80, 80] and raw[3][:, heart].tolist() == [86, 1000, 1000]

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from ehr_features.files import write_json
+from ehr_features.films.summary import summary
 from ehr_features.progress import Bar
-from ehr_features.summary import summary
 
 
 class Terminal(io.StringIO):
@@ -26,6 +26,7 @@ def test_features_ends_with_stays_films_samples_and_what_fell_out(tmp_path: Path
     people.assign(stay_id=[1, 2, 3, 4]).to_parquet(tmp_path / "stays.parquet")
     people.assign(stay_id=pd.array([1, None, 3, None], dtype="Int64")).to_parquet(tmp_path / "images.parquet")
     (tmp_path / "samples").mkdir()
+    write_json(tmp_path / "provenance.json", {})
     people.assign(dicom_id=["a", None, "b", "c"]).to_parquet(tmp_path / "samples" / "mortality.parquet")
     rules = [
         {"table": "stays", "why": "younger than 18 at intime, or of unknown age", "before": 9, "after": 4},

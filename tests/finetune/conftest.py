@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from ehr_features.files import write_json
 from pretrain.store.decode import Square
+from tests.written import series_json
 
 SIZE = 32
 NAMES = ("Edema", "Pneumonia", "Pneumothorax")
@@ -145,9 +146,8 @@ def icu_world(folder: Path, *, stays: int = 160, seed: int = 0, films: int = 3, 
         },
         features / "series.safetensors",
     )
-    normaliser = {"mean": [0.0] * 5, "std": [1.0] * 4 + [None]}
-    about = {"columns": [*names, *[f"mask->v{i}" for i in range(17)]], "step_hours": 1, "normaliser": normaliser}
-    write_json(features / "series.json", about)
+    normaliser = {"mean": [0.0] * 4 + [None], "std": [1.0] * 4 + [None]}
+    write_json(features / "series.json", series_json(names, [f"v{i}" for i in range(17)], normaliser=normaliser))
     write_json(features / "provenance.json", {})
     pixels.pop(taken["dicom_id"].iloc[0])
     return MemoryStore(pixels)

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from configs import UserError
-from ehr_features.files import read_json, write_json
+from ehr_features.files import write_json
+from ehr_features.typed import read_json
 from finetune import demo as demos
 from finetune.demo import RUNS, demo
 from tests import forked

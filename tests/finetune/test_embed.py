@@ -327,7 +327,7 @@ def test_each_exported_encoder_is_probed_once_and_watching_ends_with_the_run(
     assert [line["step"] for line in lines] == [10, 20] and len(looks) == 4
     assert all(0 <= line[key] <= 1 for line in lines for key in ("linear/auroc", "knn/auroc"))
     findings = ["Edema", "Pneumonia", "Pneumothorax"]
-    table.loc[table["split"] == "test", findings] = 1 - table.loc[table["split"] == "test", findings]
+    table.loc[table["split"] == "test", findings] = 1.0
     table.to_parquet(images)  # test labels are not read: other ones change nothing
     (run / "probe.jsonl").unlink()
     again = [json.loads(line) for line in watch(config, run).read_text().splitlines()]

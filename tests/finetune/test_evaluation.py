@@ -211,7 +211,7 @@ def test_films_are_split_by_devices_and_care_unit_whatever_labels_are_probed(mak
     images["anchor_year_group"] = np.where(images["subject_id"] % 3, "2008 - 2010", "2017 - 2019")
     images["race"] = np.where(images["subject_id"] % 4, "WHITE - RUSSIAN", "BLACK/CAPE VERDEAN")
     images.to_parquet(folder / "features/images.parquet")
-    stays = images.loc[images["in_icu"] == 1, ["subject_id"]].drop_duplicates()
+    stays = images.loc[images["in_icu"] == 1, ["subject_id", "split"]].drop_duplicates()
     stays = stays.assign(stay_id=stays["subject_id"], care_unit=np.where(stays["subject_id"] % 5 == 0, "CCU", "MICU"))
     stays.to_parquet(folder / "features/stays.parquet")
     wanted = ["sex", "age", "race", "view", "support_devices", "care_unit", "year_group"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs import UserError, load
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune import grid as grids
 from finetune.config import GridConfig
 from finetune.grid import Command, grid, plan

@@ -8,13 +8,14 @@ import pytest
 from configs import UserError
 from ehr_features.files import write_json
 from finetune.guard import check_encoder, features_hash, refuse_discharge
+from tests.written import encoder_json
 
 SUBJECTS = pd.DataFrame({"subject_id": [1, 2, 3, 3], "split": ["train", "val", "test", "test"]})
 
 
 def encoder(folder: Path, seen: list[object] | None = None, **meta: object) -> Path:
     (folder / "encoder").mkdir(parents=True)
-    write_json(folder / "encoder/encoder.json", meta)
+    write_json(folder / "encoder/encoder.json", encoder_json(**meta))
     if seen is not None:
         pd.DataFrame({"subject_id": seen}).to_parquet(folder / "seen_subjects.parquet")
     return folder / "encoder"

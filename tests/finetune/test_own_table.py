@@ -19,6 +19,7 @@ from finetune.guard import check_encoder
 from finetune.probe.main import probe
 from finetune.results import read_results
 from pretrain.seen import write_seen
+from tests.written import encoder_json
 
 NUM = 240
 
@@ -39,7 +40,7 @@ def encoder(folder: Path, given: TableConfig, groups: dict[str, str], splits: tu
     own = read_films_table(given, labels=False)
     write_seen(folder, own.films[own.films["split"].isin(splits)], None)
     (folder / "encoder").mkdir()
-    meta = {"ehr_groups": groups, "features_hash": own.digest, "splits_seen": list(splits)}
+    meta = encoder_json(ehr_groups=groups, features_hash=own.digest, splits_seen=list(splits))
     write_json(folder / "encoder/encoder.json", meta)
     return folder / "encoder"
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from configs import UserError
-from ehr_features.files import read_json, write_json
+from ehr_features.files import write_json
 from ehr_features.splits import by_hash
+from ehr_features.typed import read_json
 from finetune.records import Records, collate
 
 Make = Callable[..., Path]
@@ -53,9 +54,7 @@ def world(make_icu: Make, write_notes: Make) -> tuple[Path, Store, Path]:
     stays = pd.read_parquet(folder / "stays.parquet").assign(sex="F")
     stays.to_parquet(folder / "stays.parquet")
     about = read_json(folder / "series.json")
-    about["normaliser"]["mean"][4] = None
-    about |= {"units": [""] * 22, "observed_of": list(range(5)), "imputation": {"normal": [0.0] * 5}}
-    write_json(folder / "series.json", about)
+    write_json(folder / "series.json", about | {"observed_of": list(range(5))})
     noted = images["dicom_id"].iloc[::2]
     notes = write_notes({film: f"note of {film}" for film in noted}, images["taken_at"].iloc[::2].to_list())
     return folder, Store(set(images["dicom_id"]) - {images["dicom_id"].iat[1]}), notes

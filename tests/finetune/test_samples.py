@@ -167,5 +167,5 @@ def test_samples_of_stays_without_a_series_are_refused(make_icu: Make) -> None:
     folder = make_icu() / "features"
     table = pd.read_parquet(folder / "samples/mortality.parquet")
     table.assign(stay_id=table["stay_id"] + 10**9).to_parquet(folder / "samples/mortality.parquet")
-    with pytest.raises(UserError, match="stays have no series there"):
+    with pytest.raises(UserError, match="wanted a stay of stays"):
         load(folder, "mortality")

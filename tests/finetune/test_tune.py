@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from configs.signals import Stopped
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from finetune.config import ProbeConfig, TuneConfig
 from finetune.probe import tune
 from finetune.probe import tune as tune_net

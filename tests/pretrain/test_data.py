@@ -110,10 +110,13 @@ def test_pairs_never_cross_splits_and_are_counted(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: t.assign(age_years="old"), "EHR group `age` holds values of another type"),
-        (lambda t: pd.concat([t, t.head(3)]), "3 dicom_ids stand twice"),
+        (lambda t: t.assign(age_years="old"), "column `age_years`: got .*, wanted numbers"),
+        (lambda t: pd.concat([t, t.head(3)]), "column `dicom_id`, 3 rows, the first row 25: wanted each value once"),
         (lambda t: t.drop(columns="age_years"), "columns missing: age_years"),
-        (lambda t: t.assign(subject_id=None), "films have no subject_id"),
+        (
+            lambda t: t.assign(subject_id=None),
+            "column `subject_id`, 24 rows, the first row 1: wanted a value",
+        ),
         (lambda t: t.assign(age_years=np.nan), None),
     ],
 )

@@ -148,11 +148,11 @@ def test_encoder_json_holds_the_whole_way_from_film_to_input(tmp_path, store, no
         ({"interpolation": "bicubic"}, "`interpolation` is 'bicubic'"),
         ({"pad": "white"}, "`pad` is 'white'"),
         ({"std_added": 0.0}, "`std_added` is 0.0"),
-        ({"normalise": "z-score"}, "normalise is 'z-score'"),
-        ({"resize": "large"}, "resize is not a number"),
+        ({"normalise": "z-score"}, "`preprocess.normalise`: got the text 'z-score'"),
+        ({"resize": "large"}, "`preprocess.resize`: got the text 'large'"),
         ({"store": {"resize": 48, "dicom": "mimic-jpg", "enlarge": "nearest"}}, "preprocess.store: `enlarge`"),
         ({"store": {"resize": 48, "dicom": "mimic-jpg", "decode_at_least": 48}}, "`decode_at_least` is 48"),
-        ({"store": {"dicom": "mimic-jpg"}}, "preprocess.store: damaged"),
+        ({"store": {"dicom": "mimic-jpg"}}, "`preprocess.store.resize` is missing"),
     ],
     ids=str,
 )
@@ -198,7 +198,7 @@ def test_floats_are_refused():
     "break_it, says",
     [
         (lambda f: (f / "encoder.json").unlink(), "not an encoder folder"),
-        (lambda f: (f / "encoder.json").write_text('{"arch": "resnet34"}'), "keys missing: model_args"),
+        (lambda f: (f / "encoder.json").write_text('{"arch": "resnet34"}'), "`model_args` is missing"),
         (lambda f: (f / "encoder.safetensors").unlink(), "incomplete"),
         (lambda f: (f / "encoder.safetensors").write_bytes(b"no"), "damaged"),
         (

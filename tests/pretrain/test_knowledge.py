@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import UserError
-from ehr_features.files import file_digest, read_json, write_json
+from ehr_features.files import file_digest, write_json
+from ehr_features.typed import read_json
 from pretrain.__main__ import main
 from pretrain.text.knowledge import nearest, read_passages, retrieve
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from pretrain.config import FilmsConfig, ImagesConfig
 from pretrain.data import select_films
 from pretrain.store import Store, pack

@@ -19,7 +19,7 @@ from PIL import Image
 from configs import UserError
 from configs.cli import guard
 from configs.signals import Stopped
-from ehr_features.files import read_json
+from ehr_features.typed import read_json
 from pretrain.__main__ import _images
 from pretrain.config import ImagesConfig
 from pretrain.store import Store, pack
@@ -237,7 +237,7 @@ def test_a_store_that_was_not_copied_whole_is_refused(tmp_path: Path, films: Pat
         Store(out)
     about = out / "store.json"
     about.write_text(about.read_text().replace('"shards"', '"shakds"'))
-    with pytest.raises(UserError, match=r"store\.json: damaged \(`shards`"):
+    with pytest.raises(UserError, match=r"store\.json: `shards` is missing"):
         Store(out)
     with pytest.raises(UserError, match="not a store; write one with"):
         Store(films)

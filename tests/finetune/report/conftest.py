@@ -17,6 +17,7 @@ from ehr_features.files import provenance, write_json
 from ehr_features.schema import DEATHS
 from finetune.metrics import evaluate
 from finetune.results import write_predictions, write_results
+from tests.written import encoder_json, series_json
 
 FINDINGS = ["Cardiomegaly", "Edema", "Pleural Effusion", "Pneumothorax", "Support Devices"]
 HOSTILE = "<script>alert('x')</script>"
@@ -33,19 +34,28 @@ def make_features(folder: Path, rng: np.random.Generator, subjects: int = 240) -
         films[column] = rng.choice(values, len(films))
     films["age_years"] = rng.integers(20, 90, len(films)).astype(float)
     films.to_parquet(folder / "images.parquet")
-    stays = people.assign(stay_id=np.arange(subjects) + 30_000_000)
+    stays = people.assign(stay_id=np.arange(subjects) + 30_000_000, los_hours=60.0)
     stays.to_parquet(folder / "stays.parquet")
     (folder / "samples").mkdir()
-    samples = stays.assign(sample_id=np.arange(subjects), mortality=(rng.random(subjects) < 0.3).astype(int))
+    samples = stays.assign(
+        sample_id=[f"{stay}_48" for stay in stays["stay_id"]], mortality=(rng.random(subjects) < 0.3).astype(int)
+    )
     samples["dicom_id"] = [f"film{3 * i:05d}" if i % 3 else None for i in range(subjects)]
     samples.to_parquet(folder / "samples" / "mortality.parquet")
     observed = (rng.random((5000, 4)) < np.array([0.9, 0.6, 0.2, 0.02])).astype(np.uint8)
-    save_file({"observed": observed}, folder / "series.safetensors")
-    names = ["Heart Rate", "Glucose", "pH", "Height"]
-    write_json(folder / "series.json", {"columns": ["a", "b", *[f"mask->{n}" for n in names]]})
+    offsets = np.linspace(0, 5000, subjects + 1).astype(np.int64)
+    series = {"stay_id": stays["stay_id"].to_numpy(), "offsets": offsets, "observed": observed}
+    save_file(series | {"values": np.zeros((5000, 2), np.float32)}, folder / "series.safetensors")
+    write_json(folder / "series.json", series_json(["a", "b"], ["Heart Rate", "Glucose", "pH", "Height"]))
     steps = [
-        {"table": "icu stays", "before": 300, "after": 260, "why": "age under 18 at intime", "ids": 40},
-        {"table": "icu stays", "before": 260, "after": subjects, "why": f"outtime before intime {HOSTILE}", "ids": 20},
+        {"table": "icu stays", "before": 300, "after": 260, "why": "age under 18 at intime", "num_ids": 40},
+        {
+            "table": "icu stays",
+            "before": 260,
+            "after": subjects,
+            "why": f"outtime before intime {HOSTILE}",
+            "num_ids": 20,
+        },
     ]
     deaths = {"deathtime on another day than dod": 3, "dod before admission": 0}
     write_json(folder / "attrition.json", {"exclusions": steps, "counts": {DEATHS: deaths}})
@@ -80,10 +90,12 @@ def make_pretraining(folder: Path, features: Path, rng: np.random.Generator, col
             values = {"linear/auroc": 0.6 + step / 12000, "knn/auroc": 0.58 + step / 14000, "linear/pool": "cls"}
             file.write(json.dumps({"step": step, **values}) + "\n")
     (folder / "encoder").mkdir()
-    readable = {"sex": {"metric": "auroc", "value": 0.71, "chance": 0.5}, "age_years": {"metric": "r2", "value": 0.2}}
+    readable = {
+        "sex": {"metric": "auroc", "value": 0.71, "chance": 0.5},
+        "age_years": {"metric": "r2", "value": 0.2, "chance": 0.0},
+    }
     record = {"ehr_groups": {"age": "study"}, "ehr": {"use": "condition"}} if collapsed else {"ehr_groups": {}}
-    meta = {"arch": "vit_tiny_patch16_224", "width": 96, "pool": "cls", "method": "msn", "readability": readable}
-    meta |= record
+    meta = encoder_json(width=96, method="msn", readability=readable, **record)
     write_json(folder / "encoder" / "encoder.json", meta)
     return folder
 

@@ -15,6 +15,7 @@ from ehr_features.files import write_json
 from finetune.names import architecture, counted, model_name, named, pretrained_name
 from finetune.report.verdict import lead
 from finetune.run_folders import Run, read_runs
+from tests.written import encoder_json
 
 TINY = {"arch": "vit_tiny_patch16_224"}
 
@@ -90,7 +91,7 @@ def test_the_weights_file_tells_the_size_and_the_log_of_results_what_is_gone(
 ) -> None:
     run = next(run for run in read_runs(report_runs) if run.name == "probe_ehr")
     (tmp_path / "encoder").mkdir()
-    meta = {"arch": "resnet18", "model_args": {"layers": [1, 1, 1, 1]}, "method": "simclr", "ehr_groups": {}}
+    meta = encoder_json(arch="resnet18", model_args={"layers": [1, 1, 1, 1]}, method="simclr", ehr_groups={})
     write_json(tmp_path / "encoder" / "encoder.json", meta)
     save_file({"w": np.zeros((3, 4), np.float32)}, tmp_path / "encoder" / "encoder.safetensors")
     for given in (tmp_path, tmp_path / "encoder"):

@@ -36,6 +36,8 @@ def results(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         for path in runs.glob("*/results.json"):
             content = json.loads(path.read_text(encoding="utf-8"))
             change(content)
+            keys = ("split", "label", "subset", "fraction", "metric")
+            content["rows"] = list({tuple(row.get(key) for key in keys): row for row in content["rows"]}.values())
             path.write_text(json.dumps(content), encoding="utf-8")
 
     return edit
@@ -78,25 +80,12 @@ PAGE = {
     "labels without a name": results(each_row(label="")),
     "no AUROC": results(each_row(metric="kappa", label="los_hours")),
     "no predictions": lambda runs: [shutil.rmtree(path) for path in runs.glob("*/predictions")],
-    "predictions of nobody": predictions(lambda t: t.drop(columns="subject_id")),
-    "no predicted row": predictions(lambda t: t.iloc[:0]),
-    "rows twice": predictions(lambda t: pd.concat([t, t])),
     "logits without a value": predictions(lambda t: t.assign(logit_mortality=float("nan"))),
-    "logs of text": file("runs/*/metrics.jsonl", '{"step": 1, "train/loss": "x"}\n{"step": "b", "train/loss": null}\n'),
     "logs without steps": file("runs/*/metrics.jsonl", '{"train/loss": 1.0}\n'),
     "empty logs": file("runs/*/metrics.jsonl", ""),
-    "odd probes": file("runs/*/probe.jsonl", '{"step": null, "linear/auroc": 0.5}\n{"step": 2, "linear/auroc": "x"}\n'),
-    "odd readability": file("runs/*/encoder/encoder.json", '{"readability": {"sex": {"value": 0.7, "chance": "x"}}}'),
-    "odd provenance": file("runs/*/provenance.json", '{"versions": [1], "finished_at": 3, "command": ["x"]}'),
-    "configs of another kind": file("runs/*/config.yaml", "features: 5\nstore: [1]\nloss: 3\n"),
-    "no config to speak of": file("runs/*/config.yaml", "[]"),
+    "no config to speak of": file("runs/*/config.yaml", "{}"),
     "features that moved": lambda runs: shutil.rmtree(runs.parent / "features"),
     "films that moved": lambda runs: (runs.parent / "features" / "images.parquet").unlink(),
-    "no films": lambda runs: pd.DataFrame(columns=["dicom_id", "subject_id", "split"]).to_parquet(
-        runs.parent / "features" / "images.parquet"
-    ),
-    "odd attrition": file("features/attrition.json", '{"exclusions": [1, {"before": 1}], "counts": 5}'),
-    "other attrition": file("features/attrition.json", "5"),
     "no features config": file("features/provenance.json", '{"config": null}'),
 }  # fmt: skip
 
@@ -120,6 +109,19 @@ REFUSED = {
     "results.json": results(lambda c: c["run"].update(gaps="x")),
     "logit_mortality": predictions(lambda t: t.assign(logit_mortality="x")),
     "encoder.json": file("runs/*/encoder/encoder.json", "[]"),
+    "no predictions in it": predictions(lambda t: t.iloc[:0]),
+    "rows stand twice": predictions(lambda t: pd.concat([t, t])),
+    "columns missing: subject_id": predictions(lambda t: t.drop(columns="subject_id")),
+    "metrics.jsonl, line 1": file("runs/*/metrics.jsonl", '{"step": 1, "train/loss": "x"}\n'),
+    "probe.jsonl, line 1: `step`": file("runs/*/probe.jsonl", '{"step": null, "linear/auroc": 0.5}\n'),
+    "provenance.json: `versions`": file("runs/*/provenance.json", '{"versions": [1]}'),
+    "config.yaml: `features`: got 5, wanted text": file("runs/*/config.yaml", "features: 5\n"),
+    "config.yaml: got a list of 0": file("runs/*/config.yaml", "[]"),
+    "images.parquet: no rows": lambda runs: pd.DataFrame(columns=["dicom_id", "subject_id", "split"]).to_parquet(
+        runs.parent / "features" / "images.parquet"
+    ),
+    "attrition.json: `exclusions.0`": file("features/attrition.json", '{"exclusions": [1], "counts": 5}'),
+    "attrition.json: got 5": file("features/attrition.json", "5"),
 }
 
 

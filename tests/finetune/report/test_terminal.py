@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ehr_features.files import read_json, write_json
+from ehr_features.files import write_json
+from ehr_features.typed import read_json
 from finetune import compare
 from finetune.demo import RUNS, table
 from finetune.names import named

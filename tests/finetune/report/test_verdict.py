@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ehr_features.files import read_json, write_json
+from ehr_features.files import write_json
+from ehr_features.typed import read_json
 from finetune.compare import compare_runs
 from finetune.report.verdict import Gap, _adds, _against, difference, verdicts
 from finetune.results import predictions

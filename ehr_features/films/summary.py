@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ehr_features.files import read_json
+from ehr_features.files import read_table
 from ehr_features.schema import SPLITS
+from ehr_features.typed import read_json
+from ehr_features.typed.shapes import AttritionJson
 
 WIDTH = 80  # columns
 RULES = 8  # rules that are named; the others are counted
@@ -16,19 +18,19 @@ RULES = 8  # rules that are named; the others are counted
 
 def summary(folder: Path) -> list[str]:
     """Lines of at most WIDTH columns on a features folder."""
-    stays = pd.read_parquet(folder / "stays.parquet", columns=["stay_id", "subject_id", "split"])
+    stays = read_table(folder, "stays", ["stay_id", "subject_id", "split"])
     lines = [f"  {len(stays):,} stays of {stays['subject_id'].nunique():,} subjects ({_splits(stays)})"]
     if (folder / "images.parquet").is_file():
-        films = pd.read_parquet(folder / "images.parquet", columns=["subject_id", "stay_id", "split"])
+        films = read_table(folder, "images", ["subject_id", "stay_id", "split"])
         inside = f"{films['stay_id'].notna().sum():,} taken in a stay"
         lines.append(
             f"  {len(films):,} films of {films['subject_id'].nunique():,} subjects, {inside} ({_splits(films)})"
         )
     for path in sorted((folder / "samples").glob("*.parquet")):
-        rows = pd.read_parquet(path, columns=["split", "dicom_id"])
+        rows = read_table(folder, f"samples/{path.stem}", ["split", "dicom_id"])
         with_film = f", {rows['dicom_id'].notna().sum():,} with a film" if path.stem != "findings" else ""
         lines.append(f"  {len(rows):,} samples of {path.stem}{with_film} ({_splits(rows)})")
-    lost = [r for r in read_json(folder / "attrition.json").get("exclusions", []) if r["before"] > r["after"]]
+    lost = [r for r in read_json(folder / "attrition.json", AttritionJson)["exclusions"] if r["before"] > r["after"]]
     lost.sort(key=lambda r: r["after"] - r["before"])
     lines.append("  nothing fell out" if not lost else "  fell out:")
     for rule in lost[:RULES]:
