@@ -21,4 +21,5 @@ test:
 	./launch.sh test
 
 docs: # the site, into site/: open site/index.html
+	@$(PYTHON) -c "import mkdocs" 2>/dev/null || { echo "needs the extra docs: $(PYTHON) -m pip install -e '.[docs]'"; exit 1; }
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

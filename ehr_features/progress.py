@@ -18,6 +18,7 @@ from rich.progress import (
 
 QUIET_SECONDS = 30.0  # between two lines without a terminal
 NAME, ETA = 26, len("00:00:00")  # letters
+ETA_SECONDS = 600  # past work that the time left is estimated from: a step may take longer than half a minute
 
 
 class Bar:
@@ -36,7 +37,11 @@ class Bar:
         self._began = self._spoke = time.monotonic()
         rich = shown and sys.stderr.isatty()
         console = Console(stderr=True) if rich else None
-        self._rich = None if console is None else Progress(*_columns(console.width), console=console)
+        self._rich = (
+            None
+            if console is None
+            else Progress(*_columns(console.width), console=console, speed_estimate_period=ETA_SECONDS)
+        )
         self._room = 0 if console is None else _room(what, total, console.width)
 
     def __enter__(self) -> Self:
@@ -59,6 +64,11 @@ class Bar:
         """Units per second since the bar was made."""
         return self.done / max(time.monotonic() - self._began, 1e-9)
 
+    def _speed(self, *, short: bool = False) -> str:
+        """`12.5 films/s` (`12.5/s`), or where a unit takes longer than a second `3.2 s each`."""
+        unit = "" if short else f" {self.unit}"
+        return f"{self.rate:.1f}{unit}/s" if self.rate >= 1 or not self.done else f"{1 / self.rate:.1f} s each"
+
     def advance(self, number: int = 1, note: str = "") -> None:
         """Count `number` more units; `note` is printed at the end of the line, e.g. the loss."""
         self.done += number
@@ -68,12 +78,12 @@ class Bar:
         if self.after:
             return
         if self._rich is not None:
-            note = f"{self.rate:.1f} {self.unit}/s {self.note}"
-            self._rich.update(self._task, completed=self.done, note=note[: self._room])
+            note = _fit(f"{self._speed()} {self.note}".strip(), self._room)
+            self._rich.update(self._task, completed=self.done, note=note)
         elif self.shown and time.monotonic() - self._spoke > QUIET_SECONDS:
             self._spoke = time.monotonic()
             left = (self.total - self.done) / self.rate
-            text = f"{self.what}: {self.done} of {self.total} {self.unit}, {self.rate:.1f}/s, {left:.0f} s left"
+            text = f"{self.what}: {self.done} of {self.total} {self.unit}, {self._speed(short=True)}, {left:.0f} s left"
             print(text, self.note, file=sys.stderr, flush=True)
 
 
@@ -86,6 +96,13 @@ def _columns(width: int) -> list[ProgressColumn]:
 def _room(what: str, total: int, width: int) -> int:
     """Letters that are left for the note."""
     return max(0, width - len(_short(what)) - _bar(width) - 2 * len(str(total)) - 1 - ETA - 4)
+
+
+def _fit(note: str, room: int) -> str:
+    """The note's first parts that fit, none of them cut."""
+    while len(note) > room:
+        note = note.rpartition(", ")[0] or note.rpartition(" ")[0]
+    return note
 
 
 def _bar(width: int) -> int:

@@ -179,7 +179,12 @@ def _shows(commands: Any) -> None:
     demo.add_argument(
         "out", metavar="OUT", nargs="?", default="demo", help="a new folder, or one to go on with (default demo)"
     )
-    demo.add_argument("--subjects", type=int, default=2400, help="of the synthetic hospital (default 2400)")
+    demo.add_argument(
+        "--subjects",
+        type=int,
+        default=2400,
+        help="of the synthetic hospital (default 2400); pretraining takes as long with fewer",
+    )
     demo.add_argument("--seed", type=_count, default=0, help="of the data and of the training (default 0)")
     demo.add_argument(
         "--shuffled", action="store_true", help="permute findings, codes and deaths: nothing can be learned"

@@ -7,6 +7,7 @@ table of the measured and the best possible AUROCs. Finished steps are skipped, 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -281,7 +282,7 @@ def _run(steps: list[Step], out: Path, kept: dict[str, Any], settings: dict[str,
                         write_json(out / "demo.json", {"settings": settings, "steps": kept})
                         if not console.is_terminal:
                             console.print(f"  {step.name:14} {step.says:52} {step.seconds:6.1f} s")
-            live.update(_show(steps) if console.is_terminal else Text())
+            live.update(_show(steps, out) if console.is_terminal else Text())
             time.sleep(0.1)
 
 
@@ -312,13 +313,22 @@ def _look(step: Step, out: Path) -> None:
         raise UserError(f"the step `{step.name}` failed with exit code {code}; its log is {log}, which ends:\n{tail}")
 
 
-def _show(steps: list[Step]) -> Group:
+def _left(step: Step, out: Path) -> str:
+    """`780 of 3000 steps, 240 s left`, from the last line of a step's log that says so."""
+    log = out / "logs" / f"{step.name}.txt"
+    tail = log.read_bytes()[-2000:].decode(errors="replace") if log.is_file() else ""
+    found = re.findall(r": (\d+ of \d+ \w+), .*?(\d+ s left)", tail)
+    return ", ".join(found[-1]) if found else ""
+
+
+def _show(steps: list[Step], out: Path) -> Group:
     grid = Table.grid(padding=(0, 1))
     for step in steps:
         if step.state == "done":
             grid.add_row(Text("✓", "green"), step.says, f"{step.seconds:.1f} s", "")
         elif step.state == "running":
-            grid.add_row(Spinner("dots", style="cyan"), step.says, f"{step.seconds + time.monotonic():.0f} s", "")
+            spent = f"{step.seconds + time.monotonic():.0f} s"
+            grid.add_row(Spinner("dots", style="cyan"), step.says, spent, Text(_left(step, out), "dim"))
         else:
             grid.add_row(" ", Text(step.says, "dim"), "", "")
     return Group(grid)

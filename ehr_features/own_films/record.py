@@ -43,7 +43,8 @@ def check_groups(table: FilmsTable, groups: Sequence[str], name: str) -> None:
                 "leave it out"
             )
         elif group not in table.columns:
-            known = [*PERSON, *(str(c) for c in table.columns if c not in table.held_back)]
+            people = [g for g in PERSON if all(c in table.films for c in static.READS[g])]
+            known = dict.fromkeys([*people, *(str(c) for c in table.columns if c not in table.held_back)])
             near = difflib.get_close_matches(group, known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}"
             raise UserError(f"{name}: no column `{group}` for an EHR group; {hint}")

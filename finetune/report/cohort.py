@@ -83,7 +83,7 @@ def flow_figure(folder: Path, key: str, title: str = "Who fell out, and why") ->
         return None
     numbers = frame(pd.DataFrame(steps, columns=["what", "before", "after", "why"]))
     caption = (
-        "What is left after each rule (dark), and what the rule took out (light). Counts of rows, never of values."
+        "What is left after each rule (blue), and what the rule took out (orange). Counts of rows, never of values."
     )
     return figure(f"flow{key}", title, flow(steps), caption, numbers, note=notes(folder))
 

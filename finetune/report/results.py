@@ -63,6 +63,16 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(label for run in runs for label in run.labels))
 
 
+def _valued(runs: Sequence[Run], split: str) -> list[str]:
+    """The labels of which an AUROC of the split is known: both classes are there."""
+    of = {
+        str(x)
+        for run in runs
+        for x in plain(run.rows, split=split).query("metric == 'auroc'").dropna(subset="value")["label"]
+    }
+    return [label for label in labels(runs) if label in of]
+
+
 def possible(truth: dict[str, Any], task: str, label: str, run: Run | None = None, subset: str = "all") -> float | None:
     """The generator's Bayes-optimal AUROC of a label, for what the run's model sees."""
     task = task.removesuffix(APART)
@@ -118,7 +128,7 @@ def overview_figure(
     drawing = both_widths(lambda width: forest(rows, names, width))
     part = WHERE.get(subset if split == "test" else split)
     several = len(labels(runs)) > 1
-    what = f"Mean AUROC over {len(labels(runs))} labels" if several else "AUROC"
+    what = f"Mean AUROC over {len(_valued(runs, split))} labels" if several else "AUROC"
     where = part or f"all test {unit(runs[0])}"
     caption = f"{what} on {where}{'' if several else ' (under each name, how many of them have the outcome)'}; "
     caption += "the dashed line is chance."

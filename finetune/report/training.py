@@ -125,7 +125,7 @@ def curves_section(runs: Sequence[Run]) -> Markup:
     else:
         inputs = [f"{key}={value}" for key in ("features", "store") if (value := chosen[0].config.get(key))]
         watch = command_line("probe", "probe_linear", *inputs, "--watch", chosen[0].folder.as_posix())
-        note += f" Quality over time was not probed; beside a training, `{watch}` does it."
+        note += f" Quality over time was not probed; beside a training this does it: {watch}"
     drawing = join([key, panels(drawn)])
     heading = "Quality, loss and signs of collapse" if probed else "Loss and signs of collapse"
     return section(

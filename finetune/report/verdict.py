@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from finetune.compare import Drawn
 from finetune.names import unit
 from finetune.report.pairs import compare
@@ -59,8 +61,9 @@ def lead(task: str, runs: Sequence[Run]) -> Lead | None:
     found = best_on_validation([run for run in able if not str(run.result.get("model")).startswith(alone)])
     if found is None:
         return None
-    paired = "paired" if found.headline(subset="paired") else "all"
-    return Lead(found, [run for run in (record, film) if run], paired)
+    paired, every = found.headline(subset="paired"), found.headline()
+    few = paired is None or (pd.isna(paired["low"]) and every is not None and pd.notna(every["low"]))
+    return Lead(found, [run for run in (record, film) if run], "all" if few else "paired")
 
 
 def best_on_validation(runs: Sequence[Run]) -> Run | None:

@@ -276,6 +276,7 @@ def test_an_absent_table_and_one_without_rows_are_named(tmp_path: Path) -> None:
     ("group", "says"),
     [
         ("wrd", "no column `wrd` for an EHR group; did you mean `ward`"),
+        ("xyzzy", "there are (?!.*sex.*sex)(?!.*pneumonia)"),
         ("patient", "`patient` is a path, an id, the split or a label"),
         ("pneumonia", "`pneumonia` is a path, an id, the split or a label"),
         ("remark", "different words in .* train films, more than 100"),

@@ -12,7 +12,7 @@ import pytest
 
 from ehr_features.files import write_json
 from ehr_features.films.summary import summary
-from ehr_features.progress import Bar
+from ehr_features.progress import Bar, _fit
 
 
 class Terminal(io.StringIO):
@@ -57,6 +57,15 @@ def test_a_bar_shows_count_and_eta_whatever_the_note(what: str, monkeypatch: pyt
     assert all(line.strip() == "" or line in drawn or "/30000" in line for line in lines), "it takes more than one line"
 
 
+def test_the_note_of_a_bar_loses_whole_parts_and_slow_units_have_seconds() -> None:
+    note = "5.1 steps/s loss 4.527, rank 17.9, 7 films/s"
+    assert [_fit(note, room) for room in (44, 43, 33, 24)] == [note, note[:33], note[:33], "5.1 steps/s loss 4.527"]
+    slow, quick = (Bar("pretraining", 10, "steps", shown=False) for _ in range(2))
+    slow.done, slow._began = 2, slow._began - 8
+    quick.done, quick._began = 9, quick._began - 3
+    assert slow._speed() == "4.0 s each" and quick._speed() == "3.0 steps/s" and quick._speed(short=True) == "3.0/s"
+
+
 def test_a_bar_of_short_work_is_not_shown_and_one_of_long_work_moves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,4 +79,4 @@ def test_a_bar_of_short_work_is_not_shown_and_one_of_long_work_moves(
         assert capsys.readouterr().err == ""
         now[0] = 40.0
         bar.advance()
-    assert "fitting: 5 of 10 heads, 0.1/s, 40 s left" in capsys.readouterr().err
+    assert "fitting: 5 of 10 heads, 8.0 s each, 40 s left" in capsys.readouterr().err

@@ -84,6 +84,15 @@ def test_a_demo_that_was_stopped_goes_on_with_the_step_that_was_not_done(done: P
     assert started == ["report"] and (done / "report.html").is_file()
 
 
+def test_a_running_step_says_what_is_left(tmp_path: Path) -> None:
+    step = demos.plan(tmp_path, 120, 3, False)[3]
+    assert demos._left(step, tmp_path) == ""
+    (tmp_path / "logs").mkdir()
+    lines = [f"pretraining: {n} of 3000 steps, 4.9/s, {3000 - n} s left loss 2.7, rank 94.4\n" for n in (20, 780)]
+    (tmp_path / "logs" / f"{step.name}.txt").write_text("".join(lines))
+    assert demos._left(step, tmp_path) == "780 of 3000 steps, 2220 s left"
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not a folder of the demo; it holds"):

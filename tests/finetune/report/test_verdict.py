@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from ehr_features.files import write_json
 from ehr_features.typed import read_json
 from finetune.compare import compare_runs
-from finetune.report.verdict import Gap, _adds, _against, difference, verdicts
+from finetune.report.verdict import Gap, _adds, _against, difference, lead, verdicts
 from finetune.results import predictions
 from finetune.run_folders import Run, read_runs
 
@@ -47,6 +48,18 @@ def test_each_sentence_has_the_difference_and_the_interval_of_compare(runs: dict
         ends = sorted((abs(row["low"]), abs(row["high"])))
         assert name in main and f"{ends[0]:.3f} to {ends[1]:.3f}" in main.replace("+", "").replace("-", "")
     assert any(line.startswith("The record") and "films alone" in line for line in said)
+
+
+def test_the_main_result_is_on_all_stays_where_those_with_a_film_are_too_few_for_an_interval(
+    runs: dict[str, Run],
+) -> None:
+    fusions = [runs[name] for name in ("record_lstm", "film_only", "medfuse")]
+    found = lead("mortality", fusions)
+    assert found is not None and found.subset == "paired"
+    rows = found.run.rows.copy()
+    rows.loc[rows["subset"] == "paired", ["low", "high"]] = np.nan
+    few = lead("mortality", [*fusions[:2], replace(found.run, rows=rows)])
+    assert few is not None and few.subset == "all"
 
 
 def test_a_fusion_is_compared_on_the_stays_with_a_film(runs: dict[str, Run]) -> None:
