@@ -11,6 +11,7 @@ values, because resampling three units underestimates their variance. `benchmark
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -292,6 +293,7 @@ def calibrate(y: Floats, probabilities: Floats) -> tuple[float, float]:
 
     Probabilities are clipped to [1e-6, 1 - 1e-6]. NaN if there is no finite fit: a single score, or separable classes.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     x = logit(np.clip(probabilities, 1e-6, 1 - 1e-6))
@@ -300,7 +302,9 @@ def calibrate(y: Floats, probabilities: Floats) -> tuple[float, float]:
         return (np.nan, np.nan)
     centre, deviation = x.mean(), x.std()
     design = ((x - centre) / deviation)[:, None]
-    fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(design, y)
+    with warnings.catch_warnings():  # where Newton's steps are at the numbers' limit it goes on with lbfgs
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(design, y)
     slope = float(fit.coef_[0, 0] / deviation)
     return float(fit.intercept_[0] - slope * centre), slope
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import logit
+from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -41,6 +41,15 @@ def test_values_equal_scikit_learn_with_ties(sample: tuple[np.ndarray, np.ndarra
     assert value(table, "brier") == pytest.approx(brier_score_loss(y, s), abs=1e-12)
     assert value(table, "f1") == pytest.approx(f1_score(y, s >= 0.5), abs=1e-12)
     assert value(table, "prevalence") == pytest.approx(y.mean(), abs=1e-12)
+
+
+def test_calibration_at_the_numbers_limit_is_a_fit_without_a_warning() -> None:
+    y = np.array([1, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0.0])
+    s = np.array([0.999, 0, 0.75, 0.25, 0, 0.25, 0.999, 0.001, 0.5, 0.999, 0.25, 0.5])
+    intercept, slope = calibrate(y, s)
+    x = logit(np.clip(s, 1e-6, 1 - 1e-6))
+    residual = y - expit(intercept + slope * x)
+    assert abs(residual.sum()) < 1e-3 and abs((residual * x).sum()) < 1e-2  # the likelihood's equations
 
 
 @given(tied_sample(), st.integers(0, 2**32 - 1))
