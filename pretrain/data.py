@@ -381,11 +381,15 @@ def batches(steps: Steps, start: int, end: int, workers: int, device: torch.devi
 
 
 def own_errors(items: Iterator[Any]) -> Iterator[Any]:
-    """The items. A UserError of a worker keeps its sentence, without the traceback that torch writes around it."""
+    """The items of a loader. A UserError of a worker keeps its sentence, without the traceback that torch writes
+    around it. The workers end with the last item or the first error: they ignore SIGTERM, so that a command that left
+    them to the end of its process would wait for them for ever."""
     try:
         yield from items
     except UserError as error:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    finally:
+        getattr(items, "_shutdown_workers", lambda: None)()
 
 
 def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:

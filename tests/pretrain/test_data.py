@@ -140,7 +140,8 @@ class Gone:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_a_worker_cannot_read_is_said_in_its_sentence(workers):
-    gone = DataLoader(Gone(), batch_size=None, sampler=range(2), num_workers=workers)
+    items = iter(DataLoader(Gone(), batch_size=None, sampler=range(2), num_workers=workers))
     with pytest.raises(UserError) as caught:
-        list(own_errors(iter(gone)))
+        list(own_errors(items))
+    assert not [worker for worker in getattr(items, "_workers", []) if worker.is_alive()]
     assert str(caught.value) == "store/shard-00001.arrow: cannot be checked; was the store copied whole?"
