@@ -22,12 +22,14 @@ commands() { # the help, from the source: nothing needs to be installed. `help N
   PYTHONPATH=$here EHR_MSN_PROGRAM=$EHR_MSN_PROGRAM "$base" -P -m configs "$@"
 }
 
-show_progress() { # pip's lines, one over the other on a terminal, else a dot for each package
-  local line
+show_progress() { # pip's lines, one over the other on a terminal with the seconds spent, else a dot for each package
+  local line width
+  width=$(tput cols 2>/dev/null) || width=80
   while IFS= read -r line; do
     line=${line#"${line%%[![:space:]]*}"}
     case $line in
-      Collecting* | Downloading* | Building* | Installing*) if [[ -t 1 ]]; then printf '\r\033[K  %.100s' "$line"; else printf .; fi ;;
+      Collecting* | Downloading* | Building* | Installing*)
+        if [[ -t 1 ]]; then printf '\r\033[K  %3d s  %.*s' "$SECONDS" $((width - 10)) "$line"; else printf .; fi ;;
     esac
   done
   echo
@@ -70,8 +72,8 @@ PY
     "$base" -P -m venv --clear "$here/.venv" || die "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"
   fi
   echo "setting up: installing ehr-msn${extras:+ with its extra '$extras'} and what it needs with pip into $here/.venv"
-  echo "            a first time downloads about 0.4 GB with a CPU build of torch, about 3 GB with the CUDA build that pip"
-  echo "            takes on Linux (7 GB on disk); minutes on a fast line. Later calls skip this."
+  echo "a first time downloads 0.4 GB with a CPU build of torch, or 3 GB with the CUDA"
+  echo "build that pip takes on Linux (7 GB on disk): minutes. Later calls skip this."
   local log=$here/.venv/setup.log
   "$python" -P -m pip install --disable-pip-version-check --progress-bar off --editable "$here${extras:+[$extras]}" 2>&1 |
     tee "$log" | show_progress || {
