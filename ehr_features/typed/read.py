@@ -83,8 +83,10 @@ def text_of(path: str | Path) -> str:
     """The text of a file. Raises: UserError: absent, or no text."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, wanted a file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file ({error}); was it copied whole?") from None
 

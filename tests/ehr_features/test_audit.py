@@ -316,7 +316,6 @@ LEAKS: dict[str, tuple[Callable[[Path], None], str]] = {
         change("images", lambda t: t.insert(3, "mortality", 1)),
         "no finding, phenotype or outcome",
     ),
-    "a column of the series that no one declares": (change_series(_one_column_more), "the declared variables only"),
     "a finding called sex": (change_json("schema.json", _finding_called_sex), "no finding, phenotype or outcome"),
     "studies that come later": (change("images", _studies_that_come_later), "triage, arrivals and earlier studies"),
 }
@@ -352,6 +351,12 @@ def test_planted_leak_is_refuted(features: Path, name: str, only: Callable[[str]
     only(claim)
     (verdict,) = [v for v in audit.audit(features, []) if claim in v.claim]
     assert verdict.outcome == REFUTED, verdict
+
+
+def test_a_series_that_does_not_fit_its_declaration_is_refused(features: Path) -> None:
+    change_series(_one_column_more)(features)
+    with pytest.raises(UserError, match=r"series\.safetensors: `values`: got .* wanted .* by series\.json"):
+        audit.audit(features, [])
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -308,8 +308,8 @@ def test_a_finding_counts_the_same_films_whatever_else_is_asked_for(make_world: 
     images.to_parquet(folder / "features/images.parquet")
     more = {"epochs": 2, "samples": 0}
     rows = [
-        read_results(probe(config(folder, labels=labels, out=str(folder / f"runs/{len(labels)}"), **more)))[1]
-        for labels in ([], ["Edema"])
+        read_results(probe(config(folder, labels=labels, out=str(folder / f"runs/{bool(labels)}"), **more)))[1]
+        for labels in (None, ["Edema"])
     ]
     alone, among = (r[(r["label"] == "Edema") & (r["metric"] == "auroc")][["split", "n", "positives"]] for r in rows)
     assert alone.to_numpy().tolist() == among.to_numpy().tolist()

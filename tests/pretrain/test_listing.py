@@ -108,7 +108,7 @@ def test_a_cap_keeps_the_same_films_in_the_store_and_in_pretraining(tmp_path: Pa
     """With the same seed and cap, no film of the store is left out in pretraining."""
     store = Store(pack(config(tmp_path / "store", mimic=mimic, per_subject_cap=2, seed=5)))
     ids = Store(pack(config(tmp_path / "all", mimic=mimic))).index.dicom_id.tolist()
-    table = pd.DataFrame({"dicom_id": ids, "study_id": 1, "subject_id": [i[:8] for i in ids], "split": "train"})
+    table = pd.DataFrame({"dicom_id": ids, "study_id": 1, "subject_id": [int(i[:8]) for i in ids], "split": "train"})
     (tmp_path / "features").mkdir()
     (tmp_path / "features/provenance.json").write_text("{}")
     table.assign(view="AP", taken_at=pd.Timestamp("2150-01-01")).to_parquet(tmp_path / "features/images.parquet")
