@@ -110,7 +110,7 @@ TABLES = {
     "no such split": (STAYS.assign(split="x7"), "column `split`, 3 rows, the first row 1: wanted one of"),
     "NaN": (STAYS.assign(los_hours=[50.0, float("nan"), 70.0]), "column `los_hours`, row 2: wanted a value"),
     "infinite": (STAYS.assign(los_hours=[50.0, float("inf"), 70.0]), "column `los_hours`, row 2: wanted finite"),
-    "an age of 999": (STAYS.assign(age_years=[40, 50, 999]), "column `age_years`, row 3: wanted 200 or less"),
+    "a negative age": (STAYS.assign(age_years=[40, 50, -9]), "column `age_years`, row 3: wanted 0 or more"),
     "lists": (STAYS.assign(age_years=[[1], [2], [3]]), "column `age_years`: got list<"),
     "no column": (STAYS.drop(columns="split"), "columns missing: split"),
     "no rows": (STAYS.iloc[:0], "no rows"),
