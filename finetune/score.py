@@ -53,7 +53,10 @@ def score(
     if groups:
         group = _groups(groups, labels, left)
     names = [str(c) for c in (s if isinstance(y.columns, pd.RangeIndex) else y).columns]
-    table = evaluate(y.to_numpy(), s.to_numpy(), names=names, groups=group, samples=samples, seed=seed)
+    try:
+        table = evaluate(y.to_numpy(), s.to_numpy(), names=names, groups=group, samples=samples, seed=seed)
+    except UserError as error:
+        raise UserError(f"{scores if str(error).startswith('score') else labels}: {error}") from None
     if out is not None:  # before printing, which may fail (`| head`)
         with new_file(out) as part:
             as_text(table).to_csv(part, index=False)

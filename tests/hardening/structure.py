@@ -153,7 +153,7 @@ def _cell(value: Any) -> Callable[[pa.Array, random.Random], pa.Array]:
         try:
             return pa.array(cells, column.type)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError):
-            with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError):
+            with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
                 return pa.array(cells)
             return pa.array([None if cell is None else str(cell) for cell in cells])
 

@@ -1,0 +1,39 @@
+"""What structure.py does to a file, and what it calls each outcome."""
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+
+from configs import UserError
+from ehr_features.typed import read_json
+from tests.hardening import structure
+from tests.hardening.places import Place
+
+
+def test_each_way_of_damage_is_drawn_and_changes_the_file() -> None:
+    value = {"a": [1, {"b": None}], "c": "x"}
+    made = {structure.damaged_json(json.dumps(value).encode(), random.Random(i)) for i in range(300)}
+    assert len({words for _, words in made}) > 60 and len({data for data, _ in made}) > 60
+    table = pa.table({"a": [1, 2, 3], "b": ["x", None, "z"]})
+    words = {structure.damaged_table(table, random.Random(i))[1].rpartition(": ")[2] for i in range(600)}
+    assert words == {*structure.COLUMNS, *structure.ROWS}
+
+
+def test_an_exception_and_a_file_that_is_not_named_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}')
+
+    def outcome(read: structure.Callable[[], str]) -> str:
+        return structure.outcome(Place("a", path, read), b"[1]", b'{"a": 1}', "1")[0]
+
+    def fails() -> str:
+        raise KeyError("x")
+
+    def unnamed() -> str:
+        raise UserError("no")
+
+    assert outcome(fails) == "fault" and outcome(unnamed) == "refused, the file is not named"
+    assert outcome(lambda: str(read_json(path))) == "refused" and outcome(lambda: "1") == "same"
+    assert outcome(lambda: "2") == "other" and path.read_text() == '{"a": 1}'
