@@ -1,5 +1,7 @@
 """Metrics against scikit-learn, hand-worked tables, and a loop over resamples."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,11 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from configs import UserError
+from finetune.config import ProbeConfig
 from finetune.metrics import evaluate, f1_thresholds, macro
+from finetune.probe import watch
 from finetune.resample import Label, calibrate, multiplicities
+from finetune.score import score
 
 
 def value(table: pd.DataFrame, metric: str, label: str = "0", column: str = "value") -> float:
@@ -259,3 +264,35 @@ def test_intervals_use_one_thread_of_blas(monkeypatch: pytest.MonkeyPatch) -> No
     with threadpool_limits(2, user_api="blas"):
         evaluate([0, 1, 1, 0], [0.1, 0.2, 0.9, 0.4], samples=3)
     assert seen and set(seen) == {1}
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "says"),
+    [
+        ([0, 2], [0.1, 0.2], r"labels\.npy: label is not 0, 1 or NaN"),
+        ([0, 1], [0.1, np.nan], r"scores\.npy: score is not"),
+    ],
+)
+def test_score_names_the_file_of_a_wrong_value(
+    tmp_path: Path, labels: list[float], scores: list[float], says: str
+) -> None:
+    for name, values in (("labels", labels), ("scores", scores)):
+        np.save(tmp_path / f"{name}.npy", np.array(values)[:, None])
+    with pytest.raises(UserError, match=says):
+        score(str(tmp_path / "labels.npy"), str(tmp_path / "scores.npy"), samples=0)
+
+
+@pytest.mark.parametrize(("method", "head"), [("logistic", "logistic"), ("linear", "linear"), ("knn", "linear")])
+def test_a_watch_fits_the_head_of_its_config_and_knn(method: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def on_features(config: ProbeConfig, *_: Any) -> Any:
+        asked.append(config.method)
+        return lambda *_: SimpleNamespace(chosen={"val_auroc": 0.5, "pool": "avg", "neighbours": 5})
+
+    monkeypatch.setattr(watch, "on_features", on_features)
+    monkeypatch.setattr(watch, "film_features", lambda *_: None)
+    films: Any = SimpleNamespace(table=pd.DataFrame({"dicom_id": ["a"]}), own=None, rows=lambda split: split)
+    config = ProbeConfig.model_construct(method=method, features=None, seed=0)
+    values = watch.probed(config, films, SimpleNamespace(folder=None), None)  # type: ignore[arg-type]
+    assert asked == [head, "knn"] and set(values) == {"linear/auroc", "linear/pool", "knn/auroc", "knn/neighbours"}

@@ -291,3 +291,10 @@ def test_the_real_films_are_packed(tmp_path: Path, shared: Path) -> None:
     path = next(root.glob(f"files/*/*/*/{dicom_id}.jpg"))
     grey = np.asarray(Image.open(path).convert("L")).astype(float)
     assert np.abs(store[dicom_id] - grey.reshape(64, 4, 64, 4).mean((1, 3))).mean() < 1
+
+
+def test_an_index_with_fewer_films_than_its_store_is_refused(tmp_path: Path, films: Path) -> None:
+    out = pack(config(tmp_path / "store", films))
+    pd.read_parquet(out / "index.parquet").iloc[:-1].to_parquet(out / "index.parquet")
+    with pytest.raises(UserError, match=r"index\.parquet: \d+ films, store\.json says"):
+        Store(out)
