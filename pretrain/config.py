@@ -42,9 +42,12 @@ def _named_once(word: Any) -> Any:
 
 
 Precision = Annotated[
-    Literal["no", "bf16", "fp16"],
+    Literal["no", "bf16", "fp16", "auto"],
     BeforeValidator(_named_once),
-    Field(description="Mixed precision of the networks: no is fp32 throughout, bf16, or fp16 (GPU only)."),
+    Field(
+        description="Mixed precision of the networks: no is fp32 throughout, bf16, fp16 (GPU only), or auto: bf16 where "
+        "the device has instructions for it, else no."
+    ),
 ]
 ViewChoice = Annotated[
     Literal["frontal", "all"], Field(description="Which films by view: frontal takes AP and PA, all adds laterals.")

@@ -174,7 +174,7 @@ def introduce(
         + f"{config.encoder.image_size} px; "
         + _record(config, films)
         + f"\ntraining: {plan.total} steps of {o.batch_size} films ({plan.total / plan.steps_per_epoch:.1f} epochs) on "
-        + f"{accelerator.num_processes} x {accelerator.device.type}; precision {config.precision}; "
+        + f"{accelerator.num_processes} x {accelerator.device.type}; precision {accelerator.mixed_precision}; "
         + f"preset {config.preset}"
     )
     if config.unused:

@@ -62,7 +62,7 @@ def write(
             chances = torch.from_numpy(np.stack([f.logits for f in found])).sigmoid().numpy()
             tables.append(_rate(samples, rows["train"], at, chances, config).assign(split="test", subset=split))
             continue
-        ids = table.iloc[at][named].assign(has_image=samples.has_image[at])
+        ids = table.iloc[at][named].astype({"dicom_id": "string"}).assign(has_image=samples.has_image[at])
         if (weights := found[0].weights) is not None:
             ids[["weight_record", "weight_film", "weight_text"][: weights.shape[1]]] = weights
         labels = pd.DataFrame(samples.labels[at], columns=samples.names)

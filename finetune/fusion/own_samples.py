@@ -63,9 +63,9 @@ def load_table(config: FuseConfig, readable: Store | None) -> tuple[Samples, Fil
         names=films.names,
         values=record.astype(np.float32) if config.groups else np.zeros((num, 1), np.float32),
         start=np.arange(num, dtype=np.int64),
-        length=np.full(num, int(bool(config.groups)), np.int64),
+        length=np.full(num, int(bool(config.groups)), np.int32),
         film_ids=table["dicom_id"].tolist(),
-        films=np.where(here, np.arange(num), -1)[:, None],
+        films=np.where(here, np.arange(num), -1).astype(np.int32)[:, None],
         hours=np.zeros((num, 1), np.float32),
         views=view.astype(np.float32),
     ), films
@@ -74,7 +74,7 @@ def load_table(config: FuseConfig, readable: Store | None) -> tuple[Samples, Fil
 def read_only(samples: Samples) -> Samples:
     """The samples whose films are the readable ones alone, in the order of `film_ids`."""
     present = np.unique(samples.films[samples.films >= 0])
-    place = np.full(len(samples.film_ids) + 1, -1, np.int64)
+    place = np.full(len(samples.film_ids) + 1, -1, np.int32)
     place[present] = np.arange(len(present))
     ids = [samples.film_ids[i] for i in present]
     views = samples.views[present] if len(present) else np.zeros((1, len(VIEWS)), np.float32)

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from pretrain.store import Store
     from pretrain.text.encoder import Tokens
 
-    pass
-
 VIEWS = ("AP", "PA", "LATERAL", "LL")  # one column each; all zero for other or unknown views
 CONTEXT = len(VIEWS) + 1  # columns of `Samples.context`
 
@@ -43,14 +41,14 @@ CONTEXT = len(VIEWS) + 1  # columns of `Samples.context`
 class Samples:
     """The samples of a task; the rows of `table` and of every array of length N correspond."""
 
-    table: pd.DataFrame  # N rows: KEYS
+    table: pd.DataFrame  # N rows: KEYS; its words as categories: hourly tasks have millions of rows
     labels: NDArray[np.float32]  # (N, L), NaN where unknown
     names: list[str]  # (L,)
     values: NDArray[np.float32] | series.Mapped  # (all stays' hours, F), normalised; mapped: one copy a machine
     start: NDArray[np.int64]  # (N,) first row of the sample's stay in `values`
-    length: NDArray[np.int64]  # (N,) visible hours, 0 if none is complete
+    length: NDArray[np.int32]  # (N,) visible hours, 0 if none is complete
     film_ids: list[str]  # M films
-    films: NDArray[np.int64]  # (N, K) rows of `film_ids`, oldest first, padded with -1 on the right
+    films: NDArray[np.int32]  # (N, K) rows of `film_ids`, oldest first, padded with -1 on the right
     hours: NDArray[np.float32]  # (N, K) between film and prediction
     views: NDArray[np.float32]  # (M, len(VIEWS)) one-hot
     features: NDArray[np.float32] | None = None  # (M, D) of a frozen encoder
@@ -82,7 +80,7 @@ class Samples:
 
     def rows(self, split: str, pairing: str = "partial") -> NDArray[np.int64]:
         """Row numbers of a split: all (`partial`) or those with a film (`paired`), each once."""
-        keep = self.table["split"].to_numpy() == split
+        keep = (self.table["split"] == split).to_numpy()
         return np.flatnonzero(keep & self.has_image if pairing == "paired" else keep)
 
     def batch(self, rows: NDArray[np.int64], images: bool = False) -> dict[str, torch.Tensor]:
@@ -91,7 +89,7 @@ class Samples:
         Returns: series (B, T, F), lengths (B,), has_image and hours (B, K), context (B, K, CONTEXT), labels (B, L),
             rows (B,); and film (B, K, D) features, or with `images` the films present, row by row, uint8 (P, S, S).
         """
-        lengths = np.maximum(self.length[rows], 1)  # without a complete hour the series is one hour of zeros
+        lengths = np.maximum(self.length[rows].astype(np.int64), 1)  # without a complete hour the series is one hour of zeros
         steps = np.arange(lengths.max())
         inside = steps < self.length[rows][:, None]  # (B, T)
         values = np.zeros((*inside.shape, self.num_inputs), np.float32)
@@ -161,8 +159,9 @@ def load(
         cut = np.maximum(length - round(max_hours / step), 0)
         start, length = start + cut, length - cut
     linked, film_hours, film_ids, views = _place(_film_rows(folder, table, task, readable, films), len(table), films)
+    kept = [*KEYS, *[c for c in ("code_status",) if c in table]]
     return Samples(
-        table=table[[*KEYS, *[c for c in ("code_status",) if c in table]]],
+        table=table[kept].astype({name: "category" for name in kept if name in CATEGORIES}),
         labels=table[names].to_numpy(np.float32, na_value=np.nan),
         names=names,
         values=values,
@@ -179,10 +178,10 @@ def load(
 
 def _record(
     folder: str | Path, table: pd.DataFrame, task: str, step: float
-) -> tuple[NDArray[np.float32] | series.Mapped, NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.float32] | series.Mapped, NDArray[np.int64], NDArray[np.int32]]:
     """The hours of all stays (hours, F), and each sample's first row and number of hours in them."""
     if task == "findings":  # no record
-        return np.zeros((1, 1), np.float32), *np.zeros((2, len(table)), np.int64)
+        return np.zeros((1, 1), np.float32), np.zeros(len(table), np.int64), np.zeros(len(table), np.int32)
     hours = series.Mapped(folder)
     at = hours.place(table["stay_id"].to_numpy(np.int64))
     if (at < 0).any():
@@ -192,7 +191,7 @@ def _record(
     los_hours = table["stay_id"].map(los).to_numpy(float)
     size = np.diff(hours.offsets)[at]
     length = complete_steps(table["predict_at_hours"].to_numpy(float), los_hours, step, size)
-    return hours, hours.offsets[at], length.astype(np.int64)
+    return hours, hours.offsets[at], length.astype(np.int32)
 
 
 def complete_steps(
@@ -204,7 +203,7 @@ def complete_steps(
 
 
 def batches(
-    lengths: NDArray[np.int64], batch_size: int, rng: np.random.Generator | None = None
+    lengths: NDArray[np.int32], batch_size: int, rng: np.random.Generator | None = None
 ) -> list[NDArray[np.int64]]:
     """Group rows of similar length.
 
@@ -219,7 +218,7 @@ def batches(
     return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
 
 
-def padding(lengths: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]) -> float:
+def padding(lengths: NDArray[np.int32], parts: Sequence[NDArray[np.int64]]) -> float:
     """The share of padded steps over all batches."""
     steps = sum(len(rows) * int(lengths[rows].max()) for rows in parts)
     return 1 - int(lengths.sum()) / steps if steps else 0.0
@@ -292,9 +291,9 @@ def _film_rows(
 
 def _place(
     pairs: pd.DataFrame, num: int, count: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str], NDArray[np.float32]]:
+) -> tuple[NDArray[np.int32], NDArray[np.float32], list[str], NDArray[np.float32]]:
     """Films as arrays: rows of the ids (num, count), hours (num, count), ids (M,), views (M, 4)."""
-    rows, hours = np.full((num, count), -1, np.int64), np.zeros((num, count), np.float32)
+    rows, hours = np.full((num, count), -1, np.int32), np.zeros((num, count), np.float32)
     ids = pd.Index(pairs["dicom_id"].unique())
     place = pairs.groupby("row").cumcount()
     rows[pairs["row"], place] = ids.get_indexer(pairs["dicom_id"])
@@ -332,6 +331,7 @@ def stream(
 # ---- Specific to tasks: their rows, groups of their labels, metrics other than AUROC.
 
 KEYS = ("sample_id", "stay_id", "subject_id", "split", "predict_at_hours", "dicom_id")
+CATEGORIES = ("split", "dicom_id", "code_status")
 FILM_TASKS = (
     "findings",
     "radiology",
@@ -388,13 +388,15 @@ def read_samples(folder: str | Path, task: str) -> pd.DataFrame:
 def _check_stays(folder: str | Path, table: pd.DataFrame, path: str) -> None:
     """Refuse samples of stays that the features do not have, or of another subject or split than their stay."""
     check_values(table, {c: Column("float64", null=False) for c in ("stay_id", "predict_at_hours")}, path, AGAIN)
-    stays = read_table(folder, "stays", ["stay_id", "subject_id", "split"]).set_index("stay_id")
-    own = stays.reindex(table["stay_id"])
+    stays = read_table(folder, "stays", ["stay_id", "subject_id", "split"])
+    at = pd.Index(stays["stay_id"]).get_indexer(pd.Index(table["stay_id"]))
     for column, wanted in (
         ("subject_id", "a stay of stays.parquet and its subject"),
         ("split", "the split of its stay"),
     ):
-        if (odd := np.flatnonzero(own[column].to_numpy() != table[column].to_numpy())).size:
+        codes, _ = pd.factorize(pd.concat([stays[column], table[column]], ignore_index=True))
+        own, found = codes[: len(stays)][at], codes[len(stays) :]
+        if (odd := np.flatnonzero((at < 0) | (own != found))).size:
             raise UserError(
                 f"{path}: column `{column}`, {len(odd)} rows, the first row {odd[0] + 1}: wanted {wanted}; {AGAIN}"
             )

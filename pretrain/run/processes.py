@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+PROCESSOR = Path("/proc/cpuinfo")  # of Linux
 PATIENCE_SECONDS = 300.0  # for process 0 to answer
 PATIENCE_HOURS = 6.0  # for the next file of another process; the launcher ends a run whose process has failed
 
@@ -44,6 +45,7 @@ def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accel
     cpu = options.pop("cpu", False) or not torch.accelerator.is_available() or _truth("ACCELERATE_USE_CPU")
     precision = options.pop("mixed_precision", None) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     check_precision(precision, cpu)
+    precision = ("bf16" if has_bf16(cpu) else "no") if precision == "auto" else precision
     world = check_world(args)
     if world > 1 and not is_main():
         _reach(os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500"), PATIENCE_SECONDS)
@@ -63,6 +65,13 @@ def check_precision(precision: str, cpu: bool) -> None:
     """Raises: UserError: fp16 on a CPU, whose kernels overflow or do not exist."""
     if precision == "fp16" and cpu:
         raise UserError("precision: fp16 needs a GPU; choose bf16 or no on a CPU")
+
+
+def has_bf16(cpu: bool) -> bool:
+    """Whether the GPU, or the processor, has instructions for bf16; where it is emulated it is slower than fp32."""
+    if not cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return PROCESSOR.is_file() and bool({"avx512_bf16", "amx_bf16"} & set(PROCESSOR.read_text().split()))
 
 
 def check_world(args: argparse.Namespace | None) -> int:

@@ -19,6 +19,7 @@ from pretrain import build, run, train
 from pretrain import encoder as enc
 from pretrain.config import PretrainConfig
 from pretrain.methods.msn import MSN
+from pretrain.run import processes
 from tests.pretrain.small import SMALL, config, losses
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -85,6 +86,15 @@ def test_recomputing_activations_changes_nothing(data, tmp_path):
 
 def test_bf16_trains(data, tmp_path):
     folder = train.train(config(data, tmp_path / "x", "optim.steps=2", "precision=bf16"))
+    assert np.isfinite(losses(folder)).all()
+
+
+@pytest.mark.parametrize(("flags", "taken"), [("avx2 avx512_bf16", "bf16"), ("avx2 avx512f", "no")])
+def test_auto_takes_bf16_where_the_processor_has_it(data, tmp_path, monkeypatch, flags, taken):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+    monkeypatch.setattr(processes, "PROCESSOR", tmp_path / "cpuinfo")
+    folder = train.train(config(data, tmp_path / "x", "optim.steps=2", "precision=auto"))
+    assert f"precision {taken};" in (folder / "log.txt").read_text()
     assert np.isfinite(losses(folder)).all()
 
 
