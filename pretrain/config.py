@@ -45,8 +45,8 @@ Precision = Annotated[
     Literal["no", "bf16", "fp16", "auto"],
     BeforeValidator(_named_once),
     Field(
-        description="Mixed precision of the networks: no is fp32 throughout, bf16, fp16 (GPU only), or auto: bf16 where "
-        "the device has instructions for it, else no."
+        description="Mixed precision of the networks: no is fp32 throughout, bf16, fp16 (GPU only), or auto: bf16 "
+        "where the device has instructions for it, else no."
     ),
 ]
 ViewChoice = Annotated[

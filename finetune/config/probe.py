@@ -136,7 +136,8 @@ class ProbeConfig(Settings):
     )
     tune: TuneConfig = TuneConfig.model_validate({})
     precision: Precision = Field(
-        default="no", description="Mixed precision of finetune and attentive: no (fp32), bf16, fp16, auto (see `pretrain`)."
+        default="no",
+        description="Mixed precision of finetune and attentive: no (fp32), bf16, fp16, or auto (as in `pretrain`).",
     )
     subgroups: list[str] = Field(
         default=[], description="Also score by group: sex, age, race, view, support_devices, care_unit, year_group."

@@ -89,7 +89,7 @@ class Samples:
         Returns: series (B, T, F), lengths (B,), has_image and hours (B, K), context (B, K, CONTEXT), labels (B, L),
             rows (B,); and film (B, K, D) features, or with `images` the films present, row by row, uint8 (P, S, S).
         """
-        lengths = np.maximum(self.length[rows].astype(np.int64), 1)  # without a complete hour the series is one hour of zeros
+        lengths = np.maximum(self.length[rows].astype(np.int64), 1)  # without a complete hour: one hour of zeros
         steps = np.arange(lengths.max())
         inside = steps < self.length[rows][:, None]  # (B, T)
         values = np.zeros((*inside.shape, self.num_inputs), np.float32)
