@@ -1,6 +1,7 @@
 """What the three command lines share: `CONFIG [key=value ...]` commands, exit codes, one-line errors.
 
-Exit codes: 0 done; 2 the user's mistake; 75 stopped early, the same command goes on (SIGTERM); 130 Ctrl-C; 1 ours.
+Exit codes: 0 done; 2 the user's mistake; 75 stopped early (SIGTERM, SIGHUP, a process that does not answer), the same
+command goes on; 130 Ctrl-C; 1 ours.
 """
 
 from __future__ import annotations
@@ -146,6 +147,10 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
     except BrokenPipeError:
         message, code = "", 0  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except RuntimeError as error:
+        if not launch.between_processes(error):
+            raise
+        message, code = "", launch.lost(error)
     except OSError as error:
         if (advice := ADVICE.get(error.errno or 0)) is None:
             raise

@@ -2,7 +2,7 @@
 
 Each process gets the variables that torch.distributed and accelerate read: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
 MASTER_PORT.
-SIGTERM and Ctrl-C are passed on once, so that a run can save and leave with its own exit code.
+SIGTERM, SIGHUP and Ctrl-C are passed on once, so that a run can save and leave with its own exit code.
 `python -m configs.launch --processes N ... -- MODULE ARGS` starts any module so.
 
 Differs from torchrun and accelerate launch: both print a traceback and exit with 1 whatever the run's own code, so that
@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the imports below, which take a while
 import argparse
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,9 +34,11 @@ import yaml
 
 from configs import UserError, threads
 from configs.commands import COMMANDS, command_line
+from configs.signals import INTERRUPTED, STOPPED, hung_up, stops
 
 KINDS = ("NO", "MULTI_GPU", "MULTI_CPU")  # what accelerate calls one process, several GPUs, several CPU processes
 PATIENCE_SECONDS = 60.0  # for the others, once one process has left
+LOST_SECONDS = 8.0  # in which the launcher or a heartbeat names a process that is gone
 ALONE = {"-h", "--help", "--print-config", "--keys"}  # flags of a command that only prints
 
 
@@ -121,10 +124,11 @@ def run(job: Job, words: Sequence[str]) -> int:
     told: list[int] = []  # signals that came, to be passed on
 
     def tell(number: int, _: object) -> None:
+        hung_up(number)
         told.append(number)
         _send(children, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (*stops(), signal.SIGINT):
         signal.signal(number, tell)
     for local in range(job.processes):
         own = {
@@ -220,19 +224,30 @@ def end_with_me(parent: int) -> Callable[[], None]:
 
 def _wait(children: list[subprocess.Popen[bytes]], told: list[int]) -> int:
     """Wait for all; once one has failed the others get a while to leave by themselves, then SIGTERM, then SIGKILL."""
-    code, deadline = 0, None
+    code, deadline = 0, 0.0
     while any(child.poll() is None for child in children):
-        for child in children:
-            if code == 0 and child.poll() not in (None, 0):
-                code = _code(children.index(child), child.returncode, told)
-                # A mistake is everybody's mistake, and processes that wait in a collective for a dead one never leave.
-                deadline = time.monotonic() + (PATIENCE_SECONDS if code == 75 else 4.0)
-        if deadline is not None and time.monotonic() > deadline:
-            late = time.monotonic() > deadline + 10
-            _send(children, signal.SIGKILL if late else signal.SIGTERM)
-            time.sleep(0.5)
+        failed = [child for child in children if child.poll() not in (None, 0)]
+        if failed and not code:
+            first = min(failed, key=lambda child: child.returncode)  # a killed one: the others leave because of it
+            code = _code(children.index(first), first.returncode, told)
+            # A mistake is everybody's mistake, and processes that wait in a collective for a dead one never leave.
+            deadline = time.monotonic() + (PATIENCE_SECONDS if code == STOPPED and told else 4.0)
+        if code:
+            for child in filter(_is_stopped, children):  # by SIGSTOP, and it would not answer SIGTERM
+                child.kill()
+            if time.monotonic() > deadline:
+                late = time.monotonic() > deadline + 10
+                _send(children, signal.SIGKILL if late else signal.SIGTERM)
+                time.sleep(0.5)
         time.sleep(0.05)
     return code or next((_code(i, c.returncode, told) for i, c in enumerate(children) if c.returncode), 0)
+
+
+def _is_stopped(child: subprocess.Popen[bytes]) -> bool:
+    """Whether it still runs and was stopped by a signal."""
+    if child.poll() is not None or not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return False
+    return os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _code(local: int, code: int, told: list[int]) -> int:
@@ -241,13 +256,34 @@ def _code(local: int, code: int, told: list[int]) -> int:
     if -code in told:  # it had not come so far as to listen
         if local == 0:
             print(f"stopped by {signal.Signals(-code).name} before it began; the same command goes on", file=sys.stderr)
-        return 75 if -code == signal.SIGTERM else 130
+        return INTERRUPTED if -code == signal.SIGINT else STOPPED
     print(
         f"process {local} was ended by {signal.Signals(-code).name}"
-        + ("; was the memory used up?" if code == -signal.SIGKILL else ""),
+        + ("; was the memory used up?" if code == -signal.SIGKILL else "")
+        + "; the same command goes on from the last checkpoint",
         file=sys.stderr,
     )
     return 1
+
+
+def between_processes(error: RuntimeError) -> bool:
+    """Whether an error is of a call between the processes of a run: one of them has gone, or is stuck."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and ("torch.distributed" in type(error).__module__ or re.search("gloo|NCCL", str(error)) is not None)
+
+
+def lost(error: RuntimeError) -> int:
+    """Say that another process has gone, unless this machine's launcher does. Returns: the exit code."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher has named the process, and ends the others
+    time.sleep(LOST_SECONDS)
+    late = re.search("[Tt]imed? ?out", str(error)) is not None
+    what = "has waited too long for another process" if late else "has lost another process, which has ended"
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one speaks on each machine
+        says = (str(error).splitlines() or [""])[0][:200]
+        rank, on = os.environ.get("RANK", "0"), "see the messages of the other machines"
+        line = f"process {rank} {what} ({on}; {says}); the same command goes on from the last checkpoint"
+        print(line, file=sys.stderr, flush=True)
+    return STOPPED if late else 1
 
 
 def _send(children: list[subprocess.Popen[bytes]], number: int) -> None:

@@ -1,7 +1,8 @@
-"""What Ctrl-C and SIGTERM do to a command, from its first line to its last. Imports little, so that it comes first.
+"""What Ctrl-C, SIGTERM and SIGHUP do to a command, from its first line to its last. Imports little, to come first.
 
 Before the work they end the process at once, with a line and an exit code; during it they raise, so that what is
-half-written is removed and what is done is saved; after it they change nothing.
+half-written is removed and what is done is saved; after it they change nothing. SIGHUP (the terminal was closed) counts
+as SIGTERM, unless the command was started to ignore it (nohup).
 """
 
 from __future__ import annotations
@@ -17,29 +18,47 @@ from types import FrameType
 
 STOPPED, INTERRUPTED = 75, 130  # exit codes
 _came_at: dict[int, float] = {}  # signal -> when it came last
+_terminals: list[int] = []  # of 0, 1, 2, those that were a terminal at the start
 
 
 class Stopped(BaseException):
-    """SIGTERM came: what is done is saved, and the same command goes on from there."""
+    """SIGTERM or SIGHUP came: what is done is saved, and the same command goes on from there."""
+
+
+def stops() -> tuple[signal.Signals, ...]:
+    """The signals that stop a command to go on later."""
+    hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # ignored: nohup
+    return (signal.SIGTERM, signal.SIGHUP) if hangup else (signal.SIGTERM,)
 
 
 def leave() -> None:
-    """Let both signals end this process at once: nothing has begun."""
-    stopped = "stopped by SIGTERM before it began; the same command goes on"
-    signal.signal(signal.SIGTERM, lambda *_: _leave(stopped, STOPPED))
+    """Let all of them end this process at once: nothing has begun."""
+    _terminals.extend(number for number in (0, 1, 2) if os.isatty(number))
+    for number in stops():
+        signal.signal(number, _leave_at_once)
     signal.signal(signal.SIGINT, lambda *_: _leave("interrupted before it began", INTERRUPTED))
 
 
 def listen() -> None:
-    """Let SIGTERM raise Stopped and Ctrl-C KeyboardInterrupt, once each."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Let SIGTERM and SIGHUP raise Stopped and Ctrl-C KeyboardInterrupt, once each."""
+    for number in stops():
+        signal.signal(number, _stop)
     signal.signal(signal.SIGINT, _interrupt)  # a shell's background jobs start with it ignored
 
 
 def ignore() -> None:
-    """Let neither signal change the outcome: it is known."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let no signal change the outcome: it is known."""
+    for number in (*stops(), signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def hung_up(number: int) -> None:
+    """After SIGHUP: what is written to a terminal that is gone, which would fail, goes nowhere."""
+    if number != signal.SIGHUP:
+        return
+    for gone in _terminals:
+        if not os.isatty(gone):
+            os.dup2(os.open(os.devnull, os.O_RDWR), gone)
 
 
 @contextlib.contextmanager
@@ -49,7 +68,7 @@ def held() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (*stops(), signal.SIGINT)}
     try:
         yield
     finally:
@@ -59,12 +78,13 @@ def held() -> Iterator[None]:
             signal.raise_signal(first)
 
 
-def _stop(_: int, frame: FrameType | None) -> None:
-    """SIGTERM counts once, as Ctrl-C does: a launcher passes on what every process of a job may have been sent."""
+def _stop(number: int, frame: FrameType | None) -> None:
+    """It counts once, as Ctrl-C does: a launcher passes on what every process of a job may have been sent."""
+    hung_up(number)
     if _first(signal.SIGTERM):
         if _importing(frame):
-            _leave("stopped by SIGTERM; the same command goes on from here", STOPPED)
-        raise Stopped
+            _leave(f"stopped by {signal.Signals(number).name}; the same command goes on from here", STOPPED)
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:
@@ -88,6 +108,11 @@ def _importing(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _leave_at_once(number: int, _: object) -> None:
+    hung_up(number)
+    _leave(f"stopped by {signal.Signals(number).name} before it began; the same command goes on", STOPPED)
 
 
 def _leave(message: str, code: int) -> None:

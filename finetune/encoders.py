@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
 from finetune.config import WEIGHTS
 from pretrain import encoder as encoders
-from pretrain import run
 from pretrain.encoder.embed import check_finite
 from pretrain.encoder.hub import card_note
 from pretrain.encoder.model import encoder_folder
@@ -34,7 +32,7 @@ from pretrain.encoder.preprocess import NO_STORE, Preprocess
 from pretrain.encoder.sources import Source, find
 from pretrain.encoder.transformers_config import IMAGENET
 from pretrain.encoder.weights import load_weights
-from pretrain.run.processes import agreed
+from pretrain.run.cache import complete, header
 
 if TYPE_CHECKING:
     from finetune.config import WeightsConfig
@@ -263,44 +261,43 @@ def film_features(
         films: M dicom_ids, all in the store.
     Returns: pool -> (M, D) float32, rows as `films`.
     """
-    wanted = sorted(set(films))
-    found = {} if cache is None else agreed(lambda: _known(frozen, store, cache, set(wanted)))
-    missing = [film for film in wanted if film not in found]
-    parts = [missing[start : start + PART] for start in range(0, len(missing), PART)]
-    what, made = f"features of {frozen.name}", dict[int, Features]()
-
-    def make(number: int, bar: Bar) -> None:
-        made[number] = _encoded(frozen, store, parts[number], batch_size, bar)
-        if cache is not None:
-            with new_file(_path(frozen, store, cache, parts[number])) as file:
-                save_file(made.pop(number), file, metadata={"films": "\n".join(parts[number])})
-
+    wanted, what = sorted(set(films)), f"features of {frozen.name}"
     if cache is None:
-        with Bar(what, len(missing), "films") as bar:
-            for number in range(len(parts)):
-                make(number, bar)
-        places = {film: (i, row) for i, part in enumerate(parts) for row, film in enumerate(part)}
-        return _gathered(films, places, lambda number: made[number])
-    paths = [_path(frozen, store, cache, part) for part in parts]
-    run.divide(paths, make, what, "films", [len(part) for part in parts], lambda path: False)
-    found |= {film: (path, row) for path, part in zip(paths, parts, strict=True) for row, film in enumerate(part)}
-    return _gathered(films, found, load_file)
+        with Bar(what, len(wanted), "films") as bar:
+            made = _encoded(frozen, store, wanted, batch_size, bar)
+        return _gathered(films, {film: (None, row) for row, film in enumerate(wanted)}, lambda _: made)
+
+    def make(part: list[str], path: Path, bar: Bar) -> None:
+        found = _encoded(frozen, store, part, batch_size, bar)
+        with new_file(path) as file:
+            save_file(found, file, metadata=header(part))
+
+    start = f"films_{digest([frozen.key, store.hash])}"
+    return _gathered(films, complete(cache, start, wanted, PART, make, what, "films", _finite), load_file)
 
 
 def _encoded(frozen: Frozen, store: Store, films: Sequence[str], batch_size: int, bar: Bar) -> Features:
-    """pool -> (n, D) of these films; the next batches are read while one is encoded."""
-    batches = [films[start : start + batch_size] for start in range(0, len(films), batch_size)]
+    """pool -> (n, D) of these films."""
     out: list[Features] = []
+    for batch, pixels in read_ahead(store, films, batch_size):
+        out.append(frozen.encode(pixels))
+        for value in out[-1].values():
+            check_finite(torch.from_numpy(value), frozen.name, batch)
+        bar.advance(len(batch))
+    return {pool: np.concatenate([part[pool] for part in out]).astype(np.float32) for pool in out[0]}
+
+
+def read_ahead(
+    store: Store, films: Sequence[str], batch_size: int
+) -> Iterator[tuple[Sequence[str], NDArray[np.uint8]]]:
+    """Batches of films and their pixels (B, S, S); threads read the next ones, without Python's lock."""
+    batches = [films[start : start + batch_size] for start in range(0, len(films), batch_size)]
     with ThreadPoolExecutor(AHEAD) as readers:
         coming = deque(readers.submit(store.read, batch) for batch in batches[:AHEAD])
         for number, batch in enumerate(batches):
             pixels = coming.popleft().result()
             coming.extend(readers.submit(store.read, later) for later in batches[number + AHEAD : number + AHEAD + 1])
-            out.append(frozen.encode(pixels))
-            for value in out[-1].values():
-                check_finite(torch.from_numpy(value), frozen.name, batch)
-            bar.advance(len(batch))
-    return {pool: np.concatenate([part[pool] for part in out]).astype(np.float32) for pool in out[0]}
+            yield batch, pixels
 
 
 def _gathered(films: Sequence[str], places: Mapping[str, tuple[Any, int]], read: Callable[[Any], Features]) -> Features:
@@ -318,23 +315,8 @@ def _gathered(films: Sequence[str], places: Mapping[str, tuple[Any, int]], read:
     return out
 
 
-def _path(frozen: Frozen, store: Store, cache: Path, films: Sequence[str]) -> Path:
-    return cache / f"films_{digest([frozen.key, store.hash])}_{digest(list(films))}.safetensors"
-
-
-def _known(frozen: Frozen, store: Store, cache: Path, wanted: set[str]) -> dict[str, tuple[Path, int]]:
-    """Film -> file and row. A damaged file, or one with non-finite values, counts as absent."""
-    found: dict[str, tuple[Path, int]] = {}
-    for path in sorted(cache.glob(f"films_{digest([frozen.key, store.hash])}_*.safetensors")):
-        try:
-            with safe_open(path, "numpy") as file:
-                own = {film: (path, row) for row, film in enumerate(file.metadata()["films"].split("\n"))}
-                if own.keys() & wanted - found.keys():
-                    whole = all(np.isfinite(file.get_tensor(pool)).all() for pool in file.keys())  # noqa: SIM118
-                    found |= {film: at for film, at in own.items() if film in wanted} if whole else {}
-        except (SafetensorError, OSError, KeyError, TypeError):
-            continue
-    return found
+def _finite(path: Path) -> bool:
+    return all(np.isfinite(value).all() for value in load_file(path).values())
 
 
 def pooled(encoder: Encoder, films: Tensor | NDArray[np.uint8], pool: str | None) -> Tensor:

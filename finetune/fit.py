@@ -83,7 +83,7 @@ def fit(
                 at["step"] += 1
                 at["losses"].append(loss)
                 bar.advance(1, f"loss {loss:.3f}")
-                if at["step"] % per_epoch and stop.agreed():
+                if at["step"] % per_epoch and stop.agreed(at["step"]):
                     break
             epoch, within = divmod(at["step"], per_epoch)
             if not within:
@@ -100,7 +100,7 @@ def fit(
                 bar.advance(0, f"loss {mean:.3f} val AUROC {now.auroc:.3f}")
                 values = {"epoch": epoch, "train/loss": mean, "val/loss": now.loss, "val/auroc/macro": now.auroc}
                 log.log(values, at["step"], part)
-            ended = bool(within) or stop.agreed()
+            ended = bool(within) or stop.agreed(at["step"])
             if ended or (checkpoint_every and epoch % checkpoint_every == 0):
                 nets = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
                 run.save_checkpoint(folder, at | nets, at["step"])

@@ -26,7 +26,7 @@ from finetune.config.shapes import PREDICTED, PREDICTION, ROW_IDS, ComparedBy, S
 COLUMNS = ["split", "label", "subset", "fraction", "metric", "value", "low", "high", "n", "positives", "reason"]
 
 
-TRACKING = ("trackers", "project", "run_name")  # keys that may change when a run is resumed
+TRACKING = ("trackers", "project", "run_name", "process_timeout")  # keys that may change when a run is resumed
 
 
 def headline(rows: pd.DataFrame) -> dict[str, float]:

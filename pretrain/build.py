@@ -37,7 +37,7 @@ def accelerator(config: PretrainConfig, args: argparse.Namespace | None) -> Any:
 
     run.check_trackers(config.trackers)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[ddp])
+    return run.accelerator(args, limit=config.process_timeout, mixed_precision=config.precision, kwargs_handlers=[ddp])
 
 
 def text(config: PretrainConfig) -> TextSource | None:

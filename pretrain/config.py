@@ -52,6 +52,15 @@ Precision = Annotated[
 ViewChoice = Annotated[
     Literal["frontal", "all"], Field(description="Which films by view: frontal takes AP and PA, all adds laterals.")
 ]
+ProcessTimeout = Annotated[
+    float,
+    Field(
+        ge=1,
+        le=10**6,
+        description="With several processes: seconds without a sign of life after which one counts as lost and the run "
+        "ends with exit code 75; a collective call may take three times as long.",
+    ),
+]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "mlflow", "csv"]],
     Field(description="Trackers beside metrics.jsonl, in OUT/trackers/NAME (docs/trackers.md)."),
@@ -289,6 +298,7 @@ class PretrainConfig(Settings):
         le=1e6,
         description="Epochs between exports of encoder/ during training; null: at the end only.",
     )
+    process_timeout: ProcessTimeout = 600.0
     trackers: Trackers = []
     project: Project = "ehr-msn"
     run_name: RunName = None

@@ -7,7 +7,6 @@ config, so that a run can resume at any step and does not depend on workers; pro
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from configs import UserError
-from configs.signals import held
+from configs.signals import held, ignore
 from ehr_features import files as lock
 from ehr_features import static
 from ehr_features.config import TEXT_GROUP
@@ -403,8 +402,7 @@ def _as_it_is(item: Any) -> Any:
 
 def begin_worker(_: int) -> None:
     """Ignore signals, which only the main process handles by saving; close the inherited lock of the folder."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore()
     lock.forget()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from pretrain.store import Store
 
 MAY_DIFFER = (
     "workers", "log_every", "save_every_minutes", "keep", "keep_every_hours", "export_every_epochs", "trackers",
-    "project", "run_name",    "checkpointing", "compile",
+    "project", "run_name", "checkpointing", "compile", "process_timeout",
 )  # fmt: skip
 
 callable_module(__name__)
@@ -78,10 +79,8 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     if run.is_main():
         write_seen(folder, films.table, config.encoder.init)
     step, seconds = _loop(config, folder, log, method, steps, plan, accelerator)
-    if run.is_main():
-        export.write(folder, config, method, films, store, step, last=True, seconds=seconds)
+    run.on_main(lambda: export.write(folder, config, method, films, store, step, last=True, seconds=seconds))
     log.close()
-    accelerator.wait_for_everyone()
     accelerator.end_training()
     run.finish(folder, steps=step, films=len(films))
     return folder
@@ -153,9 +152,8 @@ def _loop(
                     saved_at = time.monotonic()
             if export_every and done % export_every == 0:
                 watch.check(method, done)
-                if run.is_main():
-                    export.write(folder, config, method, steps.films, steps.store, done)
-            if stop.agreed():
+                run.on_main(partial(export.write, folder, config, method, steps.films, steps.store, done))
+            if stop.agreed(done):
                 save(done)
                 raise Stopped(run.go_on(folder, done))
     ahead.close()  # its workers end, and their seconds count

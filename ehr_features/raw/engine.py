@@ -22,7 +22,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from configs import UserError
-from configs.signals import Stopped
+from configs.signals import Stopped, stops
 
 _OPEN: weakref.WeakSet[Any] = weakref.WeakSet()  # DuckDB connections, for `interruptible`
 
@@ -136,7 +136,7 @@ def named_by_the_engine(where: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """End the block on Ctrl-C and SIGTERM, also during a query.
+    """End the block on Ctrl-C, SIGTERM and SIGHUP, also during a query.
 
     The signal handler raises, but DuckDB replaces an exception raised during a query by its own error, and drops one
     raised just before a query (while it imports its helpers). So queries are interrupted until the block is left.
@@ -146,7 +146,7 @@ def interruptible() -> Iterator[None]:
         return
     came: list[int] = []
     left = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *stops())}
 
     def interrupt() -> None:
         while not left.wait(0.2):
@@ -174,7 +174,8 @@ def interruptible() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if came:
-        raise KeyboardInterrupt if came[0] == signal.SIGINT else Stopped()
+        stopped = Stopped(f"stopped by {signal.Signals(came[0]).name}")
+        raise KeyboardInterrupt if came[0] == signal.SIGINT else stopped
 
 
 # DuckDB's and thrift's errors about damaged bytes, often without the file's name

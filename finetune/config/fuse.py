@@ -21,7 +21,7 @@ from finetune.config.shared import (
     named_weights,
     seed_list,
 )
-from pretrain.config import Precision, Project, RunName, Trackers
+from pretrain.config import Precision, ProcessTimeout, Project, RunName, Trackers
 
 
 class FuseConfig(Settings):
@@ -179,6 +179,7 @@ class FuseConfig(Settings):
     workers: int = Field(
         default=0, ge=0, le=256, description="Processes that read films ahead when the encoder is tuned."
     )
+    process_timeout: ProcessTimeout = 600.0
     precision: Precision = "no"
     allow_leak: AllowLeak = False
     cache: Cache = None

@@ -25,7 +25,7 @@ from finetune.config.shared import (
     named_weights,
     seed_list,
 )
-from pretrain.config import Precision, Project, RunName, Trackers, ViewChoice
+from pretrain.config import Precision, ProcessTimeout, Project, RunName, Trackers, ViewChoice
 
 
 class ShiftConfig(Settings):
@@ -135,6 +135,7 @@ class ProbeConfig(Settings):
         default=[5, 10, 20, 50], min_length=1, description="Numbers of neighbours that method: knn tries."
     )
     tune: TuneConfig = TuneConfig.model_validate({})
+    process_timeout: ProcessTimeout = 600.0
     precision: Precision = Field(
         default="no",
         description="Mixed precision of finetune and attentive: no (fp32), bf16, fp16, or auto (as in `pretrain`).",

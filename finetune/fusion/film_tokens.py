@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
-from pretrain import run
+from finetune.encoders import read_ahead
 from pretrain.encoder.embed import check_finite
-from pretrain.text.encoder import Tokens, whole
+from pretrain.run.cache import complete, header
+from pretrain.text.encoder import Tokens
 
 if TYPE_CHECKING:
     from finetune.encoders import Frozen
@@ -46,21 +47,19 @@ def film_tokens(
         frozen: the encoder, as opened for its features. films: M dicom_ids of the store.
     Returns: the states of each film, rows as `films`; N, tokens of a film.
     """
-    wanted = sorted(set(films))
-    cut = [wanted[i : i + PART] for i in range(0, len(wanted), PART)]
-    paths = [cache / f"film_tokens_{digest([frozen.key, store.hash, side, part])}.safetensors" for part in cut]
-    encode = _encode(frozen, side)
+    wanted, encode = sorted(set(films)), _encode(frozen, side)
 
-    def make(number: int, bar: Bar) -> None:
-        _write(frozen.name, encode, store, cut[number], paths[number], bar)
+    def make(part: list[str], path: Path, bar: Bar) -> None:
+        _write(frozen.name, encode, store, part, path, bar)
 
-    run.divide(paths, make, f"tokens of {frozen.name}", "films", [len(part) for part in cut], whole)
+    start = f"film_tokens_{digest([frozen.key, store.hash, side])}"
+    found = complete(cache, start, wanted, PART, make, f"tokens of {frozen.name}", "films")
+    paths = sorted({path for path, _ in found.values()})
     with safe_open(paths[0], "numpy") as file:
         places, width = int(file.metadata()["tokens"]), file.get_slice("values").get_shape()[1]
-    place = {film: i for i, film in enumerate(wanted)}
-    rows = np.array([place[film] for film in films], np.int64)
-    full = np.full(len(rows), places, np.int64)
-    return Tokens(tuple(paths), rows // PART, rows % PART * places, full, width), places
+    number = {path: i for i, path in enumerate(paths)}
+    part, row = np.array([(number[found[film][0]], found[film][1]) for film in films], np.int64).reshape(-1, 2).T
+    return Tokens(tuple(paths), part, row * places, np.full(len(films), places, np.int64), width), places
 
 
 def _encode(frozen: Frozen, side: int) -> Callable[[NDArray[np.uint8]], Tensor]:
@@ -98,12 +97,12 @@ def _write(
     name: str, encode: Callable[[NDArray[np.uint8]], Tensor], store: Store, films: Sequence[str], path: Path, bar: Bar
 ) -> None:
     parts = []
-    for start in range(0, len(films), 64):
-        made = encode(store.read(films[start : start + 64])).half()
-        check_finite(made, name, films[start : start + 64])
+    for batch, pixels in read_ahead(store, films, 64):
+        made = encode(pixels).half()
+        check_finite(made, name, batch)
         parts.append(made.numpy())
-        bar.advance(len(parts[-1]))
+        bar.advance(len(batch))
     states = np.concatenate(parts)  # (m, N, D)
-    about = {"tokens": str(states.shape[1]), "truncated": "0"}
+    about = {"tokens": str(states.shape[1]), **header(films)}
     with new_file(path) as file:
         save_file({"values": np.ascontiguousarray(states.reshape(-1, states.shape[2]))}, file, metadata=about)

@@ -64,7 +64,9 @@ def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> 
     uneven = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may have no film
     run.check_trackers(config.trackers)
     check_size(config)
-    accelerator = run.accelerator(args, mixed_precision=config.precision, kwargs_handlers=[uneven])
+    accelerator = run.accelerator(
+        args, limit=config.process_timeout, mixed_precision=config.precision, kwargs_handlers=[uneven]
+    )
     run.share(config.batch_size, accelerator.num_processes, "batch_size")
     samples, films, about = prepare(config, accelerator)
     rows = choose_rows(config, samples)
@@ -101,13 +103,12 @@ def _fuse(
             net, trials = search(own, samples, films, rows, accelerator, log, place)
             model = partial(_say, net, own, accelerator)
             about["lr"] = [*about.get("lr", []), *trials]
-            if accelerator.is_main_process:
-                outputs.save(place, net, samples, own)
+            run.on_main(partial(outputs.save, place, net, samples, own))
         found.append({split: model(samples, rows[split]) for split in HELD_OUT})
         for name, changed in outputs.poorer(samples, films is not None, seed).items() if config.robustness else ():
             found[-1][name] = model(changed, rows["test"])
-        if accelerator.is_main_process and several:
-            outputs.write(place, samples, rows, [found[-1]], own, about)
+        if several:
+            run.on_main(partial(outputs.write, place, samples, rows, [found[-1]], own, about))
     if accelerator.is_main_process:
         results = outputs.write(folder, samples, rows, found, config, about)
         log.track(headline(results), 0, "results")
@@ -209,11 +210,13 @@ def _trial(
         net.load_state_dict(state)
         return net, Scores(float("nan") if told["val_auroc"] is None else told["val_auroc"], told["val_loss"])
     value = train(net, samples, rows, config, accelerator, log.within(folder), folder)
-    if accelerator.is_main_process:
+
+    def keep() -> None:
         with new_file(folder / "net.safetensors") as part:
             save_file({key: weight.contiguous() for key, weight in weights_of(net).items()}, part)
         write_json(done, _told(config, value))
-    accelerator.wait_for_everyone()
+
+    run.on_main(keep)
     return net, value
 
 

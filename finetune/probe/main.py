@@ -64,7 +64,9 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
         raise UserError(f"method={config.method} runs in one process; start it with --processes 1")
     run.check_trackers(config.trackers)
     run.check_precision(config.precision, cpu=not torch.accelerator.is_available())
-    accelerator = run.accelerator(args, mixed_precision=config.precision) if tuned else None
+    accelerator = (
+        run.accelerator(args, limit=config.process_timeout, mixed_precision=config.precision) if tuned else None
+    )
     films, store = open_films(config)
     if config.method != "transfer" and not config.folds:
         check_splits(films)

@@ -11,7 +11,7 @@ what it decides or refuses, all processes do. A loop reads as
     with run.stopping() as stop:
         for step in ...:
             ...; log.log({"train/loss": loss}, step)
-            if stop.agreed():
+            if stop.agreed(step):
                 run.save_checkpoint(folder, state, step); raise Stopped(run.go_on(folder, step))
     run.finish(folder)
 """
@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 
 from configs import Settings, UserError
@@ -31,7 +30,7 @@ from configs.cli import typed
 from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, tidy, write_json
 from ehr_features.typed import read_json, read_yaml
 from ehr_features.typed.shapes import Provenance
-from pretrain.run.processes import distributed, on_main
+from pretrain.run.processes import agreed, on_main
 
 FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet", "trackers")
 OURS = (*FIRST, "metrics.jsonl", "encoder")
@@ -124,10 +123,7 @@ def complete(folder: Path) -> bool:
             )
         return bool(at)
 
-    answer = [on_main(ask)]
-    if distributed():
-        dist.broadcast_object_list(answer, src=0)
-    return bool(answer[0])
+    return agreed(ask)
 
 
 def finish(folder: Path, **more: Any) -> None:

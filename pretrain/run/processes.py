@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -18,7 +19,9 @@ import torch.distributed as dist
 
 from configs import UserError
 from configs.launch import from_accelerate
+from configs.signals import INTERRUPTED, STOPPED, Stopped, hung_up, stops
 from ehr_features.progress import Bar
+from pretrain.run.heartbeat import COLLECTIVE, Heartbeat, connect
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PROCESSOR = Path("/proc/cpuinfo")  # of Linux
 PATIENCE_SECONDS = 300.0  # for process 0 to answer
+LIMIT_SECONDS = 600.0  # without a sign of life; the configs' `process_timeout`
 PATIENCE_HOURS = 6.0  # for the next file of another process; the launcher ends a run whose process has failed
+CODES = {UserError: 2, OSError: 2, Stopped: STOPPED, KeyboardInterrupt: INTERRUPTED}  # as configs.cli exits
+_heartbeats: list[Heartbeat] = []  # this process's, once it has joined the others
 
 
 def is_main() -> bool:
@@ -34,11 +40,12 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accelerator:
+def accelerator(args: argparse.Namespace | None = None, *, limit: float = LIMIT_SECONDS, **options: Any) -> Accelerator:
     """Make the Accelerator of a run after checking the number of processes.
 
     Args:
         args: the command line's, with `processes` (on each machine) and `machines`; None: nothing was asked for.
+        limit: seconds without a sign of life after which a process counts as lost, and the others leave.
         options: passed on to accelerate.Accelerator, e.g. mixed_precision, log_with, project_dir.
     Raises: UserError: another world size than --processes x --machines, more processes than GPUs, or fp16 on a CPU.
     """
@@ -47,10 +54,12 @@ def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accel
     check_precision(precision, cpu)
     precision = ("bf16" if has_bf16(cpu) else "no") if precision == "auto" else precision
     world = check_world(args)
-    if world > 1 and not is_main():
-        _reach(os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500"), PATIENCE_SECONDS)
-    from accelerate import Accelerator
+    if world > 1 and not _heartbeats:
+        _join(world, limit)
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
+    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE * limit))
+    options["kwargs_handlers"] = [*options.get("kwargs_handlers", []), waits]
     made = Accelerator(cpu=cpu, mixed_precision=precision, **options)
     atexit.register(_leave)
     if made.num_processes != world:
@@ -59,6 +68,15 @@ def accelerator(args: argparse.Namespace | None = None, **options: Any) -> Accel
             f"ehr-msn or ./launch.sh and --processes N (accelerate launch --cpu, for one, starts a single process)"
         )
     return made
+
+
+def _join(world: int, limit: float) -> None:
+    """Reach process 0, and begin to give signs of life."""
+    if not is_main():
+        where = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+        _reach(*where, min(PATIENCE_SECONDS, limit))
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    _heartbeats.append(Heartbeat(connect(rank, limit), rank, world, limit, local))
 
 
 def check_precision(precision: str, cpu: bool) -> None:
@@ -149,6 +167,8 @@ def _reach(host: str, port: str, patience: float) -> None:
 
 def _leave() -> None:
     """Destroy the process group at exit: gloo's threads otherwise abort a finished process now and then."""
+    while _heartbeats:
+        _heartbeats.pop().end()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -158,29 +178,28 @@ def distributed() -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Run `action` in process 0 while the others wait; if it raises there, the others exit silently.
+    """Run `action` in process 0 while the others wait, however long; if it raises there, the others exit silently.
 
     Returns: its value in process 0; elsewhere None.
     """
     if not distributed():
         return action() if is_main() else None
-    value, failure = None, None
     if dist.get_rank() == 0:
+        code = 0
         try:
-            value = action()
+            return action()
         except BaseException as error:
-            failure = error
-    codes = [0 if failure is None else 2 if isinstance(failure, (UserError, OSError)) else 1]
-    dist.broadcast_object_list(codes, src=0)
-    if failure is not None:
-        raise failure
-    if codes[0]:
-        sys.exit(codes[0])
-    return value
+            code = next((code for kind, code in CODES.items() if isinstance(error, kind)), 1)
+            raise
+        finally:
+            _heartbeats[0].from_main(str(code))
+    if code := int(_heartbeats[0].from_main()):
+        sys.exit(code)
+    return None
 
 
 class stopping:
-    """A flag that SIGTERM sets (preemption), in place of an exception in the middle of a step.
+    """A flag that SIGTERM (preemption) and SIGHUP set, in place of an exception in the middle of a step.
 
     `with stopping() as stop:` in every process, `stop.agreed()` at the same steps in all of them. What they agree on
     uses the CPU (gloo), so that asking at every step does not wait for a GPU.
@@ -192,18 +211,23 @@ class stopping:
     def __enter__(self) -> Self:
         self._group: Any = None  # the default group
         if distributed() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
-        self._before = signal.signal(signal.SIGTERM, self._set)
+            timeout = timedelta(seconds=COLLECTIVE * _heartbeats[0].limit)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._before = {number: signal.signal(number, self._set) for number in stops()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _set(self, *_: object) -> None:
+    def _set(self, number: int, _: object) -> None:
+        hung_up(number)
         self.requested = True
 
-    def agreed(self) -> bool:
-        """Whether any process received a stop signal; the same answer in all processes."""
+    def agreed(self, step: int = -1) -> bool:
+        """Whether any process received a stop signal, after `step`; the same answer in all processes."""
+        for heartbeat in _heartbeats:
+            heartbeat.step = step
         return self.any(self.requested)
 
     def any(self, flag: bool) -> bool:
@@ -220,9 +244,9 @@ class stopping:
 
 def agreed(ask: Callable[[], T]) -> T:
     """Process 0's answer, in all processes."""
+    answer: list[Any] = [on_main(ask)]
     if not distributed():
-        return ask()
-    answer: list[Any] = [ask() if dist.get_rank() == 0 else None]
+        return cast("T", answer[0])
     dist.broadcast_object_list(answer, src=0)
     return cast("T", answer[0])
 

@@ -1,8 +1,8 @@
 """Texts -> vectors or token states by a frozen text encoder in a local folder (extra `text`).
 
 Input: a Hugging Face or sentence-transformers folder, and texts. Output: (N, D) float32, one vector a text; or a
-sequence of token states a text. Each distinct text is embedded once: parts of the sorted distinct texts are kept as
-safetensors under a hash of the encoder's files and of the texts, so that a stopped run goes on with its next part.
+sequence of token states a text. Each distinct text is embedded once: safetensors under a hash of the encoder's files
+list the hashes of their texts, so that a stopped run goes on with its next file and other notes embed new texts alone.
 
 Nothing is downloaded, no code of the folder is run: modules outside sentence-transformers and `auto_map` are refused,
 and weights in a pickle are read with `weights_only`.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from configs import UserError, first_line
 from ehr_features.files import digest, file_digest, new_file
 from ehr_features.progress import Bar
 from ehr_features.typed import read_json
-from pretrain import run
+from pretrain.run.cache import complete, header
 from pretrain.shapes import Module
 
 PART = {"vectors": 8192, "tokens": 2048}  # texts of a file of the cache
@@ -145,61 +145,57 @@ def embed(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> tuple[NDAr
         texts: N, repeats are fine. cache: folder for what was embedded.
     Returns: (N, D) float32, rows as `texts`; the number of texts that were truncated.
     """
-    distinct = sorted(set(texts))
-    parts, cut = [], 0
-    for path, _ in _parts(encoder, distinct, cache, "vectors"):
+    paths, part, row, which = _places(encoder, texts, cache, "vectors")
+    out, cut = np.empty((len(part), 0), np.float32), 0
+    for number, path in enumerate(paths):
+        own = np.flatnonzero(part == number)
         with safe_open(path, "numpy") as file:
-            parts.append(file.get_tensor("values"))
-            cut += int(file.metadata()["truncated"])
-    place = {text: i for i, text in enumerate(distinct)}
-    return np.concatenate(parts)[[place[text] for text in texts]], cut
+            values = file.get_tensor("values")
+            cut += int(file.get_tensor("truncated")[row[own]].sum())
+        out = out if out.shape[1] else np.empty((len(part), values.shape[1]), np.float32)
+        out[own] = values[row[own]]
+    return out[which], cut
 
 
 def embed_tokens(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> tuple[Tokens, int]:
     """Token states of texts, left on disk, and how many distinct ones the encoder cut short."""
-    distinct = sorted(set(texts))
-    paths: list[Path] = []
-    part, start, length, width, cut = [], [], [], 0, 0
-    for path, own in _parts(encoder, distinct, cache, "tokens"):
+    paths, part, row, which = _places(encoder, texts, cache, "tokens")
+    start, length, width, cut = np.zeros_like(part), np.zeros_like(part), 0, 0
+    for number, path in enumerate(paths):
+        own = np.flatnonzero(part == number)
         with safe_open(path, "numpy") as file:
             offsets, width = file.get_tensor("offsets"), file.get_slice("values").get_shape()[1]
-            cut += int(file.metadata()["truncated"])
-        part.append(np.full(len(own), len(paths)))
-        start.append(offsets[:-1])
-        length.append(np.diff(offsets))
-        paths.append(path)
+            cut += int(file.get_tensor("truncated")[row[own]].sum())
+        start[own], length[own] = offsets[row[own]], np.diff(offsets)[row[own]]
+    return Tokens(tuple(paths), part[which], start[which], length[which], width), cut
+
+
+def _places(
+    encoder: TextEncoder, texts: Sequence[str], cache: Path, kind: str
+) -> tuple[list[Path], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Where the texts' states are; those that are in no file of the cache are embedded now.
+
+    Args:
+        kind: vectors | tokens.
+    Returns: the files; of each distinct text the number of its file, and its row in there; (N,) which one a text is.
+    """
+    assert len(texts), "there are texts"
+    distinct = sorted(set(texts))
+    names = {digest(text): text for text in distinct}  # a cache lists no text
+
+    def make(part: list[str], path: Path, bar: Bar) -> None:
+        _write(encoder, part, [names[name] for name in part], path, kind, bar)
+
+    what = f"embedding texts with {encoder.folder.name}"
+    found = complete(cache, f"text_{digest([encoder.key, kind])}", list(names), PART[kind], make, what, "texts")
+    paths = sorted({path for path, _ in found.values()})
+    number = {path: i for i, path in enumerate(paths)}
+    part, row = np.array([(number[found[name][0]], found[name][1]) for name in names], np.int64).T
     place = {text: i for i, text in enumerate(distinct)}
-    rows = [place[text] for text in texts]
-    at, first, size = (np.concatenate(x)[rows].astype(np.int64) for x in (part, start, length))
-    return Tokens(tuple(paths), at, first, size, width), cut
+    return paths, part, row, np.array([place[text] for text in texts], np.int64)
 
 
-def _parts(
-    encoder: TextEncoder, distinct: Sequence[str], cache: Path, kind: str
-) -> Iterator[tuple[Path, Sequence[str]]]:
-    """The cache files of these texts; missing ones are embedded now; `kind`: vectors | tokens."""
-    assert distinct, "there are texts"
-    size = PART[kind]
-    cut = [distinct[i : i + size] for i in range(0, len(distinct), size)]
-    paths = [cache / f"text_{digest([encoder.key, kind, part])}.safetensors" for part in cut]
-
-    def make(number: int, bar: Bar) -> None:
-        _write(encoder, cut[number], paths[number], kind, bar)
-
-    run.divide(paths, make, f"embedding texts with {encoder.folder.name}", "texts", [len(part) for part in cut], whole)
-    yield from zip(paths, cut, strict=True)
-
-
-def whole(path: Path) -> bool:
-    """Whether a cache file exists; a damaged one counts as absent and is written again."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return "truncated" in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
-
-
-def _write(encoder: TextEncoder, texts: Sequence[str], path: Path, kind: str, bar: Bar) -> None:
+def _write(encoder: TextEncoder, names: Sequence[str], texts: Sequence[str], path: Path, kind: str, bar: Bar) -> None:
     """Embed texts in batches of similar length and store them in the given order."""
     lengths = np.array(encoder.lengths(texts))
     limit = math.inf if encoder.max_tokens is None else encoder.max_tokens
@@ -210,10 +206,10 @@ def _write(encoder: TextEncoder, texts: Sequence[str], path: Path, kind: str, ba
         for i, state in zip(rows, states, strict=True):
             found[i] = state
         bar.advance(len(rows))
-    about = {"truncated": str(int((lengths > limit).sum())), "encoder": encoder.folder.name}
-    arrays = {"values": np.stack(found) if kind == "vectors" else np.concatenate(found)}
+    arrays = {"values": np.stack(found) if kind == "vectors" else np.concatenate(found), "truncated": lengths > limit}
     if kind == "tokens":
         arrays["offsets"] = np.cumsum([0, *(len(states) for states in found)]).astype(np.int64)
+    about = {"encoder": encoder.folder.name, **header(names)}
     with new_file(path) as part:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, metadata=about)
 

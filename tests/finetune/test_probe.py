@@ -22,6 +22,7 @@ from finetune import layouts as sources
 from finetune import results
 from finetune.config import ProbeConfig
 from finetune.encoders import film_features, open_encoder
+from finetune.fusion.film_tokens import film_tokens
 from finetune.labelled import check_splits, evaluation_labels, read_films, training_labels
 from finetune.probe import heads
 from finetune.probe import heads as classic
@@ -153,6 +154,20 @@ def test_features_are_kept_by_film_and_no_film_is_encoded_twice(
     path = sorted(cache.iterdir())[0]
     path.write_bytes(path.read_bytes()[:50])
     assert np.array_equal(film_features(counted, store, ids, cache=cache)["avg"], whole) and sum(encoded) == 12
+
+
+def test_tokens_are_kept_by_film(make_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_world()
+    store, cache, frozen = sources.Store("memory"), folder / "cache", open_encoder("pixels")
+    ids, seen, read = sorted(store.films)[:7], list[str](), store.read
+    monkeypatch.setattr("finetune.fusion.film_tokens.PART", 3)
+    whole, _ = film_tokens(frozen, store, ids, folder / "whole")
+    monkeypatch.setattr(store, "read", lambda films: seen.extend(films) or read(films))
+    film_tokens(frozen, store, ids[:4], cache)
+    found, places = film_tokens(frozen, store, [*ids[2:], ids[3]], cache)  # two of them known
+    assert sorted(seen) == ids and places == 16
+    rows = np.arange(6)
+    assert np.array_equal(found.read(rows)[0], whole.read(np.array([2, 3, 4, 5, 6, 3]))[0])
 
 
 def test_an_encoder_that_saw_test_subjects_is_refused(make_world: World) -> None:

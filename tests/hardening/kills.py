@@ -4,9 +4,10 @@
 
 Input: an empty folder. Output: a Markdown table (command, kills, seconds undisturbed, what was found).
 Every command works on a small synthetic hospital. It is run once undisturbed; then started, killed after a random part
-of that time (by turns with all its processes, and alone), and looked at: whatever carries a final name must open whole,
-and no process is left. After at most `CHAIN` kills in one folder the command is left to finish, and its result must be
-that of the undisturbed run. SIGTERM and SIGINT must also end it with their exit codes, and without a traceback.
+of that time (by turns with all its processes, and alone; of several processes by turns all, the launcher and each), and
+looked at: whatever carries a final name must open whole, and no process is left. After at most `CHAIN` kills in one
+folder the command is left to finish, and its result must be that of the undisturbed run. SIGTERM and SIGINT must also
+end it with their exit codes, and without a traceback.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,12 @@ class Command:
     result: tuple[str, ...]  # globs below `out`; empty: `out` itself
     beside: tuple[Path, ...] = ()  # caches that go with `out`
     seconds: float = field(default=0.0)  # of the undisturbed run
+    processes: int = 1  # on each machine
+    machines: int = 1  # launchers, on this one
+
+    @property
+    def world(self) -> int:
+        return self.processes * self.machines
 
 
 def commands(world: Path) -> dict[str, Command]:
@@ -135,15 +143,47 @@ def commands(world: Path) -> dict[str, Command]:
     return {command.name: command for command in made}
 
 
-def start(command: Command, log: Path) -> forked.Popen:
+def several(known: dict[str, Command]) -> dict[str, Command]:
+    """Commands by two processes, and by two machines that are both this one."""
+    made = [
+        replace(
+            known[name],
+            name=f"{name}, {says}",
+            words=[*known[name].words, "process_timeout=30", *["checkpoint_every=1"] * (name == "fuse")],
+            seconds=0.0,
+            processes=processes,
+            machines=machines,
+        )
+        for name in ("pretrain", "fuse")
+        for says, processes, machines in (("2 processes", 2, 1), ("2 machines", 1, 2))
+    ]
+    return {command.name: command for command in made}
+
+
+def start(command: Command, log: Path) -> list[forked.Popen]:
+    """One process; or the launcher of each machine."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return forked.Popen(command.words, log.parent, log, env)
+    if command.world == 1:
+        return [forked.Popen(command.words, log.parent, log, env)]
+    flags, port = ["--processes", str(command.processes), "--machines", str(command.machines)], free_port()
+    if command.machines == 1:
+        return [forked.Popen(["configs.launch", *flags, "--", *command.words, *flags], log.parent, log, env)]
+    flags += ["--main-address", f"127.0.0.1:{port}"]
+    ranked = [[*flags, "--machine-rank", str(rank)] for rank in range(command.machines)]
+    words = [["configs.launch", *own, "--", *command.words, *own] for own in ranked]
+    return [forked.Popen(own, log.parent, log, env) for own in words]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def finish(command: Command, log: Path) -> None:
     """Run to the end. Raises: RuntimeError: it failed."""
     began = time.monotonic()
-    code = start(command, log).wait()
+    code = max(process.wait() for process in start(command, log))
     command.seconds = command.seconds or time.monotonic() - began
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
@@ -241,44 +281,80 @@ def left(session: int, patience: float = 10.0) -> list[int]:
         time.sleep(0.1)
 
 
-def kill(command: Command, number: signal.Signals, seconds: float, log: Path, *, alone: bool) -> list[str]:
-    """Start it, and kill it after some seconds. Returns: the faults found."""
+def ranks(started: list[forked.Popen]) -> dict[int, int]:
+    """Number -> pid of the processes that the launchers have started."""
+    sessions, found = {process.pid for process in started}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            words = path.read_text().rpartition(")")[2].split()  # state, parent, group, session
+            if int(words[3]) in sessions and int(words[1]) in sessions:
+                environ = (path.parent / "environ").read_bytes().split(b"\0")
+                rank = next((word for word in environ if word.startswith(b"RANK=")), None)
+                found |= {} if rank is None else {int(rank[5:]): int(path.parent.name)}
+    return found
+
+
+def hit(command: Command, started: list[forked.Popen], number: signal.Signals, turn: int) -> str:
+    """Send the signal to whom it is the turn of. Returns: who that was."""
+    whom = turn % (2 if command.world == 1 else 2 + command.world)
+    with contextlib.suppress(ProcessLookupError):  # it had ended, and all that it started
+        if whom == 1:
+            for process in started:
+                os.killpg(process.pid, number)
+            return "all"
+        if whom >= 2 and (pid := ranks(started).get(whom - 2)) is not None:
+            os.kill(pid, number)
+            return f"process {whom - 2}"
+        os.kill(started[turn // 4 % len(started)].pid, number)
+    return "it alone" if command.world == 1 else "the launcher"
+
+
+def kill(command: Command, number: signal.Signals, seconds: float, log: Path, turn: int) -> list[str]:
+    """Start it, and kill it, or a part of it, after some seconds. Returns: the faults found."""
     said = log.stat().st_size if log.exists() else 0
-    process = start(command, log)
+    started = start(command, log)
     if number != signal.SIGKILL:
-        while process.poll() is None and not catches(process.pid):
+        while started[0].poll() is None and not catches(started[0].pid):
             time.sleep(0.01)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    ended = process.poll() is not None
-    with contextlib.suppress(ProcessLookupError):  # it had ended, and all that it started
-        (os.kill if alone else os.killpg)(process.pid, number)
+        started[0].wait(seconds)
+    ended = all(process.poll() is not None for process in started)
+    whom = hit(command, started, number, turn)
     try:
-        code = process.wait(120)
+        codes = [process.wait(120) for process in started]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return [f"still there 120 s after {number.name}"]
-    faults = [f"{len(left(process.pid))} processes left"] if left(process.pid) else []
-    if code != 0 if ended else code not in (0, CODES[number]):
-        faults.append(f"exit code {code}")
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return [f"{whom}: still there 120 s after {number.name}"]
+    running = [pid for process in started for pid in left(process.pid)]
+    faults = [f"{whom}: {len(running)} processes left"] if running else []
+    # with several processes the others end because of the killed one, with a line: 1; 2: process 0 never answered
+    allowed = {0} if ended else {0, CODES[number]} if command.world == 1 else {0, CODES[number], 1, 2}
+    if not set(codes) <= allowed:
+        faults.append(f"{whom}: exit code {codes}")
     with log.open("rb") as file:
         file.seek(said)
         if b"Traceback" in file.read():
-            faults.append(f"a traceback in {log}")
+            faults.append(f"{whom}: a traceback in {log}")
     return faults + damaged(command)
 
 
 def torment(command: Command, kills: int, seed: int, logs: Path, number: signal.Signals = signal.SIGKILL) -> list[str]:
     """Kill it `kills` times. Returns: the faults found; empty if there are none."""
     logs.mkdir(parents=True, exist_ok=True)
-    log, draw, faults = logs / f"{command.name.replace(' ', '_')}.txt", random.Random(f"{seed}/{command.name}"), []
+    log, draw, faults = (
+        logs / f"{command.name.replace(' ', '_').replace(',', '')}.txt",
+        random.Random(f"{seed}/{command.name}"),
+        [],
+    )
     remove(command)
     finish(command, log)
     wanted = result(command)
     assert wanted, f"{command.name} wrote nothing"
     remove(command)
     for i in range(1, kills + 1):
-        found = kill(command, number, draw.uniform(0.0, 1.0) * command.seconds, log, alone=i % 2 == 0)
+        found = kill(command, number, draw.uniform(0.0, 1.0) * command.seconds, log, i)
         faults += [f"kill {i}: {fault}" for fault in found]
         if i % CHAIN == 0 or i == kills:
             finish(command, log)
@@ -298,10 +374,11 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     known = commands(args.out.resolve())
+    known |= several(known)
     print("| command | kills | undisturbed, s | found |\n|---|---|---|---|", flush=True)
     for name, command in known.items():
         if args.commands and name not in args.commands:
-            if not command.out.exists():
+            if not command.out.exists() and command.world == 1:
                 finish(command, args.out / "log.txt")
             continue
         faults = torment(command, args.kills, args.seed, args.out / "logs", signal.Signals[f"SIG{args.signal}"])

@@ -1,4 +1,4 @@
-"""Two kills of each command at seeded moments, one of its group and one of it alone; kills.py does fifty."""
+"""Two kills of each command at seeded moments, of its group and of it alone, three of two processes; kills.py: 50."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ NAMES = list(kills.commands(Path("nowhere")))  # no folder: it writes nothing
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, kills.Command]:
-    return kills.commands(tmp_path_factory.mktemp("kills"))
+    known = kills.commands(tmp_path_factory.mktemp("kills"))
+    return known | kills.several(known)
 
 
 @pytest.mark.slow
@@ -23,6 +24,16 @@ def test_a_kill_loses_nothing_and_leaves_nothing_half_written(known: dict[str, k
             kills.finish(known[before], command.out.parent / "before.txt")
     logs = known[NAMES[0]].out.parent / "logs"
     assert kills.torment(command, 2, 1, logs) == []
+
+
+@pytest.mark.slow
+def test_a_kill_of_one_of_two_processes_ends_both_without_a_traceback(known: dict[str, kills.Command]) -> None:
+    command = known["pretrain, 2 processes"]
+    for before in ("demo data", "features", "images"):
+        if not known[before].out.exists():
+            kills.finish(known[before], command.out.parent / "before.txt")
+    logs = known["demo data"].out.parent / "logs"
+    assert kills.torment(command, 3, 1, logs) == []
 
 
 def test_a_half_written_file_is_found(tmp_path: Path) -> None:

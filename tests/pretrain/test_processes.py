@@ -15,6 +15,7 @@ import pytest
 
 from configs import UserError
 from pretrain.run import check_world, processes
+from tests.hardening import kills
 
 # A run in small: 2 processes add up a number, step by step, and can be stopped and gone on with.
 LOOP = """
@@ -29,7 +30,7 @@ class Config(Settings):
     seed: int = 0
 
 def work(args):
-    run.accelerator(args, cpu=True)
+    run.accelerator(args, cpu=True, limit=args.limit)
     folder = run.open_run(args.out, Config(out=args.out, seed=args.seed))
     if run.complete(folder):
         return 0
@@ -43,7 +44,7 @@ def work(args):
             total += int(number)
             log.log({"total": total}, step)
             time.sleep(args.wait)
-            if stop.agreed():
+            if stop.agreed(step):
                 run.save_checkpoint(folder, {"total": total}, step)
                 raise Stopped(run.go_on(folder, step))
     run.finish(folder, total=total)
@@ -54,6 +55,7 @@ for flag in ("--processes", "--machines", "--seed", "--steps"):
     train.add_argument(flag, type=int)
 train.add_argument("--out")
 train.add_argument("--wait", type=float, default=0.0)
+train.add_argument("--limit", type=float, default=60.0)
 train.set_defaults(run=work)
 cli.main(top)
 """
@@ -122,6 +124,32 @@ def test_ctrl_c_ends_all_processes_with_130(runs: Runs) -> None:
     os.killpg(child.pid, signal.SIGINT)  # a terminal sends it to the whole group
     _, err = ended(child, 130)
     assert "Traceback" not in err and err.count("interrupted") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_stops_answering_is_named_and_the_same_command_goes_on(runs: Runs, rank: int) -> None:
+    words = ["--processes", "2", "--steps", "300", "--limit", "2"]
+    first = runs.start(*words, "--wait", "0.02")
+    runs.wait_for(60)  # more than a second: it has told its step
+    os.kill(kills.ranks([first])[rank], signal.SIGSTOP)
+    _, err = ended(first, 75)
+    assert f"process {rank} on {socket.gethostname()} has not answered for" in err and "(last at step" in err
+    assert err.count("the same command goes on from the last checkpoint") == 1 and "Traceback" not in err
+    assert not kills.left(first.pid)
+    ended(runs.start(*words), 0)
+    assert runs.totals() == [step * (step + 1) for step in range(1, 301)]
+
+
+@pytest.mark.slow
+def test_a_hang_up_saves_and_leaves_with_75(runs: Runs) -> None:
+    child = runs.start("--processes", "2", "--steps", "400", "--wait", "0.02")
+    runs.wait_for(3)
+    os.killpg(child.pid, signal.SIGHUP)
+    _, err = ended(child, 75)
+    assert "saved; go on with" in err and "Traceback" not in err and err.count("go on with") == 1
+    ended(runs.start("--processes", "2", "--steps", "400"), 0)
+    assert runs.totals() == [step * (step + 1) for step in range(1, 401)]
 
 
 @pytest.mark.slow

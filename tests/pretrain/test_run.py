@@ -19,6 +19,8 @@ from configs import Settings, UserError
 from configs.cli import guard
 from ehr_features import files as lock
 from pretrain import run
+from pretrain.run import processes
+from pretrain.run.heartbeat import Heartbeat
 
 
 class Inner(Settings):
@@ -351,6 +353,8 @@ def test_files_are_made_by_all_processes_and_each_waits_for_all_of_them(tmp_path
 
     def work(rank: int) -> None:
         dist.init_process_group("gloo", f"file://{tmp_path}/group", rank=rank, world_size=2)
+        heartbeat = Heartbeat(dist.FileStore(f"{tmp_path}/store", 2), rank, 2, limit=60)
+        processes._heartbeats.append(heartbeat)
 
         def make(number: int, bar: object) -> None:
             time.sleep(0.3 * rank)
@@ -358,6 +362,7 @@ def test_files_are_made_by_all_processes_and_each_waits_for_all_of_them(tmp_path
 
         run.divide(files, make, "parts", "files", [1] * 5, lambda path: path.is_file() and "whole" in path.read_text())
         assert all(path.is_file() for path in files)
+        heartbeat.end()
         dist.destroy_process_group()
 
     children = [in_child(partial(work, rank)) for rank in range(2)]

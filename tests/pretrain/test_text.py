@@ -82,6 +82,14 @@ def test_a_stopped_embedding_goes_on_with_its_next_part(
     np.testing.assert_array_equal(found, word_encoder("a").vectors(texts))
 
 
+def test_other_notes_embed_only_the_texts_that_are_new(word_encoder: Any, tmp_path: Path) -> None:
+    embed(word_encoder("a"), NOTES[:3], tmp_path)
+    before = list(word_encoder.embedded)
+    found, _ = embed(word_encoder("a"), [*NOTES[1:], "a new one", NOTES[1]], tmp_path)
+    assert sorted(word_encoder.embedded) == sorted([*before, *NOTES[3:], "a new one"])
+    np.testing.assert_array_equal(found, word_encoder("a").vectors([*NOTES[1:], "a new one", NOTES[1]]))
+
+
 def test_a_damaged_file_of_the_cache_is_written_again(word_encoder: Any, tmp_path: Path) -> None:
     first, _ = embed(word_encoder("a"), NOTES, tmp_path)
     path = next(tmp_path.glob("text_*"))
