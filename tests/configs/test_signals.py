@@ -15,7 +15,8 @@ signals.leave()
 signals.listen()
 os.write(1, b"ready\\n")
 try:
-    time.sleep(60)
+    while True:
+        time.sleep(0.05)
 except signals.Stopped as stopped:
     print(stopped, flush=True)  # an error where the terminal is gone
     Path(sys.argv[1]).write_text(str(stopped))
