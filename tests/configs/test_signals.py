@@ -13,8 +13,8 @@ from pathlib import Path
 from configs import signals
 signals.leave()
 signals.listen()
-os.write(1, b"ready\\n")
 try:
+    os.write(1, b"ready\\n")
     while True:
         time.sleep(0.05)
 except signals.Stopped as stopped:
