@@ -38,6 +38,14 @@ from configs.signals import INTERRUPTED, STOPPED, hung_up, stops
 
 KINDS = ("NO", "MULTI_GPU", "MULTI_CPU")  # what accelerate calls one process, several GPUs, several CPU processes
 PATIENCE_SECONDS = 60.0  # for the others, once one process has left
+REFUSED = {  # what accelerate offers besides, and why it is not used
+    "FSDP": "FSDP shards weights, but a process of DDP holds those of a ViT-L, its target and its optimizer in 6 GB "
+    "(docs/clusters.md); take MULTI_GPU, and checkpointing=true for the activations",
+    "DEEPSPEED": "DeepSpeed replaces optimizer, precision and checkpoints: a run could not go on without it; and it "
+    "shards weights that fit (docs/clusters.md); take MULTI_GPU",
+    "FP8": "fp8 scales values by their history, which no checkpoint here holds, and its effect on these losses is not "
+    "measured; take precision=bf16",
+}
 LOST_SECONDS = 8.0  # in which the launcher or a heartbeat names a process that is gone
 ALONE = {"-h", "--help", "--print-config", "--keys"}  # flags of a command that only prints
 
@@ -192,6 +200,7 @@ def from_accelerate(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no accelerate config with `num_processes`; `accelerate config` writes one") from None
     if odd:
         raise UserError(f"{path}: num_processes {said['num_processes']} do not divide among num_machines {machines}")
+    refuse_unused(f"{path}: ", kind, str(said.get("mixed_precision", "no")))
     if kind not in KINDS:
         raise UserError(f"{path}: distributed_type {kind} cannot be used here; wanted one of {', '.join(KINDS)}")
     address = said.get("main_process_ip")
@@ -207,6 +216,15 @@ def from_accelerate(path: Path) -> dict[str, Any]:
         "main_address": address,
         "environment": environment,
     }
+
+
+def refuse_unused(where: str, kind: str = "", precision: str = "") -> None:
+    """Raises: UserError: accelerate is to use what is not used here, by its config or its variables."""
+    on = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes") for name in REFUSED}
+    precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    for name, why in REFUSED.items():
+        if kind == name or on[name] or precision.upper() == name:
+            raise UserError(f"{where}{why}")
 
 
 def end_with_me(parent: int) -> Callable[[], None]:

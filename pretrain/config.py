@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from configs import Settings
+from configs.launch import REFUSED
 from configs.loader import Seed, fragment
 from configs.plugin import is_file
 from ehr_features.config import TEXT_GROUP, Storage
@@ -38,6 +39,8 @@ def _named_once(word: Any) -> Any:
     names |= {"16": "fp16", "float16": "fp16", "16-mixed": "fp16"}
     if str(word).lower() in names:
         raise ValueError(f"{word} is called `{names[str(word).lower()]}` here")
+    if str(word).lower() == "fp8":
+        raise ValueError(REFUSED["FP8"])
     return word
 
 

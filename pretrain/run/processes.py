@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from configs import UserError
-from configs.launch import from_accelerate
+from configs.launch import from_accelerate, refuse_unused
 from configs.signals import INTERRUPTED, STOPPED, Stopped, hung_up, stops
 from ehr_features.progress import Bar
 from pretrain.run.heartbeat import COLLECTIVE, Heartbeat, connect
@@ -47,21 +47,23 @@ def accelerator(args: argparse.Namespace | None = None, *, limit: float = LIMIT_
         args: the command line's, with `processes` (on each machine) and `machines`; None: nothing was asked for.
         limit: seconds without a sign of life after which a process counts as lost, and the others leave.
         options: passed on to accelerate.Accelerator, e.g. mixed_precision, log_with, project_dir.
-    Raises: UserError: another world size than --processes x --machines, more processes than GPUs, or fp16 on a CPU.
+    Raises: UserError: another world size than --processes x --machines, more processes than GPUs, fp16 on a CPU,
+        or FSDP, DeepSpeed or fp8 by accelerate's variables.
     """
     cpu = options.pop("cpu", False) or not torch.accelerator.is_available() or _truth("ACCELERATE_USE_CPU")
     precision = options.pop("mixed_precision", None) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    refuse_unused("accelerate: ")
     check_precision(precision, cpu)
     precision = ("bf16" if has_bf16(cpu) else "no") if precision == "auto" else precision
     world = check_world(args)
     if world > 1 and not _heartbeats:
+        atexit.register(_leave)
         _join(world, limit)
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     waits = InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE * limit))
     options["kwargs_handlers"] = [*options.get("kwargs_handlers", []), waits]
     made = Accelerator(cpu=cpu, mixed_precision=precision, **options)
-    atexit.register(_leave)
     if made.num_processes != world:
         raise UserError(
             f"{world} processes were started but accelerate joined {made.num_processes}; start the run with "

@@ -100,7 +100,13 @@ def test_an_accelerate_config_says_what_no_flag_does(launch, tmp_path: Path) -> 
         (None, "no accelerate config"),
         ("num_machines: 1", "no accelerate config"),
         ("num_processes: 3\nnum_machines: 2", "do not divide"),
-        ("num_processes: 2\ndistributed_type: FSDP", "FSDP cannot be used here"),
+        (
+            "num_processes: 2\ndistributed_type: FSDP",
+            "FSDP shards weights, but a process of DDP holds those of a ViT-L",
+        ),
+        ("num_processes: 2\ndistributed_type: DEEPSPEED", "DeepSpeed replaces optimizer, precision and checkpoints"),
+        ("num_processes: 2\nmixed_precision: fp8", "fp8 scales values by their history"),
+        ("num_processes: 2\ndistributed_type: XLA", "XLA cannot be used here"),
     ],
 )
 def test_an_accelerate_config_that_cannot_be_followed_is_refused(launch, tmp_path: Path, text: str, says: str) -> None:

@@ -234,6 +234,13 @@ def test_the_wrong_number_of_processes_is_refused(
         check_world(asked)
 
 
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"])
+def test_what_accelerate_offers_and_we_do_not_use_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "fp8" if variable.endswith("PRECISION") else "true")
+    with pytest.raises(UserError, match=r"accelerate: (FSDP shards|DeepSpeed replaces|fp8 scales)"):
+        processes.accelerator()
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     env(monkeypatch, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
