@@ -139,7 +139,13 @@ def run(out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fol
     """Pretrain and probe once. Returns: the rows, one for each source and share of labelled patients."""
     folder = out / ("-".join(str(setting[k]) for k in SETTING) + f"-fold{fold}")
     pretraining, probing = tables_of_a_fold(films, fold, setting["films"], folder, root)
-    keys = [*NETWORKS[setting["network"]], *RECORDS[setting["record"]], "encoder.image_size=64", "readability=false"]
+    keys = [
+        *NETWORKS[setting["network"]],
+        *RECORDS[setting["record"]],
+        "encoder.image_size=64",
+        "readability=false",
+        "precision=no",
+    ]
     keys += [
         "films.positives=film",
         f"optim.steps={setting['steps']}",
