@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,16 +74,15 @@ COMMANDS = {
 # fmt: on
 DISTRIBUTED = ("pretrain", "probe", "fuse")  # these can run in several processes
 OF_LAUNCH_SH = {"test": "lint, types and all tests", "python": "the Python of this environment"}
-HELP = """EHR-MSN: raw MIMIC tables and films -> features -> pretrained encoder -> probe, ICU fusion -> report
-
-  {program} COMMAND ...
-{rows}
-
-  {program} COMMAND --help shows the options of a command, and an example.
-  {program} --completion bash | zsh | fish prints a script for tab completion.
-  CONFIG is a YAML file, or the name of a shipped one: `{program} config` lists them.
-  pretrain, probe and fuse take --processes N (on each machine) --machines M --machine-rank I
-  --main-address HOST[:PORT], or --accelerate-config FILE. Under SLURM (one task a machine) all are derived."""
+TITLE = "EHR-MSN: raw MIMIC tables and films -> features -> pretrained encoder -> probe, ICU fusion -> report"
+NOTES = (
+    "{program} COMMAND --help shows the options of a command, and an example.",
+    "{program} --completion bash | zsh | fish prints a script for tab completion.",
+    "CONFIG is a YAML file, or the name of a shipped one: `{program} config` lists them.",
+    "pretrain, probe and fuse take --processes N (on each machine) --machines M --machine-rank I --main-address "
+    "HOST[:PORT], or --accelerate-config FILE. Under SLURM (one task a machine) all are derived.",
+)
+WIDTH = 100  # of a help that goes to no terminal
 NAMES = {(command.module, command.subcommand): name for name, command in COMMANDS.items()}
 
 
@@ -110,4 +111,12 @@ def usage() -> str:
     start = program() or "ehr-msn"
     rows = {f"{name} {command.takes}": command.does for name, command in COMMANDS.items()}
     rows |= {f"{name} ...": does for name, does in OF_LAUNCH_SH.items() if start.endswith("launch.sh")}
-    return HELP.format(program=start, rows="\n".join(f"    {row:32} {does}" for row, does in rows.items()))
+    width = max(shutil.get_terminal_size((WIDTH, 24)).columns, 60)
+
+    def wrapped(text: str, before: str) -> str:
+        indent = " " * len(before)
+        return textwrap.fill(text, width, initial_indent=before, subsequent_indent=indent, break_on_hyphens=False)
+
+    lines = [wrapped(does, f"    {row:32} ") for row, does in rows.items()]
+    notes = [wrapped(note.format(program=start), "  ") for note in NOTES]
+    return "\n".join([wrapped(TITLE, ""), "", f"  {start} COMMAND ...", *lines, "", *notes])

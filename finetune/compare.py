@@ -31,7 +31,7 @@ from finetune import metrics, resample
 from finetune.config.shapes import GridJson
 from finetune.metrics import by_count, check, distribution, macro, thirds
 from finetune.names import named, unit, without_seed
-from finetune.resample import Floats, degrees, smaller_class, spread
+from finetune.resample import DIFFERENCE, Floats, degrees, smaller_class, spread
 from finetune.results import check_table, each_training, read_predictions, read_results, write_table
 from finetune.run_folders import Run, read_run
 
@@ -106,7 +106,20 @@ def paired(
         gap = means[0] - means[1]
         varies = spread(sides, degrees(float(smaller[member].mean())) if member.any() else np.nan)
         n = int((~np.isnan(y[:, member])).any(1).sum())
-        rows.append([name, metric, *means, gap, *varies.around(gap), varies.p(gap), np.nan, n, len(a), len(b)])
+        rows.append(
+            [
+                name,
+                metric,
+                *means,
+                gap,
+                *varies.around(gap, within=DIFFERENCE),
+                varies.p(gap),
+                np.nan,
+                n,
+                len(a),
+                len(b),
+            ]
+        )
     columns = ["label", "metric", "a", "b", "difference", "low", "high", "p", "p_holm", "n", "runs_a", "runs_b"]
     table = pd.DataFrame(rows, columns=columns)
     table.loc[first:, "p_holm"] = holm(table["p"].to_numpy()[first:])

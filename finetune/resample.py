@@ -30,6 +30,7 @@ CHUNK = 4_000_000  # rows x resamples held at a time: 32 MB in each temporary ar
 SPECIFICITY = 0.9
 BINS = 15
 ROUNDING = 1e-24  # variances below this are rounding errors
+DIFFERENCE = (-1.0, 1.0)  # of two values between 0 and 1
 LEAST = 0.3  # the variance over subjects alone is at least minus this share of the trainings' variance
 RANKS = ("auroc", "auprc", "sensitivity_at_specificity_90")
 PROBABILITIES = ("brier", "calibration_error", "calibration_slope", "calibration_intercept")
@@ -200,11 +201,14 @@ class Spread(NamedTuple):
     variance: float
     df: float
 
-    def around(self, value: float, between_0_and_1: bool = False) -> tuple[float, float]:
-        """The 95% interval; on the logit scale for values between 0 and 1, and none for 0 and 1."""
+    def around(
+        self, value: float, between_0_and_1: bool = False, within: tuple[float, float] = (-np.inf, np.inf)
+    ) -> tuple[float, float]:
+        """The 95% interval; on the logit scale for values between 0 and 1, and none for 0 and 1; else cut to `within`,
+        what the value can be."""
         half = stdtrit(self.df, 0.975) * np.sqrt(self.variance)
         if not between_0_and_1:
-            return float(value - half), float(value + half)
+            return max(float(value - half), within[0]), min(float(value + half), within[1])
         if not 0 < value < 1:
             return np.nan, np.nan
         low, high = expit(logit(value) + np.array([-1, 1]) * half / (value * (1 - value)))

@@ -26,7 +26,7 @@ from ehr_features.typed import read_json
 from ehr_features.typed.read import check_values
 from ehr_features.typed.shapes import Series
 from finetune.metrics import COLUMNS
-from finetune.resample import spread
+from finetune.resample import DIFFERENCE, spread
 from pretrain.data import begin_worker, own_errors
 
 if TYPE_CHECKING:
@@ -440,13 +440,13 @@ def length_of_stay(
         np.add.at(misses[:, t], group, np.abs(chance @ medians - hours[at]))
     draws = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=resamples).astype(float)
     rows = []
-    for name, of in (
-        ("kappa", lambda w: _kappa(np.tensordot(w, tables, 1))),
-        ("mae_hours", lambda w: (w @ misses) / (w @ sizes)),
+    for name, within, of in (
+        ("kappa", DIFFERENCE, lambda w: _kappa(np.tensordot(w, tables, 1))),
+        ("mae_hours", (0.0, np.inf), lambda w: (w @ misses) / (w @ sizes)),
     ):
         values = of(np.ones(num))  # (trainings,)
         drawn = np.array([of(w) for w in draws]).reshape(len(draws), len(values)).T
-        low, high = spread([(values, drawn)], num - 1.0).around(float(values.mean()))
+        low, high = spread([(values, drawn)], num - 1.0).around(float(values.mean()), within=within)
         rows.append(["los_hours", name, float(values.mean()), low, high, len(at), 0, None])
     return pd.DataFrame(rows, columns=COLUMNS)
 

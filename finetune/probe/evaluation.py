@@ -26,7 +26,7 @@ from configs import UserError
 from ehr_features.schema import SPLITS
 from finetune.labelled import Films, age_bands
 from finetune.metrics import distribution, evaluate, macro
-from finetune.resample import Floats, degrees, smaller_class, spread
+from finetune.resample import DIFFERENCE, Floats, degrees, smaller_class, spread
 from finetune.results import write_predictions
 
 if TYPE_CHECKING:
@@ -282,6 +282,6 @@ def difference(a: Reached, b: Reached) -> dict[str, Any] | None:
     draws = np.stack([macro(x, common) - macro(y, common) for x, y in zip(a.draws, b.draws, strict=True)])
     gap = float((ends[0] - ends[1]).mean())
     df = degrees(np.minimum(a.smaller, b.smaller)[common].mean())
-    low, high = spread([(ends[0] - ends[1], draws)], df).around(gap)
+    low, high = spread([(ends[0] - ends[1], draws)], df).around(gap, within=DIFFERENCE)
     means = {"a": float(ends[0].mean()), "b": float(ends[1].mean())}
     return {**means, "difference": gap, "low": low, "high": high, "labels": int(common.sum())}

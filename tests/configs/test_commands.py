@@ -127,6 +127,15 @@ def test_the_help_names_every_command_and_needs_no_library(tmp_path: Path) -> No
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_the_help_fits_the_terminal_and_cuts_no_word(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    whole = commands.usage()
+    monkeypatch.setenv("COLUMNS", columns)
+    assert max(map(len, commands.usage().splitlines())) <= int(columns)
+    assert commands.usage().split() == whole.split()
+
+
 @pytest.mark.parametrize(
     ("environment", "orig_argv", "typed"),
     [

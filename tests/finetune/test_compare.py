@@ -173,3 +173,10 @@ def test_a_grid_is_one_table_against_one_of_its_methods(tmp_path: Path, capsys: 
     for words in (["--table", "--with", "dino-off"], ["--table", "--with", "a", "b"], []):
         with pytest.raises(SystemExit, match="2"):
             main(["compare", str(tmp_path), *words])
+
+
+def test_the_interval_of_a_difference_ends_where_a_difference_can() -> None:
+    y = np.array([[1], [1], [0], [0], [0], [1.0]])
+    a, b = np.array([[0.9], [0.2], [0.1], [0.3], [0.2], [0.8]]), np.array([[0.1], [0.4], [0.9], [0.3], [0.2], [0.3]])
+    row = paired(y, a[None], b[None], groups=np.arange(6), samples=200).iloc[0]
+    assert row["high"] == 1 and -1 <= row["low"] < row["difference"] < 1
