@@ -146,6 +146,7 @@ def run(job: Job, words: Sequence[str]) -> int:
             "LOCAL_WORLD_SIZE": str(job.processes),
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # no stack of a lost connection
             **threads.of_each(job.processes),
         }
         children.append(

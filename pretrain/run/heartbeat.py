@@ -21,6 +21,7 @@ import torch.distributed as dist
 from configs.signals import STOPPED
 
 EVERY_SECONDS = 5.0  # between two signs of life
+LAST_SECONDS = 5.0  # that process 0 waits at its end for the others to read its last answer
 ENDED = "ended"
 COLLECTIVE = 3  # a collective call may take as many times the limit: one between processes that are alive
 
@@ -49,12 +50,20 @@ class Heartbeat:
             thread.start()
 
     def end(self) -> None:
-        """Say that this process has ended, and end the threads: one inside the store while Python ends would abort."""
+        """Say that this process has ended, and end the threads: one inside the store while Python ends would abort.
+
+        The store ends with process 0: before that the others have read its last answer.
+        """
         self._ended.set()
         for thread in self._threads:
             thread.join(2)
         with contextlib.suppress(RuntimeError):  # process 0 has ended before
             self._store.set(self._keys[self.rank], ENDED)
+            deadline = time.monotonic() + LAST_SECONDS
+            while self.rank == 0 and self._waits and time.monotonic() < deadline:
+                if self._store.add(f"read/{self._waits}", 0) >= self.world - 1:
+                    break
+                time.sleep(0.01)
 
     def from_main(self, answer: str | None = None) -> str:
         """Process 0 gives an answer; the others wait for it, however long that takes. All processes call this."""
@@ -66,7 +75,9 @@ class Heartbeat:
         while not self._store.check([key]):
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
-        return self._store.get(key).decode()
+        answer = self._store.get(key).decode()
+        self._store.add(f"read/{self._waits}", 1)
+        return answer
 
     def _count(self) -> None:
         number, host = 0, socket.gethostname()
@@ -78,7 +89,7 @@ class Heartbeat:
                     if said.decode() != self._read[rank]:
                         self._read[rank], self._silent[rank] = said.decode(), 0.0
             except RuntimeError:
-                pass  # process 0 has ended, or the network is gone: its silence is counted
+                return  # process 0 has ended, or the network is gone: its silence is counted
             if self._ended.wait(min(EVERY_SECONDS, self.limit / 4)):
                 return
 

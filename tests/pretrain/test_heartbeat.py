@@ -23,6 +23,10 @@ class Store:
     def set(self, key: str, value: str) -> None:
         self.values[key] = value.encode()
 
+    def add(self, key: str, number: int) -> int:
+        self.values[key] = str(int(self.values.get(key, b"0")) + number).encode()
+        return int(self.values[key])
+
     def check(self, keys: list[str]) -> bool:
         return all(key in self.values for key in keys)
 
@@ -110,3 +114,16 @@ def test_the_others_wait_for_process_0_without_a_limit(
     zero.from_main("0")
     waits.join(5)
     assert answers == ["0"]
+
+
+def test_process_0_ends_after_its_last_answer_has_been_read(pair: tuple[Store, Heartbeat, Heartbeat]) -> None:
+    """Its store, from which the others read, ends with it."""
+    _, zero, one = pair
+    zero.from_main("0")
+    ends = threading.Thread(target=zero.end)
+    ends.start()
+    ends.join(LIMIT)
+    assert ends.is_alive()
+    assert one.from_main() == "0"
+    ends.join(3)
+    assert not ends.is_alive()
