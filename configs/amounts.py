@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from configs.loader import UserError
+
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container: v2, v1
 
 
@@ -25,6 +27,12 @@ def machine_memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # absent, or `max`
             found.append(int(Path(path).read_text(encoding="ascii")))
     return min(found)
+
+
+def check_memory(need: float, what: str, advice: str) -> None:
+    """Refuse what this machine's memory cannot hold, before any work. Raises: UserError."""
+    if need > (has := machine_memory()):
+        raise UserError(f"{what}: {amount(need)} of memory are needed, this machine has {amount(has)}; {advice}")
 
 
 def free_beside(path: str | Path) -> int | None:

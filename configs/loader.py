@@ -176,6 +176,7 @@ def load(schema: type[S], path: S | Given, overrides: Sequence[str] = ()) -> S:
         return "command line" if any(key == g or key.startswith(g + ".") for g in given) else str(path)
 
     keys, renamed = list(_keys(schema)), dict(_renamed(schema))
+    faults += [f"{where(key)}: `{key}` {says}" for key, says in _too_long(data)]
     for key in _unknown(schema, data):
         says = (
             f"`{key}` is now called `{renamed[key]}`" if key in renamed else f"unknown key `{key}`{_nearest(key, keys)}"
@@ -239,6 +240,26 @@ def _refuse_resolvers(value: Any, path: S | Given) -> None:
         _refuse_resolvers(part, path)
     if isinstance(value, str) and (found := RESOLVER.search(value)):
         raise UserError(f"{path}: `{found[0]}`: a config reads no environment; only ${{other.key}} is filled in")
+
+
+MOST_TEXT, MOST_NAME, MOST_ITEMS = 4096, 255, 1000  # characters of a text, bytes of a file's name, items of a list
+
+
+def _too_long(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) of each text and list that no config of ours can mean."""
+    if isinstance(value, (dict, list)):
+        if len(value) > MOST_ITEMS:
+            yield key, f"has {len(value):,} items; wanted {MOST_ITEMS:,} or fewer"
+            return
+        for name, part in value.items() if isinstance(value, dict) else ():
+            yield from _too_long(part, f"{key}.{name}" if key else str(name))
+        for part in value if isinstance(value, list) else ():
+            yield from _too_long(part, key)
+    elif isinstance(value, str) and not key.startswith("storage."):  # which holds keys and tokens
+        if len(value) > MOST_TEXT:
+            yield key, f"has {len(value):,} characters; wanted {MOST_TEXT:,} or fewer"
+        elif "://" not in value and (part := max(value.split("/"), key=len)) and len(part.encode()) > MOST_NAME:
+            yield key, f"has {len(part):,} characters in one name; no file has a name above {MOST_NAME}"
 
 
 def _resolved(value: Any, *, as_bool: bool) -> Any:

@@ -42,6 +42,7 @@ from ehr_features.files import (
     new_folder,
     provenance,
     write_json,
+    write_seal,
 )
 from ehr_features.films import linking, record, values
 from ehr_features.phenotypes import lost_zeros
@@ -53,6 +54,7 @@ from ehr_features.series import bins, channels, coverage, events, medfuse
 from ehr_features.series import file as series_file
 from ehr_features.typed import read_json, shapes
 
+SEALED = ("*.json", "*.parquet", "samples/*.parquet", "series.safetensors")
 NO_EFFECT = {"out", "cache", "memory", "threads", "storage"}  # keys that change no result
 
 
@@ -142,6 +144,7 @@ def _extract(config: FeaturesConfig, source: Source, prints: Mapping[str, Any], 
         rows = _rows(source, found, attrition)
         write_json(part / "attrition.json", attrition.as_json())
         write_json(part / "provenance.json", _provenance(config, source, prints, rows, part, steps, key, warnings))
+        write_seal(part, *SEALED)
         for path in own_tables(config.out, [plug_ins.task_name(task) for task in config.tasks]):
             whole = path.is_dir() and not path.is_symlink()
             copy = partial(shutil.copytree, symlinks=True) if whole else partial(shutil.copy2, follow_symlinks=False)

@@ -31,6 +31,7 @@ from configs.commands import command_line
 from ehr_features.schema import KEYS, NEVER_EMPTY, SAMPLES, TABLES, Column, view_names
 from ehr_features.typed import read_json, read_parquet, shapes
 from ehr_features.typed.read import check_keys
+from ehr_features.typed.seal import SEAL, read_seal, sealed_digest
 
 PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of the disk or the mount, not of the program
@@ -174,6 +175,18 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write JSON, readable by eye; NaN is refused (write None)."""
     with new_file(path) as part:
         part.write_text(json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n", encoding="utf-8")
+
+
+def write_seal(folder: str | Path, *patterns: str) -> None:
+    """Note the files of a folder that match, as they are now, so that a later change of one is named (typed/seal.py).
+
+    Files that seal.txt lists already, and that do not match, stay listed as they were.
+    """
+    folder = Path(folder)
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    listed = read_seal(folder) | {path.relative_to(folder).as_posix(): sealed_digest(path) for path in found}
+    with new_file(folder / SEAL) as part:
+        part.write_text("".join(f"{listed[name]}  {name}\n" for name in sorted(listed)), encoding="utf-8")
 
 
 def whole_numbers(column: pd.Series) -> pd.Series:

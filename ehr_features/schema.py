@@ -377,7 +377,7 @@ NOTES: dict[str, Column] = {  # written by notes/write.py
     "note": Column(TEXT, "sections, one a line", "text"),
     "sections": Column("list<struct<name: string, text: string>>", group="text"),
     "sources": Column("list<string>", "tables that the note's facts are from", "text"),
-    "available_at": Column(TIME, "when the last fact was known", "time"),
+    "available_at": Column(TIME, "when the last fact was known", "time", null=False),
     "num_removed": Column(INT, "terms that the leak filter took out", "text"),
 }
 TABLES: dict[str, dict[str, Column]] = {  # name -> columns; samples/TASK has SAMPLES and the labels of its task

@@ -28,7 +28,7 @@ from configs import UserError
 from ehr_features.files import digest, file_digest, new_file
 from ehr_features.typed import read_json
 from finetune import metrics, resample
-from finetune.config.shapes import GridJson
+from finetune.config.shapes import ROW_IDS, GridJson
 from finetune.metrics import by_count, check, distribution, macro, thirds
 from finetune.names import named, unit, without_seed
 from finetune.resample import DIFFERENCE, Floats, degrees, smaller_class, spread
@@ -222,7 +222,7 @@ def against(
             runs.setdefault(method, []).append(Path(folder) / name / last)
     baseline = baseline or next(iter(runs), None)
     if baseline is None or baseline not in runs:
-        raise UserError(f"{folder}: no complete run of `{baseline}`; complete: {', '.join(runs) or 'none'}")
+        raise UserError(f"{path}: no complete run of `{baseline}` has {last}/; complete: {', '.join(runs) or 'none'}")
     rows: list[dict[str, Any]] = []
     drawn = Drawn() if drawn is None else drawn  # resamples of the baseline's runs, for every comparison
     for method, own in runs.items():
@@ -353,7 +353,7 @@ def _bounds(row: pd.Series, paired_seeds: bool) -> str:
 def _units(folder: str | Path, split: str) -> tuple[list[Any], Any, Any, Any, list[str]]:
     """keys, labels (N, L), probabilities (N, L), subjects, names, sorted by key."""
     ids, labels, logits = read_predictions(folder, split)
-    key = ids["sample_id" if "sample_id" in ids else "dicom_id"]
+    key = ids[next(name for name in ROW_IDS if name in ids and ids[name].notna().all() and ids[name].is_unique)]
     order = np.argsort(key.to_numpy(), kind="stable")
     y, p = labels.to_numpy(np.float64)[order], expit(logits.to_numpy(np.float64))[order]
     return key.iloc[order].tolist(), y, p, ids["subject_id"].to_numpy()[order], [str(name) for name in labels]

@@ -6,7 +6,9 @@ Parquet with dicom_id, path and columns f0 ... f(D-1); films that cannot be read
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def embed(encoder: str, films: str, out: str, *, pool: str | None = None, batch_
         print(f"left out: {paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {why}")
     features = np.concatenate(parts)
     about = {"encoder": encoder, "key": frozen.key, "pool": pool or made.meta["pool"], "left_out": len(bad)}
+    about["content"] = content(listed.iloc[kept], features)
     table = pa.table(
         {
             **{name: listed[name].iloc[kept].tolist() for name in ("dicom_id", "path")},
@@ -128,7 +131,17 @@ def read_embeddings(path: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     frame = read_parquet(path, wanted, again, names=list(wanted))
     if frame.empty:
         raise UserError(f"{path}: no rows; {again}")
+    features = frame.drop(columns=["dicom_id", "path"]).to_numpy(np.float32)
+    if about.get("content") not in (None, content(frame, features)):
+        print(f"warning: {path}: changed since `embed` wrote it, and read as it is now", file=sys.stderr)
     return frame, about
+
+
+def content(films: pd.DataFrame, features: np.ndarray) -> str:
+    """16 hex digits of rows: ids, paths, features."""
+    sha = hashlib.sha256("\0".join([*films["dicom_id"], *films["path"]]).encode())
+    sha.update(np.ascontiguousarray(features, np.float32).tobytes())
+    return sha.hexdigest()[:16]
 
 
 def nearest(embeddings: str, film: str | None = None, *, number: int = 10, encoder: str | None = None) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from configs import UserError
+from configs.amounts import check_memory
 from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
 from finetune.config import WEIGHTS
@@ -262,6 +263,10 @@ def film_features(
     Returns: pool -> (M, D) float32, rows as `films`.
     """
     wanted, what = sorted(set(films)), f"features of {frozen.name}"
+    if frozen.encoder is None:
+        side = frozen.about["image_size"]
+        said = f"pixels {side}: {len(films):,} films of {side} x {side} numbers"
+        check_memory(4 * len(films) * side**2, said, "lower it")
     if cache is None:
         with Bar(what, len(wanted), "films") as bar:
             made = _encoded(frozen, store, wanted, batch_size, bar)

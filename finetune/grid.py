@@ -21,7 +21,7 @@ from configs import Settings, UserError, load
 from configs.commands import command_line
 from configs.launch import end_with_me
 from configs.signals import held
-from ehr_features.files import digest, lock, write_json
+from ehr_features.files import digest, lock, write_json, write_seal
 from ehr_features.typed import read_json
 from ehr_features.typed.shapes import Provenance
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
@@ -121,6 +121,7 @@ def grid(config: GridConfig, *, shard: str = "1/1", only: str = "*", dry_run: bo
     lock(Path(config.out), f".lock-{digest([shard, only])}")  # other machines may run other shards
     about = {"methods": methods(config), "axes": choices(config), "steps": list(config.steps)}
     write_json(Path(config.out) / "grid.json", about)
+    write_seal(config.out, "grid.json")
     failed: dict[str, int] = {}
     for i, command in enumerate(waiting):
         if command.name in failed:

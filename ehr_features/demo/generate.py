@@ -25,7 +25,7 @@ from ehr_features.demo.record_link import NO_SOURCE, VALUES, stay_likelihood, st
 from ehr_features.demo.tables import write_hosp, write_icu
 from ehr_features.demo.truth import NAMES, PHENOTYPES, Outcomes, auroc, sigmoid
 from ehr_features.demo.visits import write_ed
-from ehr_features.files import alone, check_ours, new_folder, write_json
+from ehr_features.files import alone, check_ours, new_folder, write_json, write_seal
 from ehr_features.schema import FRONTAL
 
 GENERATOR_VERSION = (
@@ -90,6 +90,7 @@ def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = 
         if everyone.planted is not None:
             truth["record_link"] = _link_truth(plan, drawn.assign(age=films["age"]))
         write_json(part / "truth.json", truth)
+        write_seal(part, "truth*")
     return truth
 
 

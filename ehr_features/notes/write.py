@@ -29,7 +29,17 @@ from ehr_features import schema
 from ehr_features.build import NO_EFFECT, Steps, is_current, note_dropped
 from ehr_features.cohort import Attrition
 from ehr_features.config import FeaturesConfig, NotesConfig
-from ehr_features.files import alone, check_ours, code_digest, digest, file_digest, new_folder, provenance, write_json
+from ehr_features.files import (
+    alone,
+    check_ours,
+    code_digest,
+    digest,
+    file_digest,
+    new_folder,
+    provenance,
+    write_json,
+    write_seal,
+)
 from ehr_features.films.metadata import where
 from ehr_features.notes import leak_filter
 from ehr_features.notes.facts import FIELDS, complaints, facts, latest, read_abbreviations
@@ -37,7 +47,7 @@ from ehr_features.notes.template import Template, fields_of, read_template, rend
 from ehr_features.raw.engine import hold, named_by_the_engine
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source, open_source
-from ehr_features.typed import read_json, shapes, undamaged
+from ehr_features.typed import read_arrow, read_json, shapes
 
 CHUNK = 100_000  # films in a chunk
 READ = ("admissions", "diagnoses_icd", "d_icd_diagnoses", "edstays", "triage", "vitalsign", "medrecon", "pyxis")
@@ -97,6 +107,7 @@ def write_notes(config: NotesConfig) -> Path:
         about = provenance(config.model_dump(mode="json"), key=key, rows_written=rows, seconds=steps.seconds)
         about["sources"] = prints
         write_json(part / "provenance.json", about)
+        write_seal(part, "*.json", "*.parquet")
     return out
 
 
@@ -131,8 +142,7 @@ def linked_films(config: NotesConfig) -> tuple[pa.Table, Attrition]:
         raise UserError(f"{config.features}: no such folder; write it with {command_line('features', 'features')}")
     if not path.is_file():
         raise UserError(f"{path}: no such table: the features have no films; build them with mimic_cxr=...")
-    with undamaged(path, "build the features again"):
-        films = pq.read_table(path, columns=FILMS).sort_by("dicom_id")
+    films = read_arrow(path, schema.IMAGES, "build the features again", FILMS).sort_by("dicom_id")
     visits = config.mimic_ed and not (about.get("config") or {}).get("mimic_ed")
     if visits and len(films) and films["ed_stay_id"].null_count == len(films):
         raise UserError(

@@ -49,6 +49,7 @@ UTC = ("UTC", "ETC/UTC", "GMT", "Z", "+00:00", "+0000", "+00")
 OFFSET = re.compile(r"\d:\d\d(?::\d\d(?:\.\d+)?)? *(Z|[+-]\d\d(?::?\d\d)?|[A-Z][A-Za-z]+/?\w*)$")
 HEAD = 2**16  # bytes read to find a table's header
 EVENTS = ("chartevents", "labevents")  # too large for memory
+YEARS = ("1678-01-01", "2262-01-01")  # what pandas counts in nanoseconds; shifted MIMIC years are 2089 to 2214
 _HOLDS = {"mimic_iv": "hosp/ and icu/", "mimic_ed": "ed/", "mimic_cxr": "mimic-cxr-2.0.0-metadata"}
 
 
@@ -211,10 +212,13 @@ def _cast_one(column: ir.Value, to: str, name: str, is_key: bool) -> ir.Value:
         return text.strip().nullif("").nullif(name) if is_key else text.nullif("")  # `name`: a repeated header
     if to == "int64":
         return whole(column)
-    if str(column.type()) == to:
-        return column
     # DuckDB 2.0 pushes a bare try_cast into the CSV reader as the column's type, and stops at the first bad value
-    return (column.nullif("") if column.type().is_string() else column).try_cast(to)
+    text = column.nullif("") if column.type().is_string() else column
+    cast = column if str(column.type()) == to else text.try_cast(to)
+    if to in ("timestamp", "date"):  # DuckDB takes `inf` and years up to 294247 as times; pandas stops at them
+        first, last = (ibis.literal(day).cast(to) for day in YEARS)
+        return ibis.cases(((cast >= first) & (cast < last), cast))
+    return cast
 
 
 def _wrong_folder(root: str, key: str) -> str:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from configs import UserError, first_line
 from configs.loader import MOST_BYTES, PlainYaml
 from ehr_features.schema import Column
+from ehr_features.typed.seal import check_seal
 
 DEEPEST = 50  # levels of a JSON file
 LARGEST = 2**63  # of a whole number
@@ -49,7 +50,9 @@ def read_json(path: str | Path, shape: Any = dict[str, Any]) -> Any:
     Returns: the file's plain value, which has that shape.
     Raises: UserError: absent, damaged, nested too deep, a key twice, or of another shape.
     """
-    return checked(json_of(text_of(path), path), shape, path)
+    value = checked(json_of(text_of(path), path), shape, path)
+    check_seal(path)
+    return value
 
 
 def read_yaml(path: str | Path, shape: Any = dict[str, Any]) -> Any:
@@ -63,7 +66,9 @@ def read_yaml(path: str | Path, shape: Any = dict[str, Any]) -> Any:
         mark = getattr(error, "problem_mark", None)
         at = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{path}: {at}not valid YAML: {getattr(error, 'problem', None) or first_line(error)}") from None
-    return checked(value, shape, path)
+    checked(value, shape, path)
+    check_seal(path)
+    return value
 
 
 def read_lines(path: str | Path, shape: Any = dict[str, Any]) -> list[Any]:
@@ -76,6 +81,7 @@ def read_lines(path: str | Path, shape: Any = dict[str, Any]) -> list[Any]:
         except _Cut:
             if i != lines[-1][0]:
                 raise
+    check_seal(path)
     return found
 
 
@@ -251,9 +257,13 @@ UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeEr
 
 @contextlib.contextmanager
 def undamaged(path: str | Path, advice: str) -> Iterator[None]:
-    """Name a Parquet or safetensors file that cannot be read. Raises: UserError."""
+    """Name a Parquet or safetensors file that cannot be read, or that changed since it was written (a warning).
+
+    Raises: UserError.
+    """
     try:
         yield
+        check_seal(path)
     except UserError:
         raise
     except UNREADABLE as error:
@@ -279,16 +289,39 @@ def read_parquet(
     Raises: UserError: damaged, a column that is absent or of another type, a value that its column may not hold.
     """
     with undamaged(path, advice):
-        kinds = pq.read_schema(path)
-        check_types(kinds, declared, path, advice)
-        names = names(kinds.names) if callable(names) else names
-        if missing := [name for name in names if name not in kinds.names]:
-            found = ", ".join(kinds.names) or "none"
-            raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {found}; {advice}")
-        table = pd.read_parquet(path, columns=None if more else list(names))
-    if values:
-        check_values(table, declared, path, advice)
-    return table
+        there = _columns(path, declared, advice, names)
+        table = pd.read_parquet(path, columns=None if more else there)
+    if not values:
+        return table
+    check_values(table, declared, path, advice)
+    floats = [name for name in table if _whole(declared.get(name)) and table[name].dtype.kind == "f"]
+    return table.astype({name: "int64" for name in floats if table[name].notna().all()})  # as another writer left them
+
+
+def read_arrow(path: str | Path, declared: Mapping[str, Column], advice: str, names: Sequence[str]) -> pa.Table:
+    """As `read_parquet`, without its check of values, as an Arrow table: whole numbers with gaps stay whole."""
+    with undamaged(path, advice):
+        return pq.read_table(path, columns=_columns(path, declared, advice, names))
+
+
+def _columns(
+    path: str | Path,
+    declared: Mapping[str, Column],
+    advice: str,
+    names: Sequence[str] | Callable[[list[str]], Sequence[str]],
+) -> list[str]:
+    """The names, which are all there, of their types. Raises: UserError."""
+    kinds = pq.read_schema(path)
+    check_types(kinds, declared, path, advice)
+    wanted = list(names(kinds.names) if callable(names) else names)
+    if missing := [name for name in wanted if name not in kinds.names]:
+        found = ", ".join(kinds.names) or "none"
+        raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {found}; {advice}")
+    return wanted
+
+
+def _whole(column: Column | None) -> bool:
+    return column is not None and column.type == "int64"
 
 
 def check_types(kinds: pa.Schema, columns: Mapping[str, Column], path: str | Path, advice: str) -> None:

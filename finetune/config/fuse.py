@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -256,6 +257,7 @@ class FuseConfig(Settings):
 
 
 Words = list[str]
+MOST_COMBINATIONS = 10_000
 GRID_COMMANDS = ("pretrain", "probe", "fuse")
 
 
@@ -277,6 +279,8 @@ class GridConfig(Settings):
                 raise ValueError(
                     f"steps.{step}: wanted [{' | '.join(GRID_COMMANDS)}, CONFIG, key=value ...], got {words}"
                 )
+        if (number := math.prod(len(choices) for choices in self.axes.values())) > MOST_COMBINATIONS:
+            raise ValueError(f"`axes` are {number:,} combinations; wanted {MOST_COMBINATIONS:,} or fewer")
         for axis, choices in self.axes.items():
             for choice, by_step in choices.items():
                 if unknown := sorted(set(by_step) - set(self.steps)):

@@ -88,6 +88,7 @@ class Embedded(Shape):
     key: str
     pool: Word
     left_out: Count
+    content: Word | None = None
 
 
 class ComparedBy(Shape):
@@ -123,4 +124,4 @@ PREDICTED = {  # its other columns
     "study_id": Column("id"),
     "dicom_id": Column("id"),
 }
-ROW_IDS = ("sample_id", "study_id", "dicom_id")  # one of them tells the rows apart
+ROW_IDS = ("sample_id", "dicom_id", "study_id")  # one of them tells the rows apart

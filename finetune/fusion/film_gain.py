@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from ehr_features.files import write_seal
 from finetune.compare import paired
 from finetune.config import FuseConfig
 from finetune.results import read_predictions, read_results, write_results
@@ -59,6 +60,7 @@ def adds(
     about, rows = read_results(folder)
     added = pd.concat(tables, ignore_index=True)
     write_results(folder, about, pd.concat([rows[rows["metric"] != METRIC], added], ignore_index=True))
+    write_seal(folder, "results.json")
     say("what the film adds, AUROC on the test samples with a film:")
     for row in added[added["label"] == "macro"].to_dict("records"):
         interval = "" if pd.isna(row["low"]) else f"  ({row['low']:+.3f} to {row['high']:+.3f})"

@@ -276,9 +276,10 @@ def _film_rows(
     taken = taken if readable is None else taken[[film in readable for film in taken["dicom_id"]]]
     pairs = own.merge(taken, on=["stay_id", "dicom_id"], how="left", validate="m:1")
     lost, late = pairs["hours_from_intime"].isna(), pairs["hours_from_intime"] > pairs["predict_at_hours"] + 1e-6
-    for bad, why in ((lost, "are not in stay_films.parquet"), (late, "were taken after the prediction")):
+    for bad, why in ((lost, "are of no stay"), (late, "were taken after the prediction")):
         if bad.any():
-            raise UserError(f"{folder}: {bad.sum()} films of samples/{task}.parquet {why}; build the features again")
+            path = f"{folder}/samples/{task}.parquet"
+            raise UserError(f"{path}: {bad.sum()} films {why}, by stay_films.parquet; {AGAIN}")
     if count > 1:
         earlier = pairs.merge(taken, on="stay_id", suffixes=("_own", ""))
         keep = (earlier["hours_from_intime"] < earlier["hours_from_intime_own"]) & (earlier["hours_from_intime"] >= 0)

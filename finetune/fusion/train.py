@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from configs import UserError, load
+from configs.amounts import check_memory
 from configs.loader import Given
 from ehr_features.files import new_file, write_json
 from ehr_features.schema import HELD_OUT
@@ -70,6 +71,7 @@ def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> 
     run.share(config.batch_size, accelerator.num_processes, "batch_size")
     samples, films, about = prepare(config, accelerator)
     rows = choose_rows(config, samples)
+    check_batch(config, samples, rows, accelerator.num_processes)
     folder = run.open_run(
         config.out, config, sources=_sources(config), may_differ=["workers", "cache", "adds", *TRACKING]
     )
@@ -265,6 +267,17 @@ def check_size(config: FuseConfig) -> None:
     given = {key: getattr(config, key) for key in ("hidden", "layers", "joint", "dropout", "missing")}
     least = Sizes(inputs=1, film=1, labels=1, **given)
     tried_on_meta(lambda: kind_of(config.model)(least), _size_keys(config), TRAINED)
+
+
+def check_batch(config: FuseConfig, samples: Samples, rows: Rows, processes: int) -> None:
+    """Refuse, before any training, a batch whose hours and states of the LSTM this machine's memory cannot hold."""
+    size = min(config.batch_size, max(map(len, rows.values()), default=0))
+    hours = int(np.sort(samples.length[rows["train"]])[-size:].sum()) if size else 0  # of the longest, unpadded
+    check_memory(
+        4 * hours * (samples.num_inputs + 8 * config.hidden * config.layers) / processes,
+        f"batch_size {config.batch_size}: a step of {size:,} samples, {hours:,} hours of records",
+        "lower it, or hidden, or max_hours",
+    )
 
 
 def _size_keys(config: FuseConfig) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import UserError
+from configs.amounts import check_memory
 from ehr_features.progress import Bar
 from ehr_features.static import fit_scale
 from finetune.encoders import Features
@@ -101,6 +102,9 @@ class Scale:
         return mean, deviation
 
 
+COPIES = 6  # of the weights of linear heads in a step: themselves, two moments, gradient, update, decay
+
+
 def linear(
     train: Data,
     val: Data,
@@ -123,6 +127,11 @@ def linear(
     scale, used = Scale(train.features), blocks(train.features, pools)
     widths = {name: train.features[name].shape[1] for name in scale.names}
     grid = [(pool, lr, decay) for pool in used for lr in lrs for decay in weight_decays]
+    check_memory(
+        4 * len(grid) * train.labels.shape[1] * (COPIES * (1 + sum(widths.values())) + len(val.labels)),
+        f"lrs, weight_decays, pools: {len(grid):,} linear heads of {train.labels.shape[1]} labels",
+        "give fewer of them",
+    )
     x, known, target = _tensors(scale(train.features), train.labels, device)
     if balanced:
         known *= torch.from_numpy(balance(train.labels)).to(device)

@@ -23,6 +23,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from configs import UserError
+from configs.amounts import check_memory
 from finetune.encoders import open_encoder, to_be_tuned
 from finetune.fit import Scores, fit
 from finetune.labelled import Films
@@ -81,6 +82,12 @@ class _Fit:
         encoder, self.origin = to_be_tuned(opened, store), opened.folder
         attentive = config.method == "attentive"
         net = Tuned(encoder, len(films.names), attentive=attentive, scratch=self.origin is None)
+        size, side, chans = config.tune.batch_size, encoder.meta["image_size"], encoder.meta["in_chans"]
+        check_memory(
+            4 * size * side**2 * chans / accelerator.num_processes,
+            f"tune.batch_size {size}: the films of a step, {side} px, {chans} channels",
+            "lower it",
+        )
         self.net = net.to(accelerator.device)
 
     def train(self, train: Rows, val: Rows) -> dict[str, Any]:

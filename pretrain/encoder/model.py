@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from configs import UserError
-from ehr_features.files import new_folder, write_json
+from ehr_features.files import new_folder, write_json, write_seal
 from ehr_features.typed import read_json
 from pretrain.encoder.hub_config import timm_config
 from pretrain.encoder.network import drops_tokens, layout, make, sincos, through, through_eva
@@ -295,6 +295,7 @@ def write_files(folder: Path, encoder: Encoder, meta: dict[str, Any] | None = No
     write_json(folder / "config.json", timm_config(encoder))
     if card is not None:
         (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    write_seal(folder, "encoder.*")
 
 
 def about(encoder: Encoder) -> dict[str, Any]:

@@ -27,13 +27,15 @@ import yaml
 
 from configs import Settings, UserError
 from configs.cli import typed
-from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, tidy, write_json
+from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, tidy, write_json, write_seal
 from ehr_features.typed import read_json, read_yaml
 from ehr_features.typed.shapes import Provenance
 from pretrain.run.processes import agreed, on_main
 
 FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet", "trackers")
 OURS = (*FIRST, "metrics.jsonl", "encoder")
+OF_ONE = ("*.json", "*.parquet", "*.safetensors", "predictions/*.parquet")
+SEALED = ("config.yaml", "metrics.jsonl", *OF_ONE, *(f"seed_*/{pattern}" for pattern in OF_ONE))
 
 
 def open_run(
@@ -133,6 +135,7 @@ def finish(folder: Path, **more: Any) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         path = folder / "provenance.json"
         write_json(path, read_json(path, Provenance) | more | {"finished_at": now})
+        write_seal(folder, *SEALED)
 
     on_main(mark)
 

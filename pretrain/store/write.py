@@ -37,6 +37,7 @@ from ehr_features.files import (
     provenance,
     tidy,
     write_json,
+    write_seal,
 )
 from ehr_features.own_films.ids import SUFFIXES, film_id
 from ehr_features.progress import Bar
@@ -226,6 +227,7 @@ def _complete(
     write_json(
         out / "store.json", {**about, **more, "shards": files, "frames": frames, "plan": plan, "provenance": made}
     )
+    write_seal(out, "store.json", "index.parquet", "rejected.parquet")
     (out / "packing.json").unlink(missing_ok=True)
     size, rate = sum(files.values()) / 1e6, len(films) / max(seconds, 1e-9)
     print(f"{out}: {len(packed)} films, {size:.0f} MB, {rate:.0f} films/s")

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs import UserError
-from ehr_features.files import alone, digest, new_file, write_json
+from ehr_features.files import alone, digest, new_file, write_json, write_seal
 from ehr_features.notes import leak_filter
 from ehr_features.typed import read_json
 from ehr_features.typed.read import json_of
@@ -86,6 +86,7 @@ def _retrieve(
     write_json(held.folder / "knowledge.json", about)
     with new_file(out) as part:
         pq.write_table(found, part)
+    write_seal(held.folder, "knowledge.*", "passages.parquet")
     return out
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs import UserError
 from ehr_features.files import file_digest
+from ehr_features.schema import NOTES
 from ehr_features.static import fit_scale
-from ehr_features.typed import undamaged
+from ehr_features.typed import read_parquet
 from pretrain.text.encoder import TextEncoder, Tokens, embed, embed_tokens
 
 COLUMNS = ("dicom_id", "available_at")
@@ -66,13 +66,7 @@ def check_notes(
     path = Path(folder) / "notes.parquet"
     if not path.is_file() or not (path.parent / "provenance.json").is_file():
         raise UserError(f"{folder}: not a folder of notes (notes.parquet, provenance.json); {WAY}")
-    with undamaged(path, WAY):
-        have = pq.read_schema(path).names
-        if missing := [c for c in (*COLUMNS, "note") if c not in have]:
-            raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {', '.join(have)}; {WAY}")
-        table = pd.read_parquet(path, columns=list(columns))
-    if repeated := int(table["dicom_id"].duplicated().sum()):
-        raise UserError(f"{path}: {repeated} films have more than one note; wanted one a film")
+    table = read_parquet(path, NOTES, WAY, names=lambda have: [*columns, *{"note"} - {*have}])  # not read: it is long
     if taken_at is not None:
         late = table["available_at"] > pd.to_datetime(table["dicom_id"].map(taken_at))
         if late.any():

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from configs import UserError, load
 from ehr_features.config import FeaturesConfig, NotesConfig
-from finetune.config import FuseConfig, ProbeConfig
+from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import ImagesConfig, PretrainConfig
 
 
@@ -64,6 +64,10 @@ def test_each_number_is_bounded_on_both_sides(schema):
         (PretrainConfig, "head.hidden=100000000"),
         (PretrainConfig, "encoder.image_size=100000000"),
         (ProbeConfig, "labels=[]"),
+        (ProbeConfig, f"labels=[{','.join('a' * 1001)}]"),
+        (PretrainConfig, f"features={'x/' * 3000}"),
+        (PretrainConfig, f"encoder.init={'x' * 300}"),
+        (FuseConfig, f"notes={'x' * 300}"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_its_key(schema, word):
@@ -103,6 +107,17 @@ def test_a_config_that_somebody_sent_does_no_harm(tmp_path, text, says):
     with pytest.raises(UserError, match=says) as caught:
         load(ProbeConfig, path)
     assert max(map(len, str(caught.value).splitlines())) < 1000
+
+
+def test_a_grid_of_very_many_combinations_is_refused(tmp_path):
+    axes = {f"axis{i}": {f"choice{j}": {} for j in range(10)} for i in range(10)}
+    with pytest.raises(UserError, match="`axes` are 10,000,000,000 combinations; wanted 10,000 or fewer"):
+        load(GridConfig, {"out": "x", "steps": {"probe": ["probe", "y"]}, "axes": axes})
+
+
+def test_tokens_and_addresses_may_be_long(tmp_path):
+    given = {"mimic_iv": f"https://a.b/{'x' * 300}", "storage": {"https": {"token": "x" * 9000}}, "out": str(tmp_path)}
+    assert load(FeaturesConfig, given).mimic_iv == given["mimic_iv"]
 
 
 def test_a_key_may_copy_another(tmp_path):

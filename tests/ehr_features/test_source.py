@@ -197,6 +197,17 @@ def test_a_time_or_number_that_is_none_costs_that_value_and_not_the_table(tmp_pa
     assert got["heartrate"].isna().tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("odd", ["inf", "-inf", "Infinity", "294247-01-01", "9999-12-31 23:59:59", "0001-01-01"])
+@pytest.mark.parametrize(("name", "column"), [("admissions", "deathtime"), ("patients", "dod")])
+def test_a_time_outside_of_any_calendar_is_none(tmp_path, frames, write, config, name, column, odd):
+    frames[name][column] = frames[name][column].astype(object)
+    frames[name].loc[0, column] = odd
+    frames[name].loc[1, column] = "2150-01-01"
+    source = open_source(config(mimic_iv=str(write(tmp_path / "m", frames))))
+    got = source.table(name).order_by("subject_id").to_pandas()[column]
+    assert pd.isna(got[0]) and pd.Timestamp(got[1]) == pd.Timestamp("2150-01-01")
+
+
 def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path, frames, write, config):
     root = write(tmp_path / "m", frames, suffix=".csv")
     for path in root.rglob("*.csv"):

@@ -104,6 +104,24 @@ def test_run_folders_are_compared_whatever_the_order_of_their_rows(tmp_path: Pat
         compare_runs([one], [other])
 
 
+def test_runs_are_compared_by_the_id_that_tells_their_rows_apart(tmp_path: Path) -> None:
+    y, a, _, _ = sample(better=0.5)
+    runs = [write_run(tmp_path / name, y, a, 0) for name in "ab"]
+    wanted = compare_runs(runs[:1], runs[1:], samples=10)
+    for run in runs:
+        path = run / "predictions/test.parquet"
+        table = pd.read_parquet(path)
+        table.assign(study_id=table["dicom_id"]).drop(columns="dicom_id").iloc[::-1].to_parquet(path)
+    pd.testing.assert_frame_equal(compare_runs(runs[:1], runs[1:], samples=10), wanted)
+
+
+@pytest.mark.parametrize("steps", ["x7", [], ["x7"], None, [3]])
+def test_a_grid_of_other_steps_is_refused_by_its_file(tmp_path: Path, steps: object) -> None:
+    (tmp_path / "grid.json").write_text(json.dumps({"methods": {"a": "a"}, "steps": steps}))
+    with pytest.raises(UserError, match=r"grid\.json: "):
+        against(tmp_path)
+
+
 def test_a_run_of_several_seeds_counts_as_its_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     y, a, b, _ = sample(better=0.5)
     for name, p in (("a", a), ("b", b)):

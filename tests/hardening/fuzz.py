@@ -9,7 +9,6 @@ moved, inserted, zeroed or cut bytes, at seeded places.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import random
@@ -45,6 +44,7 @@ from pretrain.encoder.weights import read_state
 from pretrain.store import Store, pack
 from pretrain.store.decode import BadFilm, decode
 from pretrain.text.notes import read_notes
+from tests.hardening.kills import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60
@@ -292,10 +292,8 @@ def torment(files: list[tuple[Path, Reader]], inputs: int, seed: int) -> Counter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", metavar="OUT", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--inputs", type=int, default=200, help="of each kind (default 200)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", metavar="KIND")
     args = parser.parse_args()
     print("| damaged | inputs | still readable | refused with a message | anything else |\n|---|---|---|---|---|")

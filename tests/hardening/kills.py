@@ -364,11 +364,17 @@ def torment(command: Command, kills: int, seed: int, logs: Path, number: signal.
     return faults
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(says: str | None) -> argparse.ArgumentParser:
+    """The options that the programs of this folder share."""
+    parser = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--commands", nargs="+", metavar="NAME")
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"))
     args = parser.parse_args()

@@ -24,15 +24,16 @@ from ehr_features.audit.notes import features_of
 from ehr_features.audit.runs import check_runs
 from ehr_features.config import FeaturesConfig
 from ehr_features.demo.beside import truth_of
-from ehr_features.files import read_table, write_json
+from ehr_features.files import read_table, write_json, write_seal
 from ehr_features.films.summary import summary
 from ehr_features.own_films.config import TableConfig
 from ehr_features.own_films.read import read_films_table
 from ehr_features.raw.source import open_source
 from ehr_features.series import channels
+from ehr_features.typed.seal import SEAL, read_seal
 from finetune import demo
 from finetune.compare import against, compare_runs
-from finetune.embed import nearest
+from finetune.embed import content, nearest
 from finetune.fusion import samples
 from finetune.fusion.net import read_branch
 from finetune.guard import check_encoder
@@ -62,11 +63,12 @@ Reader = Callable[[], str]  # a digest of what a command makes of the file
 
 @dataclass(frozen=True)
 class Place:
-    """A file, and what reads it."""
+    """A file, and what reads it; `ours`: a command wrote it, so that a change of it is told."""
 
     name: str
     path: Path
     read: Reader
+    ours: bool = True
 
 
 def sign(*values: Any) -> str:
@@ -107,6 +109,8 @@ def places(out: Path, world: Path | None = None) -> list[Place]:
         shutil.copytree(world / name, here / name, ignore=ignored)
     for path in [*here.rglob("*.yaml"), *here.rglob("*.json")]:
         path.write_text(path.read_text().replace(str(world), str(here)))
+    for path in here.rglob(SEAL):
+        write_seal(path.parent, *read_seal(path.parent))
     made = [*_features(here), *_store(here / "store"), *_encoder(here), *_runs(here), *_notes(here)]
     return [*made, *_alone(here), *_own(here / "own"), *_raw(here)]
 
@@ -123,7 +127,15 @@ def _features(here: Path) -> list[Place]:
     def stays() -> str:
         found = samples.load(folder, "mortality", films=2)
         more = samples.load(folder, "phenotypes")
-        arrays = [found.labels, found.values, found.start, found.length, found.films, found.hours, found.views]
+        arrays = [
+            found.labels,
+            found.values[: len(found.values)],
+            found.start,
+            found.length,
+            found.films,
+            found.hours,
+            found.views,
+        ]
         table = found.table.drop(columns="code_status", errors="ignore")
         return sign(table, found.film_ids, *arrays, more.labels, more.length)
 
@@ -231,6 +243,7 @@ def _alone(here: Path) -> list[Place]:
         shutil.copytree(here / "runs/fuse", grid / name / "fuse")
     axes = {name: {"x": name} for name in "ab"}
     write_json(grid / "grid.json", {"methods": {"a": "a", "b": "b"}, "axes": axes, "steps": ["fuse"]})
+    write_seal(grid, "grid.json")
 
     def table() -> str:
         gains = against(grid, samples=10)
@@ -240,7 +253,8 @@ def _alone(here: Path) -> list[Place]:
     found.append(Place("grid.json", grid / "grid.json", table))
     settings = {"subjects": 10, "seed": 0, "shuffled": False}
     write_json(here / "demo/demo.json", {"settings": settings, "steps": {"data": {"words": "ab", "seconds": 1.5}}})
-    found.append(Place("demo.json", here / "demo/demo.json", lambda: sign(demo._open(here / "demo", settings))))
+    # steps that are done: another word in it, and the step is done again
+    found.append(Place("demo.json", here / "demo/demo.json", lambda: sign(demo._open(here / "demo", settings)), False))
 
     def truth() -> str:
         run = next(run for run in read_runs([here / "runs"]) if run.task == "mortality")
@@ -252,7 +266,8 @@ def _alone(here: Path) -> list[Place]:
     table_ = pd.DataFrame(rng.normal(size=(12, 4)).astype(np.float32), columns=[f"f{i}" for i in range(4)])
     table_.insert(0, "dicom_id", [f"film{i}" for i in range(12)])
     table_.insert(1, "path", [f"{i}.png" for i in range(12)])
-    about = {"encoder": str(here / "runs/pretrain"), "key": "0", "pool": "cls", "left_out": 0}
+    about: dict[str, Any] = {"encoder": str(here / "runs/pretrain"), "key": "0", "pool": "cls", "left_out": 0}
+    about["content"] = content(table_, table_.iloc[:, 2:].to_numpy())
     pq.write_table(pa.Table.from_pandas(table_).replace_schema_metadata({"ehr_msn": json.dumps(about)}), films)
     found.append(Place("embeddings", films, lambda: sign(nearest(str(films), "film3", number=3))))
     for suffix in ("csv", "parquet"):
@@ -263,7 +278,9 @@ def _alone(here: Path) -> list[Place]:
             path = here / f"{name}.{suffix}"
             frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
         both = [str(here / f"{name}.{suffix}") for name in ("labels", "scores")]
-        found += [Place(f"score, {suffix}", Path(one), lambda both=both: sign(score(*both, samples=5))) for one in both]
+        found += [
+            Place(f"score, {suffix}", Path(one), lambda both=both: sign(score(*both, samples=5)), False) for one in both
+        ]
     return found
 
 
@@ -276,12 +293,12 @@ def _own(folder: Path) -> list[Place]:
     folder.mkdir()
     declared = folder / "channels.yaml"
     shutil.copyfile(channels.SHIPPED, declared)
-    found = [Place("channels.yaml", declared, lambda: sign(str(channels.read_variables(declared))))]
+    found = [Place("channels.yaml", declared, lambda: sign(str(channels.read_variables(declared))), False)]
     for name in ("features", "pretrain_vit_small"):
         path = folder / f"{name}.yaml"
         shutil.copyfile(kills.ROOT / f"configs/{name}.yaml", path)
         schema = FeaturesConfig if name == "features" else PretrainConfig
-        found.append(Place("config", path, partial(_config, schema, path)))
+        found.append(Place("config", path, partial(_config, schema, path), False))
     num = 30
     films = pd.DataFrame({"path": [f"{i}.png" for i in range(num)], "patient": [f"P{i // 2}" for i in range(num)]})
     films["age"], films["split"] = 20 + np.arange(num), [("train", "val", "test")[i // 2 % 3] for i in range(num)]
@@ -296,7 +313,7 @@ def _own(folder: Path) -> list[Place]:
             own = read_films_table(config, labels=True)
             return sign(own.films[["dicom_id", "subject_id", "split"]], own.labels)
 
-        found.append(Place(f"table of films, {suffix}", path, read))
+        found.append(Place(f"table of films, {suffix}", path, read, False))
     return found
 
 
@@ -321,5 +338,5 @@ def _raw(here: Path) -> list[Place]:
             table = source.table(name).to_pandas()
             return sign(table.sort_values(list(table.columns), ignore_index=True))
 
-        found.append(Place(f"raw/{name}", plain, read))
+        found.append(Place(f"raw/{name}", plain, read, False))
     return found

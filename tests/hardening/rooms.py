@@ -69,6 +69,7 @@ def commands(world: Path, own: Path) -> dict[str, Command]:
             ["finetune", "embed", str(encoder), f"{data}/mimic-cxr/files", f"{own}/films.parquet"],
             own / "films.parquet",
         ),
+        "export": Command(["pretrain", "export", str(encoder), f"{own}/exported"], own / "exported"),
         "report": Command(["finetune", "report", *evaluated, "--out", f"{own}/report.html"], own / "report.html"),
         "grid": Command(["finetune", "grid", f"{own}/grid.yaml"], own / "grid", own / "grid/a/fuse/metrics.jsonl"),
         "demo": Command(
@@ -79,6 +80,7 @@ def commands(world: Path, own: Path) -> dict[str, Command]:
 
 
 NAMES = list(commands(Path(), Path()))
+WRITES = [name for name in NAMES if name not in ("check", "audit", "pretrain by two", "demo")]
 Start = Callable[[Command], ForkServerProcess]
 
 

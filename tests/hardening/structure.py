@@ -4,14 +4,14 @@
 
 Input: an empty folder (a small hospital is made in it, unless --world has one). Output: a Markdown table: inputs by
 file, how many were refused in one line that names the file, gave the undamaged result, gave another one with a warning,
-gave another one without a word, or had another outcome: an exception, a message of several lines, no answer in time.
+were taken as the user's own words (in files that users write), or had another outcome: an exception, a message of
+several lines, no answer in time, another result without a word.
 Damage is a null, text, number, negative, NaN, huge number, list, object or nothing in the place of a node; keys left
 out or twice; columns retyped, emptied, left out or twice; rows twice, reversed, swapped, cut.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
@@ -19,6 +19,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from configs import UserError
+from ehr_features.typed.seal import forget
 from pretrain.store.decode import BadFilm
 from tests.hardening.fuzz import patience
+from tests.hardening.kills import command_line
 from tests.hardening.places import Place, places
 
 VALUES = {
@@ -276,13 +279,37 @@ WAYS = {
 
 
 # ---- What comes of it
-def outcome(place: Place, data: bytes, whole: bytes, undamaged: str) -> tuple[str, str]:
-    """`refused`, `same`, `warned`, `other`, or a fault; and what was said."""
+KINDS = ("refused", "same", "warned", "taken")
+
+
+@dataclass(frozen=True)
+class Undamaged:
+    """A file as it was written, and what comes of it."""
+
+    data: bytes
+    result: str
+    warnings: frozenset[str]
+
+
+def undamaged(place: Place) -> Undamaged:
+    result, warnings = _read(place)
+    return Undamaged(place.path.read_bytes(), result, warnings)
+
+
+def _read(place: Place) -> tuple[str, frozenset[str]]:
+    """The result, and the warnings printed on the way."""
     said = io.StringIO()
+    forget()  # which changed files were told before
+    with patience(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        found = place.read()
+    return found, frozenset(line for line in said.getvalue().splitlines() if "warning" in line.lower())
+
+
+def outcome(place: Place, data: bytes, whole: Undamaged) -> tuple[str, str]:
+    """`refused`, `same`, `warned`, `taken`, or a fault; and what was said."""
     place.path.write_bytes(data)
     try:
-        with patience(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            found = place.read()
+        found, warnings = _read(place)
     except (UserError, BadFilm) as error:
         text = str(error)
         if not text.strip() or ("\n" in text.strip() and "in the config:" not in text):  # its faults are all listed
@@ -293,10 +320,12 @@ def outcome(place: Place, data: bytes, whole: bytes, undamaged: str) -> tuple[st
             raise
         return "fault", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]} {_where(error)}"
     finally:
-        place.path.write_bytes(whole)
-    if found == undamaged:
+        place.path.write_bytes(whole.data)
+    if found == whole.result:
         return "same", ""
-    return ("warned" if "warning" in said.getvalue().lower() else "other"), ""
+    if warnings - whole.warnings:
+        return "warned", ""
+    return ("another result without a word" if place.ours else "taken"), ""
 
 
 def _where(error: BaseException) -> str:
@@ -315,26 +344,23 @@ def torment(
 ) -> dict[str, Counter[str]]:
     """Damage the files in turn. Returns: file -> the number of each outcome; faults are told as they happen."""
     counts: dict[str, Counter[str]] = {}
-    wholes: dict[int, tuple[bytes, str]] = {}
+    wholes: dict[int, Undamaged] = {}
     for i in range(inputs):
         place = found[i % len(found)]
         if i % len(found) not in wholes:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                wholes[i % len(found)] = place.path.read_bytes(), place.read()
-        whole, undamaged = wholes[i % len(found)]
-        data, words = WAYS[place.path.suffix](whole, random.Random(f"{seed}/{i}"))
-        result, text = outcome(place, data, whole, undamaged)
+            wholes[i % len(found)] = undamaged(place)
+        whole = wholes[i % len(found)]
+        data, words = WAYS[place.path.suffix](whole.data, random.Random(f"{seed}/{i}"))
+        result, text = outcome(place, data, whole)
         counts.setdefault(place.name, Counter())[result] += 1
-        if result not in ("refused", "same", "warned"):
+        if result not in KINDS:
             told(f"{result}: {place.name}, {words}: {text}")
     return counts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", metavar="OUT", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--inputs", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=Path, help="the small hospital of an earlier call")
     parser.add_argument("--only", default="", help="files whose name holds this text")
     args = parser.parse_args()
@@ -343,14 +369,13 @@ def main() -> None:
     found = [place for place in places(args.out, args.world) if args.only in place.name]
     with log.open("w", encoding="utf-8") as file:
         counts = torment(found, args.inputs, args.seed, told=lambda line: print(line[:600], file=file, flush=True))
-    kinds = ("refused", "same", "warned", "other")
-    print("| file | inputs | refused, file named | the undamaged result | a warning | another result | anything else |")
+    print("| file | inputs | refused, file named | the undamaged result | a warning | taken | anything else |")
     print("|---|---|---|---|---|---|---|")
     total: Counter[str] = Counter()
     for name, row in [*counts.items(), ("all", total)]:
         total += row if name != "all" else Counter()
-        rest = [f"{what} ({n})" for what, n in row.items() if what not in kinds]
-        print(f"| {name} | {row.total()} | {' | '.join(str(row[k]) for k in kinds)} | {'; '.join(rest) or 'none'} |")
+        rest = [f"{what} ({n})" for what, n in row.items() if what not in KINDS]
+        print(f"| {name} | {row.total()} | {' | '.join(str(row[k]) for k in KINDS)} | {'; '.join(rest) or 'none'} |")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.hardening import kills
+from tests.hardening.disk import fill, refused, small_disk
 from tests.hardening.rooms import (
     NAMES,
+    WRITES,
     Command,
     Room,
     short,
@@ -79,18 +81,13 @@ def test_the_second_command_in_a_folder_is_refused_until_the_first_is_gone(
     here.end(second, log)
 
 
-WRITES = [name for name in NAMES if name not in ("check", "audit", "pretrain by two", "demo")]
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("may not mount a small tmpfs here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    try:
+        with small_disk(tmp_path / "disk", 64) as disk:
+            yield disk
+    except PermissionError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow
@@ -100,16 +97,13 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_space(
 ) -> None:
     here = room(disk, name)
     command = short(here, name)
-    ballast = disk / "ballast"
-    left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    ballast.write_bytes(bytes(left - free))
+    ballast = fill(disk, free)
     code, text = here.run(command)
     if code == 0:
         assert free > 4_096, "it wrote nothing"  # what it writes is smaller
         return
-    lines = 2 if name == "grid" else 1  # each of its runs says so
-    assert code == 2 and "Traceback" not in text and text.count("error:") == lines, text
-    assert str(disk) in text.split("error:")[1], text
+    named = refused(text, disk, lines=2 if name == "grid" else 1)  # each of its runs says so
+    assert code == 2 and named[0] != "!", named
     assert kills.damaged(kills.Command(name, [], command.out, ())) == []
     ballast.unlink()
     code, text = here.run(command)

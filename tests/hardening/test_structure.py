@@ -25,8 +25,10 @@ def test_an_exception_and_a_file_that_is_not_named_are_told(tmp_path: Path) -> N
     path = tmp_path / "a.json"
     path.write_text('{"a": 1}')
 
-    def outcome(read: structure.Callable[[], str]) -> str:
-        return structure.outcome(Place("a", path, read), b"[1]", b'{"a": 1}', "1")[0]
+    whole = structure.Undamaged(b'{"a": 1}', "1", frozenset())
+
+    def outcome(read: structure.Callable[[], str], ours: bool = True) -> str:
+        return structure.outcome(Place("a", path, read, ours), b"[1]", whole)[0]
 
     def fails() -> str:
         raise KeyError("x")
@@ -36,4 +38,5 @@ def test_an_exception_and_a_file_that_is_not_named_are_told(tmp_path: Path) -> N
 
     assert outcome(fails) == "fault" and outcome(unnamed) == "refused, the file is not named"
     assert outcome(lambda: str(read_json(path))) == "refused" and outcome(lambda: "1") == "same"
-    assert outcome(lambda: "2") == "other" and path.read_text() == '{"a": 1}'
+    assert outcome(lambda: "2") == "another result without a word" and path.read_text() == '{"a": 1}'
+    assert outcome(lambda: "2", ours=False) == "taken"

@@ -293,6 +293,15 @@ def test_the_real_films_are_packed(tmp_path: Path, shared: Path) -> None:
     assert np.abs(store[dicom_id] - grey.reshape(64, 4, 64, 4).mean((1, 3))).mean() < 1
 
 
+def test_an_index_whose_whole_numbers_are_floats_is_read(tmp_path: Path, films: Path) -> None:
+    out = pack(config(tmp_path / "store", films))
+    index = pd.read_parquet(out / "index.parquet")
+    wanted = Store(out).read(index["dicom_id"].tolist())
+    numbers = {name: float for name in ("shard", "row", "height", "width")}
+    index.astype(numbers).to_parquet(out / "index.parquet")
+    np.testing.assert_array_equal(Store(out).read(index["dicom_id"].tolist()), wanted)
+
+
 def test_an_index_with_fewer_films_than_its_store_is_refused(tmp_path: Path, films: Path) -> None:
     out = pack(config(tmp_path / "store", films))
     pd.read_parquet(out / "index.parquet").iloc[:-1].to_parquet(out / "index.parquet")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from configs import UserError
 from pretrain.text import encoder as text
 from pretrain.text.encoder import TextEncoder, by_length, embed, embed_tokens
-from pretrain.text.notes import note_tokens, note_vectors, read_notes
+from pretrain.text.notes import check_notes, note_tokens, note_vectors, read_notes
 
 Make = Callable[..., Path]
 NOTES = ["woman with cough", "man with chest pain and leg swelling", "fever", "the old man of the woman " * 9]
@@ -198,6 +198,25 @@ def test_a_film_without_a_note_has_zeros_and_a_mask(word_encoder: Any, write_not
     assert tokens.read(rows)[1].tolist() == [1, 0, 3]
 
 
+def test_notes_of_another_type_are_refused_by_their_column(write_notes: Make) -> None:
+    folder = write_notes({"a": "cough", "b": "fall"})
+    path, films = folder / "notes.parquet", pd.Series(pd.Timestamp("2200-01-01"), index=["a", "b"])
+    table = pd.read_parquet(path)
+    for column, value, says in (
+        ("available_at", "x7", "got (large_)?string, wanted times"),
+        ("available_at", pd.NaT, "2 rows, the first row 1: wanted a value in every row"),
+        ("note", 7, "got int64, wanted text"),
+        ("dicom_id", None, "wanted a value in every row"),
+    ):
+        table.assign(**{column: value}).to_parquet(path)
+        for read in (read_notes, check_notes):
+            with pytest.raises(UserError, match=rf"notes\.parquet: column `{column}`.*{says}"):
+                read(folder, films)
+    table.drop(columns="note").to_parquet(path)
+    with pytest.raises(UserError, match="columns missing: note"):
+        check_notes(folder, films)
+
+
 def test_a_note_from_after_its_film_is_refused(write_notes: Make) -> None:
     folder = write_notes({"a": "cough", "b": "fall"}, known=["2150-01-01 10:00", "2150-01-01 12:00"])
     films = pd.Series(pd.to_datetime(["2150-01-01 11:00"] * 2), index=["a", "b"])
@@ -215,7 +234,7 @@ def test_notes_that_cannot_be_used_are_refused(write_notes: Make, tmp_path: Path
     pd.DataFrame({"dicom_id": ["a", "a"], "note": "x", "available_at": pd.Timestamp(0)}).to_parquet(
         folder / "notes.parquet"
     )
-    with pytest.raises(UserError, match="more than one note"):
+    with pytest.raises(UserError, match="`dicom_id`, row 2: wanted each value once"):
         read_notes(folder)
     pd.DataFrame({"dicom_id": ["a"]}).to_parquet(folder / "notes.parquet")
     with pytest.raises(UserError, match="columns missing: available_at, note"):
