@@ -16,7 +16,9 @@ import logging
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from csv import reader as csv_reader
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")  # of a table
 AT_ONCE = 32  # concurrent requests
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+LINE = 2**16  # bytes in which a table's header ends
 INFLATION, SMALL = 100, 10_000_000  # no compressed table expands so many times, but for one of less than SMALL bytes
 
 
@@ -88,10 +91,15 @@ def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None,
         with explained(place), fsspec.open(place, "rb", compression="infer") as file:
             if place.endswith(".parquet"):
                 check_rows(file, place)
+                check_distinct(pq.read_schema(file).names, place)
+                file.seek(0)
                 table = pd.read_parquet(file)
             else:
                 packed = place.endswith(PACKED)
-                bounded = io.BufferedReader(Inflated(file, place, fingerprint(place)["bytes"])) if packed else file
+                raw = Inflated(file, place, fingerprint(place)["bytes"]) if packed else file
+                bounded = io.BufferedReader(raw, LINE)
+                if csv.get("header", 0) is not None:
+                    check_distinct(_names(bounded.peek(LINE)), place)  # pandas would call the second `a` `a.1`
                 table = pd.read_csv(bounded, dtype=dtype, **csv)
     except UserError:
         raise
@@ -104,6 +112,18 @@ def user_table(path: str | Path, columns: Sequence[str] = (), dtype: Any = None,
     if table.empty:
         raise UserError(f"{path}: no rows")
     return table
+
+
+def _names(start: bytes) -> list[str]:
+    """The column names in the first line of a CSV file."""
+    lines = start.decode("utf-8-sig", "replace").splitlines()
+    return next(csv_reader(lines[:1]), [])
+
+
+def check_distinct(names: Sequence[str], path: str) -> None:
+    """Refuse a table that has a column twice. Raises: UserError."""
+    if twice := [name for name, count in Counter(name.strip() for name in names if name.strip()).items() if count > 1]:
+        raise UserError(f"{path}: two columns are called `{twice[0]}`")
 
 
 def check_regular(path: str) -> None:

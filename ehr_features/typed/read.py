@@ -294,7 +294,8 @@ def read_parquet(
     if not values:
         return table
     check_values(table, declared, path, advice)
-    floats = [name for name in table if _whole(declared.get(name)) and table[name].dtype.kind == "f"]
+    floats = [name for name, column in declared.items() if column.type == "int64" and name in table]
+    floats = [name for name in floats if table[name].dtype.kind == "f"]
     return table.astype({name: "int64" for name in floats if table[name].notna().all()})  # as another writer left them
 
 
@@ -318,10 +319,6 @@ def _columns(
         found = ", ".join(kinds.names) or "none"
         raise UserError(f"{path}: columns missing: {', '.join(missing)}; found {found}; {advice}")
     return wanted
-
-
-def _whole(column: Column | None) -> bool:
-    return column is not None and column.type == "int64"
 
 
 def check_types(kinds: pa.Schema, columns: Mapping[str, Column], path: str | Path, advice: str) -> None:

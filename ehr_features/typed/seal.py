@@ -16,7 +16,7 @@ from pathlib import Path
 
 SEAL = "seal.txt"
 ABOVE = 3  # folders in which a file may be listed: runs/X lists seed_0/predictions/test.parquet
-BLOCK, BLOCKS = 2**20, 64  # of a file above 64 MiB as many bytes are read, in blocks from its start to its end
+BLOCK, BLOCKS = 2**18, 64  # of a file above 16 MiB as many bytes are read, in blocks from its start to its end
 CHANGED = (
     "warning: {path}: changed since it was written, and read as it is now. Make {folder} again, or copy it again; "
     "if you changed the file on purpose, remove its line from {seal}"
@@ -26,7 +26,7 @@ _compared: set[tuple[str, int, int]] = set()  # a file and its state: a warning 
 
 
 def sealed_digest(path: Path) -> str:
-    """32 hex digits of a file's size and content; of a file above 64 MiB 64 blocks of it are read."""
+    """32 hex digits of a file's size and content; of a file above 16 MiB 64 blocks of it are read."""
     size = path.stat().st_size
     sha = hashlib.sha256(f"{size} ".encode())
     with path.open("rb") as file:

@@ -49,6 +49,23 @@ def test_a_gzip_that_expands_a_thousandfold_is_refused_before_it_is_read(tmp_pat
         source.header(str(path))
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".csv.zip", ".csv.xz", ".csv.bz2", ".parquet"])
+def test_a_users_table_is_read_in_each_form_and_one_with_a_column_twice_is_refused(tmp_path, suffix):
+    path, rows = tmp_path / f"films{suffix}", pd.DataFrame({"path": ["a.png", "b.png"], "a": [0, 1], "b": [1, 0]})
+
+    def write(table):
+        if suffix == ".parquet":
+            pq.write_table(pa.table([pa.array(table.iloc[:, i]) for i in range(3)], names=list(table)), path)
+        else:
+            table.to_csv(path, index=False)
+
+    write(rows)
+    pd.testing.assert_frame_equal(user_table(path), rows, check_dtype=False)
+    write(rows.set_axis(["path", "b", "b"], axis=1))
+    with pytest.raises(UserError, match=rf"films{suffix}: two columns are called `b`$"):
+        user_table(path)
+
+
 def test_a_table_that_compresses_well_is_read(tmp_path):
     rows = pd.DataFrame({"path": [f"film{i}.png" for i in range(100_000)], "label": 1})
     rows.to_csv(tmp_path / "films.csv.gz", index=False)
