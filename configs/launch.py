@@ -36,6 +36,7 @@ from configs import UserError, threads
 from configs.commands import COMMANDS, command_line
 from configs.signals import INTERRUPTED, STOPPED, hung_up, stops
 
+MOST_PROCESSES = 1024
 KINDS = ("NO", "MULTI_GPU", "MULTI_CPU")  # what accelerate calls one process, several GPUs, several CPU processes
 PATIENCE_SECONDS = 60.0  # for the others, once one process has left
 REFUSED = {  # what accelerate offers besides, and why it is not used
@@ -118,6 +119,8 @@ def plan(flags: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     job = Job(**(file | slurm | given))
     if job.processes < 1 or job.machines < 1 or not 0 <= job.machine_rank < job.machines:
         raise UserError("--processes and --machines must be at least 1, --machine-rank from 0 to machines - 1")
+    if job.processes > MOST_PROCESSES:
+        raise UserError(f"--processes {job.processes}: wanted one a GPU, {MOST_PROCESSES:,} on a machine at most")
     if job.machines > 1 and not job.main_address:
         raise UserError("--main-address HOST[:PORT] of machine 0 is needed with --machines > 1")
     return job

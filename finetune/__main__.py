@@ -99,13 +99,20 @@ def _runs(args: argparse.Namespace) -> None:
 
 
 def _count(text: str) -> int:
-    """Parse an argument as a whole number >= 0."""
+    """Parse an argument as a whole number from 0 to 2**32 - 1."""
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is {'below 0' if number < 0 else 'above 4,294,967,295'}")
+    return number
+
+
+def _resamples(text: str) -> int:
+    """Parse a number of resamples, as `samples` of a config."""
+    if (number := _count(text)) > 100_000:
+        raise argparse.ArgumentTypeError(f"{number} is above 100,000")
     return number
 
 
@@ -128,7 +135,7 @@ def _scores(commands: Any) -> None:
     score.add_argument("labels", metavar="LABELS", help=".npy, .csv or .parquet: rows x labels of 0, 1 and empty")
     score.add_argument("scores", metavar="SCORES", help="the same rows and labels; probabilities, or any scores")
     score.add_argument("--groups", metavar="FILE", help="one subject for each row; intervals resample subjects")
-    score.add_argument("--samples", type=_count, default=1000, help="resamples; 0 for none (default 1000)")
+    score.add_argument("--samples", type=_resamples, default=1000, help="resamples; 0 for none (default 1000)")
     score.add_argument("--seed", type=_count, default=0, help="of the resamples (default 0)")
     score.add_argument("--out", metavar="FILE.csv", help="also write the table there")
     score.set_defaults(run=_score)
@@ -137,7 +144,7 @@ def _scores(commands: Any) -> None:
     compare.add_argument("--with", dest="b", metavar="RUN", nargs="+", help="runs of the other method")
     compare.add_argument("--table", action="store_true", help="each method of a grid against --with NAME, one of them")
     compare.add_argument("--split", default="test", choices=HELD_OUT)
-    compare.add_argument("--samples", type=_count, default=1000, help="resamples (default 1000)")
+    compare.add_argument("--samples", type=_resamples, default=1000, help="resamples (default 1000)")
     compare.add_argument("--seed", type=_count, default=0, help="of the resamples (default 0)")
     compare.add_argument("--out", metavar="FILE", help="also write the table there: .csv, .md or .tex (LaTeX)")
     compare.set_defaults(run=_compare)

@@ -48,7 +48,7 @@ def score(
     y, s = _values(labels, left, "label_", keys), _values(scores, right, "logit_", keys)
     if len(y) != len(s):
         raise UserError(f"{labels} has {len(y)} rows and {scores} {len(s)}; wanted the same rows")
-    s = _same_columns(y, s.iloc[_order(labels, left, scores, right, keys)], scores)
+    s = _same_columns(y, s.iloc[_order(labels, left, scores, right, keys)], labels, scores)
     group = left["subject_id"].to_numpy() if "subject_id" in left else None
     if groups:
         group = _groups(groups, labels, left)
@@ -164,11 +164,11 @@ def _order(labels: str, left: pd.DataFrame, other: str, right: pd.DataFrame, key
     return place
 
 
-def _same_columns(y: pd.DataFrame, s: pd.DataFrame, scores: str) -> pd.DataFrame:
+def _same_columns(y: pd.DataFrame, s: pd.DataFrame, labels: str, scores: str) -> pd.DataFrame:
     named = not isinstance(y.columns, pd.RangeIndex) and not isinstance(s.columns, pd.RangeIndex)
     if named and set(y) & set(s):
         if missing := [c for c in y if c not in s]:
-            raise UserError(f"{scores}: no column `{missing[0]}`; found {', '.join(map(str, s))}")
+            raise UserError(f"{scores}: no column `{missing[0]}` of {labels}; found {', '.join(map(str, s))}")
         return s[y.columns]
     if named and y.shape[1] == s.shape[1]:
         print(f"columns by position: {', '.join(f'{a} by {b}' for a, b in zip(y, s, strict=True))}")

@@ -35,6 +35,16 @@ class Plan(Shape):
     num_films: Count | None = None
 
 
+def _framed(value: list[Any]) -> list[Any]:
+    start, stop, sha = value
+    if not (type(start) is int and type(stop) is int and 0 <= start <= stop and isinstance(sha, str)):
+        raise ValueError("where a shard's films begin and end, and a hash")
+    return value
+
+
+Frame = Annotated[list[Any], Field(min_length=3, max_length=3), AfterValidator(_framed)]
+
+
 class StoreJson(Shape):
     """store.json."""
 
@@ -43,7 +53,7 @@ class StoreJson(Shape):
     hash: Word
     preprocess: SquareJson
     shards: dict[Annotated[str, Field(pattern=r"^shard-\d{5}\.arrow$")], Count]
-    frames: dict[str, Annotated[list[Any], Field(min_length=3, max_length=3)]] = {}
+    frames: dict[str, Frame] = {}
     num_films: Count | None = None
     num_rejected: Count | None = None
     plan: Plan = Plan(format=1)

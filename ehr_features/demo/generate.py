@@ -58,6 +58,9 @@ LINK_NOTES = [
 ]
 
 
+MOST_SUBJECTS = 1_000_000
+
+
 def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = False, **more: Any) -> Truth:
     """Write a synthetic MIMIC; the same arguments give the same bytes.
 
@@ -117,8 +120,10 @@ def _check(out: Path, plan: Plan) -> None:
     check_ours(out, "a hospital of `ehr_features demo`", ["truth.json"])
     if plan.subjects < 50:
         raise UserError(f"subjects: got {plan.subjects}, wanted 50 or more, so that every kind of row occurs")
-    if plan.seed < 0:
-        raise UserError(f"seed: got {plan.seed}, wanted 0 or more")
+    if plan.subjects > MOST_SUBJECTS:
+        raise UserError(f"subjects: got {plan.subjects}, wanted {MOST_SUBJECTS:,} or fewer; MIMIC-IV has 364,627")
+    if not 0 <= plan.seed < 2**32:
+        raise UserError(f"seed: got {plan.seed}, wanted 0 to 4,294,967,295")
     if not 32 <= plan.film_size <= 2048:
         raise UserError(f"film_size: got {plan.film_size}, wanted 32 to 2048 pixels")
     if not 0 <= plan.text_signal <= 10:

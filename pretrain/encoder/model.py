@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from timm.layers import resample_abs_pos_embed
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from ehr_features.files import new_folder, write_json, write_seal
-from ehr_features.typed import read_json
+from ehr_features.typed import read_json, undamaged
 from pretrain.encoder.hub_config import timm_config
 from pretrain.encoder.network import drops_tokens, layout, make, sincos, through, through_eva
 from pretrain.encoder.preprocess import Preprocess
@@ -325,12 +324,10 @@ def load(folder: str | Path) -> Encoder:
     path = folder / "encoder.safetensors"
     if not path.is_file() and (folder / HUB_WEIGHTS).is_file():
         path = folder / HUB_WEIGHTS
-    try:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the encoder folder is incomplete")
+    with undamaged(path, "copy or export it again"):
         state = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the encoder folder is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}); copy or export it again") from None
     if faults := differences(encoder.net.state_dict(), state):
         made = f"{meta['arch']} {meta['model_args']}"
         raise UserError(f"{path}: these weights do not fit the model in encoder.json, {made}: {faults}")

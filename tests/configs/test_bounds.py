@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from configs import UserError, load
 from ehr_features.config import FeaturesConfig, NotesConfig
+from finetune.__main__ import main
 from finetune.config import FuseConfig, GridConfig, ProbeConfig
 from pretrain.config import ImagesConfig, PretrainConfig
 
@@ -78,6 +79,22 @@ def test_what_cannot_be_meant_is_refused_by_its_key(schema, word):
             [word],
         )
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("score a b --samples 1000000000", "1000000000 is above 100,000"),
+        ("compare a --with b --samples 100001", "100001 is above 100,000"),
+        ("score a b --seed 99999999999", "99999999999 is above 4,294,967,295"),
+        ("nearest a b --number 99999999999", "99999999999 is above 4,294,967,295"),
+        ("score a b --samples -1", "-1 is below 0"),
+    ],
+)
+def test_a_number_of_a_command_line_is_bounded_too(words, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert says in capsys.readouterr().err
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

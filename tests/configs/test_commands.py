@@ -106,6 +106,7 @@ def test_slurm_gives_machines_rank_processes_and_address(
     [
         ("probe a --processes two", "invalid int value: 'two'"),
         ("probe a --processes 0", "must be at least 1"),
+        ("probe a --processes 1000000", "1,024 on a machine at most"),
         ("fuse a --machines 2", "--main-address HOST[:PORT]"),
         ("fuse a --machine-rank 1", "--machine-rank from 0"),
         ("pretrian a", "unknown command 'pretrian'; did you mean pretrain?"),

@@ -291,7 +291,15 @@ def test_foreign_folders_and_wild_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a hospital of `ehr_features demo`; it holds"):
         demo.generate(tmp_path / "theirs", **SMALL)
     assert (tmp_path / "theirs/notes.txt").read_text() == "mine"
-    for wrong in ({"subjects": 3}, {"seed": -1}, {"film_size": 8}, {"ed_text": 2.0}, {"risk": "none"}):
+    for wrong in (
+        {"subjects": 3},
+        {"subjects": 10**7},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"film_size": 8},
+        {"ed_text": 2.0},
+        {"risk": "none"},
+    ):
         with pytest.raises(UserError):
             demo.generate(tmp_path / "new", **(SMALL | wrong))
     assert not (tmp_path / "new").exists()

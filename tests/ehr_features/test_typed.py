@@ -47,6 +47,7 @@ ODD = {  # text of the file, its shape -> what is said
     "a row of text": (json.dumps({"run": {"task": "a"}, "rows": [ROW | {"n": "9"}]}), Results, "`rows.0.n`: got the"),
     "another size": (changed(STORE, size=16), StoreJson, "preprocess.resize as size, 16"),
     "a shard that is missing": (changed(STORE, shards={"shard-00001.arrow": 8}), StoreJson, "without a gap"),
+    "no frame": (changed(STORE, frames={"shard-00000.arrow": [0, "x", "y"]}), StoreJson, "begin and end, and a hash"),
     "no arguments": (changed(encoder_json(), model_args=None), EncoderJson, "`model_args`: got null, wanted an object"),
     "a huge network": (changed(encoder_json(), model_args={"depth": 10**9}), EncoderJson, "no number above 65,536"),
     "no time": (changed(encoder_json(), ehr_groups={"age": "never"}), EncoderJson, "study, admission or discharge"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -83,6 +84,18 @@ def test_films_that_cannot_be_read_are_said_once_for_each_reason(
             with pytest.raises(UserError, match=r"none of 5 films can be read; the first: .*bad0\.jpg"):
                 embed(str(encoder), str(folder), str(tmp_path / "none.parquet"))
             assert "bad1" not in capsys.readouterr().out
+
+
+def test_embeddings_that_changed_since_they_were_written_are_read_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = embed(str(tiny(tmp_path)), str(draw(tmp_path)), str(tmp_path / "out.parquet"))
+    wanted = nearest(str(out), "film2")
+    assert "changed" not in capsys.readouterr().err
+    table = pq.read_table(out)
+    pq.write_table(table.set_column(0, "dicom_id", table["dicom_id"].combine_chunks()[::-1]), out)
+    assert not nearest(str(out), "film2").equals(wanted)
+    assert f"warning: {out}: changed since `embed` wrote it" in capsys.readouterr().err
 
 
 def test_the_nearest_film_to_a_copy_is_the_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

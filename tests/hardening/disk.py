@@ -49,8 +49,8 @@ def fill(disk: Path, free: int) -> Path:
     """A file that leaves so many bytes free."""
     ballast = disk / "ballast"
     with ballast.open("wb") as file:
-        for _ in range((free_bytes(disk) - free) // 2**16):
-            file.write(bytes(2**16))
+        for _ in range((free_bytes(disk) - free) // 4096):  # a page of a tmpfs
+            file.write(bytes(4096))
     return ballast
 
 

@@ -221,7 +221,7 @@ def _runs(here: Path) -> list[Place]:
                 found.append(Place(f"run/{name}", run / name, whole))
     found += [Place(f"run/{name}", runs[1] / name, whole) for name in ("head.json", "head.safetensors")]
     found.append(Place("run/model.safetensors", runs[2] / "model.safetensors", whole))
-    return [*found, *(Place(f"{name}, report", runs[1] / name, page) for name in ("results.json", "config.yaml"))]
+    return [*found, *(Place(f"run/{name}, report", runs[1] / name, page) for name in ("results.json", "config.yaml"))]
 
 
 def _notes(here: Path) -> list[Place]:

@@ -17,6 +17,7 @@ import copy
 import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -371,9 +372,12 @@ def main() -> None:
         counts = torment(found, args.inputs, args.seed, told=lambda line: print(line[:600], file=file, flush=True))
     print("| file | inputs | refused, file named | the undamaged result | a warning | taken | anything else |")
     print("|---|---|---|---|---|---|---|")
-    total: Counter[str] = Counter()
-    for name, row in [*counts.items(), ("all", total)]:
-        total += row if name != "all" else Counter()
+    rows: dict[str, Counter[str]] = {}
+    for name, row in counts.items():
+        for group in (re.split("[/,]", name)[0], "all"):
+            rows[group] = rows.get(group, Counter()) + row
+    for name in [*(name for name in rows if name != "all"), "all"]:
+        row = rows[name]
         rest = [f"{what} ({n})" for what, n in row.items() if what not in KINDS]
         print(f"| {name} | {row.total()} | {' | '.join(str(row[k]) for k in KINDS)} | {'; '.join(rest) or 'none'} |")
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from configs import UserError
 from configs.cli import guard
@@ -271,6 +271,18 @@ def test_recomputing_activations_changes_no_gradient_of_a_convolutional_net(arch
         assert len(calls) == 1 + checkpointing
         gradients.append([p.grad for p in encoder.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+def test_an_encoder_whose_files_changed_is_loaded_with_a_warning(tmp_path, capsys):
+    folder = enc.save(tmp_path / "encoder", tiny(), {"step": 1})
+    enc.load(folder)
+    assert "changed" not in capsys.readouterr().err
+    state = load_file(folder / "encoder.safetensors")
+    save_file({key: value + 1 for key, value in state.items()}, folder / "encoder.safetensors")
+    (folder / "encoder.json").write_text((folder / "encoder.json").read_text().replace('"step": 1', '"step": 2'))
+    enc.load(folder)
+    told = [line.split(": changed")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == [f"warning: {folder}/encoder.{suffix}" for suffix in ("json", "safetensors")]
 
 
 def test_a_full_disk_while_exporting_keeps_the_encoder_before(tmp_path):

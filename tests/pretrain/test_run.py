@@ -18,6 +18,8 @@ import torch.distributed as dist
 from configs import Settings, UserError
 from configs.cli import guard
 from ehr_features import files as lock
+from ehr_features.files import write_json
+from ehr_features.typed import read_json, read_lines
 from pretrain import run
 from pretrain.run import processes
 from pretrain.run.heartbeat import Heartbeat
@@ -72,6 +74,22 @@ def test_the_same_config_goes_on_and_another_is_refused_by_key(tmp_path: Path) -
     says = str(error.value)
     assert "seed: 0 there, 7 now" in says and "optim.lr: 0.1 there, 0.5 now" in says and "out=" in says
     assert "workers" not in says
+
+
+def test_a_finished_run_is_sealed_and_its_log_of_probes_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run.open_run(tmp_path / "x", Config())
+    run.Log(folder).log({"train/loss": 1.0}, 1)
+    (folder / "probe.jsonl").write_text('{"step": 1}\n')
+    run.finish(folder)
+    (folder / "probe.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    for name in ("probe.jsonl", "metrics.jsonl"):
+        read_lines(folder / name)
+    assert run.complete(folder) and "changed" not in capsys.readouterr().err
+    write_json(folder / "provenance.json", read_json(folder / "provenance.json") | {"seconds": 1})
+    assert run.complete(folder)
+    assert f"{folder}/provenance.json: changed since it was written" in capsys.readouterr().err
 
 
 def test_a_run_that_never_began_makes_way_for_a_mended_config(tmp_path: Path) -> None:

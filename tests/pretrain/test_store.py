@@ -230,7 +230,7 @@ def test_a_store_that_was_not_copied_whole_is_refused(tmp_path: Path, films: Pat
     assert stop - start == 32 * 32 * 4 and len(data) - stop + start < 3000  # little is read to be sure
     for at in [*range(8, start, 97), *range(stop, len(data), 97)]:  # read by Arrow, some of these end the process
         shard.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
-        with pytest.raises(UserError, match=r"shard-00001\.arrow: damaged \(outside its films\)"):
+        with pytest.raises(UserError, match=r"shard-00001\.arrow: damaged \(outside its films, by store\.json\)"):
             Store(out).read(list(store.index.dicom_id))
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001\.arrow: absent"):
