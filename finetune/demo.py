@@ -256,7 +256,9 @@ def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     before = read_json(out / "demo.json", DemoJson)
     if before["settings"] != settings:
-        raise UserError(f"{out}: holds a demo with {before['settings']}, asked for {settings}; give another folder")
+        raise UserError(
+            f"{out}: holds a demo with {before['settings']} (demo.json), asked for {settings}; give another folder"
+        )
     return dict(before["steps"])
 
 

@@ -24,8 +24,11 @@ OLDEST = 120
 
 def text(column: pd.Series) -> pd.Series:
     """A column as text without blanks around it; NA where it is empty. 1.0 of a number column is 1."""
-    if pd.api.types.is_float_dtype(column) and (column.dropna() == column.dropna().round()).all():
-        column = column.replace([np.inf, -np.inf], np.nan).astype("Int64")
+    if pd.api.types.is_float_dtype(column):
+        column = column.replace([np.inf, -np.inf], np.nan)
+        known = column.dropna()
+        if (known == known.round()).all() and (known.abs() < 2**53).all():
+            column = column.astype("Int64")
     found = column.astype("string").str.strip()
     return found.mask(found == "")
 

@@ -14,6 +14,7 @@ from ehr_features.own_films.config import TableConfig, find_layout, layouts
 from ehr_features.own_films.ids import subject_numbers
 from ehr_features.own_films.read import FilmsTable, read_films_table, read_paths
 from ehr_features.own_films.record import check_groups, encode_group, refuse_constant
+from ehr_features.own_films.values import text
 from ehr_features.schema import FINDINGS, SPLITS
 
 NUM = 60
@@ -180,6 +181,12 @@ def test_a_column_of_numbers_is_scaled_on_train_and_masked(tmp_path: Path) -> No
     expected = (numbers - numbers[train].mean()) / numbers[train].std(ddof=0)
     np.testing.assert_allclose(columns["crp"], expected.fillna(0), atol=1e-6)
     np.testing.assert_array_equal(columns["crp_missing"], numbers.isna())
+
+
+@pytest.mark.parametrize("huge", [1e30, -1e300, np.inf, 2.0**53])
+def test_a_huge_number_is_text_as_it_stands_and_the_others_are_whole_numbers(huge):
+    found = text(pd.Series([3.0, huge, np.nan]))
+    assert pd.isna(found[2]) and (found[0] in ("3", "3.0")) and (pd.isna(found[1]) or float(found[1]) == huge)
 
 
 def test_a_column_of_words_is_one_hot_over_the_words_of_train(tmp_path: Path) -> None:

@@ -156,8 +156,8 @@ def _cell(value: Any) -> Callable[[pa.Array, random.Random], pa.Array]:
         cells[draw.randrange(len(cells))] = value
         try:
             return pa.array(cells, column.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError):
-            with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        except (pa.ArrowException, ValueError, OverflowError, TypeError):
+            with contextlib.suppress(pa.ArrowException, ValueError, OverflowError, TypeError):
                 return pa.array(cells)
             return pa.array([None if cell is None else str(cell) for cell in cells])
 
