@@ -281,7 +281,7 @@ def _code(local: int, code: int, told: list[int]) -> int:
         return INTERRUPTED if -code == signal.SIGINT else STOPPED
     print(
         f"process {local} was ended by {signal.Signals(-code).name}"
-        + ("; was the memory used up?" if code == -signal.SIGKILL else "")
+        + (" (was the memory used up?)" if code == -signal.SIGKILL else "")
         + "; the same command goes on from the last checkpoint",
         file=sys.stderr,
     )

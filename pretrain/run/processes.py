@@ -74,11 +74,15 @@ def accelerator(args: argparse.Namespace | None = None, *, limit: float = LIMIT_
 
 def _join(world: int, limit: float) -> None:
     """Reach process 0, and begin to give signs of life."""
-    if not is_main():
-        where = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
-        _reach(*where, min(PATIENCE_SECONDS, limit))
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    _heartbeats.append(Heartbeat(connect(rank, limit), rank, world, limit, local))
+    if dist.is_initialized():  # by another launcher, such as accelerate's for notebooks
+        rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    else:
+        if not is_main():
+            where = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+            _reach(*where, min(PATIENCE_SECONDS, limit))
+        rank = int(os.environ.get("RANK", "0"))
+        store = connect(rank, limit)
+    _heartbeats.append(Heartbeat(store, rank, world, limit, int(os.environ.get("LOCAL_WORLD_SIZE", world))))
 
 
 def check_precision(precision: str, cpu: bool) -> None:
