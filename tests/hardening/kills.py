@@ -340,8 +340,10 @@ def kill(command: Command, number: signal.Signals, seconds: float, log: Path, tu
     return faults + damaged(command)
 
 
-def torment(command: Command, kills: int, seed: int, logs: Path, number: signal.Signals = signal.SIGKILL) -> list[str]:
-    """Kill it `kills` times. Returns: the faults found; empty if there are none."""
+def torment(
+    command: Command, kills: int, seed: int, logs: Path, number: signal.Signals = signal.SIGKILL, within: float = 0
+) -> list[str]:
+    """Kill it `kills` times, within so many seconds (0: those of the undisturbed run). Returns: the faults found."""
     logs.mkdir(parents=True, exist_ok=True)
     log, draw, faults = (
         logs / f"{command.name.replace(' ', '_').replace(',', '')}.txt",
@@ -354,7 +356,7 @@ def torment(command: Command, kills: int, seed: int, logs: Path, number: signal.
     assert wanted, f"{command.name} wrote nothing"
     remove(command)
     for i in range(1, kills + 1):
-        found = kill(command, number, draw.uniform(0.0, 1.0) * command.seconds, log, i)
+        found = kill(command, number, draw.uniform(0.0, 1.0) * (within or command.seconds), log, i)
         faults += [f"kill {i}: {fault}" for fault in found]
         if i % CHAIN == 0 or i == kills:
             finish(command, log)
@@ -377,6 +379,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--commands", nargs="+", metavar="NAME")
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"))
+    parser.add_argument("--within", type=float, default=0, help="seconds; 0: of the undisturbed run")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     known = commands(args.out.resolve())
@@ -387,7 +390,8 @@ def main() -> None:
             if not command.out.exists() and command.world == 1:
                 finish(command, args.out / "log.txt")
             continue
-        faults = torment(command, args.kills, args.seed, args.out / "logs", signal.Signals[f"SIG{args.signal}"])
+        number = signal.Signals[f"SIG{args.signal}"]
+        faults = torment(command, args.kills, args.seed, args.out / "logs", number, args.within)
         says = (
             "; ".join(faults[:5]) + f" and {len(faults) - 5} more" * (len(faults) > 5) or "nothing lost or half-written"
         )

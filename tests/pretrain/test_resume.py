@@ -26,7 +26,7 @@ def test_stopped_and_gone_on_gives_the_losses_of_an_unbroken_run(data, tmp_path,
     whole = losses(train.train(config(data, tmp_path / "whole", **section)))
     calls = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        patch.setattr(run.stopping, "agreed", lambda self, step: next(calls))
         with pytest.raises(Stopped, match="step 3"):
             train.train(config(data, tmp_path / "broken", **section))
     assert losses(train.train(config(data, tmp_path / "broken", **section))) == whole
@@ -40,7 +40,7 @@ def test_going_on_measures_rank_and_prototypes_over_the_same_films(data, tmp_pat
     whole = seen(train.train(config(data, tmp_path / "whole")))
     calls = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        patch.setattr(run.stopping, "agreed", lambda self, step: next(calls))
         with pytest.raises(Stopped):
             train.train(config(data, tmp_path / "broken"))
     assert seen(train.train(config(data, tmp_path / "broken"))) == whole
@@ -99,7 +99,7 @@ def test_a_full_disk_while_saving_loses_nothing(data, tmp_path, monkeypatch):
 
     calls = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        patch.setattr(run.stopping, "agreed", lambda self, step: next(calls))
         with pytest.raises(Stopped):
             train.train(config(data, tmp_path / "x"))
     with monkeypatch.context() as patch:
@@ -125,7 +125,7 @@ def test_a_stop_between_two_reports_changes_no_line(data, tmp_path, monkeypatch)
     whole = losses(train.train(config(data, tmp_path / "whole", "log_every=4")))
     calls = iter([False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        patch.setattr(run.stopping, "agreed", lambda self, step: next(calls))
         with pytest.raises(Stopped, match="step 2"):
             train.train(config(data, tmp_path / "broken", "log_every=4"))
     assert losses(train.train(config(data, tmp_path / "broken", "log_every=4"))) == whole
@@ -136,7 +136,7 @@ def test_going_on_draws_the_same_drop_path(data, tmp_path, monkeypatch):
     whole = losses(train.train(config(data, tmp_path / "whole", **network)))
     calls = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        patch.setattr(run.stopping, "agreed", lambda self, step: next(calls))
         with pytest.raises(Stopped):
             train.train(config(data, tmp_path / "broken", **network))
     torch.rand(5)  # whatever else draws numbers

@@ -43,7 +43,7 @@ def test_it_trains_goes_on_and_opens_in_plain_timm(data, tmp_path, monkeypatch, 
     assert len(whole) == 6 and np.isfinite(whole).all()
     calls = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(run.stopping, "agreed", lambda self: next(calls))
+        patch.setattr(run.stopping, "agreed", lambda self, step: next(calls))
         with pytest.raises(Stopped, match="step 3"):
             train.train(settings(data, tmp_path / "broken", name, *words))
     folder = train.train(settings(data, tmp_path / "broken", name, *words))
