@@ -196,31 +196,37 @@ def _runs(here: Path) -> list[Place]:
     runs = [here / "runs" / name for name in ("pretrain", "probe", "fuse")]
     subjects = read_table(here / "features", "images", ["subject_id", "split"]).drop_duplicates()
 
-    def read() -> str:
-        found = named(read_runs(runs))
-        said = [[run.called, run.kind, run.task, run.headline(), str(run.features), str(run.store)] for run in found]
-        tables = [run.predictions for run in found if run.predictions is not None]
-        rows = [run.by_row.index.tolist() for run in found if run.by_row is not None]
-        return sign(said, rows, *tables, *(run.rows for run in found), str(curves_section(found)))
+    def read(run: Path) -> str:
+        found = named(read_runs([run]))
+        said = [[one.called, one.kind, one.task, one.headline(), str(one.features), str(one.store)] for one in found]
+        tables = [one.predictions for one in found if one.predictions is not None]
+        rows = [one.by_row.index.tolist() for one in found if one.by_row is not None]
+        audit = [[v.claim, v.outcome] for v in check_runs([run], subjects)]
+        return sign(said, rows, *tables, *(one.rows for one in found), str(curves_section(found)), audit)
+
+    def evaluated(run: Path) -> str:
+        return sign(read(run), compare_runs([run], [run], samples=10), read_results(run)[0])
+
+    def probed(run: Path) -> str:
+        head, about = transfer.load(run)
+        return sign(evaluated(run), head.weights, about)
+
+    def fused(run: Path) -> str:
+        return sign(evaluated(run), sorted(read_branch(run, "medfuse")))
 
     def page() -> str:
-        page = report(runs, here / "report.html").read_text()
+        page = report(runs[1:2], here / "report.html").read_text()
         return sign(page.partition("Nothing in this file is loaded")[0].partition("Made ")[0])
 
-    def whole() -> str:
-        probe, fuse = (compare_runs([run], [run], samples=10) for run in runs[1:])
-        audit = [[v.claim, v.outcome] for v in check_runs(runs, subjects)]
-        head, about = transfer.load(runs[1])
-        branch = sorted(read_branch(runs[2], "medfuse"))
-        return sign(read(), probe, fuse, audit, head.weights, about, branch, read_results(runs[1])[0])
-
     found = []
-    for run in runs:
+    for run, way in zip(runs, (read, probed, fused), strict=True):
         for name in ("config.yaml", "provenance.json", "metrics.jsonl", "results.json", "predictions/test.parquet"):
             if (run / name).is_file():
-                found.append(Place(f"run/{name}", run / name, whole))
-    found += [Place(f"run/{name}", runs[1] / name, whole) for name in ("head.json", "head.safetensors")]
-    found.append(Place("run/model.safetensors", runs[2] / "model.safetensors", whole))
+                found.append(Place(f"run/{name}", run / name, partial(way, run)))
+    found += [
+        Place(f"run/{name}", runs[1] / name, partial(probed, runs[1])) for name in ("head.json", "head.safetensors")
+    ]
+    found.append(Place("run/model.safetensors", runs[2] / "model.safetensors", partial(fused, runs[2])))
     return [*found, *(Place(f"run/{name}, report", runs[1] / name, page) for name in ("results.json", "config.yaml"))]
 
 
