@@ -295,8 +295,10 @@ def read_parquet(
         return table
     check_values(table, declared, path, advice)
     floats = [name for name, column in declared.items() if column.type == "int64" and name in table]
-    floats = [name for name in floats if table[name].dtype.kind == "f"]
-    return table.astype({name: "int64" for name in floats if table[name].notna().all()})  # as another writer left them
+    floats = [name for name in floats if table[name].dtype.kind == "f" and table[name].notna().all()]
+    for name in floats:  # as another writer left them
+        table[name] = table[name].astype("int64")
+    return table
 
 
 def read_arrow(path: str | Path, declared: Mapping[str, Column], advice: str, names: Sequence[str]) -> pa.Table:

@@ -140,3 +140,14 @@ def test_a_column_twice_and_one_that_schema_json_lists_are_named(tmp_path: Path)
     write_json(tmp_path / "schema.json", {"stays": {"race": about}})
     with pytest.raises(UserError, match="columns missing: race"):
         read_table(tmp_path, "stays")
+
+
+def test_whole_numbers_that_another_writer_left_as_floats_are_whole_and_no_table_is_torn_into_columns(
+    tmp_path: Path,
+) -> None:
+    write_json(tmp_path / "provenance.json", {})
+    more = pd.DataFrame(0.5, range(3), [f"more{i}" for i in range(200)])
+    pd.concat([STAYS.assign(stay_id=[1.0, 2.0, 3.0]), more], axis=1).to_parquet(tmp_path / "stays.parquet")
+    table = read_table(tmp_path, "stays")
+    assert table["stay_id"].dtype == "int64" and table["los_hours"].dtype == "float64"
+    table["another"] = 1  # pandas warns where a table is of very many blocks, and a warning is an error here
