@@ -1,4 +1,5 @@
-"""Memory and time where a hospital's full counts matter: fuse, kNN, controls, intervals, threads, a report of 200 runs.
+"""Memory and time where a hospital's full counts matter: fuse, kNN, controls, intervals, threads, an
+estimate of a pretraining, a report of 200 runs.
 
     ./launch.sh python -m benchmarks.full_size [PART ...] [--scratch FOLDER] [--share 1.0] [--runs 200]
 
@@ -64,7 +65,9 @@ def hospital(folder: Path, share: float) -> Path:
             file.write((rng.random((rows, OBSERVED)) < 0.3).astype(np.uint8).tobytes())
     names = [f"v{i}" for i in range(VALUES)] + [f"seen{i}" for i in range(OBSERVED)]
     normaliser = {"mean": [0.1] * VALUES, "std": [1.5] * VALUES}
-    about = {"columns": names, "step_hours": 1.0, "num_values": VALUES, "normaliser": normaliser}
+    about = {"columns": names, "units": ["1"] * len(names), "step_hours": 1.0, "num_values": VALUES}
+    about |= {"observed_of": [min(i, OBSERVED - 1) for i in range(VALUES)], "normaliser": normaliser}
+    about["imputation"] = {"rule": "none", "normal": [0.0] * VALUES}
     (folder / "series.json").write_text(json.dumps(about))
     table = pd.DataFrame({"stay_id": stays, "subject_id": subject, "split": split, "los_hours": hours})
     table.assign(age_years=rng.uniform(18, 90, len(stays))).to_parquet(folder / "stays.parquet")
@@ -101,6 +104,35 @@ def _last_film(samples: pd.DataFrame, taken: pd.DataFrame) -> pd.DataFrame:
 
 def _ids(num: int) -> list[str]:
     return [f"{i:08x}-{i * 2654435761 % 2**32:08x}-{i:08x}-{i * 40503 % 2**32:08x}-{i:08x}" for i in range(num)]
+
+
+def store(folder: Path, share: float, size: int = 32) -> Path:
+    """images.parquet in `folder`, and a store of its films: noise, small so that it is quickly written."""
+    if (folder / "store/store.json").is_file():
+        return folder / "store"
+    from ehr_features.static import READS
+    from pretrain.config import ImagesConfig
+    from pretrain.store.write import _complete, _plan, _write_shard, shard_name
+
+    rng, count = np.random.default_rng(2), int(FILMS * share)
+    subject = np.sort(rng.integers(10**7, 10**7 + int(SUBJECTS * share), count))
+    table = pd.DataFrame({"dicom_id": _ids(count), "study_id": np.arange(count) + 5 * 10**7, "subject_id": subject})
+    table["taken_at"] = pd.Timestamp("2150-01-01") + pd.to_timedelta(rng.integers(0, 10**8, count), unit="s")
+    table["split"] = SPLITS[np.searchsorted([0.7, 0.8], (subject * 7919 % 1000) / 1000, "right")]
+    table["view"] = np.array(["AP", "PA", "LATERAL"], object)[rng.choice(3, count, p=[0.4, 0.25, 0.35])]
+    table["sex"], table["age_years"] = rng.choice(["M", "F"], count), rng.uniform(18, 90, count)
+    for name in READS["ed_triage"]:
+        table[name] = np.where(rng.random(count) < 0.5, rng.normal(80, 20, count), np.nan)
+    table.to_parquet(folder / "images.parquet")
+    config = ImagesConfig(films=f"{folder}/images.parquet", out=f"{folder}/store", size=size)
+    films = table[["dicom_id"]].assign(path=table["dicom_id"])
+    plan, numbers = _plan(config, films, 4096), range(0, count, 4096)
+    (folder / "store").mkdir(exist_ok=True)
+    for number, first in enumerate(numbers):
+        ids = films["dicom_id"].iloc[first : first + 4096]
+        _write_shard(folder / "store" / shard_name(number), [(i, rng.bytes(size**2), i) for i in ids], config, plan)
+    _complete(folder / "store", config, plan, films, {}, len(numbers), 1.0)
+    return folder / "store"
 
 
 def memory() -> dict[str, float]:
@@ -246,12 +278,28 @@ def write_runs(folder: Path, runs: int, rows: int) -> None:
         (run / "config.yaml").write_text(f"model: model_{i:03d}\ntask: phenotypes\n")
 
 
+def estimate(scratch: Path, share: float) -> None:
+    """`pretrain --estimate`: it reads the table of films and the index of the store, and times some steps."""
+    folder = hospital(scratch / f"hospital_{share:g}", share)
+    given = [
+        f"features={folder}",
+        f"store={store(folder, share)}",
+        "encoder.image_size=32",
+        "ehr.groups=[sex,age,ed_triage]",
+    ]
+    words = [sys.executable, "-P", "-m", "configs", "pretrain", "demo/pretrain_resnet", *given, "--estimate"]
+    began = time.monotonic()
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    print(f"| `pretrain --estimate`, {FILMS * share:,.0f} films, s | {time.monotonic() - began:.0f} |")
+
+
 PARTS: dict[str, Callable[[Path, float], None]] = {
     "fuse": fuse,
     "control": control,
     "knn": knn,
     "intervals": intervals,
     "threads": threads,
+    "estimate": estimate,
     "report": report,
 }
 
