@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -159,10 +160,13 @@ def load(
         cut = np.maximum(length - round(max_hours / step), 0)
         start, length = start + cut, length - cut
     linked, film_hours, film_ids, views = _place(_film_rows(folder, table, task, readable, films), len(table), films)
+    labels = table[names].to_numpy(np.float32, na_value=np.nan)
     kept = [*KEYS, *[c for c in ("code_status",) if c in table]]
+    table = table[kept].astype({name: "category" for name in kept if name in CATEGORIES})
+    pa.default_memory_pool().release_unused()  # of reading: a third of what hourly tasks would hold
     return Samples(
-        table=table[kept].astype({name: "category" for name in kept if name in CATEGORIES}),
-        labels=table[names].to_numpy(np.float32, na_value=np.nan),
+        table=table,
+        labels=labels,
         names=names,
         values=values,
         start=start,
