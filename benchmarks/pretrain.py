@@ -5,7 +5,7 @@
     from torchvision's ViT, lightly's wrapper, head and loss;
 (c) the share of this machine's rate on large matrix products that our step reaches;
 (d) reading films from a store, against opening JPEG files of them;
-(e) two processes against one, at equal global batch and equal cores.
+(e) two processes against one, at equal global batch: of two threads, and twice one on one core.
 In (a) to (c) each side runs in its own process, and the sides alternate, so that other load on the machine affects all
 equally. (a) to (d) count CPU seconds of one thread, (e) wall-clock time; medians.
 """
@@ -237,7 +237,7 @@ def count(step: Job) -> float:
 
 
 def worker(batch_size: int, steps: int) -> None:
-    """One of the processes of (e): prints films per second."""
+    """One of the processes of (e): prints films per second, and processor seconds of all processes a film."""
     from accelerate import Accelerator
 
     keep_freed_memory()
@@ -249,24 +249,26 @@ def worker(batch_size: int, steps: int) -> None:
     model, optimizer = accelerator.prepare(msn, torch.optim.AdamW(msn.groups(), lr=1e-4, fused=True))
     cut, keys, spent = cutter(), film_keys([str(i) for i in range(local)]), []
     for i in range(steps + 2):
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         batch = cut.cut({"films": films, "plans": cut.plan(keys, 256, i), "keys": keys, "epoch": i})
         accelerator.backward(model(batch)["loss"])
         optimizer.step()
         optimizer.zero_grad()
         msn.after_step(0.996)
-        spent.append(time.perf_counter() - began)
+        spent.append([time.perf_counter() - began[0], time.process_time() - began[1]])
+    wall, own = np.median(spent[2:], axis=0).tolist()
+    processor = float(accelerator.reduce(torch.tensor(own), "sum"))
     if accelerator.is_main_process:
-        print(json.dumps(batch_size / float(np.median(spent[2:]))))
+        print(json.dumps([batch_size / wall, processor / batch_size]))
 
 
-def films_a_second(processes: int, threads: int, batch_size: int, steps: int) -> float:
+def films_a_second(processes: int, threads: int, batch_size: int, steps: int) -> list[float]:
     """Start the processes of (e) as launch.sh does."""
     words = ["benchmarks.pretrain", "--worker", str(batch_size), "--steps", str(steps)]
     command = [sys.executable, "-m", "configs.launch", "--processes", str(processes), "--", *words]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return float(done.stdout.strip().splitlines()[-1])
+    return [float(number) for number in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
 def store_against_files() -> tuple[float, float, float]:
@@ -309,8 +311,15 @@ def main() -> None:
         _row("(d) reading a film of 512 px, ms", f"store {ours:.3f}", f"JPEG of 512 px {same:.2f}", same / ours)
         _row("(d) the same", f"store {ours:.3f}", f"JPEG of 2544 x 3056 px {whole:.1f}", whole / ours)
     if "e" not in args.skip:
-        one, two = np.median([[films_a_second(*n, 8, args.steps) for n in ((1, 2), (2, 1))] for _ in range(3)], axis=0)
-        _row("(e) films/s, 2 cores, batch 8", f"2 processes {two:.2f}", f"1 process {one:.2f}", two / one)
+        for size in (8, 32):
+            kinds = ((1, 2), (2, 1), (1, 1))  # processes, threads
+            found = [[films_a_second(*kind, size, args.steps) for kind in kinds] for _ in range(3)]
+            (threaded, _), (two, spent), (one, least) = np.median(found, axis=0).tolist()
+            what, ours = f"(e) films/s, 2 cores, batch {size}", f"2 processes {two:.2f}"
+            _row(what, ours, f"1 process of 2 threads {threaded:.2f}", two / threaded)
+            _row(what, ours, f"twice 1 process on 1 core {2 * one:.2f}", two / (2 * one))
+            what = f"(e) processor s a film, batch {size}"
+            _row(what, f"2 processes {spent:.3f}", f"1 process on 1 core {least:.3f}", least / spent)
 
 
 def _row(what: str, ours: str, reference: str, ratio: float) -> None:

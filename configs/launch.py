@@ -161,7 +161,7 @@ def run(job: Job, words: Sequence[str]) -> int:
         )
     for came in told:
         _send(children, came)  # it came while they were started
-    return _wait(children, told)
+    return _wait(children, told, job.machine_rank * job.processes)
 
 
 def _from_slurm(environ: Mapping[str, str], main_address: str | None) -> dict[str, Any]:
@@ -244,14 +244,18 @@ def end_with_me(parent: int) -> Callable[[], None]:
     return tie
 
 
-def _wait(children: list[subprocess.Popen[bytes]], told: list[int]) -> int:
-    """Wait for all; once one has failed the others get a while to leave by themselves, then SIGTERM, then SIGKILL."""
+def _wait(children: list[subprocess.Popen[bytes]], told: list[int], number: int) -> int:
+    """Wait for all; once one has failed the others get a while to leave by themselves, then SIGTERM, then SIGKILL.
+
+    Args:
+        number: of the first of them in the run.
+    """
     code, deadline = 0, 0.0
     while any(child.poll() is None for child in children):
         failed = [child for child in children if child.poll() not in (None, 0)]
         if failed and not code:
             first = min(failed, key=lambda child: child.returncode)  # a killed one: the others leave because of it
-            code = _code(children.index(first), first.returncode, told)
+            code = _code(number + children.index(first), first.returncode, told)
             # A mistake is everybody's mistake, and processes that wait in a collective for a dead one never leave.
             deadline = time.monotonic() + (PATIENCE_SECONDS if code == STOPPED and told else 4.0)
         if code:
@@ -262,7 +266,7 @@ def _wait(children: list[subprocess.Popen[bytes]], told: list[int]) -> int:
                 _send(children, signal.SIGKILL if late else signal.SIGTERM)
                 time.sleep(0.5)
         time.sleep(0.05)
-    return code or next((_code(i, c.returncode, told) for i, c in enumerate(children) if c.returncode), 0)
+    return code or next((_code(number + i, c.returncode, told) for i, c in enumerate(children) if c.returncode), 0)
 
 
 def _is_stopped(child: subprocess.Popen[bytes]) -> bool:
@@ -272,15 +276,15 @@ def _is_stopped(child: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _code(local: int, code: int, told: list[int]) -> int:
+def _code(rank: int, code: int, told: list[int]) -> int:
     if code >= 0:
         return code
     if -code in told:  # it had not come so far as to listen
-        if local == 0:
+        if rank == 0:
             print(f"stopped by {signal.Signals(-code).name} before it began; the same command goes on", file=sys.stderr)
         return INTERRUPTED if -code == signal.SIGINT else STOPPED
     print(
-        f"process {local} was ended by {signal.Signals(-code).name}"
+        f"process {rank} was ended by {signal.Signals(-code).name}"
         + (" (was the memory used up?)" if code == -signal.SIGKILL else "")
         + "; the same command goes on from the last checkpoint",
         file=sys.stderr,

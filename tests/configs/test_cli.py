@@ -115,3 +115,29 @@ def test_an_amount_of_bytes_is_never_rounded_to_nothing(number, says):
 def test_a_file_that_is_deleted_under_a_command_ends_it_in_a_sentence(tmp_path, capsys):
     assert cli.guard(lambda: (tmp_path / "series.json").read_text() and 0) == 2
     assert "series.json: no longer there; was it moved or deleted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:4", 1, "has lost another process"),
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv", 75, "has waited too long"),
+    ],
+)
+def test_a_lost_process_is_a_line_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: str, code: int, says: str
+) -> None:
+    def fail() -> int:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr("configs.launch.LOST_SECONDS", 0.0)
+    monkeypatch.setattr("configs.launch.signal.signal", lambda *_: None)
+    for rank, local, lines in (("2", "0", 1), ("3", "1", 0)):  # one speaks on each machine
+        for name, value in {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": "4"}.items():
+            monkeypatch.setenv(name, value)
+        assert cli.guard(fail) == code
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == lines and (not lines or f"process 2 {says}" in said)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError):
+        cli.guard(fail)

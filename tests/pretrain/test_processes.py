@@ -142,6 +142,26 @@ def test_a_process_that_stops_answering_is_named_and_the_same_command_goes_on(ru
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_on_both_machines_in_a_line(runs: Runs, rank: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = ["--processes", "1", "--machines", "2", "--steps", "300"]
+    flags = [f"--processes 1 --machines 2 --machine-rank {i} --main-address {address}" for i in (0, 1)]
+    machines = [runs.start(*words, "--wait", "0.02", launch=each) for each in flags]
+    runs.wait_for(3)
+    os.kill(kills.ranks(machines)[rank], signal.SIGKILL)
+    said = [ended(machine, 1)[1] for machine in machines]
+    assert "Traceback" not in "".join(said) and f"process {rank} was ended by SIGKILL" in said[rank]
+    assert f"process {1 - rank} has lost another process" in said[1 - rank]
+    assert not [pid for machine in machines for pid in kills.left(machine.pid)]
+    for machine in [runs.start(*words, launch=each) for each in flags]:
+        ended(machine, 0)
+    assert runs.totals() == [step * (step + 1) for step in range(1, 301)]
+
+
+@pytest.mark.slow
 def test_a_hang_up_saves_and_leaves_with_75(runs: Runs) -> None:
     child = runs.start("--processes", "2", "--steps", "400", "--wait", "0.02")
     runs.wait_for(3)
