@@ -85,6 +85,15 @@ PY
   echo "setting up: done"
 }
 
+pyspark() { # 0.4 GB, for the tests on Spark: only where there is Java, and only into an environment of our own
+  command -v java >/dev/null && [[ $python == "$here/.venv/bin/python" ]] || return 0
+  "$python" -P -c 'import pyspark' 2>/dev/null && return
+  local log=$here/.venv/spark.log
+  echo "setting up: Java is there, so pyspark (0.4 GB) is installed too, for the tests on Spark"
+  "$python" -P -m pip install --disable-pip-version-check --progress-bar off --retries 2 --editable "$here[spark]" >"$log" 2>&1 ||
+    echo "setting up: no pyspark to be had (see $log): the tests on Spark are skipped"
+}
+
 tests() {
   cd "$here"
   "$python" -m ruff format --check .
@@ -99,7 +108,7 @@ EHR_MSN_PROGRAM=$0 # for the `next:` lines
 [[ $0 == */* || ! -f $0 ]] || EHR_MSN_PROGRAM=./$0
 case $command in
   help | -h | --help) commands "$@" ;;
-  test) setup dev; tests "${@:2}" ;;
+  test) setup dev; pyspark; tests "${@:2}" ;;
   python) setup ""; exec "$python" "${@:2}" ;;
   *) setup ""; EHR_MSN_PROGRAM=$EHR_MSN_PROGRAM exec "$python" -P -m configs "$@" ;;
 esac

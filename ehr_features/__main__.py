@@ -14,7 +14,7 @@ from typing import Any
 
 from configs import cli
 from configs.commands import command_line
-from ehr_features.config import FeaturesConfig, NotesConfig
+from ehr_features.config import FeaturesConfig, NotesConfig, limit
 from ehr_features.demo.plan import add_arguments as demo_arguments
 
 
@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     audit = cli.command(commands, "audit")
     audit.add_argument("features", metavar="FEATURES", type=Path, help="a features/ folder, or one of notes")
     audit.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="runs, or notes, made from it")
+    audit.add_argument(
+        "--memory", type=limit, help="memory limit of the engine, such as 4GB; that of the build if not given"
+    )
     audit.set_defaults(run=_audit)
     hospital = cli.command(commands, "hospital")
     demo_arguments(hospital)

@@ -46,16 +46,17 @@ from ehr_features.files import (
 )
 from ehr_features.films import linking, record, values
 from ehr_features.phenotypes import lost_zeros
-from ehr_features.raw.engine import batches, hold, named_by_the_engine
+from ehr_features.raw.engine import batches, hold, named_by_the_engine, read, save
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source, mixed, open_source, roots, without_ids
 from ehr_features.schema import FOR_NOTES, Column
 from ehr_features.series import bins, channels, coverage, events, medfuse
 from ehr_features.series import file as series_file
+from ehr_features.series.mapped import by_stays
 from ehr_features.typed import read_json, shapes
 
 SEALED = ("*.json", "*.parquet", "samples/*.parquet", "series.safetensors")
-NO_EFFECT = {"out", "cache", "memory", "threads", "storage"}  # keys that change no result
+NO_EFFECT = {"out", "cache", "memory", "threads", "spark", "storage"}  # keys that change no result
 
 
 class Steps:
@@ -196,8 +197,8 @@ def _films(
     """Every film with its links and its record, from the cache if what they depend on has not changed."""
     if config.mimic_cxr is None:
         return None
-    read = {source.files[name]: stat for name, stat in prints.items() if name not in EVENTS}
-    key = digest([read, config.preset, config.ed_tolerance_hours, config.engine, code_digest(linking, record)])
+    tables = {source.files[name]: stat for name, stat in prints.items() if name not in EVENTS}
+    key = digest([tables, config.preset, config.ed_tolerance_hours, config.engine, code_digest(linking, record)])
     path = config.cache_folder / f"films-{key}.parquet"
     facts = path.with_suffix(".json")
     if not (path.is_file() and facts.is_file()):
@@ -205,10 +206,10 @@ def _films(
         films = linking.link_films(source, own, preset=config.preset, ed_tolerance_hours=config.ed_tolerance_hours)
         films = record.add_record(source, films)
         with new_file(path) as part:
-            pq.write_table(films.to_pyarrow(), part, compression="zstd")
+            save(source.con, films, part)
         write_json(facts, own.as_json())
     attrition.extend(read_json(facts, shapes.AttritionJson))
-    films = source.con.read_parquet(str(path))
+    films = read(source.con, str(path))
     linking.note_files(films, config.mimic_cxr, attrition)
     return films
 
@@ -326,7 +327,8 @@ def first_hours(source: Source, binned: Path, config: FeaturesConfig) -> ir.Tabl
     """stay_id, first_hour: where the first bin with a measurement begins; stays with one only."""
     with safe_open(binned, "numpy") as file:
         stay, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
-        seen = np.flatnonzero(file.get_tensor("observed").any(1))
+    parts = [offsets[part.stays.start] + np.flatnonzero(part.observed.any(1)) for part in by_stays(binned)]
+    seen = np.concatenate([np.zeros(0, np.int64), *parts])
     at = np.searchsorted(seen, offsets[:-1])
     first = np.append(seen, offsets[-1])[at]
     has = first < offsets[1:]

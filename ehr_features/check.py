@@ -14,7 +14,7 @@ import fsspec
 from configs import UserError
 from ehr_features.config import FeaturesConfig
 from ehr_features.phenotypes import lost_zeros
-from ehr_features.raw.engine import named_by_the_engine, readable
+from ehr_features.raw.engine import named_by_the_engine, read, readable
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import Source, check_columns, check_zones, mixed, open_source, roots, without_ids
 from ehr_features.schema import READ
@@ -103,7 +103,7 @@ def num_rows(source: Source, name: str, size: int) -> tuple[int, bool]:
         if size <= COUNTED:
             return source.rows(name), True
         if path.endswith(".parquet"):
-            return int(source.con.read_parquet(path).count().execute()), True
+            return int(read(source.con, path).count().execute()), True
         with fsspec.open(path, "rb") as file:
             head = file.read(SAMPLED)
     text = zlib.decompressobj(wbits=31).decompress(head) if path.endswith(".gz") else head

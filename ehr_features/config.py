@@ -33,10 +33,17 @@ EVALUATION = Policy("ignore", "zeros")  # val and test, everywhere
 TEXT_GROUP = "text"  # the EHR group that pretraining reads from a film's note (pretrain/text/notes.py)
 
 
-def _memory(text: str) -> str:
+def limit(text: str) -> str:
+    """A limit of memory, as written."""
     if not re.fullmatch(r"\d+(\.\d+)?\s*[MGT]B", text):
         raise ValueError("is a number and a unit, such as 4GB or 800MB")
     return text
+
+
+def _of_spark(settings: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+    if other := [name for name in settings if not name.startswith("spark.")]:
+        raise ValueError(f"holds settings of Spark, such as spark.master; got {', '.join(other)}")
+    return settings
 
 
 Engine = Annotated[
@@ -45,10 +52,15 @@ Engine = Annotated[
 ]
 Memory = Annotated[
     str,
-    AfterValidator(_memory),
+    AfterValidator(limit),
     Field(description="Memory limit of the engine, a number and MB, GB or TB; it spills to disk beyond."),
 ]
 Threads = Annotated[int, Field(ge=1, le=1024, description="Threads of the engine.")]
+Spark = Annotated[
+    dict[str, str | int | float | bool],
+    AfterValidator(_of_spark),
+    Field(description="Settings of Spark, e.g. {spark.master: yarn}; others are those of the cluster."),
+]
 Storage = Annotated[
     dict[str, dict[str, str | int | float | bool]],
     Field(description="Options of each URL protocol's file system, e.g. {gs: {requester_pays: my-project}}."),
@@ -133,6 +145,7 @@ class FeaturesConfig(Settings):
     engine: Engine = "duckdb"
     memory: Memory = "4GB"
     threads: Threads = 2
+    spark: Spark = {}
     storage: Storage = {}
 
     @field_validator("tasks")
@@ -185,6 +198,7 @@ class NotesConfig(Settings):
     engine: Engine = "duckdb"
     memory: Memory = "4GB"
     threads: Threads = 2
+    spark: Spark = {}
     storage: Storage = {}
     seed: Seed = Field(
         default=0,

@@ -30,10 +30,11 @@ from configs import UserError
 from configs.commands import command_line
 from ehr_features.schema import KEYS, NEVER_EMPTY, SAMPLES, TABLES, Column, view_names
 from ehr_features.typed import read_json, read_parquet, shapes
-from ehr_features.typed.read import check_keys
+from ehr_features.typed.read import check_keys, check_parquet
 from ehr_features.typed.seal import SEAL, read_seal, sealed_digest
 
 PARTIAL = ".partial"
+AGAIN = "build the features again"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of the disk or the mount, not of the program
 
 
@@ -218,7 +219,28 @@ def read_table(
     Raises: UserError: no features folder, no such table, a column that is absent or of another type, a value that its
         column may not hold.
     """
-    folder, again = Path(folder), "build the features again"
+    path, said, declared = _found(Path(folder), name)
+    needed = [c for c, column in declared.items() if (values and c in said) or column.needed]
+    table = read_parquet(
+        path, declared, AGAIN, names=needed if columns is None else columns, more=columns is None, values=values
+    )
+    if values:
+        if table.empty and name in NEVER_EMPTY:
+            raise UserError(f"{path}: no rows; {AGAIN}")
+        if name in KEYS and set(keys := KEYS[name]) <= set(table):
+            check_keys(table, keys, path, AGAIN)
+    return table.assign(view=view_names(table["view"])) if "view" in table else table
+
+
+def check_table(folder: Path, name: str) -> Path:
+    """Refuse a table of a features/ folder by its columns, as `read_table` does; no row is read. Returns: its path."""
+    path, _said, declared = _found(folder, name)
+    check_parquet(path, declared, AGAIN, [column for column, about in declared.items() if about.needed])
+    return path
+
+
+def _found(folder: Path, name: str) -> tuple[Path, dict[str, Column], dict[str, Column]]:
+    """The path of a table of features/, its columns by schema.json, and all that are declared."""
     if not (folder / "provenance.json").is_file():
         raise UserError(
             f"{folder}: not a features folder; write one with {command_line('features', 'features', f'out={folder}')}"
@@ -228,17 +250,7 @@ def read_table(
         found = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.parquet"))
         raise UserError(f"{path}: no such table; this features folder has {', '.join(found)}")
     said = _said(folder, name)
-    declared = said | (SAMPLES if name.startswith("samples/") else TABLES.get(name, {}))
-    needed = [c for c, column in declared.items() if (values and c in said) or column.needed]
-    table = read_parquet(
-        path, declared, again, names=needed if columns is None else columns, more=columns is None, values=values
-    )
-    if values:
-        if table.empty and name in NEVER_EMPTY:
-            raise UserError(f"{path}: no rows; {again}")
-        if name in KEYS and set(keys := KEYS[name]) <= set(table):
-            check_keys(table, keys, path, again)
-    return table.assign(view=view_names(table["view"])) if "view" in table else table
+    return path, said, said | (SAMPLES if name.startswith("samples/") else TABLES.get(name, {}))
 
 
 def _said(folder: Path, name: str) -> dict[str, Column]:

@@ -130,6 +130,7 @@ def _prevalence(diagnoses: ir.Table, has: ir.Table, attrition: Attrition) -> Non
         .distinct()
         .group_by("icd_version")
         .agg(n=_.count())
+        .order_by("icd_version")
         .to_pandas()
     )
     positive = has.group_by("icd_version", "ccs").agg(n=_.hadm_id.nunique()).to_pandas()

@@ -71,6 +71,22 @@ def test_a_failed_installation_is_not_taken_for_a_finished_one(house: Path) -> N
     assert launch(house, "report", "runs/a").stdout.strip() == "-P -m configs report runs/a"
 
 
+@pytest.mark.parametrize("has", ["java and pip", "java", ""])
+def test_pyspark_is_installed_for_the_tests_where_java_is_and_its_absence_stops_nothing(house: Path, has: str) -> None:
+    shutil.copy(house / ".venv/ehr-msn-run.stamp", house / ".venv/ehr-msn-dev.stamp")
+    fake = house / ".venv/bin/python"
+    fake.write_text(FAKE_PYTHON.replace("echo", '[ "$2" = -c ] && exit 1\necho'))
+    tools = house / "tools"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "cksum", "flock", "java" if has else "true"):
+        (tools / name).symlink_to(shutil.which(name) or shutil.which("true") or "")
+    done = launch(house, "test", "-k", "x", PATH=str(tools), PIP_FAILS="" if has == "java and pip" else "1")
+    assert done.returncode == 0, done.stderr
+    assert ("pyspark (0.4 GB) is installed too" in done.stdout) == bool(has)
+    assert ("no pyspark to be had" in done.stdout) == (has == "java")
+    assert done.stdout.splitlines()[-1].endswith("-k x")
+
+
 @pytest.mark.parametrize(("words", "code"), [("", 0), ("help", 0), ("pretrian a.yaml", 2)])
 def test_the_help_and_a_mistyped_command_set_nothing_up(house: Path, words: str, code: int) -> None:
     shutil.rmtree(house / ".venv")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -37,19 +36,46 @@ from ehr_features.audit.runs import check_runs
 from ehr_features.audit.series import DECLARED, FITTED, KNOWN, check_carried, check_known, check_series
 from ehr_features.audit.series import READ as RAW_EVENTS
 from ehr_features.audit.verdict import PROVED, UNKNOWN, Verdict, cannot, decide
+from ehr_features.audit.written import Written, quoted
 from ehr_features.config import FeaturesConfig
-from ehr_features.files import read_table
 from ehr_features.progress import Bar
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import Source, open_source
 from ehr_features.schema import SPLITS
 from ehr_features.series import channels
-from ehr_features.typed import read_json, read_parquet, shapes
+from ehr_features.typed import read_json, shapes
 
 LABEL_GROUPS = ("finding", "phenotype", "outcome")
 ORDER = ("study", "admission", "discharge")
 RAW = (*RAW_EVENTS, "icustays")
-AGAIN = "build the features again"
+SPLIT = "SELECT DISTINCT subject_id, split FROM {view}"
+PREDICTED = """
+WITH timed AS (
+    SELECT s.predict_at_hours::DOUBLE AS hour, t.los_hours FROM {view} s LEFT JOIN stays t USING (stay_id)
+    WHERE s.predict_at_hours IS NOT NULL AND NOT isnan(s.predict_at_hours::DOUBLE))
+SELECT count(*), count(*) FILTER (NOT coalesce(hour <= los_hours + {slack}, false) {other}) FROM timed
+"""
+LAST_HOURS = """
+CREATE OR REPLACE TEMP TABLE last_hours AS
+WITH deaths AS (SELECT subject_id, min(deathtime) AS at FROM admissions GROUP BY ALL),
+spans AS (
+    SELECT s.stay_id, any_value((epoch(d.at) - epoch(s.intime)) / 3600) AS died,
+        any_value((epoch(s.outtime) - epoch(s.intime)) / 3600) AS los
+    FROM icustays s LEFT JOIN deaths d USING (subject_id) GROUP BY ALL)
+SELECT stay_id, died, {end} AS end_ FROM spans
+"""
+LATE = """
+SELECT count(*) FILTER (e.died - s.predict_at_hours < -{slack}), count(*)
+FROM {view} s LEFT JOIN last_hours e USING (stay_id)
+"""
+BEYOND = """
+SELECT count(*) FROM "samples/length_of_stay" s JOIN last_hours e USING (stay_id)
+WHERE s.los_remaining_hours > e.end_ - s.predict_at_hours + {slack}
+"""
+MISSED = """
+SELECT count(*) FROM "samples/decompensation" s JOIN last_hours e USING (stay_id)
+WHERE e.died - s.predict_at_hours BETWEEN {slack} AND 24 AND NOT coalesce(s.decompensation = 1, false)
+"""
 HOURS = "every sample is predicted at the hour of its task"
 ENDS = "no sample is from after death, and remaining hours end with the stay"
 
@@ -57,7 +83,7 @@ ENDS = "no sample is from after death, and remaining hours end with the stay"
 def run(args: argparse.Namespace) -> int:
     """Print a verdict for each claim. Returns 0 if all are proved, else 2."""
     features, runs, notes = split_folders([args.features, *args.runs])
-    verdicts = [] if is_notes(args.features) and not runs else audit(features, runs)
+    verdicts = [] if is_notes(args.features) and not runs else audit(features, runs, args.memory)
     tables = []
     for folder in notes:
         found, lines = audit_notes(folder, features)
@@ -77,57 +103,65 @@ def run(args: argparse.Namespace) -> int:
     return 2
 
 
-def audit(features: Path, runs: list[Path]) -> list[Verdict]:
-    """Check every claim. Raises: UserError: no features folder, or no run folder."""
-    table = partial(read_table, features, values=False)
-    stays = table("stays")
-    films = (features / "images.parquet").is_file()
-    images = table("images") if films else _no_images()
-    ours, samples = read_json(features / "schema.json", shapes.SchemaJson), {}
-    for path in sorted(features.glob("samples/*.parquet")):  # a user's own table may hold anything
-        name = f"samples/{path.stem}"
-        samples[path.stem] = table(name) if name in ours else read_parquet(path, {}, AGAIN, names=[], more=True)
-    samples = {name: table for name, table in samples.items() if _has_ids(table)}
-    subjects = pd.concat([t[["subject_id", "split"]] for t in (stays, images, *samples.values())])
-    verdicts = [check_splits({"stays": stays, "images": images, **{f"samples/{n}": t for n, t in samples.items()}})]
-    verdicts.append(check_films(stays, images, samples))
+def audit(features: Path, runs: list[Path], memory: str | None = None) -> list[Verdict]:
+    """Check every claim.
+
+    Args:
+        memory: limit of the engine, such as 4GB; that of the build if None.
+    Raises: UserError: no features folder, or no run folder.
+    """
+    memory = memory or _memory(features)
+    written = Written(features, memory)
+    films = written.films
+    splits = {name: written.frame(SPLIT.format(view=quoted(name))) for name in ("stays", "images")}
+    splits |= {f"samples/{t}": written.frame(SPLIT.format(view=quoted(f"samples/{t}"))) for t in written.tasks}
+    subjects = pd.concat(splits.values()).drop_duplicates()
+    verdicts = [check_splits(splits), check_films(written)]
     if films:
-        verdicts.append(check_stay_films(stays, images, table("stay_films")))
-        verdicts.append(check_history(stays, images))
+        verdicts += [check_stay_films(written), check_history(written)]
     verdicts.append(check_inputs(features))
-    has_values = any(static.has(group, images.columns) for group in static.RECORD_GROUPS)
+    has_values = films and any(static.has(group, written.columns["images"]) for group in static.RECORD_GROUPS)
     of_films = (RECORD, PRIOR, *((KNOWN_BEFORE, IS_LAST) if has_values else ())) if films else ()
     try:
         config = _built_with(features)
     except UserError as error:
         unsaid = (HOURS, DECLARED, FITTED, KNOWN, COVERED, ENDS, STAYS, PEOPLE, *of_films)
         verdicts += [check_carried(features), *(cannot(claim, str(error)) for claim in unsaid)]
-        return verdicts + check_runs(runs, subjects.drop_duplicates())
-    verdicts.append(check_hours(stays, samples, config))
-    verdicts += check_series(features, stays, config)
+        return verdicts + check_runs(runs, subjects)
+    verdicts.append(check_hours(written, config))
+    verdicts += check_series(features, written.frame("SELECT stay_id, split FROM stays"), config)
     try:
-        source = _same_source(features, config)
+        source = _same_source(features, config.model_copy(update={"memory": memory}))
     except UserError as error:
         unsaid = (KNOWN, COVERED, ENDS, STAYS, PEOPLE, *of_films)
         verdicts += [cannot(c, first_line(error)) for c in unsaid]
     else:
+        written.beside(source)
         checks: list[Callable[[], Verdict | Sequence[Verdict]]] = [
             lambda: check_known(features, source, config),
             lambda: check_covered(features, source, config),
-            lambda: check_ends(source, samples, config),
-            lambda: check_stays(source, stays, config),
-            lambda: check_people(source, stays, images, samples.get("mortality"), config.preset),
+            lambda: check_ends(source, written, config),
+            lambda: check_stays(source, written, config),
+            lambda: check_people(source, written, config.preset),
         ]
         if films:
-            checks += [lambda: check_record(source, images, config), lambda: check_prior(source, images)]
+            checks += [lambda: check_record(source, written, config), lambda: check_prior(source, written)]
         if has_values:
-            checks.append(lambda: check_last(source, images, config))
+            checks.append(lambda: check_last(source, written, config))
         with Bar("audit of the raw tables", len(checks), "claims", after=5) as bar:
             for check in checks:
                 found = check()
                 verdicts += [found] if isinstance(found, Verdict) else found
                 bar.advance()
-    return verdicts + check_runs(runs, subjects.drop_duplicates())
+    return verdicts + check_runs(runs, subjects)
+
+
+def _memory(features: Path) -> str:
+    """The limit of the build."""
+    try:
+        return _built_with(features).memory
+    except UserError:
+        return FeaturesConfig.model_fields["memory"].default
 
 
 def _built_with(features: Path) -> FeaturesConfig:
@@ -152,55 +186,39 @@ def _same_source(features: Path, config: FeaturesConfig) -> Source:
     return source
 
 
-def _has_ids(table: pd.DataFrame) -> bool:
-    """Whether a table of samples has the columns to be checked; a user's own table may lack them."""
-    ids = table.reindex(columns=["stay_id", "subject_id", "predict_at_hours"]).convert_dtypes()
-    return {"split", "dicom_id"} <= set(table) and all(map(pd.api.types.is_numeric_dtype, ids.dtypes))
-
-
-def check_hours(stays: pd.DataFrame, samples: dict[str, pd.DataFrame], config: FeaturesConfig) -> Verdict:
+def check_hours(written: Written, config: FeaturesConfig) -> Verdict:
     """Each sample is predicted at the hour of its task, within its stay."""
     bad, rows = {}, 0
-    for name, table in samples.items():
-        timed = table.loc[table["predict_at_hours"].notna(), ["stay_id", "predict_at_hours"]].merge(
-            stays[["stay_id", "los_hours"]], "left", "stay_id"
+    for task in written.tasks:
+        other = f"OR hour != {config.landmark_hours}" if task in ("mortality", "phenotypes_early") else ""
+        more, late = written.numbers(
+            PREDICTED.format(view=quoted(f"samples/{task}"), slack=10 * SLACK_HOURS, other=other)
         )
-        at, rows = timed["predict_at_hours"], rows + len(timed)
-        late = ~(at <= timed["los_hours"] + 10 * SLACK_HOURS)
-        if name in ("mortality", "phenotypes_early"):
-            late |= at != config.landmark_hours
-        bad[f"samples of {name} predicted at another hour"] = int(late.sum())
+        rows, bad[f"samples of {task} predicted at another hour"] = rows + more, late
     return decide(HOURS, bad, f"{rows} samples with a prediction time")
 
 
-def check_ends(source: Source, samples: dict[str, pd.DataFrame], config: FeaturesConfig) -> Verdict:
+def check_ends(source: Source, written: Written, config: FeaturesConfig) -> Verdict:
     """Hourly samples and labels end at death or outtime (with preset `medfuse` the remaining hours at outtime)."""
-    stays = source.table("icustays").to_pandas().drop_duplicates("stay_id")
-    deaths = source.table("admissions").to_pandas().groupby("subject_id")["deathtime"].min()
-    died = (stays["subject_id"].map(deaths) - stays["intime"]).dt.total_seconds() / 3600
-    los = (stays["outtime"] - stays["intime"]).dt.total_seconds() / 3600
-    end = los if config.preset == "medfuse" else los.where(~(died < los), died)
-    stays = stays[["stay_id"]].assign(died=died, end=end)
-    after = beyond = missed = rows = 0
-    for name in samples.keys() & {"mortality", "decompensation", "length_of_stay"}:
-        table = samples[name].merge(stays, "left", "stay_id")
-        left, dies = (table[c] - table["predict_at_hours"] for c in ("end", "died"))
-        after, rows = after + int((dies < -SLACK_HOURS).sum()), rows + len(table)
-        if name == "length_of_stay":
-            beyond = int((table["los_remaining_hours"] > left + 10 * SLACK_HOURS).sum())
-        if name == "decompensation":
-            missed = int((dies.between(SLACK_HOURS, 24) & (table["decompensation"] != 1)).sum())
+    written.view(source, "icustays", "stay_id", "subject_id", "intime", "outtime")
+    written.view(source, "admissions", "subject_id", "deathtime")
+    end = "los" if config.preset == "medfuse" else "CASE WHEN died < los THEN died ELSE los END"
+    written.con.execute(LAST_HOURS.format(end=end))
+    after = rows = 0
+    for task in sorted({"mortality", "decompensation", "length_of_stay"} & set(written.tasks)):
+        late, more = written.numbers(LATE.format(view=quoted(f"samples/{task}"), slack=SLACK_HOURS))
+        after, rows = after + late, rows + more
+    beyond = missed = 0
+    if "length_of_stay" in written.tasks:
+        (beyond,) = written.numbers(BEYOND.format(slack=10 * SLACK_HOURS))
+    if "decompensation" in written.tasks:
+        (missed,) = written.numbers(MISSED.format(slack=SLACK_HOURS))
     bad = {
         "samples from after death": after,
         "remaining hours beyond the end of the stay": beyond,
         "samples of the last 24 hours of life without decompensation": missed,
     }
     return decide(ENDS, bad, f"{rows} samples")
-
-
-def _no_images() -> pd.DataFrame:
-    types = {"string": "str", "timestamp": "datetime64[us]"}
-    return pd.DataFrame({c: pd.Series(dtype=types.get(s.type, s.type)) for c, s in schema.IMAGES.items()})
 
 
 def check_splits(tables: dict[str, pd.DataFrame]) -> Verdict:

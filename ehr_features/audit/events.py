@@ -15,12 +15,13 @@ from ibis import _
 from safetensors import safe_open
 
 from ehr_features import cohort
-from ehr_features.audit.series import read_numbers
+from ehr_features.audit.series import of_stays, read_numbers
 from ehr_features.audit.verdict import Verdict, decide
 from ehr_features.config import FeaturesConfig
-from ehr_features.raw.engine import read
+from ehr_features.raw.engine import batches, read
 from ehr_features.raw.source import Source
 from ehr_features.series import channels, coverage
+from ehr_features.series.mapped import by_stays
 
 COVERED = "charted values of the stays are in the series"
 
@@ -89,10 +90,14 @@ def _unseen(path: Path, rows: ir.Table, charted: list[int], step_hours: int) -> 
     """How many hours with a charted value are not observed."""
     cells = rows.filter(_.stay_id.notnull() & _.channel.isin(charted))
     cells = cells.select("stay_id", "channel", bin=(_.seconds // (3600 * step_hours)).cast("int64")).distinct()
-    found = cells.to_pyarrow()
-    stay, channel, at = (found[name].to_numpy() for name in ("stay_id", "channel", "bin"))
+    found = of_stays(batches(cells.get_backend(), cells.order_by("stay_id")), ("stay_id", "channel", "bin"))
     with safe_open(path, "numpy") as file:
-        stay_ids, offsets, observed = (file.get_tensor(name) for name in ("stay_id", "offsets", "observed"))
-    place = np.searchsorted(stay_ids, stay)
-    inside = at < np.diff(offsets)[place]
-    return int((observed[(offsets[place] + at)[inside], channel[inside]] == 0).sum())
+        stay_ids = file.get_tensor("stay_id")
+    unseen = 0
+    for part in by_stays(path):
+        for stay, channel, at in found(stay_ids[part.stays]):
+            place = np.searchsorted(stay_ids[part.stays], stay)
+            inside = at < np.diff(part.edges)[place]
+            row = (part.edges[place] + at)[inside]
+            unseen += int((part.observed[row, channel[inside]] == 0).sum())
+    return unseen

@@ -7,18 +7,18 @@ when it was reported, is derived from the raw tables and d_items, as for the ser
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import ibis
 import ibis.expr.types as ir
-import numpy as np
-import pandas as pd
-import pyarrow as pa
 from ibis import _
 
 from ehr_features.audit.events import raw_events
 from ehr_features.audit.series import dated
 from ehr_features.audit.verdict import Verdict, decide
+from ehr_features.audit.written import Written, quoted
 from ehr_features.config import FeaturesConfig
-from ehr_features.raw.engine import hold, read
+from ehr_features.raw.engine import read
 from ehr_features.raw.source import Source
 from ehr_features.series import channels
 from ehr_features.series.channels import SPECIMEN_TYPE, Channel
@@ -27,14 +27,14 @@ KNOWN_BEFORE = "vital signs and laboratory values of films were stored before th
 IS_LAST = "each vital sign and laboratory value of a film is the last one that was known"
 
 
-def check_last(source: Source, images: pd.DataFrame, config: FeaturesConfig) -> list[Verdict]:
+def check_last(source: Source, written: Written, config: FeaturesConfig) -> list[Verdict]:
     """Each value stands in the raw tables at its hour and was stored before the film; none that was known is later."""
     variables, window = channels.read_variables(config.channels), round(config.record_window_hours * 3600)
-    ours = _ours(images, variables)
-    seen = _seen(source, images, variables, window)
-    held = ours[["dicom_id", "channel", "own"]].astype({"dicom_id": "str"})
-    own = hold(source.con, "audited_values", pa.Table.from_pandas(held, preserve_index=False))
-    at = own.join(seen, ["dicom_id", "channel"]).filter(_.own == _.drawn)
+    ours = written.table(
+        source, "audited_values", " UNION ALL ".join(map(_of_variable, range(len(variables)), variables))
+    )
+    seen = _seen(source, written, variables, window)
+    at = ours.join(seen, ["dicom_id", "channel"]).filter(_.own == _.drawn)
     at = at.group_by("dicom_id", "channel").agg(
         low=_.low.min(where=_.is_known),
         high=_.high.max(where=_.is_known),
@@ -42,47 +42,55 @@ def check_last(source: Source, images: pd.DataFrame, config: FeaturesConfig) -> 
         high_late=_.high.max(where=~_.is_known),
     )
     last = seen.filter(_.is_known).group_by("dicom_id", "channel").agg(latest=_.drawn.max())
-    both = ours.merge(at.to_pandas(), "left", ["dicom_id", "channel"])
-    both = both.merge(last.to_pandas(), "outer", ["dicom_id", "channel"])
-    has, slack = both["value"].notna(), 1e-6 * both["value"].abs().clip(lower=1)
+    both = ours.left_join(at, ["dicom_id", "channel"]).drop("dicom_id_right", "channel_right")
+    both = both.mutate(slack=1e-6 * ibis.greatest(_.value.abs(), 1.0))
 
-    def within(low: str, high: str) -> pd.Series:
-        return has & (both["value"] >= both[low] - slack) & (both["value"] <= both[high] + slack)
+    def within(low: ir.Value, high: ir.Value) -> ir.Value:
+        return ((both.value >= low - both.slack) & (both.value <= high + both.slack)).fill_null(False)
 
-    proved, late = within("low", "high"), within("low_late", "high_late")
-    outside = has & ~both["hours"].between(0, config.record_window_hours)
-    proof = f"{int(has.sum())} values of {ours['dicom_id'].nunique()} films"
-    before = {
-        "values that were stored after their film": int((late & ~proved & ~outside).sum()),
-        "values charted before their window, or after their film": int(outside.sum()),
-        "values that no event of their hour explains": int((has & ~proved & ~late & ~outside).sum()),
+    proved, late = within(both.low, both.high), within(both.low_late, both.high_late)
+    outside = ~both.hours.between(0, config.record_window_hours).fill_null(False)
+    counts = {
+        "values that were stored after their film": late & ~proved & ~outside,
+        "values charted before their window, or after their film": outside,
+        "values that no event of their hour explains": ~proved & ~late & ~outside,
     }
-    is_last = {
-        "values with a later one that was known": int((has & (both["latest"] > both["own"])).sum()),
-        "films without a value that was known": int((~has).sum()),
+    before, values, films = _counted(both, counts)
+    known = ours.outer_join(last, ["dicom_id", "channel"])
+    counts = {
+        "values with a later one that was known": (known.latest > known.own).fill_null(False),
+        "films without a value that was known": known.own.isnull(),
     }
+    is_last, *_rest = _counted(known, counts)
+    proof = f"{values} values of {films} films"
     return [decide(KNOWN_BEFORE, before, proof), decide(IS_LAST, is_last, f"{proof}, {len(variables)} variables")]
 
 
-def _ours(images: pd.DataFrame, variables: tuple[Channel, ...]) -> pd.DataFrame:
-    """The values in images.parquet: dicom_id, channel, value, hours, own (charttime in epoch seconds)."""
-    seconds = pd.to_datetime(images["taken_at"]).astype("datetime64[s]").to_numpy()
-    taken = np.where(np.isnat(seconds), 0, seconds.astype("int64"))
-    parts = []
-    for n, variable in enumerate(variables):
-        value, hours = (pd.to_numeric(images[variable.column + end]).to_numpy(float) for end in ("", "_hours"))
-        own = taken - np.round(np.nan_to_num(hours) * 3600).astype("int64")
-        part = pd.DataFrame({"dicom_id": images["dicom_id"], "channel": n, "value": value, "hours": hours, "own": own})
-        parts.append(part[~np.isnan(value)])
-    return pd.concat(parts, ignore_index=True)
+def _counted(table: ir.Table, of: Mapping[str, ir.Value]) -> tuple[dict[str, int], int, int]:
+    """How many rows fulfil each condition; and the number of rows, and of films."""
+    sums = {f"n{k}": condition.sum() for k, condition in enumerate(of.values())}
+    found = table.agg(rows=table.count(), films=table.dicom_id.nunique(), **sums).to_pyarrow().to_pylist()[0]
+    return {name: int(found[f"n{k}"] or 0) for k, name in enumerate(of)}, found["rows"], found["films"]
 
 
-def _seen(source: Source, images: pd.DataFrame, variables: tuple[Channel, ...], window: int) -> ir.Table:
+def _of_variable(n: int, variable: Channel) -> str:
+    """The values of a variable in images.parquet: dicom_id, channel, value, hours, own (charttime in epoch seconds)."""
+    value, hours = (f"nullif({quoted(variable.column + end)}::DOUBLE, 'nan'::DOUBLE)" for end in ("", "_hours"))
+    taken = "coalesce(epoch(taken_at::TIMESTAMP), 0)::BIGINT"
+    own = f"{taken} - round(coalesce({hours}, 0) * 3600)::BIGINT"
+    columns = f"dicom_id, {n}::BIGINT AS channel, {value} AS value, {hours} AS hours, {own} AS own"
+    return f"SELECT {columns} FROM images WHERE {value} IS NOT NULL"
+
+
+TAKEN = """
+SELECT dicom_id, subject_id::BIGINT AS subject_id, epoch(taken_at::TIMESTAMP)::BIGINT AS taken
+FROM images WHERE taken_at IS NOT NULL
+"""
+
+
+def _seen(source: Source, written: Written, variables: tuple[Channel, ...], window: int) -> ir.Table:
     """Valid events in the window before each film: dicom_id, channel, drawn, low, high, is_known (before the film)."""
-    timed = images.loc[images["taken_at"].notna(), ["dicom_id", "subject_id", "taken_at"]].astype({"dicom_id": "str"})
-    seconds = pd.to_datetime(timed.pop("taken_at")).astype("datetime64[s]").astype("int64")
-    frame = timed.assign(subject_id=timed["subject_id"].astype("int64"), taken=seconds)
-    films = hold(source.con, "audited_films", pa.Table.from_pandas(frame, preserve_index=False))
+    films = written.table(source, "audited_films", TAKEN)
     items = channels.item_table(source.con, variables)
     wanted = [item for variable in variables for item in variable.items] + [SPECIMEN_TYPE]
     chart, labs = (

@@ -7,15 +7,12 @@ no code of the extraction is imported.
 from __future__ import annotations
 
 from importlib.resources import files as resources
-from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 
 from ehr_features.audit.verdict import Verdict, decide
-from ehr_features.raw.engine import connect
+from ehr_features.audit.written import Written
 from ehr_features.raw.source import Source
-from ehr_features.schema import READ
 
 PEOPLE = "no stay begins after death, and no death in hospital is labelled as survival"
 LABELLED = "no death in hospital is labelled as survival"  # of preset medfuse
@@ -29,7 +26,7 @@ TABLES = {
     "diagnoses_icd": (*KEYS, "icd_code", "icd_version"),
 }
 DEATHS = """
-CREATE TABLE deaths AS
+CREATE OR REPLACE TEMP TABLE deaths AS
 WITH days AS (SELECT subject_id, min(dod) + INTERVAL 1 DAY AS midnight FROM patients GROUP BY ALL),
 told AS (
     SELECT a.subject_id, CASE WHEN a.deathtime IS NOT NULL THEN a.deathtime
@@ -38,7 +35,7 @@ told AS (
     FROM admissions a LEFT JOIN days d USING (subject_id))
 SELECT subject_id, coalesce(min(t.at), any_value(d.midnight)) AS death_at
 FROM days d FULL JOIN told t USING (subject_id) GROUP BY ALL;
-CREATE TABLE ends AS
+CREATE OR REPLACE TEMP TABLE ends AS
 SELECT a.hadm_id, max(a.hospital_expire_flag) AS flag, max(a.hospital_expire_flag = 1 OR a.deathtime IS NOT NULL
     OR d.death_at <= a.dischtime OR d.death_at <= a.admittime) AS died, max(a.dischtime) AS left_at
 FROM admissions a LEFT JOIN deaths d USING (subject_id) GROUP BY ALL
@@ -50,7 +47,7 @@ JOIN deaths d USING (subject_id)
 SAMPLES = """
 SELECT count(*) FILTER (epoch(d.death_at) - epoch(s.intime) <= m.predict_at_hours * 3600),
     count(*) FILTER (m.mortality IS DISTINCT FROM coalesce(e.died OR d.death_at <= s.outtime, false)::INT)
-FROM mortality m JOIN stays s USING (stay_id) LEFT JOIN deaths d ON d.subject_id = s.subject_id
+FROM "samples/mortality" m JOIN stays s USING (stay_id) LEFT JOIN deaths d ON d.subject_id = s.subject_id
 LEFT JOIN ends e ON e.hadm_id = s.hadm_id
 """
 FILMS = """
@@ -58,7 +55,7 @@ SELECT count(*) FROM images i LEFT JOIN ends e USING (hadm_id)
 WHERE i.died_in_hospital IS DISTINCT FROM CASE WHEN e.died THEN 1 WHEN e.flag IS NOT NULL THEN 0 END
 """
 HISTORY = """
-CREATE TABLE history AS
+CREATE OR REPLACE TEMP TABLE history AS
 WITH impossible AS (
     SELECT DISTINCT hadm_id FROM admissions WHERE NOT coalesce(admittime <= dischtime, false) AND hadm_id IS NOT NULL),
 moments AS (
@@ -68,7 +65,7 @@ moments AS (
 SELECT m.subject_id, m.hadm_id, max(m.at) AS over_at
 FROM moments m SEMI JOIN admissions a ON m.hadm_id = a.hadm_id AND m.subject_id = a.subject_id
 ANTI JOIN impossible n ON m.hadm_id = n.hadm_id GROUP BY ALL;
-CREATE TABLE groups AS
+CREATE OR REPLACE TEMP TABLE groups AS
 WITH codes AS (
     SELECT DISTINCT hadm_id, icd_version, upper(replace(trim(icd_code), '.', '')) AS code FROM diagnoses_icd),
 listed AS (SELECT * FROM phenotypes WHERE list_contains(string_split(presets, ' '), 'default')),
@@ -79,12 +76,12 @@ newer AS (
     JOIN stems s ON s.prefix = left(e.code, n.n) WHERE e.ccs IS NULL AND e.icd_version = 10 AND n.n <= length(e.code)
     GROUP BY ALL)
 SELECT hadm_id, ccs FROM exact WHERE ccs > 0 UNION SELECT hadm_id, ccs FROM newer WHERE ccs > 0;
-CREATE TABLE told AS
+CREATE OR REPLACE TEMP TABLE told AS
 SELECT i.dicom_id, count(DISTINCT h.hadm_id) AS num,
     coalesce(list(DISTINCT g.ccs) FILTER (g.ccs IS NOT NULL), []) AS ccs
 FROM images i LEFT JOIN history h ON h.subject_id = i.subject_id AND h.over_at < i.taken_at
 LEFT JOIN groups g ON g.hadm_id = h.hadm_id GROUP BY ALL;
-CREATE TABLE own AS
+CREATE OR REPLACE TEMP TABLE own AS
 WITH held AS (
     SELECT dicom_id, hadm_id FROM images
     UNION SELECT i.dicom_id, s.hadm_id FROM images i JOIN icustays s ON s.subject_id = i.subject_id
@@ -104,64 +101,47 @@ FROM written w JOIN told t USING (dicom_id) LEFT JOIN own o USING (dicom_id)
 """
 
 
-def check_people(
-    source: Source, stays: pd.DataFrame, images: pd.DataFrame | None, mortality: pd.DataFrame | None, preset: str
-) -> Verdict:
+def check_people(source: Source, written: Written, preset: str) -> Verdict:
     """Recompute who died when, from dod, deathtime and hospital_expire_flag, and compare the written tables.
 
     Args:
-        images, mortality: images.parquet and samples/mortality.parquet, if present.
         preset: `medfuse` keeps stays and samples after a death, as published: they are counted, not refuted.
     """
-    con = _opened(source, stays=stays, images=images, mortality=mortality)
-    con.execute(DEATHS)
-    late, dying = _numbers(con, LATE)
+    _name_tables(source, written)
+    written.con.execute(DEATHS)
+    late, dying = written.numbers(LATE)
     bad = {"stays that begin after the subject's death": late}
-    if mortality is not None:
+    if "mortality" in written.tasks:
         names = ("mortality samples after death", "mortality labels that differ from the raw tables")
-        bad |= dict(zip(names, _numbers(con, SAMPLES), strict=True))
-    proof = f"{len(stays)} stays, {dying} of them with a death"
+        bad |= dict(zip(names, written.numbers(SAMPLES), strict=True))
+    proof = f"{written.rows('stays')} stays, {dying} of them with a death"
     kept = list(bad)[:2] if preset == "medfuse" else []
     if kept:
         proof += f"; kept as published: {', '.join(f'{bad.pop(what)} {what}' for what in kept)}"
-    if images is not None:
-        (bad["films whose died_in_hospital differs from the raw tables"],) = _numbers(con, FILMS)
-    (dead,) = _numbers(con, "SELECT count(death_at) FROM deaths")
+    (bad["films whose died_in_hospital differs from the raw tables"],) = written.numbers(FILMS)
+    (dead,) = written.numbers("SELECT count(death_at) FROM deaths")
     return decide(LABELLED if kept else PEOPLE, bad, f"{proof}; {dead} subjects with a death")
 
 
-def check_prior(source: Source, images: pd.DataFrame) -> Verdict:
+def check_prior(source: Source, written: Written) -> Verdict:
     """Recompute num_prior_admissions and prior_phenotypes; no code of the film's own admission may be among them."""
-    con = _opened(source, images=images)
+    _name_tables(source, written)
     for name in ("phenotypes", "icd10_branches"):
         path = resources("ehr_features") / f"{name}.csv"
-        con.register(name.removeprefix("icd10_"), pd.read_csv(str(path), dtype={"icd_code": str, "prefix": str}))
-    con.execute(HISTORY)
+        written.con.register(
+            name.removeprefix("icd10_"), pd.read_csv(str(path), dtype={"icd_code": str, "prefix": str})
+        )
+    written.con.execute(HISTORY)
     names = (
         "films with another number of earlier admissions",
         "films with other diagnoses of earlier admissions",
         "films with codes of their own admission as history",
     )
-    bad = dict(zip(names, _numbers(con, COUNTS), strict=True))
-    (earlier,) = _numbers(con, "SELECT count(*) FILTER (num > 0) FROM told")
-    return decide(PRIOR, bad, f"{len(images)} films, {earlier} with an earlier admission")
+    bad = dict(zip(names, written.numbers(COUNTS), strict=True))
+    (earlier,) = written.numbers("SELECT count(*) FILTER (num > 0) FROM told")
+    return decide(PRIOR, bad, f"{written.rows('images')} films, {earlier} with an earlier admission")
 
 
-def _opened(source: Source, **written: pd.DataFrame | None) -> Any:
-    """A DuckDB connection with the raw and the written tables; a missing raw table is empty."""
-    con = connect("duckdb").con
+def _name_tables(source: Source, written: Written) -> None:
     for name, columns in TABLES.items():
-        if source.has(name):
-            con.register(name, source.table(name).select(*columns).to_pyarrow())
-        else:
-            types = {"int64": "BIGINT", "string": "VARCHAR"}
-            typed = ", ".join(f"{c} {types.get(READ[name].columns[c], 'TIMESTAMP')}" for c in columns)
-            con.execute(f"CREATE TABLE {name} ({typed})")
-    for name, frame in written.items():
-        if frame is not None:
-            con.register(name, pa.Table.from_pandas(frame, preserve_index=False))
-    return con
-
-
-def _numbers(con: Any, sql: str) -> tuple[int, ...]:
-    return tuple(int(n or 0) for n in con.execute(sql).fetchone())
+        written.view(source, name, *columns)

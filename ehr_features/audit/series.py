@@ -11,6 +11,7 @@ counts the values from before their report.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ehr_features.raw.source import Source
 from ehr_features.series import bins, channels, events, medfuse
 from ehr_features.series.channels import SPECIMEN_TYPE
 from ehr_features.series.file import fit
-from ehr_features.series.mapped import Mapped
+from ehr_features.series.mapped import Mapped, by_stays
 from ehr_features.typed import read_json
 from ehr_features.typed.shapes import Series
 
@@ -67,23 +68,19 @@ def _layout(config: FeaturesConfig) -> bins.Layout:
     return (medfuse if config.preset == "medfuse" else bins).layout(channels.read_channels(config.channels))
 
 
-def check_carried(features: Path, chunk: int = 2_000) -> Verdict:
+def check_carried(features: Path) -> Verdict:
     """A value that was not observed equals the value before it, or the normal value."""
     path, about = _file(features), read_json(features / "series.json", Series)
     normal, of = np.array(about["imputation"]["normal"], np.float32), np.array(about["observed_of"])
     if len(normal) != len(of) or _widths(path)[0] != len(of) or of.max() >= _widths(path)[1]:
         return cannot(FILLED, ODD)
     wrong = cells = 0
-    with safe_open(path, "numpy") as file:
-        offsets, values, observed = file.get_tensor("offsets"), file.get_slice("values"), file.get_slice("observed")
-        for first in range(0, len(offsets) - 1, chunk):
-            edges = offsets[first : first + chunk + 1]
-            v, seen = values[int(edges[0]) : int(edges[-1])], observed[int(edges[0]) : int(edges[-1])][:, of] == 1
-            before = np.vstack([normal[None], v[:-1]])[: len(v)]
-            starts = edges[:-1][np.diff(edges) > 0] - edges[0]
-            before[starts] = normal
-            wrong += int(((v != before) & ~seen).sum())
-            cells += int((~seen).sum())
+    for part in by_stays(path):
+        v, seen = part.values, part.observed[:, of] == 1
+        before = np.vstack([normal[None], v[:-1]])[: len(v)]
+        before[part.edges[:-1][np.diff(part.edges) > 0]] = normal
+        wrong += int(((v != before) & ~seen).sum())
+        cells += int((~seen).sum())
     return decide(FILLED, {"values used before they were observed": wrong}, f"{cells} values not observed")
 
 
@@ -105,30 +102,51 @@ def check_known(features: Path, source: Source, config: FeaturesConfig) -> Verdi
     if _widths(path) != (len(layout.values), len(layout.observed)):
         return cannot(KNOWN, ODD)
     with safe_open(path, "numpy") as file:
-        stay_ids, offsets = file.get_tensor("stay_id"), file.get_tensor("offsets")
-        values, observed = file.get_tensor("values"), file.get_tensor("observed") == 1
+        stay_ids = file.get_tensor("stay_id")
     number = {s: f for f, s in enumerate(layout.source) if layout.category[f] == -1}
     column = np.array([number.get(s, -1) for s in range(len(layout.observed))])
-    explained = {why: np.zeros_like(observed) for why in WHY}
-    for batch in batches(source.con, _ranges(source, config, declared, stay_ids)):
-        stay, channel, at, low, high, why = (batch.column(n).to_numpy(zero_copy_only=False) for n in RANGE)
-        place = np.searchsorted(stay_ids, stay)
-        inside = (at >= 0) & (at < np.diff(offsets)[place])
-        row, channel, low, high, why = ((offsets[place] + at), channel, low, high, why)
-        row, channel, low, high, why = (x[inside] for x in (row, channel, low, high, why))
-        v, slack = values[row, column[channel]], 1e-4 * np.maximum(np.abs(high), 1)
-        fits = np.isnan(low) | (column[channel] < 0) | ((v >= low - slack) & (v <= high + slack))
+    bad, total = dict.fromkeys(WHY, 0), 0
+    ranges = of_stays(batches(source.con, _ranges(source, config, declared, stay_ids).order_by("stay_id")), RANGE)
+    for part in by_stays(path):
+        mine, observed = stay_ids[part.stays], part.observed == 1
+        explained = {why: np.zeros_like(observed) for why in WHY}
+        for stay, channel, at, low, high, why in ranges(mine):
+            place = np.searchsorted(mine, stay)
+            inside = (at >= 0) & (at < np.diff(part.edges)[place])
+            row = part.edges[place] + at
+            row, channel, low, high, why = (x[inside] for x in (row, channel, low, high, why))
+            v, slack = part.values[row, column[channel]], 1e-4 * np.maximum(np.abs(high), 1)
+            fits = np.isnan(low) | (column[channel] < 0) | ((v >= low - slack) & (v <= high + slack))
+            for name, cells in explained.items():
+                cells[row[fits & (why == name)], channel[fits & (why == name)]] = True
+        rest, total = observed & ~explained.pop("known"), total + int(observed.sum())
         for name, cells in explained.items():
-            cells[row[fits & (why == name)], channel[fits & (why == name)]] = True
-    bad, rest = {}, observed & ~explained.pop("known")
-    for name, cells in explained.items():
-        bad[WHY[name]] = int((rest & cells).sum())
-        rest &= ~cells
-    bad[WHY["known"]] = int(rest.sum())
-    counts = f"{int(observed.sum())} observed values of {len(stay_ids)} stays"
+            bad[name] += int((rest & cells).sum())
+            rest &= ~cells
+        bad["known"] += int(rest.sum())
+    bad = {WHY[name]: bad[name] for name in ("specimen", "early", "known")}
+    counts = f"{total} observed values of {len(stay_ids)} stays"
     if config.preset == "medfuse":
         counts += f"; laboratory values from their draw, as published: {bad.pop(WHY['early'])} from before their report"
     return decide(KNOWN, bad, counts)
+
+
+def of_stays(
+    found: Iterator[pa.RecordBatch], names: Sequence[str]
+) -> Callable[[np.ndarray], Iterator[list[np.ndarray]]]:
+    """Read a table in order of `stay_id` along with its stays: call the result with the next stays (sorted)."""
+    rest: list[pa.RecordBatch] = []
+
+    def upto(stays: np.ndarray) -> Iterator[list[np.ndarray]]:
+        while (batch := rest.pop() if rest else next(found, None)) is not None:
+            cut = int(np.searchsorted(batch.column("stay_id").to_numpy(), stays[-1], "right"))
+            if cut:
+                yield [batch.slice(0, cut).column(name).to_numpy(zero_copy_only=False) for name in names]
+            if cut < len(batch):
+                rest.append(batch.slice(cut))
+                return
+
+    return upto
 
 
 RANGE = ("stay_id", "channel", "bin", "low", "high", "why")

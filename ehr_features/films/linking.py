@@ -20,6 +20,7 @@ from ibis import _
 
 from ehr_features.cohort import deaths
 from ehr_features.films.metadata import first, held, hours, ids_of, read_films
+from ehr_features.raw.engine import gathered
 
 if TYPE_CHECKING:
     from ehr_features.cohort import Attrition
@@ -114,14 +115,14 @@ def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hou
             films.at >= intervals.start - margin,
             films.at <= intervals.end + margin,
         ],
-    ).mutate(
-        gap=ibis.greatest(_.start - _.at, _.at - _.end, 0),
-        link=ibis.cases((_.at < _.start, "before"), (_.at > _.end, "after"), else_="inside"),
-    )
-    pairs = pairs.mutate(candidates=_.count().over(group_by=["dicom_id", "gap"]))
-    best = first(pairs, ["dicom_id"], [_.gap, _.start > _.at, _.start.desc(), _[key].desc()])
-    columns = {f"{key}_link": _.link, f"{key}_gap_hours": _.gap / 3600.0, f"{key}_candidates": _.candidates}
-    return best.select("dicom_id", key, **columns)
+    ).mutate(gap=ibis.greatest(_.start - _.at, _.at - _.end, 0), begun=(_.start <= _.at).cast("int64"))
+    order = ibis.struct({"begun": _.begun, "start": _.start, "id": _[key]})  # the largest is the best: no sorting
+    near = pairs.group_by("dicom_id", "gap").agg(candidates=_.count(), best=order.max())
+    order = ibis.struct({"near": -_.gap, "candidates": _.candidates, "best": _.best})
+    best = near.group_by("dicom_id").agg(best=order.max()).mutate(gap=-_.best["near"])
+    link = ibis.cases((_.gap == 0, "inside"), (_.best["best"]["begun"] == 1, "after"), else_="before")
+    columns = {f"{key}_link": link, f"{key}_gap_hours": _.gap / 3600.0, f"{key}_candidates": _.best["candidates"]}
+    return best.select("dicom_id", **{key: _.best["best"]["id"]}, **columns)
 
 
 def _intervals(source: Source) -> dict[str, ibis.Table]:
@@ -224,7 +225,7 @@ def note_links(linked: ibis.Table, intervals: Mapping[str, ibis.Table], attritio
             linked=_[key].notnull(),
             several=(_[f"{key}_candidates"] > 1).fill_null(False),
         )
-        films = rows.to_pyarrow()
+        films = gathered(rows)
         ids = films["dicom_id"]
         timed, known_, linked_, several = (films[c].to_numpy() for c in ("timed", "known", "linked", "several"))
         left = len(films)
@@ -246,7 +247,7 @@ def note_files(films: ibis.Table, root: str, attrition: Attrition) -> None:
     if "://" in str(folder) or not (folder / "files").is_dir():
         attrition.note("image files", f"not looked for: no folder files/ in {root}")
         return
-    rows = films.select("dicom_id", "path").to_pyarrow()
+    rows = gathered(films.select("dicom_id", "path"))
     paths = rows["path"].to_pylist()
 
     def absent(start: int) -> list[int]:

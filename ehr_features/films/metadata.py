@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import ibis
 from ibis import _
-from ibis.util import gen_name
 
-from ehr_features.raw.engine import hold
+from ehr_features.raw.engine import kept, release
 from ehr_features.schema import VIEW_CODES
 
 if TYPE_CHECKING:
@@ -34,10 +33,10 @@ def read_films(source: Source, attrition: Attrition, preset: str) -> ibis.Table:
 
 
 def held(source: Source, table: ibis.Table, *, instead_of: ibis.Table | None = None) -> ibis.Table:
-    """Compute a table of at most one row per film and keep it in memory; `instead_of` is released."""
-    computed = hold(source.con, gen_name("films"), table.to_pyarrow())
-    if instead_of is not None and source.con.name == "duckdb":
-        source.con.con.unregister(instead_of.get_name())
+    """Compute a table of at most one row per film and keep it; `instead_of`, kept before, is released."""
+    computed = kept(source.con, table)
+    if instead_of is not None:
+        release(source.con, instead_of)
     return computed
 
 

@@ -44,7 +44,7 @@ from ehr_features.films.metadata import where
 from ehr_features.notes import leak_filter
 from ehr_features.notes.facts import FIELDS, complaints, facts, latest, read_abbreviations
 from ehr_features.notes.template import Template, fields_of, read_template, render
-from ehr_features.raw.engine import hold, named_by_the_engine
+from ehr_features.raw.engine import gathered, hold, named_by_the_engine, release
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source, open_source
 from ehr_features.typed import read_arrow, read_json, shapes
@@ -120,6 +120,7 @@ def _raw(config: NotesConfig) -> FeaturesConfig:
         engine=config.engine,
         memory=config.memory,
         threads=config.threads,
+        spark=config.spark,
         storage=config.storage,
     )
 
@@ -239,9 +240,9 @@ def rendered(source: Source, films: ir.Table, template: Template, words: ir.Tabl
     columns = ["dicom_id", "subject_id", "split", "hadm_id", "ed_stay_id", "taken_at"]
     columns += [f"section_{name}" for name in template] + [f"shown_{name}" for name in fields]
     table = table.select(*columns, sources=names, available_at=times).order_by("dicom_id")
-    result = table.to_pyarrow()
+    result = gathered(table)
     if source.con.name == "duckdb":
-        source.con.con.unregister(told.get_name())
+        release(source.con, told)
         source.con.con.unregister(films.get_name())
     return result
 

@@ -4,39 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import os
 import re
-import shutil
 import signal
 import tempfile
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import duckdb
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis.util import gen_name
 
 from configs import UserError
 from configs.signals import Stopped, stops
+from ehr_features.raw import spark
 
 _OPEN: weakref.WeakSet[Any] = weakref.WeakSet()  # DuckDB connections, for `interruptible`
 
 
-def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path | None = None) -> Any:
-    """An ibis backend with a memory limit; DuckDB spills to `spill`."""
+def connect(
+    engine: str,
+    *,
+    memory: str = "1GB",
+    threads: int = 2,
+    spill: Path | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """An ibis backend with a memory limit; it spills to `spill`. `settings` are Spark's."""
     number, unit = re.fullmatch(r"([\d.]+)\s*([MGT]B)", memory).groups()  # type: ignore[union-attr]
     size = float(number) * {"MB": 1, "GB": 1000, "TB": 1_000_000}[unit]
+    share = int(max(size * 0.6, size - 1500))  # the rest: Python, CSV buffers, mapped files
     if engine == "pyspark":
-        return _spark(int(size), threads)
+        return spark.connect(share, threads, spill, settings)
     con = ibis.duckdb.connect()
     _OPEN.add(con.con)
     settings = {
-        "memory_limit": f"{int(max(size * 0.6, size - 1500))}MB",  # the rest: Python, CSV buffers, mapped files
+        "memory_limit": f"{share}MB",
         "threads": threads,
         "preserve_insertion_order": False,
         "TimeZone": "UTC",
@@ -44,6 +54,8 @@ def connect(engine: str, *, memory: str = "1GB", threads: int = 2, spill: Path |
     }
     for name, value in settings.items():
         con.con.execute(f"SET {name} = {value!r}")
+    with contextlib.suppress(duckdb.CatalogException):  # of 1.3 and later: the system caches files too
+        con.con.execute("SET enable_external_file_cache = false")
     measure_progress(con.con, False)
     return con
 
@@ -57,38 +69,15 @@ def measure_progress(con: Any, on: bool) -> bool:
     return True
 
 
-def _spark(megabytes: int, threads: int) -> Any:
-    try:
-        from pyspark.sql import SparkSession
-    except ImportError:
-        raise UserError("engine=pyspark: pyspark is not installed; pip install 'ehr-msn[spark]', and Java 17") from None
-    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
-        raise UserError("engine=pyspark: Java is not installed; Spark 4 needs Java 17 or 21. Or take engine=duckdb")
-    builder = SparkSession.builder
-    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets the master itself
-        builder = builder.master(f"local[{threads}]")
-    session = (
-        builder.appName("ehr_features")
-        .config("spark.driver.memory", f"{megabytes}m")
-        .config("spark.sql.session.timeZone", "UTC")
-        .config("spark.sql.shuffle.partitions", 2 * threads)
-        .config("spark.sql.warehouse.dir", tempfile.gettempdir())
-        .config("spark.ui.enabled", False)
-        .config("spark.ui.showConsoleProgress", False)
-        .getOrCreate()
-    )
-    session.sparkContext.setLogLevel("ERROR")
-    return ibis.pyspark.connect(session)
-
-
-def read(con: Any, path: str, columns: list[str]) -> ir.Table:
-    """Open one file; every CSV column is text."""
+def read(con: Any, path: str, columns: list[str] | None = None, *, count: bool = False) -> ir.Table:
+    """Open one file; every CSV column is text. `count`: of CSV, count its rows meanwhile (Spark)."""
+    if con.name != "duckdb":
+        is_parquet = path.endswith(".parquet")
+        return spark.read_parquet(con, path) if is_parquet else spark.read_csv(con, path, columns or [], count=count)
     if path.endswith(".parquet"):
         return con.read_parquet(path)
-    if con.name == "duckdb":
-        text = dict.fromkeys(columns, "VARCHAR")
-        return con.read_csv(path, columns=text, header=True, auto_detect=False, delim=",", quote='"', escape='"')
-    return con.read_csv(path, header=True, inferSchema=False, multiLine=True, escape='"')
+    text = dict.fromkeys(columns or [], "VARCHAR")
+    return con.read_csv(path, columns=text, header=True, auto_detect=False, delim=",", quote='"', escape='"')
 
 
 def hold(con: Any, name: str, table: pa.Table) -> ir.Table:
@@ -106,7 +95,40 @@ def batches(con: Any, table: ir.Table, rows: int = 500_000) -> Iterator[pa.Recor
         found = con.con.sql(ibis.to_sql(table, dialect="duckdb"))
         yield from found.to_arrow_reader(rows) if hasattr(found, "to_arrow_reader") else found.fetch_record_batch(rows)
     else:
-        yield from table.to_pyarrow_batches(chunk_size=rows)
+        yield from spark.batches(con, table, rows)
+
+
+def gathered(table: ir.Table) -> pa.Table:
+    """All rows of an expression, also of so many that Spark's driver could not collect them."""
+    con = table.get_backend()
+    if con.name == "duckdb":
+        return table.to_pyarrow()
+    return pa.Table.from_batches(batches(con, table), table.schema().to_pyarrow())
+
+
+def kept(con: Any, table: ir.Table) -> ir.Table:
+    """The table of an expression, computed once and kept by the engine, which may spill it."""
+    if con.name != "duckdb":
+        return spark.kept(con, table)
+    name = gen_name("kept")
+    con.con.execute(f"CREATE TEMP TABLE {name} AS {ibis.to_sql(table, dialect='duckdb')}")
+    return con.table(name)
+
+
+def release(con: Any, table: ir.Table) -> None:
+    """Give back what `kept` keeps."""
+    if con.name == "duckdb":
+        con.con.execute(f"DROP TABLE {table.get_name()}")
+
+
+def save(con: Any, table: ir.Table, path: Path) -> None:
+    """Write an expression to one Parquet file."""
+    if con.name == "duckdb":
+        table.to_parquet(path, compression="zstd")
+        return
+    with pq.ParquetWriter(path, table.schema().to_pyarrow(), compression="zstd") as writer:
+        for batch in batches(con, table):
+            writer.write_batch(batch)
 
 
 @contextlib.contextmanager
@@ -129,6 +151,8 @@ def named_by_the_engine(where: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if _of_engine(error) and re.search(OUT_OF_MEMORY, f"{type(error).__name__} {error}"):
+            raise UserError(f"the engine ran out of memory ({_line(str(error))}); {MORE_MEMORY}") from None
         if (says := _damage(error, one_file=bool(where))) is None:
             raise
         raise UserError(f"{where}{says}; is the file whole? Download it again") from None
@@ -178,6 +202,14 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt if came[0] == signal.SIGINT else stopped
 
 
+OUT_OF_MEMORY = "OutOfMemory|maxResultSize|GC overhead limit|UNABLE_TO_ACQUIRE_MEMORY"
+MORE_MEMORY = "give more with memory=..., of executors with spark.executor.memory in `spark`"
+
+
+def _of_engine(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("duckdb", "_duckdb", "pyspark", "py4j")
+
+
 # DuckDB's and thrift's errors about damaged bytes, often without the file's name
 _ABOUT_BYTES = ["Error", "InvalidInputException", "SerializationException", "OutOfRangeException", "InternalException"]
 
@@ -185,7 +217,7 @@ _ABOUT_BYTES = ["Error", "InvalidInputException", "SerializationException", "Out
 def _damage(error: BaseException, one_file: bool) -> str | None:
     """The first line of an engine's error about a damaged file; None for other errors."""
     text = str(error).strip()
-    if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "pyspark", "py4j"):
+    if not _of_engine(error):
         return None
     marks = "GZIP|gzip|CSV Error|Parquet|EOFException|ZipException|Unexpected end|No magic bytes|Failed to read file"
     about_bytes = one_file and type(error).__name__ in _ABOUT_BYTES

@@ -29,7 +29,7 @@ from configs import UserError
 from configs.amounts import amount
 from ehr_features.config import FeaturesConfig
 from ehr_features.files import PARTIAL, make_folder, tidy
-from ehr_features.raw.engine import connect, hold, read, readable
+from ehr_features.raw.engine import connect, hold, kept, read, readable
 from ehr_features.raw.remote import (
     INFLATION,
     SMALL,
@@ -118,18 +118,17 @@ class Source:
         if is_url(path) and name not in EVENTS and self.con.name == "duckdb" and self._cache is not None:
             path = cached(path, fingerprint(path), self._cache)
         with explained(path), readable(path):
-            opened = read(self.con, path, found)
+            opened = read(self.con, path, found, count=items is not None)
         if items is not None and opened.itemid.type().is_string():  # casting every row would be slow
             plain = opened.itemid.re_search(r"^[1-9][0-9]*$").fill_null(False)
             opened = opened.filter(opened.itemid.isin([str(i) for i in items]) | ~plain)
         names = {c: (raw.renamed.get(c, c) if self.layout == "1.0" else c) for c in raw.columns}
         table = opened.select(**_cast(opened, raw, names))
         table = table if items is None else table.filter(_.itemid.isin(items) | _.itemid.isnull())
-        if name in EVENTS or self.con.name != "duckdb":
+        if name in EVENTS:
             return table
         with readable(path):  # a table read by several steps is parsed once, and damage is reported with its file
-            self.con.con.execute(f"CREATE TEMP TABLE opened_{name} AS {ibis.to_sql(table, dialect='duckdb')}")
-        return self.con.table(f"opened_{name}")
+            return kept(self.con, table)
 
 
 def named(name: str, table: ir.Table) -> ir.Value:
@@ -170,7 +169,7 @@ def open_source(config: FeaturesConfig) -> Source:
     make_folder(config.cache_folder)
     tidy(config.cache_folder)
     spill = config.cache_folder / f".spill{PARTIAL}-{os.getpid()}"
-    con = connect(config.engine, memory=config.memory, threads=config.threads, spill=spill)
+    con = connect(config.engine, memory=config.memory, threads=config.threads, spill=spill, settings=config.spark)
     for protocol in {path.partition("://")[0] for path in files.values() if is_url(path)}:
         if config.engine == "duckdb":
             con.register_filesystem(fsspec.filesystem(protocol))

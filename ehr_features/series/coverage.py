@@ -23,6 +23,7 @@ from configs import UserError
 from ehr_features.raw.engine import hold
 from ehr_features.raw.source import Source
 from ehr_features.series.channels import Channel
+from ehr_features.series.mapped import by_stays, layout
 
 FAR_UNDER = 0.6  # warn below this fraction of the demo's share of stays
 BY_CHANCE = 1e-3  # and only if chance explains the difference with a smaller probability than this
@@ -80,17 +81,15 @@ def _of_variables(source: Source, chart: ir.Table, of: Sequence[Variable]) -> ir
     return chart.join(hold(source.con, "covered_items", table), "itemid")
 
 
-def observed_stays(path: Path, chunk: int = 2_000) -> np.ndarray:
+def observed_stays(path: Path) -> np.ndarray:
     """(S, number of variables) bool: whether the variable was observed at least once in the stay."""
-    with safe_open(path, "numpy") as file:
-        offsets, observed = file.get_tensor("offsets"), file.get_slice("observed")
-        seen = np.zeros((len(offsets) - 1, observed.get_shape()[1]), dtype=bool)
-        for first in range(0, len(seen), chunk):
-            edges = offsets[first : first + chunk + 1]
-            some = np.flatnonzero(np.diff(edges))  # a stay may have no bin
-            if some.size:
-                rows = observed[int(edges[0]) : int(edges[-1])]
-                seen[first + some] = np.maximum.reduceat(rows, edges[some] - edges[0]).astype(bool)
+    shapes = layout(path)[1]
+    seen = np.zeros((*shapes["stay_id"], shapes["observed"][1]), dtype=bool)
+    for part in by_stays(path):
+        some = np.flatnonzero(np.diff(part.edges))  # a stay may have no bin
+        if some.size:
+            rows = np.maximum.reduceat(part.observed, part.edges[some])
+            seen[part.stays.start + some] = rows.astype(bool)
     return seen
 
 

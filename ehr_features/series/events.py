@@ -7,6 +7,7 @@ and the number of rows read. Files are written atomically.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -20,7 +21,8 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from ehr_features.files import code_digest, digest, new_file, new_folder, write_json
-from ehr_features.raw.engine import hold, measure_progress, readable
+from ehr_features.raw import spark
+from ehr_features.raw.engine import hold, measure_progress, read, readable
 from ehr_features.raw.remote import explained, fingerprint
 from ehr_features.raw.source import EVENTS, Source, named
 from ehr_features.schema import READ
@@ -64,18 +66,17 @@ def _one(source: Source, name: str, items: list[int], subjects: list[int], folde
         rows = source.rows(name)
         kept = _kept(source, name, items, subjects)
         return kept.filter(named(name, kept)), rows
-    path_, read = source.files[name], READ[name].columns
-    made = [fingerprint(path_), dict(read), source.layout, items, subjects, source.con.name]
+    path_, columns = source.files[name], READ[name].columns
+    made = [fingerprint(path_), dict(columns), source.layout, items, subjects, source.con.name]
     key = digest([name, path_, made, code_digest(sys.modules[__name__])])
     path, facts = folder / f"{name}-{key}.parquet", folder / f"{name}-{key}.json"
     if not (path.exists() and facts.is_file()):
-        table = _kept(source, name, items, subjects)
-        with explained(path_), readable(path_), progress(source.con, f"reading {name} (once)"):
-            rows = _write(source, table, path)
-        written = source.con.read_parquet(str(path))
-        dropped = int(written.filter(~named(name, written)).count().execute())
+        with explained(path_), readable(path_), progress(source.con, f"reading {name} (once)", reading(path_)):
+            rows, more = _write(source, lambda: _kept(source, name, items, subjects), path, path_)
+        written = read(source.con, str(path))
+        dropped = int(written.filter(~named(name, written)).count().execute()) - more
         write_json(facts, {"rows_read": rows, "dropped": dropped})
-    found, kept = read_json(facts, Scan), source.con.read_parquet(str(path))
+    found, kept = read_json(facts, Scan), read(source.con, str(path))
     source.dropped[name] = found["dropped"]
     return kept.filter(named(name, kept)), found["rows_read"]
 
@@ -88,21 +89,31 @@ def _kept(source: Source, name: str, items: list[int], subjects: list[int]) -> i
     return table.semi_join(who, [table.subject_id.fill_null(NOBODY) == who.subject_id])
 
 
-def _write(source: Source, table: ir.Table, path: Path) -> int:
-    """Write a table to Parquet; returns how many rows its scan read."""
+def _write(source: Source, table: Callable[[], ir.Table], path: Path, raw: str) -> tuple[int, int]:
+    """Write a table to Parquet; returns how many rows its scan read, and how many of those written are no rows."""
     if source.con.name != "duckdb":
-        with new_folder(path) as part:
-            part.rmdir()  # Spark makes it
-            table.to_parquet(str(part))
-        return source.rows(path.name.partition("-")[0])
+        return _write_spark(source.con, table, path, raw)
     con = source.con.con
     con.execute("PRAGMA enable_profiling = 'no_output'")
     try:
         with new_file(path) as part:
-            table.to_parquet(part, compression="zstd")
-        return _rows_scanned(json.loads(con.get_profiling_information("json")))
+            table().to_parquet(part, compression="zstd")
+        if raw.endswith(".parquet"):  # of which only some parts are read
+            return int(read(source.con, raw).count().execute()), 0
+        return _rows_scanned(json.loads(con.get_profiling_information("json"))), 0
     finally:
         con.execute("PRAGMA disable_profiling")
+
+
+def _write_spark(con: Any, table: Callable[[], ir.Table], path: Path, raw: str) -> tuple[int, int]:
+    """As `_write`: the executors write a folder."""
+    with new_folder(path) as part:
+        found = None
+        while found is None:  # again as a whole, if a value holds a line break
+            shutil.rmtree(part)  # Spark makes it
+            spark.write_parquet(con, table(), part)
+            found = spark.counted(con, raw)
+        return found
 
 
 def _rows_scanned(profile: Any) -> int:
@@ -115,16 +126,54 @@ def _rows_scanned(profile: Any) -> int:
     return max(found)
 
 
+def reading(*paths: str | Path) -> Callable[[], float] | None:
+    """The percent of files that this process has read since now, by the bytes that it has read of anything.
+
+    DuckDB's own measure of a query weighs its stages by guesses: it stands still, or says 24 % at the end. None: a file
+    is not local, or the system counts no bytes.
+    """
+    counts = Path("/proc/self/io")
+    files = [Path(str(path).removeprefix("file://")) for path in paths]
+    if not counts.is_file() or not all(file.is_file() for file in files):
+        return None
+    size = max(sum(file.stat().st_size for file in files), 1)
+
+    def read_so_far() -> int:
+        return int(counts.read_text().split()[1])
+
+    begun = read_so_far()
+    return lambda: min(100 * (read_so_far() - begun) / size, 100.0)
+
+
+class Stages:
+    """The percent of work in stages of equal share."""
+
+    def __init__(self, num: int) -> None:
+        self.num, self.stage = num, 0
+        self.percent: Callable[[], float] = lambda: 0.0
+
+    def begin(self, stage: int, percent: Callable[[], float] | None) -> None:
+        """Begin a stage, counted from 0, whose own percent is a function."""
+        self.stage, self.percent = stage, percent or (lambda: 0.0)
+
+    def __call__(self) -> float:
+        return (100 * self.stage + self.percent()) / self.num
+
+
 @contextmanager
-def progress(con: Any, what: str) -> Iterator[None]:
-    """Show the progress of the engine's query, with the time left; without a terminal, a line at intervals."""
+def progress(con: Any, what: str, percent: Callable[[], float] | None = None) -> Iterator[None]:
+    """Show how far some work is, with the time left; without a terminal, a line at intervals.
+
+    Args:
+        percent: of the work; the engine's measure of its query if None.
+    """
     if con.name != "duckdb" or not measure_progress(con.con, True):
         print(f"  {what} ...", file=sys.stderr, flush=True)
         yield
         return
     con.con.execute("SET enable_progress_bar_print = false")
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(con.con.query_progress, what, done), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(percent or con.con.query_progress, what, done), daemon=True)
     watcher.start()
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,7 +12,6 @@ import ibis.expr.types as ir
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from safetensors import safe_open
 
 from configs import UserError
 from ehr_features.config import FeaturesConfig
@@ -22,7 +21,7 @@ from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import EVENTS, Source
 from ehr_features.series import bins, channels, coverage, events, medfuse
 from ehr_features.series.bins import Layout
-from ehr_features.series.mapped import Mapped
+from ehr_features.series.mapped import CHUNK, Mapped, by_stays
 from ehr_features.typed import read_json, shapes
 
 BINS = ("stay_id", "channel", "bin", "v", "mark", "n", "unstored")
@@ -51,13 +50,17 @@ def cached(
     path = config.cache_folder / f"series-{key}.safetensors"
     facts = path.with_suffix(".json")
     if not (path.is_file() and facts.is_file()):
-        binned, counts = preset.extract(
-            source, found["chartevents"][0], found["labevents"][0], stays, declared, config.step_hours
-        )
         lengths = preset.lengths(frame["los_hours"].to_numpy(), config.step_hours)
-        with events.progress(source.con, "binning the series"):
+        filtered, stages = list(config.cache_folder.glob("*events-*.parquet")), events.Stages(3)
+        with events.progress(source.con, "binning the series", stages):
+            stages.begin(0, events.reading(*filtered))  # the events are read to count their fates, then to bin them
+            binned, counts = preset.extract(
+                source, found["chartevents"][0], found["labevents"][0], stays, declared, config.step_hours
+            )
+            stages.begin(1, events.reading(*filtered))
             ordered = batches(source.con, binned.select(*BINS).order_by("stay_id"))
-            standing = write(path, ordered, frame["stay_id"].to_numpy(), lengths, preset.layout(declared))
+            stay_ids, layout = frame["stay_id"].to_numpy(), preset.layout(declared)
+            standing = write(path, ordered, stay_ids, lengths, layout, told=lambda part: stages.begin(2, lambda: part))
         lost = coverage.without_stay(source, found["chartevents"][0], stays, declared, config.preset)
         counts = pd.concat([fates(counts, standing, exact=preset is bins), lost], ignore_index=True)
         names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
@@ -72,13 +75,15 @@ def write(
     stay_ids: np.ndarray,
     num_bins: np.ndarray,
     columns: Layout,
-    chunk: int = 2_000,
+    chunk: int = CHUNK,
+    told: Callable[[float], None] = lambda percent: None,
 ) -> np.ndarray:
     """Write series.safetensors from last values by bin.
 
     Args:
         bins: the columns of BINS, ordered by stay_id.
         stay_ids: (S,) sorted. num_bins: (S,) T of each. chunk: stays held in memory at a time.
+        told: is called with the percent of stays that are written.
     Returns: (3, number of variables): observed bins, their events, observed bins whose value is `unstored`.
     """
     offsets = np.concatenate([[0], np.cumsum(num_bins)]).astype(np.int64)
@@ -118,6 +123,7 @@ def write(
             values, observed = filled(last, offsets[mine] - begin, columns)
             file.write(values.tobytes())
             observed_file.write(observed.tobytes())
+            told(100 * mine.stop / len(stay_ids))
     return standing
 
 
@@ -197,7 +203,7 @@ def _header(file: BinaryIO, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -
     return {name: 8 + len(text) + about["data_offsets"][0] for name, about in meta.items()}
 
 
-def fit(path: Path, columns: Layout, train: np.ndarray, chunk: int = 2_000) -> dict[str, list[float | None]]:
+def fit(path: Path, columns: Layout, train: np.ndarray, chunk: int = CHUNK) -> dict[str, list[float | None]]:
     """Mean and standard deviation of each number among the train stays' observed values.
 
     Args:
@@ -205,18 +211,13 @@ def fit(path: Path, columns: Layout, train: np.ndarray, chunk: int = 2_000) -> d
     """
     total, square, count = (np.zeros(len(columns.values)) for _ in range(3))
     source = np.array(columns.source)
-    with safe_open(path, "numpy") as file:
-        offsets = file.get_tensor("offsets")
-        values, observed = file.get_slice("values"), file.get_slice("observed")
-        for first in range(0, len(train), chunk):
-            mine = train[first : first + chunk]
-            begin, end = int(offsets[first]), int(offsets[first + len(mine)])
-            rows = np.repeat(mine, np.diff(offsets[first : first + len(mine) + 1]))
-            v = values[begin:end][rows].astype(np.float64)
-            seen = observed[begin:end][rows][:, source].astype(bool)
-            total += np.where(seen, v, 0).sum(0)
-            square += np.where(seen, v * v, 0).sum(0)
-            count += seen.sum(0)
+    for part in by_stays(path, chunk):
+        rows = np.repeat(train[part.stays], np.diff(part.edges))
+        v = part.values[rows].astype(np.float64)
+        seen = part.observed[rows][:, source].astype(bool)
+        total += np.where(seen, v, 0).sum(0)
+        square += np.where(seen, v * v, 0).sum(0)
+        count += seen.sum(0)
     n = np.maximum(count, 1)
     mean = total / n
     std = np.sqrt(np.maximum(square / n - mean**2, 0))

@@ -6,8 +6,9 @@ The pages belong to the file: all processes of a machine share them, and the sys
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -16,8 +17,44 @@ from configs import UserError
 from ehr_features.typed import read_json, undamaged
 from ehr_features.typed.shapes import Series
 
+CHUNK = 500  # stays
 AGAIN = "build the features again"
 KINDS = {"stay_id": "I64", "offsets": "I64", "values": "F32", "observed": "U8"}
+
+
+class Hours(NamedTuple):
+    """The hours of some stays: which stays, edges (S + 1,) of each in what follows, values (N, F), observed (N, V)."""
+
+    stays: slice
+    edges: np.ndarray
+    values: np.ndarray
+    observed: np.ndarray
+
+
+def by_stays(path: Path, chunk: int = CHUNK) -> Iterator[Hours]:
+    """Read series.safetensors some stays at a time; memory holds one part, and no page of the file stays mapped."""
+    with safe_open(path, "numpy") as file:
+        offsets = file.get_tensor("offsets")
+    starts, shapes = layout(path)
+    with path.open("rb") as file:
+        for first in range(0, len(offsets) - 1, chunk):
+            edges = offsets[first : first + chunk + 1]
+            begin, rows = int(edges[0]), int(edges[-1] - edges[0])
+            found = []
+            for name, kind in (("values", "<f4"), ("observed", "u1")):
+                width = shapes[name][1]
+                file.seek(starts[name] + begin * width * np.dtype(kind).itemsize)
+                found.append(np.fromfile(file, kind, rows * width).reshape(rows, width))
+            yield Hours(slice(first, first + len(edges) - 1), edges - begin, *found)
+
+
+def layout(path: Path) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+    """Where each tensor of a safetensors file begins, and its shape."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = {name: about for name, about in json.loads(file.read(size)).items() if name != "__metadata__"}
+    starts = {name: 8 + size + about["data_offsets"][0] for name, about in header.items()}
+    return starts, {name: tuple(about["shape"]) for name, about in header.items()}
 
 
 class Mapped:
@@ -100,14 +137,10 @@ class Mapped:
         if self._arrays is None:
             if not self.path.is_file():
                 raise UserError(f"{self.path}: no longer there; was it moved or deleted while this runs? {AGAIN}")
-            with self.path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-            found = []
-            for name, kind in (("values", "<f4"), ("observed", "u1")):
-                begin, shape = 8 + size + header[name]["data_offsets"][0], tuple(header[name]["shape"])
-                found.append(np.memmap(self.path, kind, "r", begin, shape).view(np.ndarray))
-            self._arrays = found[0], found[1]
+            starts, shapes = layout(self.path)
+            values = np.memmap(self.path, "<f4", "r", starts["values"], shapes["values"])
+            observed = np.memmap(self.path, "u1", "r", starts["observed"], shapes["observed"])
+            self._arrays = values.view(np.ndarray), observed.view(np.ndarray)
         return self._arrays
 
     def __getstate__(self) -> dict[str, Any]:

@@ -307,6 +307,12 @@ def read_arrow(path: str | Path, declared: Mapping[str, Column], advice: str, na
         return pq.read_table(path, columns=_columns(path, declared, advice, names))
 
 
+def check_parquet(path: str | Path, declared: Mapping[str, Column], advice: str, names: Sequence[str]) -> None:
+    """Refuse a table by its columns, as `read_parquet` does; no row is read. Raises: UserError."""
+    with undamaged(path, advice):
+        _columns(path, declared, advice, names)
+
+
 def _columns(
     path: str | Path,
     declared: Mapping[str, Column],

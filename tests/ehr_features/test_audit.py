@@ -1,5 +1,6 @@
 """The audit proves a clean folder and refutes each planted leak."""
 
+import functools
 import json
 import re
 import shutil
@@ -16,13 +17,14 @@ from safetensors.numpy import load_file, save_file
 
 from configs import UserError
 from ehr_features import audit, series
-from ehr_features.__main__ import main
+from ehr_features.__main__ import main, parser
 from ehr_features.audit.films import RECORD, STAYS
 from ehr_features.audit.runs import check_runs
 from ehr_features.audit.verdict import PROVED, REFUTED, UNKNOWN
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
 from ehr_features.demo import generate as demo
+from ehr_features.raw import source
 from ehr_features.series import bins, channels
 
 
@@ -342,6 +344,31 @@ def test_folder_without_films_is_proved(features: Path) -> None:
     for path in (features / "samples").glob("*.parquet"):
         pd.read_parquet(path).assign(dicom_id=pd.NA).to_parquet(path)
     assert set(outcomes(features).values()) == {PROVED}
+
+
+def test_samples_and_films_are_queried_where_they_lie_within_one_limit(
+    features: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
+) -> None:
+    only(audit.series.KNOWN, audit.events.COVERED, audit.films.RECORD)
+    monkeypatch.setattr(pd, "read_parquet", lambda *_, **__: pytest.fail("a table was loaded"))
+    monkeypatch.setattr(series.Mapped, "read", lambda *_: pytest.fail("the series was loaded"))
+    limits: list[str] = []
+    for module in (audit.written, source):
+        limited = functools.partial(_noted, limits, module.connect)
+        monkeypatch.setattr(module, "connect", limited)
+    assert {v.outcome for v in audit.audit(features, [], memory="700MB")} == {PROVED}
+    assert limits == ["700MB", "700MB"]
+
+
+def _noted(limits: list[str], connect: Callable[..., Any], engine: str, **keys: Any) -> Any:
+    limits.append(keys["memory"])
+    return connect(engine, **keys)
+
+
+def test_a_limit_of_memory_is_a_number_and_a_unit(features: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args(["audit", str(features), "--memory", "much"])
+    assert stopped.value.code == 2 and "--memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(LEAKS))

@@ -273,6 +273,31 @@ def test_progress_says_how_much_is_done_and_how_long_it_will_take(monkeypatch, c
     ]
 
 
+def test_reading_is_measured_by_the_bytes_of_the_files(tmp_path):
+    path = tmp_path / "chartevents.csv.gz"
+    path.write_bytes(bytes(4_000_000))
+    percent = events.reading(path)
+    assert percent is not None and percent() < 10
+    with path.open("rb") as file:
+        file.read(2_000_000)
+        assert 50 <= percent() < 60
+        file.read()
+    assert percent() == 100
+    assert events.reading("gs://bucket/chartevents.csv.gz") is None
+
+
+def test_binning_moves_from_the_counts_to_the_last_stay(mimic, config, monkeypatch):
+    shown, begin = [], events.Stages.begin
+
+    def noted(self, stage, percent):
+        begin(self, stage, percent)
+        shown.append(self())
+
+    monkeypatch.setattr(events.Stages, "begin", noted)
+    build.build(config())
+    assert shown == sorted(shown) and shown[0] < 1 and shown[-1] == 100 and 33 <= shown[1] < 67
+
+
 def test_a_second_run_reads_nothing_and_a_changed_config_only_what_depends_on_it(mimic, config, monkeypatch):
     out = build.build(config())
     written = (out / "provenance.json").stat().st_mtime_ns

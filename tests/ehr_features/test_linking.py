@@ -13,6 +13,7 @@ from ibis.util import gen_name
 
 from ehr_features.cohort import Attrition
 from ehr_features.films import linking
+from ehr_features.films.metadata import held
 from ehr_features.raw.engine import connect, hold
 from ehr_features.raw.source import Source
 
@@ -372,3 +373,11 @@ def test_films_without_their_file_are_counted(tmp_path: Path) -> None:
     (tmp_path / "files/p10/p10/s50/b.jpg").touch()
     gone = excluded(noted(str(tmp_path)), "missing file")
     assert (gone["before"], gone["after"], gone["ids"]) == (2, 1, ["a"])
+
+
+def test_films_are_kept_by_the_engine_which_may_spill_them() -> None:
+    raw = source([{}, {"dicom_id": "b"}])
+    kept = held(raw, raw.table("cxr_metadata"))
+    again = held(raw, kept.select("dicom_id"), instead_of=kept)
+    rows = raw.con.con.execute("SELECT table_name, temporary FROM duckdb_tables()").fetchall()
+    assert (again.get_name(), True) in rows and kept.get_name() not in dict(rows)
