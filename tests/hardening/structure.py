@@ -341,10 +341,14 @@ def _where(error: BaseException) -> str:
 
 
 def torment(
-    found: list[Place], inputs: int, seed: int, *, told: Callable[[str], None] = print
-) -> dict[str, Counter[str]]:
-    """Damage the files in turn. Returns: file -> the number of each outcome; faults are told as they happen."""
-    counts: dict[str, Counter[str]] = {}
+    found: list[Place],
+    inputs: int,
+    seed: int,
+    counts: dict[str, Counter[str]],
+    *,
+    told: Callable[[str], None] = print,
+) -> None:
+    """Damage the files in turn. `counts` takes the number of each outcome by file; faults are told as they happen."""
     wholes: dict[int, Undamaged] = {}
     for i in range(inputs):
         place = found[i % len(found)]
@@ -356,7 +360,6 @@ def torment(
         counts.setdefault(place.name, Counter())[result] += 1
         if result not in KINDS:
             told(f"{result}: {place.name}, {words}: {text}")
-    return counts
 
 
 def main() -> None:
@@ -369,7 +372,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     found = [place for place in places(args.out, args.world) if args.only in place.name]
     with log.open("w", encoding="utf-8") as file:
-        counts = torment(found, args.inputs, args.seed, told=lambda line: print(line[:600], file=file, flush=True))
+        counts: dict[str, Counter[str]] = {}
+        with contextlib.suppress(KeyboardInterrupt):  # the table of the inputs until then
+            torment(found, args.inputs, args.seed, counts, told=lambda line: print(line[:600], file=file, flush=True))
     print("| file | inputs | refused, file named | the undamaged result | a warning | taken | anything else |")
     print("|---|---|---|---|---|---|---|")
     rows: dict[str, Counter[str]] = {}
