@@ -46,7 +46,7 @@ class Store:
         about = read_json(self.folder / "store.json", StoreJson)
         if about["format"] != FORMAT:
             raise UserError(
-                f"{self.folder}: store format {about['format']}, this version reads {FORMAT}; pack it again"
+                f"{self.folder}/store.json: store format {about['format']}, this version reads {FORMAT}; pack it again"
             )
         for name, size in about["shards"].items():
             path = self.folder / name

@@ -236,7 +236,10 @@ def test_a_store_that_was_not_copied_whole_is_refused(tmp_path: Path, films: Pat
     with pytest.raises(UserError, match=r"shard-00001\.arrow: absent"):
         Store(out)
     about = out / "store.json"
-    about.write_text(about.read_text().replace('"shards"', '"shakds"'))
+    about.write_text(about.read_text().replace('"format": 1', '"format": 7', 1))
+    with pytest.raises(UserError, match=r"store\.json: store format 7, this version reads 1"):
+        Store(out)
+    about.write_text(about.read_text().replace('"format": 7', '"format": 1', 1).replace('"shards"', '"shakds"'))
     with pytest.raises(UserError, match=r"store\.json: `shards` is missing"):
         Store(out)
     with pytest.raises(UserError, match="not a store; write one with"):
