@@ -397,7 +397,7 @@ def _check_stays(folder: str | Path, table: pd.DataFrame, path: str) -> None:
     at = pd.Index(stays["stay_id"]).get_indexer(pd.Index(table["stay_id"]))
     for column, wanted in (
         ("subject_id", "a stay of stays.parquet and its subject"),
-        ("split", "the split of its stay"),
+        ("split", "the split of its stay in stays.parquet"),
     ):
         codes, _ = pd.factorize(pd.concat([stays[column], table[column]], ignore_index=True))
         own, found = codes[: len(stays)][at], codes[len(stays) :]
