@@ -311,15 +311,12 @@ def load(folder: str | Path) -> Encoder:
     """
     folder = encoder_folder(folder)
     meta = read_meta(folder)
-    encoder = create(
-        meta["arch"],
-        in_chans=meta["in_chans"],
-        image_size=meta["image_size"],
-        model_args=meta["model_args"],
-        preprocess=Preprocess.from_json(meta["preprocess"], meta["in_chans"], f"{folder}/encoder.json"),
-        pool=meta["pool"],
-        norm_eps=meta.get("norm_eps"),
-    )
+    preprocess = Preprocess.from_json(meta["preprocess"], meta["in_chans"], f"{folder}/encoder.json")
+    given = {key: meta[key] for key in ("in_chans", "image_size", "model_args", "pool")}
+    try:
+        encoder = create(meta["arch"], **given, preprocess=preprocess, norm_eps=meta.get("norm_eps"))
+    except UserError as error:
+        raise UserError(f"{folder}/encoder.json: {error}") from None
     encoder.meta, encoder.name = meta, str(folder)
     path = folder / "encoder.safetensors"
     if not path.is_file() and (folder / HUB_WEIGHTS).is_file():

@@ -273,6 +273,14 @@ def test_recomputing_activations_changes_no_gradient_of_a_convolutional_net(arch
     torch.testing.assert_close(*gradients)
 
 
+def test_an_encoder_that_timm_does_not_have_is_refused_by_its_file(tmp_path):
+    folder = enc.save(tmp_path / "encoder", tiny(), {"step": 1})
+    about = json.loads((folder / "encoder.json").read_text())
+    (folder / "encoder.json").write_text(json.dumps(about | {"arch": "x7"}))
+    with pytest.raises(UserError, match=r"encoder\.json: .*no `x7`"):
+        enc.load(folder)
+
+
 def test_an_encoder_whose_files_changed_is_loaded_with_a_warning(tmp_path, capsys):
     folder = enc.save(tmp_path / "encoder", tiny(), {"step": 1})
     enc.load(folder)
