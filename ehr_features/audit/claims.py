@@ -39,6 +39,7 @@ from ehr_features.audit.verdict import PROVED, UNKNOWN, Verdict, cannot, decide
 from ehr_features.audit.written import Written, quoted
 from ehr_features.config import FeaturesConfig
 from ehr_features.progress import Bar
+from ehr_features.raw.engine import named_by_the_engine
 from ehr_features.raw.remote import fingerprint
 from ehr_features.raw.source import Source, open_source
 from ehr_features.schema import SPLITS
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     return 2
 
 
+@named_by_the_engine()
 def audit(features: Path, runs: list[Path], memory: str | None = None) -> list[Verdict]:
     """Check every claim.
 
