@@ -203,7 +203,7 @@ def interruptible() -> Iterator[None]:
 
 
 OUT_OF_MEMORY = "OutOfMemory|maxResultSize|GC overhead limit|UNABLE_TO_ACQUIRE_MEMORY"
-MORE_MEMORY = "give more with memory=..., of executors with spark.executor.memory in `spark`"
+MORE_MEMORY = "give more with memory=... (audit: --memory), of executors with spark.executor.memory in `spark`"
 
 
 def _of_engine(error: BaseException) -> bool:
