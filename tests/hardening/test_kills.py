@@ -28,11 +28,11 @@ def test_a_kill_loses_nothing_and_leaves_nothing_half_written(known: dict[str, k
 
 @pytest.mark.slow
 def test_a_kill_of_one_of_two_processes_ends_both_without_a_traceback(known: dict[str, kills.Command]) -> None:
-    command = known["pretrain, 2 processes"]
+    command, logs = known["pretrain, 2 processes"], known["demo data"].out.parent / "logs"
+    logs.mkdir(exist_ok=True)
     for before in ("demo data", "features", "images"):
         if not known[before].out.exists():
-            kills.finish(known[before], command.out.parent / "before.txt")
-    logs = known["demo data"].out.parent / "logs"
+            kills.finish(known[before], logs / "before.txt")
     assert kills.torment(command, 3, 1, logs) == []
 
 
