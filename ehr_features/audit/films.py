@@ -146,7 +146,7 @@ def _compared(
 def _differ(name: str, kind: str) -> str:
     """The SQL of a difference between a written value `o` and an expected one `t`."""
     if kind in ("int64", "float64"):
-        a, b = (f"nullif({table}.{quoted(name)}::DOUBLE, 'nan'::DOUBLE)" for table in "ot")
+        a, b = (f"nullif({table}.{quoted(name)}::DOUBLE, 'nan'::DOUBLE)" for table in ("o", "t"))
         return f"{a} IS DISTINCT FROM {b} AND NOT coalesce(abs({a} - {b}) <= 1e-6 + 1e-9 * abs({b}), false)"
-    a, b = (f"{table}.{quoted(name)}::{sql_type(kind)}" for table in "ot")
+    a, b = (f"{table}.{quoted(name)}::{sql_type(kind)}" for table in ("o", "t"))
     return f"{a} IS DISTINCT FROM {b}"

@@ -7,6 +7,7 @@ when it was reported, is derived from the raw tables and d_items, as for the ser
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import ibis
@@ -24,54 +25,70 @@ from ehr_features.series import channels
 from ehr_features.series.channels import SPECIMEN_TYPE, Channel
 
 KNOWN_BEFORE = "vital signs and laboratory values of films were stored before the film and charted within its window"
+BEFORE = (
+    "values that were stored after their film",
+    "values charted before their window, or after their film",
+    "values that no event of their hour explains",
+)
+LAST = ("values with a later one that was known", "films without a value that was known")
+VALUES, OF_FILMS = "values", "films"
+FILMS = "SELECT dicom_id, row_number() OVER (ORDER BY dicom_id) AS film FROM images"
+SHARE = 2_000_000  # events before films that are compared at a time: of all at once the groups exceed a limit of memory
 IS_LAST = "each vital sign and laboratory value of a film is the last one that was known"
 
 
 def check_last(source: Source, written: Written, config: FeaturesConfig) -> list[Verdict]:
     """Each value stands in the raw tables at its hour and was stored before the film; none that was known is later."""
     variables, window = channels.read_variables(config.channels), round(config.record_window_hours * 3600)
-    ours = written.table(
-        source, "audited_values", " UNION ALL ".join(map(_of_variable, range(len(variables)), variables))
-    )
-    seen = _seen(source, written, variables, window)
-    at = ours.join(seen, ["dicom_id", "channel"]).filter(_.own == _.drawn)
-    at = at.group_by("dicom_id", "channel").agg(
+    each = " UNION ALL ".join(map(_of_variable, range(len(variables)), variables))
+    ours = written.table(source, "audited_values", f"SELECT * FROM ({each}) JOIN ({FILMS}) USING (dicom_id)")
+    pairs, num = _pairs(source, written, variables, window)
+    shares = 1 + num // SHARE
+    found: Counter[str] = Counter()
+    for share in range(shares):
+        part, events = (table.filter(_.film % shares == share) for table in (ours, pairs))
+        found.update(_faults(part, _with_sums(events, variables), config.record_window_hours))
+    proof = f"{found.pop(VALUES)} values of {found.pop(OF_FILMS)} films"
+    before, is_last = ({name: found[name] for name in names} for names in (BEFORE, LAST))
+    return [decide(KNOWN_BEFORE, before, proof), decide(IS_LAST, is_last, f"{proof}, {len(variables)} variables")]
+
+
+def _faults(ours: ir.Table, seen: ir.Table, hours: float) -> dict[str, int]:
+    """How many of the values of some films break which rule; and how many values and films there are.
+
+    Args:
+        ours: film, channel, value, hours, own. seen: film, channel, drawn, low, high, is_known.
+    """
+    at = ours.join(seen, ["film", "channel"]).filter(_.own == _.drawn)
+    at = at.group_by("film", "channel").agg(
         low=_.low.min(where=_.is_known),
         high=_.high.max(where=_.is_known),
         low_late=_.low.min(where=~_.is_known),
         high_late=_.high.max(where=~_.is_known),
     )
-    last = seen.filter(_.is_known).group_by("dicom_id", "channel").agg(latest=_.drawn.max())
-    both = ours.left_join(at, ["dicom_id", "channel"]).drop("dicom_id_right", "channel_right")
+    last = seen.filter(_.is_known).group_by("film", "channel").agg(latest=_.drawn.max())
+    both = ours.left_join(at, ["film", "channel"]).drop("film_right", "channel_right")
     both = both.mutate(slack=1e-6 * ibis.greatest(_.value.abs(), 1.0))
 
     def within(low: ir.Value, high: ir.Value) -> ir.Value:
         return ((both.value >= low - both.slack) & (both.value <= high + both.slack)).fill_null(False)
 
     proved, late = within(both.low, both.high), within(both.low_late, both.high_late)
-    outside = ~both.hours.between(0, config.record_window_hours).fill_null(False)
-    counts = {
-        "values that were stored after their film": late & ~proved & ~outside,
-        "values charted before their window, or after their film": outside,
-        "values that no event of their hour explains": ~proved & ~late & ~outside,
-    }
-    before, values = _counted(both, counts)
-    films = int(ours.select("dicom_id").distinct().count().execute())  # a count of distinct values does not spill
-    known = ours.outer_join(last, ["dicom_id", "channel"])
-    counts = {
-        "values with a later one that was known": (known.latest > known.own).fill_null(False),
-        "films without a value that was known": known.own.isnull(),
-    }
-    is_last, _rows = _counted(known, counts)
-    proof = f"{values} values of {films} films"
-    return [decide(KNOWN_BEFORE, before, proof), decide(IS_LAST, is_last, f"{proof}, {len(variables)} variables")]
+    outside = ~both.hours.between(0, hours).fill_null(False)
+    wrong = (late & ~proved & ~outside, outside, ~proved & ~late & ~outside)
+    found = _counted(both, dict(zip((VALUES, *BEFORE), (both.value.notnull(), *wrong), strict=True)))
+    known = ours.outer_join(last, ["film", "channel"])
+    found |= _counted(
+        known, dict(zip(LAST, ((known.latest > known.own).fill_null(False), known.own.isnull()), strict=True))
+    )
+    return found | {OF_FILMS: int(ours.select("film").distinct().count().execute())}
 
 
-def _counted(table: ir.Table, of: Mapping[str, ir.Value]) -> tuple[dict[str, int], int]:
-    """How many rows fulfil each condition; and the number of rows."""
+def _counted(table: ir.Table, of: Mapping[str, ir.Value]) -> dict[str, int]:
+    """How many rows fulfil each condition."""
     sums = {f"n{k}": condition.sum() for k, condition in enumerate(of.values())}
-    found = table.agg(rows=table.count(), **sums).to_pyarrow().to_pylist()[0]
-    return {name: int(found[f"n{k}"] or 0) for k, name in enumerate(of)}, found["rows"]
+    found = table.agg(**sums).to_pyarrow().to_pylist()[0]
+    return {name: int(found[f"n{k}"] or 0) for k, name in enumerate(of)}
 
 
 def _of_variable(n: int, variable: Channel) -> str:
@@ -83,15 +100,17 @@ def _of_variable(n: int, variable: Channel) -> str:
     return f"SELECT {columns} FROM images WHERE {value} IS NOT NULL"
 
 
-TAKEN = """
-SELECT dicom_id, subject_id::BIGINT AS subject_id, epoch(taken_at::TIMESTAMP)::BIGINT AS taken
-FROM images WHERE taken_at IS NOT NULL
-"""
+def _pairs(source: Source, written: Written, variables: tuple[Channel, ...], window: int) -> tuple[ir.Table, int]:
+    """Valid events in the window before each film: film, channel, drawn, low, high, is_known (before the film).
 
-
-def _seen(source: Source, written: Written, variables: tuple[Channel, ...], window: int) -> ir.Table:
-    """Valid events in the window before each film: dicom_id, channel, drawn, low, high, is_known (before the film)."""
-    films = written.table(source, "audited_films", TAKEN)
+    Returns: them, read once and kept by the engine, and their number; on Spark to be read when they are asked for.
+    """
+    taken = "subject_id::BIGINT AS subject_id, epoch(taken_at::TIMESTAMP)::BIGINT AS taken"
+    films = written.table(
+        source,
+        "audited_films",
+        f"SELECT film, {taken} FROM images JOIN ({FILMS}) USING (dicom_id) WHERE taken_at IS NOT NULL",
+    )
     items = channels.item_table(source.con, variables)
     wanted = [item for variable in variables for item in variable.items] + [SPECIMEN_TYPE]
     chart, labs = (
@@ -106,12 +125,20 @@ def _seen(source: Source, written: Written, variables: tuple[Channel, ...], wind
     for signs in _emergency(source, variables):
         events = events.union(signs.select(*events.columns))
     pairs = films.join(events, "subject_id").filter(_.drawn.between(_.taken - window, _.taken))
-    seen = pairs.select("dicom_id", "channel", "drawn", is_known=_.known < _.taken, low="v", high="v")
+    pairs = pairs.select("film", "channel", "drawn", is_known=_.known < _.taken, low="v", high="v")
+    if source.con.name != "duckdb":
+        return pairs, 0
+    kept = written.table(source, "audited_pairs", ibis.to_sql(pairs, dialect="duckdb"))
+    return kept, int(kept.count().execute())
+
+
+def _with_sums(seen: ir.Table, variables: tuple[Channel, ...]) -> ir.Table:
+    """Add the variables that are sums of others, where all of them were known at one time."""
     for n, variable in enumerate(variables):
         if variable.sum_of:
             parts = [m for m, other in enumerate(variables) if other.name in variable.sum_of]
-            each = seen.filter(_.is_known & _.channel.isin(parts)).group_by("dicom_id", "drawn", "channel")
-            each = each.agg(low=_.low.min(), high=_.high.max()).group_by("dicom_id", "drawn")
+            each = seen.filter(_.is_known & _.channel.isin(parts)).group_by("film", "drawn", "channel")
+            each = each.agg(low=_.low.min(), high=_.high.max()).group_by("film", "drawn")
             whole = each.agg(low=_.low.sum(), high=_.high.sum(), n=_.count()).filter(_.n == len(parts))
             whole = whole.mutate(channel=ibis.literal(n, "int64"), is_known=ibis.literal(True))
             seen = seen.union(whole.select(*seen.columns))
