@@ -32,22 +32,37 @@ BEFORE = (
 )
 LAST = ("values with a later one that was known", "films without a value that was known")
 VALUES, OF_FILMS = "values", "films"
-FILMS = "SELECT dicom_id, row_number() OVER (ORDER BY dicom_id) AS film FROM images"
-SHARE = 2_000_000  # events before films that are compared at a time: of all at once the groups exceed a limit of memory
+FILMS = """
+SELECT dicom_id, row_number() OVER (ORDER BY dicom_id) AS film, subject_id::BIGINT AS subject_id,
+epoch(taken_at::TIMESTAMP)::BIGINT AS taken FROM images
+"""
+SHARE = 2_000_000  # events that are compared at a time: joins and groups of all at once exceed a limit of memory
 IS_LAST = "each vital sign and laboratory value of a film is the last one that was known"
 
 
 def check_last(source: Source, written: Written, config: FeaturesConfig) -> list[Verdict]:
-    """Each value stands in the raw tables at its hour and was stored before the film; none that was known is later."""
+    """Each value stands in the raw tables at its hour and was stored before the film; none that was known is later.
+
+    The raw tables are read once, and the events of some subjects compared after the other.
+    """
     variables, window = channels.read_variables(config.channels), round(config.record_window_hours * 3600)
     each = " UNION ALL ".join(map(_of_variable, range(len(variables)), variables))
     ours = written.table(source, "audited_values", f"SELECT * FROM ({each}) JOIN ({FILMS}) USING (dicom_id)")
-    pairs, num = _pairs(source, written, variables, window)
-    shares = 1 + num // SHARE
+    films = written.table(
+        source, "audited_films", f"SELECT film, subject_id, taken FROM ({FILMS}) WHERE taken IS NOT NULL"
+    )
+    events = [
+        table if source.con.name != "duckdb" else written.table(source, f"audited_{name}", ibis.to_sql(table, "duckdb"))
+        for name, table in _events(source, films, variables).items()
+    ]
+    shares = 1 + sum(int(table.count().execute()) for table in events) // SHARE if source.con.name == "duckdb" else 1
     found: Counter[str] = Counter()
     for share in range(shares):
-        part, events = (table.filter(_.film % shares == share) for table in (ours, pairs))
-        found.update(_faults(part, _with_sums(events, variables), config.record_window_hours))
+        mine, *of = (table.filter(_.subject_id % shares == share) for table in (ours, films, *events))
+        pairs = _pairs(source, *of, variables=variables, window=window)
+        if source.con.name == "duckdb":
+            pairs = written.table(source, "audited_pairs", ibis.to_sql(pairs, "duckdb"))
+        found.update(_faults(mine, _with_sums(pairs, variables), config.record_window_hours))
     proof = f"{found.pop(VALUES)} values of {found.pop(OF_FILMS)} films"
     before, is_last = ({name: found[name] for name in names} for names in (BEFORE, LAST))
     return [decide(KNOWN_BEFORE, before, proof), decide(IS_LAST, is_last, f"{proof}, {len(variables)} variables")]
@@ -100,36 +115,38 @@ def _of_variable(n: int, variable: Channel) -> str:
     return f"SELECT {columns} FROM images WHERE {value} IS NOT NULL"
 
 
-def _pairs(source: Source, written: Written, variables: tuple[Channel, ...], window: int) -> tuple[ir.Table, int]:
-    """Valid events in the window before each film: film, channel, drawn, low, high, is_known (before the film).
-
-    Returns: them, read once and kept by the engine, and their number; on Spark to be read when they are asked for.
-    """
-    taken = "subject_id::BIGINT AS subject_id, epoch(taken_at::TIMESTAMP)::BIGINT AS taken"
-    films = written.table(
-        source,
-        "audited_films",
-        f"SELECT film, {taken} FROM images JOIN ({FILMS}) USING (dicom_id) WHERE taken_at IS NOT NULL",
-    )
-    items = channels.item_table(source.con, variables)
+def _events(source: Source, films: ir.Table, variables: tuple[Channel, ...]) -> dict[str, ir.Table]:
+    """The raw events of the variables, of subjects with a film: chart, labs, and signs in the emergency department."""
     wanted = [item for variable in variables for item in variable.items] + [SPECIMEN_TYPE]
-    chart, labs = (
-        raw_events(source, name).filter(_.itemid.isin(wanted)).semi_join(films, "subject_id")
-        for name in ("chartevents", "labevents")
-    )
-    events = dated(source, chart, labs, items, variables)
+    found = {
+        name: raw_events(source, table).filter(_.itemid.isin(wanted)).semi_join(films, "subject_id")
+        for name, table in (("chart", "chartevents"), ("labs", "labevents"))
+    }
+    if signs := _emergency(source, variables):
+        found["signs"] = ibis.union(*signs).semi_join(films, "subject_id")
+    return found
+
+
+def _pairs(
+    source: Source,
+    films: ir.Table,
+    chart: ir.Table,
+    labs: ir.Table,
+    signs: ir.Table | None = None,
+    *,
+    variables: tuple[Channel, ...],
+    window: int,
+) -> ir.Table:
+    """Valid events in the window before each film: film, channel, drawn, low, high, is_known (before the film)."""
+    events = dated(source, chart, labs, channels.item_table(source.con, variables), variables)
     events = events.filter(_.counts & _.v.between(_.low, _.high) & _.known.notnull())
-    events = events.select(
-        "subject_id", "channel", "drawn", known=ibis.greatest(_.known, _.report.coalesce(_.known)), v=_.v
-    )
-    for signs in _emergency(source, variables):
+    known = ibis.greatest(_.known, _.report.coalesce(_.known))
+    events = events.select("subject_id", "channel", "drawn", known=known, v=_.v)
+    if signs is not None:
+        signs = signs.mutate(channel=_.channel.cast("int64"))  # DuckDB keeps it narrower
         events = events.union(signs.select(*events.columns))
     pairs = films.join(events, "subject_id").filter(_.drawn.between(_.taken - window, _.taken))
-    pairs = pairs.select("film", "channel", "drawn", is_known=_.known < _.taken, low="v", high="v")
-    if source.con.name != "duckdb":
-        return pairs, 0
-    kept = written.table(source, "audited_pairs", ibis.to_sql(pairs, dialect="duckdb"))
-    return kept, int(kept.count().execute())
+    return pairs.select("film", "channel", "drawn", is_known=_.known < _.taken, low="v", high="v")
 
 
 def _with_sums(seen: ir.Table, variables: tuple[Channel, ...]) -> ir.Table:
