@@ -13,6 +13,7 @@ the most that its engine had on the disk. A limit above what is needed (16GB) sh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -54,16 +55,19 @@ def hospital(demo: Path, cxr: Path, folder: Path, k: int) -> dict[str, int]:
 
 def measured(words: Sequence[str], spill: Path) -> dict[str, float]:
     """Run a command of `ehr_features`. Returns: wall and processor seconds, peak memory and spill in MB."""
-    begun, most, done = time.monotonic(), [0], threading.Event()
+    begun, spilled, peak, done = time.monotonic(), [0], [0], threading.Event()
+    command = [sys.executable, "-m", "ehr_features", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    def watch() -> None:
+    def watch() -> None:  # the system's own peak of a child (ru_maxrss) has that of this process before it
         while not done.wait(0.2):
-            most.append(max(most.pop(), sum(size(path) for path in spill.glob(".spill*/*"))))
+            spilled.append(max(spilled.pop(), sum(size(path) for path in spill.glob(".spill*/*"))))
+            with contextlib.suppress(OSError, ValueError):
+                words = Path(f"/proc/{process.pid}/status").read_text().split()
+                peak.append(max(peak.pop(), int(words[words.index("VmHWM:") + 1])))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    command = [sys.executable, "-m", "ehr_features", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     said = process.stderr.read() if process.stderr else ""
     _pid, status, usage = os.wait4(process.pid, 0)
     done.set()
@@ -72,7 +76,7 @@ def measured(words: Sequence[str], spill: Path) -> dict[str, float]:
         raise SystemExit(f"{' '.join(words)} failed with status {status}:\n{said}")
     cpu = round(usage.ru_utime + usage.ru_stime, 1)
     seconds = round(time.monotonic() - begun, 1)
-    return {"seconds": seconds, "cpu": cpu, "peak_mb": round(usage.ru_maxrss / 1024), "spill_mb": most[0] // 10**6}
+    return {"seconds": seconds, "cpu": cpu, "peak_mb": peak[0] // 1024, "spill_mb": spilled[0] // 10**6}
 
 
 def size(path: Path) -> int:
