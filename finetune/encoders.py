@@ -22,6 +22,7 @@ from torch import Tensor
 
 from configs import UserError
 from configs.amounts import check_memory
+from configs.signals import held
 from ehr_features.files import digest, new_file
 from ehr_features.progress import Bar
 from finetune.config import WEIGHTS
@@ -298,7 +299,8 @@ def read_ahead(
     """Batches of films and their pixels (B, S, S); threads read the next ones, without Python's lock."""
     batches = [films[start : start + batch_size] for start in range(0, len(films), batch_size)]
     with ThreadPoolExecutor(AHEAD) as readers:
-        coming = deque(readers.submit(store.read, batch) for batch in batches[:AHEAD])
+        with held():  # while the threads start
+            coming = deque(readers.submit(store.read, batch) for batch in batches[:AHEAD])
         for number, batch in enumerate(batches):
             pixels = coming.popleft().result()
             coming.extend(readers.submit(store.read, later) for later in batches[number + AHEAD : number + AHEAD + 1])

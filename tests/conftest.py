@@ -4,6 +4,7 @@ import gc
 import hashlib
 import importlib.util
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,10 @@ import torch
 
 from ehr_features.files import write_json
 from finetune.report.screenshot import browser
+
+signal.signal(
+    signal.SIGHUP, signal.SIG_DFL
+)  # CI may have been started with it ignored, and children would inherit that
 
 
 def pytest_collection_finish() -> None:

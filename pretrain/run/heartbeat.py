@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from configs.signals import STOPPED
+from configs.signals import STOPPED, held
 
 EVERY_SECONDS = 5.0  # between two signs of life
 LAST_SECONDS = 5.0  # that process 0 waits at its end for the others to read its last answer
@@ -46,8 +46,9 @@ class Heartbeat:
         self._read, self._silent = [""] * world, [0.0] * world
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._count, self._watch)]
-        for thread in self._threads:
-            thread.start()
+        with held():  # a signal inside a thread's start would leave its lock in disorder
+            for thread in self._threads:
+                thread.start()
 
     def end(self) -> None:
         """Say that this process has ended, and end the threads: one inside the store while Python ends would abort.

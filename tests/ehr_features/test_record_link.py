@@ -22,7 +22,7 @@ from ehr_features.demo.truth import NAMES, PHENOTYPES, Outcomes, amounts, auroc,
 from ehr_features.schema import FINDINGS
 from ehr_features.typed import read_json
 
-CHANGED = {"labevents", "chartevents", "vitalsign", "d_items", "d_labitems", "truth", "truth_films"}
+CHANGED = {"labevents", "chartevents", "vitalsign", "d_items", "d_labitems", "truth", "truth_films", "seal"}
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(make_icu: Make, mo
     class StopAfterTwo(stopping):
         seen = 0
 
-        def agreed(self) -> bool:
+        def agreed(self, step: int = -1) -> bool:
             self.seen += 1
             return self.seen == 2
 

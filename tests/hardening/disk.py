@@ -57,7 +57,7 @@ def fill(disk: Path, free: int) -> Path:
 def refused(text: str, disk: Path, *, lines: int = 1) -> str:
     """The file that an error names, below the disk; what is wrong with the message else begins with `!`."""
     says = [line for line in text.splitlines() if "error:" in line]
-    if "Traceback" in text or len(says) != lines:
+    if "Traceback" in text or not 1 <= len(says) <= lines:
         return f"! {len(says)} lines of errors: {text[-300:]}"
     if not (named := re.search(rf"{re.escape(str(disk))}/([^\s:;,]+)", says[0])):
         return f"! no file is named: {says[0]}"
