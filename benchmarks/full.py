@@ -63,17 +63,18 @@ def measured(words: Sequence[str], spill: Path) -> dict[str, float]:
         while not done.wait(0.2):
             spilled.append(max(spilled.pop(), sum(size(path) for path in spill.glob(".spill*/*"))))
             with contextlib.suppress(OSError, ValueError):
-                words = Path(f"/proc/{process.pid}/status").read_text().split()
-                peak.append(max(peak.pop(), int(words[words.index("VmHWM:") + 1])))
+                said = Path(f"/proc/{process.pid}/status").read_text().split()
+                now = int(said[said.index("VmHWM:") + 1])
+                peak.append(max(peak.pop(), now))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    said = process.stderr.read() if process.stderr else ""
+    told = process.stderr.read() if process.stderr else ""
     _pid, status, usage = os.wait4(process.pid, 0)
     done.set()
     watcher.join()
     if status:
-        raise SystemExit(f"{' '.join(words)} failed with status {status}:\n{said}")
+        raise SystemExit(f"{' '.join(words)} failed with status {status}:\n{told}")
     cpu = round(usage.ru_utime + usage.ru_stime, 1)
     seconds = round(time.monotonic() - begun, 1)
     return {"seconds": seconds, "cpu": cpu, "peak_mb": peak[0] // 1024, "spill_mb": spilled[0] // 10**6}
