@@ -1,5 +1,4 @@
-"""Memory and time where a hospital's full counts matter: fuse, kNN, controls, intervals, threads, an
-estimate of a pretraining, a report of 200 runs.
+"""Memory and time at a hospital's full counts: fuse, kNN, controls, intervals, threads, estimates, a report.
 
     ./launch.sh python -m benchmarks.full_size [PART ...] [--scratch FOLDER] [--share 1.0] [--runs 200]
 

@@ -18,9 +18,8 @@ import torch
 from ehr_features.files import write_json
 from finetune.report.screenshot import browser
 
-signal.signal(
-    signal.SIGHUP, signal.SIG_DFL
-)  # CI may have been started with it ignored, and children would inherit that
+# CI may have been started with SIGHUP ignored, which children would inherit
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import duckdb
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from configs import UserError
 from ehr_features import schema, static
+from ehr_features.audit import last_values as checks
 from ehr_features.audit.claims import audit
 from ehr_features.audit.last_values import IS_LAST, KNOWN_BEFORE
 from ehr_features.build import build
@@ -389,6 +391,19 @@ def test_the_audit_proves_both_claims(hospital: Path) -> None:
     verdicts = {v.claim: v for v in audit(hospital / "features", [])}
     assert verdicts[KNOWN_BEFORE].outcome == verdicts[IS_LAST].outcome == "proved", verdicts
     assert "films, 30 variables" in verdicts[IS_LAST].counts
+
+
+def test_subjects_compared_one_after_the_other_give_the_same_counts(
+    hospital: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, *_ = FAULTS["a value stored after its film"]
+    shutil.copytree(hospital / "features", tmp_path / "features")
+    path = tmp_path / "features/images.parquet"
+    change(pd.read_parquet(path), hospital / "raw").to_parquet(path)
+    whole = audit(tmp_path / "features", [])
+    monkeypatch.setattr(checks, "SHARE", 2_000)
+    monkeypatch.setattr(checks, "_pairs", counted := Mock(wraps=checks._pairs))
+    assert audit(tmp_path / "features", []) == whole and counted.call_count > 5
 
 
 @pytest.mark.real
