@@ -18,8 +18,9 @@ import torch
 from ehr_features.files import write_json
 from finetune.report.screenshot import browser
 
-# CI may have been started with SIGHUP ignored, which children would inherit
+# CI may have been started with SIGHUP ignored or blocked, which children would inherit
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP, signal.SIGTERM, signal.SIGINT})
 
 
 def pytest_collection_finish() -> None:
