@@ -15,6 +15,7 @@ import ibis.expr.types as ir
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from ibis import _
 
 from configs import UserError
@@ -32,14 +33,18 @@ class Attrition:
         self.exclusions: list[dict[str, Any]] = []
         self.counts: dict[str, Any] = {}
 
-    def add(self, table: str, why: str, before: int, after: int, ids: Iterable[Any] = ()) -> None:
+    def add(
+        self, table: str, why: str, before: int, after: int, ids: Iterable[Any] = (), num_ids: int | None = None
+    ) -> None:
         """Record that rows of a table were left out.
 
         Args:
             table: the table of the rows. why: the reason, for a reader. ids: of the excluded rows.
+            num_ids: how many they are, if `ids` holds only the smallest.
         """
         gone = {i.item() if isinstance(i, np.generic) else i for i in ids}
-        entry = {"table": table, "why": why, "before": int(before), "after": int(after), "num_ids": len(gone)}
+        entry: dict[str, Any] = {"table": table, "why": why, "before": int(before), "after": int(after)}
+        entry["num_ids"] = len(gone) if num_ids is None else num_ids
         self.exclusions.append(entry | {"ids": heapq.nsmallest(LISTED, gone)})
 
     def note(self, what: str, value: Any) -> None:
@@ -53,6 +58,11 @@ class Attrition:
 
     def as_json(self) -> dict[str, Any]:
         return {"exclusions": self.exclusions, "counts": self.counts}
+
+
+def smallest(ids: pa.ChunkedArray) -> list[Any]:
+    """Of ids the smallest, as many as an attrition lists."""
+    return ids.take(pc.bottom_k_unstable(ids, LISTED)).to_pylist()
 
 
 def deaths(source: Source) -> ir.Table:

@@ -18,9 +18,9 @@ import ibis
 import pyarrow as pa
 from ibis import _
 
-from ehr_features.cohort import deaths
+from ehr_features.cohort import deaths, smallest
 from ehr_features.films.metadata import first, held, hours, ids_of, read_films
-from ehr_features.raw.engine import gathered
+from ehr_features.raw.engine import gathered, release
 
 if TYPE_CHECKING:
     from ehr_features.cohort import Attrition
@@ -47,17 +47,31 @@ def link_films(
         ICU stay that contains it, or of the emergency visit that contains it or ended just before.
     """
     films = read_films(source, attrition, preset)
+    spans = intervals(source)
+    for key, rows in spans.items():
+        _note_impossible(key, rows, attrition)
+    found = find_intervals(source, films, spans, ed_tolerance_hours)
     linked = films
-    spans = _intervals(source)
-    for key, intervals in spans.items():
-        _note_impossible(key, intervals, attrition)
-        found = nearest(films, intervals, key, tolerance_hours=ed_tolerance_hours if key == "ed_stay_id" else 0.0)
-        linked = linked.left_join(found, "dicom_id").drop("dicom_id_right")
-    linked = held(source, _named(source, linked), instead_of=films)
+    for table in found.values():
+        linked = linked.left_join(table, "dicom_id").drop("dicom_id_right")
+    linked = held(source, _named(source, linked, found), instead_of=films)
+    for table in found.values():
+        release(source.con, table)
     _count(source, linked, attrition)
     note_links(linked, {k: s for k, s in spans.items() if k != "ed_stay_id" or source.has("edstays")}, attrition)
     _repeated_keys(source, attrition)
     return linked.drop(*(f"{key}_candidates" for key in KEYS))
+
+
+def find_intervals(
+    source: Source, films: ibis.Table, spans: Mapping[str, ibis.Table], ed_tolerance_hours: float
+) -> dict[str, ibis.Table]:
+    """The interval of each film, of each kind: KEY -> the rows of `nearest`, kept."""
+    tolerance = {"ed_stay_id": ed_tolerance_hours}
+    return {
+        key: held(source, nearest(films, rows, key, tolerance_hours=tolerance.get(key, 0.0)))
+        for key, rows in spans.items()
+    }
 
 
 def stay_films(films: ibis.Table, stays: ibis.Table) -> ibis.Table:
@@ -93,28 +107,24 @@ def last_film(samples: ibis.Table, stay_films: ibis.Table, *, views: Sequence[st
     return first(pairs, ["sample_id"], order).select("sample_id", "dicom_id")
 
 
-def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hours: float = 0.0) -> ibis.Table:
+def nearest(films: ibis.Table, spans: ibis.Table, key: str, *, tolerance_hours: float = 0.0) -> ibis.Table:
     """The interval that contains each film, else the nearest within a tolerance.
 
     Of several: the smallest gap, then one that began before the film, then the latest start, then the largest id.
 
     Args:
         films: dicom_id, subject_id, taken_at, ...
-        intervals: `key`, subject_id, start, end (timestamps; rows that end before they start contain no film).
+        spans: `key`, subject_id, start, end (timestamps; rows that end before they start contain no film).
     Returns: dicom_id, KEY, KEY_link (inside | before | after), KEY_gap_hours, KEY_candidates (how many have that gap);
         linked films only.
     """
     films = films.select("dicom_id", "subject_id", at=_.taken_at.epoch_seconds())
-    intervals = intervals.select("subject_id", key, start=_.start.epoch_seconds(), end=_.end.epoch_seconds())
-    intervals = intervals.filter(_.end >= _.start).distinct()  # repeated rows are not several candidates
+    spans = spans.select("subject_id", key, start=_.start.epoch_seconds(), end=_.end.epoch_seconds())
+    spans = spans.filter(_.end >= _.start).distinct()  # repeated rows are not several candidates
     margin = round(tolerance_hours * 3600)
     pairs = films.join(
-        intervals,
-        [
-            films.subject_id == intervals.subject_id,
-            films.at >= intervals.start - margin,
-            films.at <= intervals.end + margin,
-        ],
+        spans,
+        [films.subject_id == spans.subject_id, films.at >= spans.start - margin, films.at <= spans.end + margin],
     ).mutate(gap=ibis.greatest(_.start - _.at, _.at - _.end, 0), begun=(_.start <= _.at).cast("int64"))
     order = ibis.struct({"begun": _.begun, "start": _.start, "id": _[key]})  # the largest is the best: no sorting
     near = pairs.group_by("dicom_id", "gap").agg(candidates=_.count(), best=order.max())
@@ -125,7 +135,7 @@ def nearest(films: ibis.Table, intervals: ibis.Table, key: str, *, tolerance_hou
     return best.select("dicom_id", **{key: _.best["best"]["id"]}, **columns)
 
 
-def _intervals(source: Source) -> dict[str, ibis.Table]:
+def intervals(source: Source) -> dict[str, ibis.Table]:
     """subject_id, id, start, end of admissions, ICU stays and emergency stays."""
     admissions = source.table("admissions").select(
         "subject_id",
@@ -141,20 +151,21 @@ def _intervals(source: Source) -> dict[str, ibis.Table]:
     return {"hadm_id": admissions, "stay_id": stays, "ed_stay_id": visits}
 
 
-def _named(source: Source, films: ibis.Table) -> ibis.Table:
+def _named(source: Source, films: ibis.Table, found: Mapping[str, ibis.Table]) -> ibis.Table:
     """Link films outside all admissions to the admission of their ICU stay or emergency visit."""
     admissions = source.table("admissions").filter(_.hadm_id.notnull())
     start, end = ibis.least(_.admittime, _.edregtime.coalesce(_.admittime)), _.dischtime
     admissions = admissions.select("subject_id", "hadm_id", start=start.epoch_seconds(), end=end.epoch_seconds())
-    admissions = first(admissions, ["subject_id", "hadm_id"], [_.start, _.end])
     at = films.taken_at.epoch_seconds()
     for key, table in (("stay_id", "icustays"), ("ed_stay_id", "edstays")):
         if not source.has(table):
             continue
-        named = source.table(table).select("subject_id", "hadm_id", of="stay_id").join(
-            admissions, ["subject_id", "hadm_id"]
-        )  # fmt: skip
-        named = first(named, ["of"], [_.hadm_id]).select("of", "start", "end", by="hadm_id")
+        alone = (
+            found[key].anti_join(found["hadm_id"].filter(_.hadm_id.notnull()), "dicom_id").select(of=_[key]).distinct()
+        )
+        named = source.table(table).select("subject_id", "hadm_id", of="stay_id").semi_join(alone, "of")
+        named = named.join(admissions, ["subject_id", "hadm_id"])
+        named = first(named, ["of"], [_.hadm_id, _.start, _.end]).select("of", "start", "end", by="hadm_id")
         films = films.left_join(named, films[key] == named.of)
         fits = films.hadm_id.isnull() & films.by.notnull() & (films[f"{key}_link"] != "before")
         outside = ibis.greatest(films.start - at, at - films.end, 0) / 3600.0
@@ -167,10 +178,10 @@ def _named(source: Source, films: ibis.Table) -> ibis.Table:
     return films
 
 
-def _note_impossible(key: str, intervals: ibis.Table, attrition: Attrition) -> None:
+def _note_impossible(key: str, spans: ibis.Table, attrition: Attrition) -> None:
     """Record the rows to which no film is linked, because they lack an end or end before they begin."""
-    n = intervals.count().execute()
-    bad = ids_of(intervals.filter((_.end >= _.start).fill_null(False) == ibis.literal(False))[key])
+    n = spans.count().execute()
+    bad = ids_of(spans.filter((_.end >= _.start).fill_null(False) == ibis.literal(False))[key])
     why = "no begin or no end, or ends before it begins; it holds no film"
     why += " and is no history" if key == "hadm_id" else ""
     attrition.add(KEYS[key], why, n, n - len(bad), bad)
@@ -207,17 +218,18 @@ NAMES = {"hadm_id": "hospital admission", "stay_id": "ICU stay", "ed_stay_id": "
 READERS, SIZE = 16, 1000  # threads that look for files, and files per batch
 
 
-def note_links(linked: ibis.Table, intervals: Mapping[str, ibis.Table], attrition: Attrition) -> None:
+def note_links(linked: ibis.Table, spans: Mapping[str, ibis.Table], attrition: Attrition) -> None:
     """Record for each kind of link which films have none, and which had several candidates.
 
     Args:
         linked: dicom_id, subject_id, taken_at, and KEY, KEY_candidates of each kind.
-        intervals: KEY -> subject_id, KEY, start, end: the candidates.
+        spans: KEY -> subject_id, KEY, start, end: the candidates.
     """
-    for key, spans in intervals.items():
+    for key, candidates in spans.items():
         name, article = NAMES[key], "a" if key == "hadm_id" else "an"
         table = f"films with a link to {article} {name}"
-        known = spans.filter(_.end >= _.start).select("subject_id").distinct().mutate(known=ibis.literal(True))
+        known = candidates.filter(_.end >= _.start).select("subject_id").distinct()
+        known = known.mutate(known=ibis.literal(True))
         rows = linked.left_join(known, "subject_id").select(
             "dicom_id",
             timed=_.taken_at.notnull(),
@@ -235,10 +247,10 @@ def note_links(linked: ibis.Table, intervals: Mapping[str, ibis.Table], attritio
             (f"taken outside of every {name} of the subject", timed & known_ & ~linked_),
         ):
             num = int(gone.sum())
-            attrition.add(table, why, left, left - num, ids.filter(pa.array(gone)).to_pylist())
+            attrition.add(table, why, left, left - num, smallest(ids.filter(pa.array(gone))), num)
             left -= num
         why = f"ambiguous: several {name}s fit equally; one that had begun, the last of them, is taken"
-        attrition.add(table, why, left, left, ids.filter(pa.array(several)).to_pylist())
+        attrition.add(table, why, left, left, smallest(ids.filter(pa.array(several))), int(several.sum()))
 
 
 def note_files(films: ibis.Table, root: str, attrition: Attrition) -> None:

@@ -92,6 +92,11 @@ def _films(source: Source, preset: str) -> ibis.Table:
 
 def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.Table:
     """Drop films without ids or listed twice and studies of two subjects; set impossible times to null."""
+    patients = source.table("patients").group_by("subject_id").agg(born=(_.anchor_year - _.anchor_age).min())
+    films = films.left_join(patients, "subject_id").drop("subject_id_right")
+    age = films.taken_at.year() - films.born
+    true = films.taken_at.notnull() & age.between(*AGES).fill_null(True)
+    films = every = held(source, films.mutate(taken_at=where(true, films.taken_at)).drop("born"))
     rows = films.count().execute()
     named = films.dicom_id.notnull() & films.study_id.notnull() & films.subject_id.notnull()
     nameless = films.filter(~named)
@@ -116,11 +121,7 @@ def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.T
         films = films.filter(_.study_id.notin(torn))
         whole = films.count().execute()
     attrition.add("films", "study of two subjects (the ids are studies)", once, whole, torn)
-    patients = source.table("patients").select("subject_id", born=_.anchor_year - _.anchor_age)
-    films = films.left_join(first(patients, ["subject_id"], [_.born]), "subject_id").drop("subject_id_right")
-    age = films.taken_at.year() - films.born
-    true = films.taken_at.notnull() & age.between(*AGES).fill_null(True)
-    films = held(source, films.mutate(taken_at=where(true, films.taken_at)).drop("born"))
+    films = held(source, films, instead_of=every) if whole < rows else every
     untimed = ids_of(films.filter(_.taken_at.isnull()).dicom_id)
     why = "impossible StudyDate or StudyTime; the film stays in images.parquet, without time or link"
     attrition.add("films with a time", why, whole, whole - len(untimed), untimed)
