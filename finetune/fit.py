@@ -105,6 +105,6 @@ def fit(
                 nets = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
                 run.save_checkpoint(folder, at | nets, at["step"])
             if ended:
-                raise Stopped(run.go_on(log.folder, at["step"]))
+                raise Stopped(run.go_on(log.folder, at["step"], stop.gone))
     net.load_state_dict(at["kept"])
     return Scores(*at["best"]), at["step"] // per_epoch - at["waited"], at["step"]

@@ -155,7 +155,7 @@ def _loop(
                 run.on_main(partial(export.write, folder, config, method, steps.films, steps.store, done))
             if stop.agreed(done):
                 save(done)
-                raise Stopped(run.go_on(folder, done))
+                raise Stopped(run.go_on(folder, done, stop.gone))
     ahead.close()  # its workers end, and their seconds count
     save(plan.total)
     return plan.total, seconds()

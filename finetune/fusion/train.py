@@ -298,4 +298,6 @@ def _sources(config: FuseConfig) -> list[Path]:
     if config.features is None:
         return own_samples.sources(config)
     names: list[Any] = ["provenance.json", *sorted(p.name for p in Path(config.features).glob("samples/*.parquet"))]
-    return [Path(config.features) / (name if name == "provenance.json" else f"samples/{name}") for name in names]
+    tables = [Path(config.features) / (name if name == "provenance.json" else f"samples/{name}") for name in names]
+    read_throughout = [Path(config.store) / "index.parquet"] if config.store and not config.freeze else []
+    return tables + read_throughout

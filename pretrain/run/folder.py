@@ -12,7 +12,7 @@ what it decides or refuses, all processes do. A loop reads as
         for step in ...:
             ...; log.log({"train/loss": loss}, step)
             if stop.agreed(step):
-                run.save_checkpoint(folder, state, step); raise Stopped(run.go_on(folder, step))
+                run.save_checkpoint(folder, state, step); raise Stopped(run.go_on(folder, step, stop.gone))
     run.finish(folder)
 """
 
@@ -30,7 +30,7 @@ from configs.cli import typed
 from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, tidy, write_json, write_seal
 from ehr_features.typed import read_json, read_yaml
 from ehr_features.typed.shapes import Provenance
-from pretrain.run.processes import agreed, on_main
+from pretrain.run.processes import agreed, needs, on_main
 
 FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet", "trackers")
 OURS = (*FIRST, "metrics.jsonl", "encoder")
@@ -70,6 +70,7 @@ def open_run(
                 part.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
 
     on_main(open_it)
+    needs(sources)
     return folder
 
 
@@ -140,6 +141,7 @@ def finish(folder: Path, **more: Any) -> None:
     on_main(mark)
 
 
-def go_on(folder: Path, step: int) -> str:
-    """The message of an early stop: `raise Stopped(go_on(folder, step))`."""
-    return f"{folder}: stopped at step {step} and saved; go on with\n  {typed()}"
+def go_on(folder: Path, step: int, gone: Path | None = None) -> str:
+    """The message of an early stop: `raise Stopped(go_on(folder, step, stop.gone))`."""
+    why = f"{gone}: it is no longer there, moved or deleted under the run; put it back\n" if gone else ""
+    return f"{why}{folder}: stopped at step {step} and saved; go on with\n  {typed()}"

@@ -31,7 +31,7 @@ class Config(Settings):
 
 def work(args):
     run.accelerator(args, cpu=True, limit=args.limit)
-    folder = run.open_run(args.out, Config(out=args.out, seed=args.seed))
+    folder = run.open_run(args.out, Config(out=args.out, seed=args.seed), sources=["source"])
     if run.complete(folder):
         return 0
     log, state = run.Log(folder), run.load_checkpoint(folder) or {"step": 0, "total": 0}
@@ -46,7 +46,7 @@ def work(args):
             time.sleep(args.wait)
             if stop.agreed(step):
                 run.save_checkpoint(folder, {"total": total}, step)
-                raise Stopped(run.go_on(folder, step))
+                raise Stopped(run.go_on(folder, step, stop.gone))
     run.finish(folder, total=total)
 
 top, commands = cli.parser("loop", "")
@@ -115,6 +115,21 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(runs: Runs) -
     assert out.count("complete since") == 1
     _, err = ended(runs.start("--processes", "2", "--steps", "400", seed=1), 2)
     assert err.count("seed: 0 there, 1 now") == 1 and "Traceback" not in err  # one process speaks for both
+
+
+@pytest.mark.slow
+def test_a_source_moved_under_a_run_ends_it_with_a_sentence_and_put_back_it_goes_on(runs: Runs) -> None:
+    (runs.folder / "source").write_text("films")
+    first = runs.start("--processes", "2", "--steps", "900", "--wait", "0.02")
+    runs.wait_for(3)
+    (runs.folder / "source").rename(runs.folder / "elsewhere")
+    _, err = ended(first, 75)
+    assert f"{runs.folder}/source: it is no longer there, moved or deleted under the run; put it back" in err
+    assert err.count("saved; go on with") == 1 and "Traceback" not in err
+    assert len(runs.totals()) < 900
+    (runs.folder / "elsewhere").rename(runs.folder / "source")
+    ended(runs.start("--processes", "2", "--steps", "900"), 0)
+    assert runs.totals() == [step * (step + 1) for step in range(1, 901)]
 
 
 @pytest.mark.slow
