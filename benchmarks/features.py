@@ -34,14 +34,16 @@ IDS = ("subject_id", "hadm_id", "stay_id")
 APART = 100_000_000  # offset of the ids of a copy; ids have eight digits
 
 
-def enlarge(demo: Path, folder: Path, k: int) -> dict[str, int]:
-    """Write k copies of the demo, each with other ids. Returns: rows of each table."""
+def enlarge(demo: Path, folder: Path, k: int, thin: int = 1) -> dict[str, int]:
+    """Write k copies of the demo, each with other ids; of events one row in `thin`. Returns: rows of each table."""
     rows = {}
     con = duckdb.connect()
     for name, part in ENLARGED.items():
         target = folder / part / f"{name}.csv.gz"
         target.parent.mkdir(parents=True, exist_ok=True)
         read = f"read_csv('{demo / part / name}.csv.gz', all_varchar=true, header=true)"
+        if thin > 1 and name.endswith("events"):
+            read = f"(SELECT * FROM {read} QUALIFY row_number() OVER () % {thin} = 0)"
         columns = [c[0] for c in con.execute(f"DESCRIBE SELECT * FROM {read}").fetchall()]
         select = [f"CAST({c} AS BIGINT) + i * {APART} AS {c}" if c in IDS else f'"{c}"' for c in columns]
         sql = f"SELECT {', '.join(select)} FROM {read}, range({k}) AS copies(i)"

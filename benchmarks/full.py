@@ -1,13 +1,14 @@
 """Processor seconds, peak memory and spill of `features` and `audit` from the open demo's size to a full hospital.
 
-    ./launch.sh python -m benchmarks.full DEMO --cxr LINKED [--k 1 5 20 40 full] [--memory 300MB 1GB 16GB]
+    ./launch.sh python -m benchmarks.full DEMO --cxr LINKED [--k 1 5 20 40 full] [--memory 300MB 1GB 16GB] [--thin 1]
         [--scratch FOLDER] [--json FILE]
 
 DEMO is the open MIMIC-IV demo and LINKED the film tables of its subjects; each is copied k times with other ids, as
-csv.gz. `full` is the number of copies with the 94,458 ICU stays of MIMIC-IV 3.1. `features` writes the tasks
-mortality, phenotypes and decompensation (a sample for each hour) with an empty cache; `audit` then reads the raw tables
-again. Each runs in a process of its own. `peak` is its largest resident memory, pages of mapped files included; `spill`
-the most that its engine had on the disk. A limit above what is needed (16GB) shows the memory without one.
+csv.gz. `full` is the number of copies with the 94,458 ICU stays of MIMIC-IV 3.1; `--thin N` keeps one event in N.
+`features` writes the tasks mortality, phenotypes and decompensation (a sample for each hour) with an empty cache;
+`audit` then reads the raw tables again. Each runs in a process of its own. `peak` is its largest resident memory, pages
+of mapped files included; `spill` the most that its engine had on the disk. A limit above what is needed (16GB) shows
+the memory without one.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ TASKS = "tasks: [mortality, phenotypes, decompensation]"
 STEPS = ("build", "audit")
 
 
-def hospital(demo: Path, cxr: Path, folder: Path, k: int) -> dict[str, int]:
+def hospital(demo: Path, cxr: Path, folder: Path, k: int, thin: int = 1) -> dict[str, int]:
     """Write k copies of the demo and of its films. Returns: rows of each table."""
-    rows = enlarge(demo, folder / "iv", k)
+    rows = enlarge(demo, folder / "iv", k, thin)
     (folder / "cxr").mkdir(parents=True, exist_ok=True)
     con = duckdb.connect()
     for name, film in FILMS.items():
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--cxr", type=Path, required=True, help="the film tables of its subjects")
     parser.add_argument("--k", nargs="+", default=["1", "5", "20", "40", "full"], help="copies; full: all stays")
     parser.add_argument("--memory", nargs="+", default=["300MB", "1GB", "16GB"])
+    parser.add_argument("--thin", type=int, default=1, help="keep one event in so many")
     parser.add_argument("--scratch", type=Path, default=None, help="folder for the enlarged tables (kept)")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     args = parser.parse_args()
@@ -132,10 +134,10 @@ def main() -> None:
     results = []
     for word in args.k:
         k = round(FULL_STAYS / DEMO_STAYS) if word == "full" else int(word)
-        folder = scratch / f"hospital-{k}"
+        folder = scratch / f"hospital-{k}-{args.thin}"
         if not (folder / "rows.json").is_file():
             print(f"{k} copies: writing the tables ...", file=sys.stderr, flush=True)
-            rows = hospital(args.demo, args.cxr, folder, k)
+            rows = hospital(args.demo, args.cxr, folder, k, args.thin)
             (folder / "rows.json").write_text(json.dumps(rows))
         rows = json.loads((folder / "rows.json").read_text())
         counts = {"k": k, "events": rows["chartevents"] + rows["labevents"], "films": rows["metadata"]}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from configs.amounts import check_memory
+from configs.signals import held
 from finetune.encoders import open_encoder, to_be_tuned
 from finetune.fit import Scores, fit
 from finetune.labelled import Films
@@ -135,7 +136,8 @@ class _Fit:
         ]
         with ThreadPoolExecutor(1) as reader:
             reads = (reader.submit(self._read, rows) for rows in own)
-            ahead = next(reads)
+            with held():  # while the thread starts
+                ahead = next(reads)
             for i, rows in enumerate(own):
                 films, ahead = ahead.result(), next(reads, ahead)
                 yield self._step(wrapped, optimizer, films, rows, step + i, per_epoch)
