@@ -18,9 +18,18 @@ import torch
 from ehr_features.files import write_json
 from finetune.report.screenshot import browser
 
-# CI may have been started with SIGHUP ignored or blocked, which children would inherit
+SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+# CI may have been started with signals ignored or blocked, which children would inherit
+signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP, signal.SIGTERM, signal.SIGINT})
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> None:
+    """Signals as a command finds them: another command, run in this process, may have left them ignored."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_finish() -> None:

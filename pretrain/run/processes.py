@@ -39,7 +39,7 @@ _sources: list[Path] = []  # files that training needs
 
 def is_main() -> bool:
     """Whether this is process 0 of the run."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return (dist.get_rank() if distributed() else int(os.environ.get("RANK", "0"))) == 0
 
 
 def accelerator(args: argparse.Namespace | None = None, *, limit: float = LIMIT_SECONDS, **options: Any) -> Accelerator:

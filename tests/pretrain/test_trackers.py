@@ -4,6 +4,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -72,10 +73,17 @@ def read(name: str, folder) -> dict[str, dict[int, float]]:
     else:
         from wandb.proto.wandb_internal_pb2 import Record
 
+        def records(path: Path) -> list[Record]:
+            """All of a file: W&B's own process may write the last ones after `finish` has returned."""
+            for _ in range(600):
+                held = [Record.FromString(data) for data in leveldb_log(path.read_bytes()[7:], before=7)]
+                if held and held[-1].WhichOneof("record_type") == "exit":
+                    break
+                time.sleep(0.1)
+            return held
+
         for path in sorted(folder.rglob("*.wandb")):
-            for data in leveldb_log(path.read_bytes()[7:], before=7):
-                record = Record()
-                record.ParseFromString(data)
+            for record in records(path):
                 if record.WhichOneof("record_type") == "run":
                     assert record.run.project == "lungs" and record.run.display_name == "first"
                 items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
