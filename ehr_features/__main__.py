@@ -81,13 +81,20 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("features", metavar="FEATURES", type=Path, help="a features/ folder, or one of notes")
     audit.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="runs, or notes, made from it")
     audit.add_argument(
-        "--memory", type=limit, help="memory limit of the engine, such as 4GB; that of the build if not given"
+        "--memory", type=_limit, help="memory limit of the engine, such as 4GB; that of the build if not given"
     )
     audit.set_defaults(run=_audit)
     hospital = cli.command(commands, "hospital")
     demo_arguments(hospital)
     hospital.set_defaults(run=_demo)
     return top
+
+
+def _limit(text: str) -> str:
+    try:
+        return limit(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: memory {error}") from None
 
 
 def main() -> None:

@@ -33,11 +33,22 @@ EVALUATION = Policy("ignore", "zeros")  # val and test, everywhere
 TEXT_GROUP = "text"  # the EHR group that pretraining reads from a film's note (pretrain/text/notes.py)
 
 
+LEAST_MB = 500  # Python and its libraries take 300 of it
+
+
 def limit(text: str) -> str:
     """A limit of memory, as written."""
-    if not re.fullmatch(r"\d+(\.\d+)?\s*[MGT]B", text):
-        raise ValueError("is a number and a unit, such as 4GB or 800MB")
+    if megabytes(text) < LEAST_MB:
+        raise ValueError(f"is {LEAST_MB}MB or more: Python and its libraries take 300MB of it")
     return text
+
+
+def megabytes(text: str) -> float:
+    """`4GB` -> 4000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]B)", text)
+    if found is None:
+        raise ValueError("is a number and a unit, such as 4GB or 800MB")
+    return float(found[1]) * {"MB": 1, "GB": 1000, "TB": 1_000_000}[found[2]]
 
 
 def _of_spark(settings: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
@@ -53,7 +64,9 @@ Engine = Annotated[
 Memory = Annotated[
     str,
     AfterValidator(limit),
-    Field(description="Memory limit of the engine, a number and MB, GB or TB; it spills to disk beyond."),
+    Field(
+        description="Memory limit of the engine, a number and MB, GB or TB (500MB or more); it spills to disk beyond."
+    ),
 ]
 Threads = Annotated[int, Field(ge=1, le=1024, description="Threads of the engine.")]
 Spark = Annotated[

@@ -24,6 +24,7 @@ from ibis.util import gen_name
 
 from configs import UserError
 from configs.signals import Stopped, stops
+from ehr_features.config import megabytes
 from ehr_features.raw import spark
 
 _OPEN: weakref.WeakSet[Any] = weakref.WeakSet()  # DuckDB connections, for `interruptible`
@@ -38,8 +39,7 @@ def connect(
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """An ibis backend with a memory limit; it spills to `spill`. `settings` are Spark's."""
-    number, unit = re.fullmatch(r"([\d.]+)\s*([MGT]B)", memory).groups()  # type: ignore[union-attr]
-    size = float(number) * {"MB": 1, "GB": 1000, "TB": 1_000_000}[unit]
+    size = megabytes(memory)
     share = int(max(size * 0.6, size - 1500))  # the rest: Python, CSV buffers, mapped files
     if engine == "pyspark":
         return spark.connect(share, threads, spill, settings)

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from configs import UserError
+from configs import UserError, load
 from ehr_features import build, schema, series
 from ehr_features.check import check, num_rows
 from ehr_features.config import FeaturesConfig
@@ -347,6 +347,13 @@ def test_a_truncated_event_table_leaves_no_features(mimic, config):
     with pytest.raises(UserError, match=r"chartevents\.csv\.gz: .*[Dd]ownload it again"):
         build.build(config())
     assert not config().out.exists() and not list(config().cache_folder.glob("chartevents*"))
+
+
+@pytest.mark.parametrize("memory", ["300MB", "0.4GB", "4", "4 gigabytes"])
+def test_a_limit_that_the_libraries_alone_would_pass_is_refused(config, memory):
+    wanted = "a number and a unit, such as 4GB" if memory.startswith("4") else "500MB or more"
+    with pytest.raises(UserError, match=f"`memory` is {wanted}.*{memory}"):
+        build.build(load(FeaturesConfig, {"mimic_iv": "x", "out": str(config().out), "memory": memory}))
 
 
 def test_a_folder_of_something_else_is_not_overwritten(mimic, config):
