@@ -50,8 +50,9 @@ class Store:
             )
         for name, size in about["shards"].items():
             path = self.folder / name
+            held = f"{path.stat().st_size:,} bytes" if path.is_file() else "absent"
             if not path.is_file() or path.stat().st_size != size:
-                raise UserError(f"{path}: {'damaged' if path.is_file() else 'absent'}; was the store copied whole?")
+                raise UserError(f"{path}: {held}, store.json says {size:,} bytes; was the store copied whole?")
         self.size: int = about["size"]
         self.hash: str = about["hash"]
         encoding = about.get("plan", {}).get("encoding", "raw")  # `preprocess` of version 0.2.0 leaves it out
