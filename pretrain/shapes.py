@@ -179,6 +179,30 @@ class EncoderJson(Shape):
     text: dict[str, Any] | None = None
 
 
+class ProbeRun(Shape):
+    """What a probe's results.json says of its run."""
+
+    task: Word | None = None
+    model: Word | None = None
+    encoder: str | None = None
+
+
+class ProbeRow(Shape):
+    """A number of a probe's results.json."""
+
+    metric: Word
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class ProbeResults(Shape):
+    """results.json of a probe, as model cards cite it."""
+
+    run: ProbeRun = ProbeRun()
+    rows: list[ProbeRow] = []
+
+
 class Budget(Shape):
     """budget.json: the steps that a run can afford."""
 

@@ -12,7 +12,7 @@ from ehr_features import static
 from ehr_features.audit.verdict import Verdict, cannot, decide
 from ehr_features.schema import HELD_OUT, Column
 from ehr_features.typed import read_json, read_parquet, read_yaml
-from ehr_features.typed.shapes import RunConfig
+from ehr_features.typed.shapes import OfRecord, RunConfig
 
 UNTRAINED = ("pixels", "metadata", "random:")
 
@@ -95,7 +95,7 @@ def _inputs(run: Path, config: dict[str, Any]) -> Verdict:
     baseline = config.get("groups") if config.get("encoder") == "metadata" else None  # other probes ignore them
     groups, preset = list(ehr.get("groups") or baseline or []), ehr.get("preset", "default")
     exported = run / "encoder" / "encoder.json"
-    told = read_json(exported).get("ehr_groups") or {} if exported.is_file() and "ehr" in config else {}
+    told = read_json(exported, OfRecord).get("ehr_groups") or {} if exported.is_file() and "ehr" in config else {}
     refused, late = [], []
     for group in dict.fromkeys([*groups, *told]):
         try:

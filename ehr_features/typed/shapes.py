@@ -18,8 +18,9 @@ Number = float | None
 
 
 def _text_or_object(value: Any) -> Any:
-    if value is not None and not isinstance(value, (str, dict)):
-        raise ValueError("text, an object or null")
+    weights = value.get("init") if isinstance(value, dict) else value
+    if weights is not None and not isinstance(weights, str):
+        raise ValueError("text, an object whose `init` is text or null, or null")
     return value
 
 
@@ -73,6 +74,12 @@ class RunConfig(Given):
     optim: dict[str, Any] | None = None
     groups: list[str] | None = None
     freeze: bool | None = None
+
+
+class OfRecord(Shape):
+    """encoder.json: the groups of the record that its pretraining had, and when each is known."""
+
+    ehr_groups: dict[str, Any] | None = None
 
 
 class Source(Shape):

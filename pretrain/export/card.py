@@ -19,6 +19,7 @@ from ehr_features.typed.shapes import RunConfig
 from pretrain.config import PretrainConfig
 from pretrain.encoder.model import encoder_folder
 from pretrain.options import TITLES
+from pretrain.shapes import ProbeResults
 
 LICENCE = """\
 Trained on credentialed data (PhysioNet) where it was MIMIC: the data must not leave your institution, and weights may
@@ -106,7 +107,7 @@ def own_results(source: Path) -> Path | None:
     folder = encoder_folder(source).resolve()
     found = []
     for path in folder.parent.parent.glob("*/results.json"):
-        run = read_json(path).get("run", {})
+        run = read_json(path, ProbeResults).get("run", {})
         of = run.get("encoder")
         frozen = run.get("task") == "findings" and run.get("model") in ("linear", "logistic", "knn")
         if frozen and not run.get("allow_leak") and of and encoder_folder(of).resolve() == folder:
@@ -119,7 +120,7 @@ def read_results(probe: Path, source: Path) -> dict[str, Any]:
     path = probe / "results.json"
     if not path.is_file():
         raise UserError(f"--probe {probe}: no results.json in it; give the run folder of a finished probe")
-    results: dict[str, Any] = read_json(path)
+    results: dict[str, Any] = read_json(path, ProbeResults)
     of = results.get("run", {}).get("encoder")
     if of and Path(of).exists() and encoder_folder(of).resolve() != encoder_folder(source).resolve():
         raise UserError(f"--probe {probe}: it measured {of}, not {source}; give a probe of this encoder")

@@ -13,7 +13,7 @@ from ehr_features.files import read_table, write_json
 from ehr_features.typed import read_json, read_lines, read_yaml, shapes
 from finetune.config.shapes import Head, Logged
 from finetune.results import Results
-from pretrain.shapes import EncoderJson, StoreJson
+from pretrain.shapes import EncoderJson, ProbeResults, StoreJson
 from tests.written import encoder_json, series_json
 
 ROW = {"split": "test", "label": "a", "metric": "auroc", "value": 0.7, "low": 0.6, "high": 0.8, "n": 9, "positives": 4}
@@ -51,6 +51,10 @@ ODD = {  # text of the file, its shape -> what is said
     "no arguments": (changed(encoder_json(), model_args=None), EncoderJson, "`model_args`: got null, wanted an object"),
     "a huge network": (changed(encoder_json(), model_args={"depth": 10**9}), EncoderJson, "no number above 65,536"),
     "no time": (changed(encoder_json(), ehr_groups={"age": "never"}), EncoderJson, "study, admission or discharge"),
+    "weights of a list": ('{"encoder": {"init": ["a"]}}', shapes.RunConfig, "whose `init` is text or null"),
+    "groups in a list": ('{"ehr_groups": ["age"]}', shapes.OfRecord, "`ehr_groups`: got a list of 1, wanted an object"),
+    "a run in a list": ('{"run": ["a"]}', ProbeResults, "`run`: got a list of 1, wanted an object"),
+    "a value of text": ('{"rows": [{"metric": "auroc", "value": "0.7"}]}', ProbeResults, "`rows.0.value`: got the text"),
     "a threshold too few": (
         '{"labels": ["a", "b"], "pools": ["avg"], "encoder": "", "encoder_hash": "", "thresholds": [0.5]}', Head,
         "a threshold for each",
