@@ -18,7 +18,7 @@ from ehr_features import cohort
 from ehr_features.audit.series import of_stays, read_numbers
 from ehr_features.audit.verdict import Verdict, decide
 from ehr_features.config import FeaturesConfig
-from ehr_features.raw.engine import batches, read
+from ehr_features.raw.engine import batches, kept, read, release
 from ehr_features.raw.source import Source
 from ehr_features.series import channels, coverage
 from ehr_features.series.mapped import by_stays
@@ -34,7 +34,8 @@ def check_covered(features: Path, source: Source, config: FeaturesConfig) -> Ver
     charted = [n for n, (_name, _share, items) in enumerate(of) if coverage.is_charted(items)]
     seen = coverage.observed_stays(path)
     empty = int(coverage.bare(seen, of).sum())
-    rows = _placed(source, config, declared)
+    charts = kept(source.con, _charted(source, declared))  # read once
+    rows = _placed(source, config, charts)
     total, lost = (int(n or 0) for n in rows.agg(n=_.count(), lost=_.lost.sum()).to_pyarrow().to_pylist()[0].values())
     bad = {
         "stays of which nothing charted is observed": empty if 2 * empty > len(seen) else 0,
@@ -42,22 +43,28 @@ def check_covered(features: Path, source: Source, config: FeaturesConfig) -> Ver
     }
     if config.preset == "default":
         bad["hours with a charted value that the series do not have"] = _unseen(path, rows, charted, config.step_hours)
+    release(source.con, charts)
     few = [f"{name} {ours:.0%} ({share:.0%})" for name, (ours, share) in coverage.rare(seen, of).items()]
     said = f"; in far fewer stays than in the MIMIC-IV demo: {', '.join(few)}" if few else ""
     return decide(COVERED, bad, f"{total:,} charted values of {len(seen)} stays, {lost:,} without a stay{said}")
 
 
-def _placed(source: Source, config: FeaturesConfig, declared: tuple[channels.Channel, ...]) -> ir.Table:
-    """Charted values in their range: channel, stay_id, seconds (since intime), lost (no such stay in icustays)."""
+def _charted(source: Source, declared: tuple[channels.Channel, ...]) -> ir.Table:
+    """Charted values in their range: channel, stay_id, subject_id, drawn, lost (no such stay in icustays)."""
     items, texts = channels.item_table(source.con, declared), channels.text_table(source.con, declared)
     charted = [item for c in declared if coverage.is_charted(tuple(c.items)) for item in c.items]
     rows = read_numbers(raw_events(source, "chartevents").filter(_.itemid.isin(charted)), items, texts)
     rows = rows.filter(_.v.between(_.low, _.high)).select("channel", "stay_id", "subject_id", "drawn")
+    known = source.table("icustays").select(known="stay_id").distinct()
+    rows = rows.left_join(known, rows.stay_id == known.known)
+    return rows.mutate(lost=_.known.isnull()).drop("known")
+
+
+def _placed(source: Source, config: FeaturesConfig, rows: ir.Table) -> ir.Table:
+    """Charted values of the cohort, and those of no stay: channel, stay_id, seconds (since intime), lost."""
     stays = cohort.stays(source, config.preset, cohort.Attrition())
     times = {"begins": _.intime.epoch_seconds(), "ends": _.outtime.epoch_seconds(), "dies": _.death_at.epoch_seconds()}
     window = stays.select("stay_id", "subject_id", **times)
-    known = source.table("icustays").select(known="stay_id").distinct()
-    rows = rows.left_join(known, rows.stay_id == known.known).mutate(lost=_.known.isnull())
     own = rows.join(window.drop("subject_id"), "stay_id")
     strays = rows.filter(_.lost).drop("stay_id")
     strays = strays.left_join(

@@ -54,7 +54,7 @@ ODD = {  # text of the file, its shape -> what is said
     "weights of a list": ('{"encoder": {"init": ["a"]}}', shapes.RunConfig, "whose `init` is text or null"),
     "groups in a list": ('{"ehr_groups": ["age"]}', shapes.OfRecord, "`ehr_groups`: got a list of 1, wanted an object"),
     "a run in a list": ('{"run": ["a"]}', ProbeResults, "`run`: got a list of 1, wanted an object"),
-    "a value of text": ('{"rows": [{"metric": "auroc", "value": "0.7"}]}', ProbeResults, "`rows.0.value`: got the text"),
+    "a value of text": ('{"rows": [{"metric": "auroc", "value": "0.7"}]}', ProbeResults, "`rows.0.value`: got the"),
     "a threshold too few": (
         '{"labels": ["a", "b"], "pools": ["avg"], "encoder": "", "encoder_hash": "", "thresholds": [0.5]}', Head,
         "a threshold for each",
