@@ -42,6 +42,7 @@ from pretrain.methods.msn import MSN
 from pretrain.options import LossConfig, ViewsConfig
 from pretrain.views import Views
 
+ALL_CORES = os.sched_getaffinity(0)
 TURN = 6  # our batches of views per turn, so that a turn lasts about as long as one batch of lightly's
 Job = Callable[[], Any]
 WIDTH, HEADS, DEPTH, PROTOTYPES = 192, 6, 12, 1024  # of the published model
@@ -267,7 +268,12 @@ def films_a_second(processes: int, threads: int, batch_size: int, steps: int) ->
     words = ["benchmarks.pretrain", "--worker", str(batch_size), "--steps", str(steps)]
     command = [sys.executable, "-m", "configs.launch", "--processes", str(processes), "--", *words]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    cores = sorted(os.sched_getaffinity(0))[: processes * threads]  # a process takes as many threads as it finds cores
+    os.sched_setaffinity(0, cores)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    finally:
+        os.sched_setaffinity(0, ALL_CORES)
     return [float(number) for number in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
