@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs import UserError
+from configs import UserError, first_line
 from pretrain.encoder.memory import check_arguments, tried_on_meta, weights_fit
 
 VITS = ("vision_transformer", "deit", "eva")  # timm modules whose models support dynamic_img_size
@@ -39,11 +39,11 @@ def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any
         raise
     except (KeyError, RuntimeError) as error:
         if not isinstance(error, KeyError) and "Unknown model" not in str(error):
-            raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {error}") from None
+            raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {first_line(error)}") from None
         near = difflib.get_close_matches(arch, timm.list_models(), n=5) or ["vit_tiny_patch16_224", "densenet121"]
         raise UserError(f"encoder.arch: timm has no `{arch}`. Similar names: {', '.join(near)}") from None
     except (TypeError, AssertionError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {error}") from None
+        raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {first_line(error)}") from None
 
 
 def check_model_args(arch: str, in_chans: int, image_size: int, args: dict[str, Any], copies: int = 1) -> None:

@@ -58,7 +58,7 @@ class TextEncoder:
             from sentence_transformers import SentenceTransformer
             from transformers.utils import logging
         except ImportError as error:
-            raise UserError(f"text needs the extra `text`: {INSTALL} ({error})") from None
+            raise UserError(f"text needs the extra `text`: {INSTALL} ({first_line(error)})") from None
         logging.disable_progress_bar()  # of reading the weights
         safe = any(self.folder.glob("*.safetensors"))
         weights: dict[str, Any] = {"use_safetensors": True} if safe else {"weights_only": True}
