@@ -273,6 +273,12 @@ def test_recomputing_activations_changes_no_gradient_of_a_convolutional_net(arch
     torch.testing.assert_close(*gradients)
 
 
+def test_timms_long_errors_are_cut_to_a_line():
+    with pytest.raises(UserError, match=r"timm cannot make .* linspace\(\)") as error:
+        enc.create("vit_tiny_patch16_224", model_args={"depth": True})
+    assert "\n" not in str(error.value)
+
+
 def test_an_encoder_that_timm_does_not_have_is_refused_by_its_file(tmp_path):
     folder = enc.save(tmp_path / "encoder", tiny(), {"step": 1})
     about = json.loads((folder / "encoder.json").read_text())

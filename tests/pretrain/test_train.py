@@ -203,13 +203,11 @@ def test_collapse_warns_in_words(data, tmp_path, monkeypatch):
         ("encoder.pool=max", "pool `max`"),
         ("encoder.init=nowhere.safetensors", "nowhere"),
         ("encoder.model_args={depth: 2, embed_dim: 25}", "timm cannot make"),
-        ("encoder.model_args={depth: true}", "timm cannot make.*linspace"),
     ],
 )
 def test_mistakes_are_named(data, tmp_path, override, says):
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=says):
         train.train(config(data, tmp_path / "x", override))
-    assert "\n" not in str(error.value).partition("timm")[2]
 
 
 @pytest.mark.parametrize(
