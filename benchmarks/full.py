@@ -1,6 +1,6 @@
 """Processor seconds, peak memory and spill of `features` and `audit` from the open demo's size to a full hospital.
 
-    ./launch.sh python -m benchmarks.full DEMO --cxr LINKED [--k 1 5 20 40 full] [--memory 300MB 1GB 16GB] [--thin 1]
+    ./launch.sh python -m benchmarks.full DEMO --cxr LINKED [--k 1 5 20 40 full] [--memory 500MB 1GB 16GB] [--thin 1]
         [--scratch FOLDER] [--json FILE]
 
 DEMO is the open MIMIC-IV demo and LINKED the film tables of its subjects; each is copied k times with other ids, as
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("demo", type=Path, help="the folder of the open MIMIC-IV demo")
     parser.add_argument("--cxr", type=Path, required=True, help="the film tables of its subjects")
     parser.add_argument("--k", nargs="+", default=["1", "5", "20", "40", "full"], help="copies; full: all stays")
-    parser.add_argument("--memory", nargs="+", default=["300MB", "1GB", "16GB"])
+    parser.add_argument("--memory", nargs="+", default=["500MB", "1GB", "16GB"])
     parser.add_argument("--thin", type=int, default=1, help="keep one event in so many")
     parser.add_argument("--scratch", type=Path, default=None, help="folder for the enlarged tables (kept)")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")

@@ -111,13 +111,18 @@ def config_command(
 
 def main(top: argparse.ArgumentParser, argv: list[str] | None = None) -> NoReturn:
     """Parse, run, and leave with the exit code that the outcome asks for."""
-    args, rest = top.parse_known_args(argv)
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if hasattr(args, "overrides") and len(overrides) == len(rest):
-        args.overrides = [*args.overrides, *rest]  # argparse does not mix flags and trailing words
-    elif rest:
-        top.error(_not_understood([word for word in rest if word not in overrides], args))
-    sys.exit(guard(lambda: args.run(args), signals=True))
+
+    def run() -> int | None:
+        args, rest = top.parse_known_args(argv)
+        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+        if hasattr(args, "overrides") and len(overrides) == len(rest):
+            args.overrides = [*args.overrides, *rest]  # argparse does not mix flags and trailing words
+        elif rest:
+            top.error(_not_understood([word for word in rest if word not in overrides], args))
+        code: int | None = args.run(args)
+        return code
+
+    sys.exit(guard(run, signals=True))
 
 
 def _not_understood(words: list[str], args: argparse.Namespace) -> str:

@@ -140,9 +140,10 @@ def _joined(source: Source, attrition: Attrition) -> pd.DataFrame:
     held = hold(source.con, "icu_admissions", pa.table({"hadm_id": pa.array(icu["hadm_id"].dropna().astype("int64"))}))
     admissions = admissions.semi_join(held, "hadm_id").to_pandas().drop_duplicates()
     patients = source.table("patients").to_pandas().drop_duplicates()
-    for frame, key in ((admissions, ["hadm_id"]), (patients, ["subject_id"])):
-        if twice := frame.loc[frame.duplicated(key), key[0]].tolist():
-            raise UserError(f"{len(twice)} {key[0]} have two different rows, e.g. {twice[:3]}; one row each is needed")
+    for table, frame, key in (("admissions", admissions, "hadm_id"), ("patients", patients, "subject_id")):
+        if twice := frame.loc[frame.duplicated(key), key].tolist():
+            path, of = source.files.get(table, table), f"{len(twice)} {key}, e.g. {twice[:3]}"
+            raise UserError(f"{path}: two different rows of {of}; one row each is needed")
     joined = icu.merge(admissions, on=["subject_id", "hadm_id"], how="left", validate="m:1", indicator="admitted")
     joined = joined.merge(patients, on="subject_id", how="left", validate="m:1", indicator="known")
     joined = _drop(joined, joined["admitted"] != "both", "no such admission of this subject in admissions", attrition)

@@ -34,12 +34,15 @@ TEXT_GROUP = "text"  # the EHR group that pretraining reads from a film's note (
 
 
 LEAST_MB = 500  # Python and its libraries take 300 of it
+MOST_MB = 1_000_000_000
 
 
 def limit(text: str) -> str:
     """A limit of memory, as written."""
     if megabytes(text) < LEAST_MB:
         raise ValueError(f"is {LEAST_MB}MB or more: Python and its libraries take 300MB of it")
+    if megabytes(text) > MOST_MB:
+        raise ValueError("is 1000TB or less")
     return text
 
 

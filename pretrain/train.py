@@ -63,6 +63,7 @@ def train(config: PretrainConfig | Given, args: argparse.Namespace | None = None
     if run.complete(folder):
         return folder
     log, store = run.open_log(folder, config, accelerator), Store(config.store)
+    run.needs(config.features, config.store)
     ehr = config.ehr
     films = select_films(config.features, store, config.films, ehr.groups, ehr.preset, config.seed, text)
     if config.ehr.permuted:

@@ -37,7 +37,7 @@ from ehr_features.audit.series import DECLARED, FITTED, KNOWN, check_carried, ch
 from ehr_features.audit.series import READ as RAW_EVENTS
 from ehr_features.audit.verdict import PROVED, UNKNOWN, Verdict, cannot, decide
 from ehr_features.audit.written import Written, quoted
-from ehr_features.config import FeaturesConfig
+from ehr_features.config import LEAST_MB, FeaturesConfig, megabytes
 from ehr_features.progress import Bar
 from ehr_features.raw.engine import named_by_the_engine
 from ehr_features.raw.remote import fingerprint
@@ -169,7 +169,10 @@ def _memory(features: Path) -> str:
 def _built_with(features: Path) -> FeaturesConfig:
     """The config of the build. Raises: UserError: it is missing or invalid."""
     try:
-        config = FeaturesConfig(**read_json(features / "provenance.json", shapes.Provenance)["config"])
+        given = dict(read_json(features / "provenance.json", shapes.Provenance)["config"])
+        if "memory" in given and megabytes(given["memory"]) < LEAST_MB:  # of an earlier release
+            given["memory"] = f"{LEAST_MB}MB"
+        config = FeaturesConfig(**given)
         channels.read_variables(config.channels)
         return config
     except (KeyError, TypeError, ValueError) as error:

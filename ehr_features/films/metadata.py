@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import ibis
 from ibis import _
 
+from configs import UserError
 from ehr_features.raw.engine import kept, release
 from ehr_features.schema import VIEW_CODES
 
@@ -107,7 +108,7 @@ def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.T
     twice = ids_of(films.group_by("dicom_id").agg(n=_.count()).filter(_.n > 1).dicom_id)
     once = listed
     if twice:
-        films = first(films, ["dicom_id"], [_.subject_id, _.study_id])
+        films = first(films, ["dicom_id"], [_.subject_id, _.study_id, _.taken_at, _["view"], _.view_source, _.position])
         once = films.count().execute()
     attrition.add("films", "listed twice in the metadata; one row kept", listed, once, twice)
     torn = ids_of(
@@ -121,6 +122,9 @@ def _possible(source: Source, films: ibis.Table, attrition: Attrition) -> ibis.T
         films = films.filter(_.study_id.notin(torn))
         whole = films.count().execute()
     attrition.add("films", "study of two subjects (the ids are studies)", once, whole, torn)
+    if not whole:
+        path = source.files.get("cxr_metadata", "cxr_metadata")
+        raise UserError(f"{path}: {rows} rows, none a film that can be used; mimic_cxr=null builds the record alone")
     films = held(source, films, instead_of=every) if whole < rows else every
     untimed = ids_of(films.filter(_.taken_at.isnull()).dicom_id)
     why = "impossible StudyDate or StudyTime; the film stays in images.parquet, without time or link"

@@ -75,6 +75,7 @@ def fuse(config: FuseConfig | Given, args: argparse.Namespace | None = None) -> 
     folder = run.open_run(
         config.out, config, sources=_sources(config), may_differ=["workers", "cache", "adds", *TRACKING]
     )
+    run.needs(config.features, None if config.freeze else config.store)  # frozen features are kept
     if not run.complete(folder):
         _fuse(config, samples, films, rows, about, accelerator, folder)
     if config.adds:
@@ -298,6 +299,4 @@ def _sources(config: FuseConfig) -> list[Path]:
     if config.features is None:
         return own_samples.sources(config)
     names: list[Any] = ["provenance.json", *sorted(p.name for p in Path(config.features).glob("samples/*.parquet"))]
-    tables = [Path(config.features) / (name if name == "provenance.json" else f"samples/{name}") for name in names]
-    read_throughout = [Path(config.store) / "index.parquet"] if config.store and not config.freeze else []
-    return tables + read_throughout
+    return [Path(config.features) / (name if name == "provenance.json" else f"samples/{name}") for name in names]

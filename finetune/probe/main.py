@@ -74,9 +74,8 @@ def probe(config: ProbeConfig | Given, args: argparse.Namespace | None = None) -
     device = str(accelerator.device) if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
     frozen, through = _through(config, films, store, device, tuned)
     sources = [Path(config.features) / "images.parquet"] if config.features else [Path(config.films.table)]  # type: ignore[union-attr]
-    if tuned and config.store:  # read throughout
-        sources.append(Path(config.store) / "index.parquet")
     folder = run.open_run(config.out, config, sources=sources, may_differ=["cache", *TRACKING])
+    run.needs(config.features, config.store)
     if run.complete(folder):
         return folder
     log = run.open_log(folder, config, accelerator)

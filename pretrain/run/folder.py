@@ -30,7 +30,7 @@ from configs.cli import typed
 from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, tidy, write_json, write_seal
 from ehr_features.typed import read_json, read_yaml
 from ehr_features.typed.shapes import Provenance
-from pretrain.run.processes import agreed, needs, on_main
+from pretrain.run.processes import agreed, on_main
 
 FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet", "trackers")
 OURS = (*FIRST, "metrics.jsonl", "encoder")
@@ -70,7 +70,6 @@ def open_run(
                 part.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
 
     on_main(open_it)
-    needs(sources)
     return folder
 
 

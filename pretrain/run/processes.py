@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -31,10 +31,10 @@ PROCESSOR = Path("/proc/cpuinfo")  # of Linux
 PATIENCE_SECONDS = 300.0  # for process 0 to answer
 LIMIT_SECONDS = 600.0  # without a sign of life; the configs' `process_timeout`
 PATIENCE_HOURS = 6.0  # for the next file of another process; the launcher ends a run whose process has failed
-LOOK_SECONDS = 2.0  # between two looks at a run's sources
+LOOK_SECONDS = 2.0  # between two looks at what a run needs
 CODES = {UserError: 2, OSError: 2, Stopped: STOPPED, KeyboardInterrupt: INTERRUPTED}  # as configs.cli exits
 _heartbeats: list[Heartbeat] = []  # this process's, once it has joined the others
-_sources: list[Path] = []  # files that training needs
+_needed: list[Path] = []  # files that must stay where they are while it trains
 
 
 def is_main() -> bool:
@@ -206,22 +206,24 @@ def on_main(action: Callable[[], T]) -> T | None:
     return None
 
 
-def needs(files: Iterable[str | Path]) -> None:
-    """These files must stay where they are for as long as this process trains."""
-    _sources[:] = [Path(path).absolute() for path in files if Path(path).is_file()]
+def needs(features: str | Path | None, store: str | Path | None) -> None:
+    """Training reads these folders throughout: a run under which one is moved or deleted saves and ends."""
+    files = [Path(features) / "provenance.json"] if features else []
+    files += [Path(store) / "index.parquet", *sorted(Path(store).glob("shard-*.arrow"))] if store else []
+    _needed[:] = [path.absolute() for path in files if path.is_file()]
 
 
 class stopping:
     """A flag that SIGTERM (preemption) and SIGHUP set, in place of an exception in the middle of a step.
 
     `with stopping() as stop:` in every process, `stop.agreed()` at the same steps in all of them. What they agree on
-    uses the CPU (gloo), so that asking at every step does not wait for a GPU. A run whose sources are moved or deleted
-    stops too: mapped files would end it without a word, on some file systems.
+    uses the CPU (gloo), so that asking at every step does not wait for a GPU. A run whose store or features are moved
+    or deleted stops too: mapped files would end it without a word, on some file systems.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self.gone: Path | None = None  # a source that this process found no more, twice
+        self.gone: Path | None = None  # what a process found no more, twice
         self._looked, self._missed = time.monotonic(), False
 
     def __enter__(self) -> Self:
@@ -245,13 +247,18 @@ class stopping:
         for heartbeat in _heartbeats:
             heartbeat.step = step
         self._look()
-        return self.any(self.requested)
+        stopped = self.any(self.requested)
+        if stopped and distributed():  # process 0 names it, whichever process missed it
+            found: list[Path | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, self.gone, group=self._group)
+            self.gone = next((path for path in found if path is not None), None)
+        return stopped
 
     def _look(self) -> None:
-        """Whether the sources are still there."""
+        """Whether what the run needs is still there."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
-        self._looked, gone = time.monotonic(), next((p for p in _sources if not os.path.exists(p)), None)
+        self._looked, gone = time.monotonic(), next((p for p in _needed if not os.path.exists(p)), None)
         if gone is not None and self._missed:
             self.gone, self.requested = gone, True
         self._missed = gone is not None

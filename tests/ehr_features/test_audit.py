@@ -24,8 +24,10 @@ from ehr_features.audit.verdict import PROVED, REFUTED, UNKNOWN
 from ehr_features.build import build
 from ehr_features.config import FeaturesConfig
 from ehr_features.demo import generate as demo
+from ehr_features.files import write_json
 from ehr_features.raw import source
 from ehr_features.series import bins, channels
+from ehr_features.typed import read_json
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +360,12 @@ def test_samples_and_films_are_queried_where_they_lie_within_one_limit(
         monkeypatch.setattr(module, "connect", limited)
     assert {v.outcome for v in audit.audit(features, [], memory="700MB")} == {PROVED}
     assert limits == ["700MB", "700MB"]
+
+
+def test_features_built_with_a_limit_that_is_refused_now_are_audited(features: Path) -> None:
+    held = read_json(features / "provenance.json")
+    write_json(features / "provenance.json", held | {"config": held["config"] | {"memory": "300MB"}})
+    assert {v.outcome for v in audit.audit(features, [])} == {PROVED}
 
 
 def _noted(limits: list[str], connect: Callable[..., Any], engine: str, **keys: Any) -> Any:

@@ -142,7 +142,7 @@ def test_an_empty_cohort_says_which_rule_emptied_it(frames):
 def test_an_admission_in_two_different_rows_is_refused(frames):
     twin = frames["admissions"].iloc[[0]].assign(race="ASIAN")
     frames["admissions"] = pd.concat([frames["admissions"], twin])
-    with pytest.raises(UserError, match=r"1 hadm_id have two different rows, e\.g\. \[20000001\]"):
+    with pytest.raises(UserError, match=r"admissions: two different rows of 1 hadm_id, e\.g\. \[20000001\]"):
         chosen(frames)
 
 

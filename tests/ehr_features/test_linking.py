@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ibis.util import gen_name
 
+from configs import UserError
 from ehr_features.cohort import Attrition
 from ehr_features.films import linking
 from ehr_features.films.metadata import held
@@ -197,6 +198,18 @@ def test_study_of_two_subjects_is_left_out_and_listed() -> None:
 def test_film_listed_twice_is_kept_once() -> None:
     linked, attrition = link([{}, {}])
     assert linked.index.tolist() == ["a"] and excluded(attrition, "listed twice")["ids"] == ["a"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_a_film_listed_twice_one_row_is_kept_whatever_the_order(order: int) -> None:
+    rows = [{"StudyDate": 21500102}, {"StudyDate": 21500101}, {"StudyDate": None, "ViewPosition": "LL"}]
+    linked, _ = link(rows[::order])
+    assert str(linked["taken_at"].iloc[0])[:10] == "2150-01-01"
+
+
+def test_a_table_without_a_film_is_refused() -> None:
+    with pytest.raises(UserError, match="1 rows, none a film that can be used; mimic_cxr=null"):
+        link([{"dicom_id": None}])
 
 
 def test_films_without_ids_are_left_out_and_counted() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from configs import UserError
+from ehr_features.files import write_json
 from pretrain.run import check_world, processes
 from tests.hardening import kills
 
@@ -31,7 +32,8 @@ class Config(Settings):
 
 def work(args):
     run.accelerator(args, cpu=True, limit=args.limit)
-    folder = run.open_run(args.out, Config(out=args.out, seed=args.seed), sources=["source"])
+    folder = run.open_run(args.out, Config(out=args.out, seed=args.seed))
+    run.needs("source", None)
     if run.complete(folder):
         return 0
     log, state = run.Log(folder), run.load_checkpoint(folder) or {"step": 0, "total": 0}
@@ -119,12 +121,15 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(runs: Runs) -
 
 @pytest.mark.slow
 def test_a_source_moved_under_a_run_ends_it_with_a_sentence_and_put_back_it_goes_on(runs: Runs) -> None:
-    (runs.folder / "source").write_text("films")
+    write_json(runs.folder / "source/provenance.json", {})
     first = runs.start("--processes", "2", "--steps", "900", "--wait", "0.02")
     runs.wait_for(3)
     (runs.folder / "source").rename(runs.folder / "elsewhere")
     _, err = ended(first, 75)
-    assert f"{runs.folder}/source: it is no longer there, moved or deleted under the run; put it back" in err
+    assert (
+        f"{runs.folder}/source/provenance.json: it is no longer there, moved or deleted under the run; put it back"
+        in err
+    )
     assert err.count("saved; go on with") == 1 and "Traceback" not in err
     assert len(runs.totals()) < 900
     (runs.folder / "elsewhere").rename(runs.folder / "source")
