@@ -79,8 +79,8 @@ def read_values(table: ir.Table, items: ir.Table, texts: ir.Table) -> ir.Table:
 def with_specimen(results: ir.Table, labs: ir.Table, allowed: ir.Table) -> ir.Table:
     """Add `specimen`: null if the kind of specimen is allowed, else the reason for leaving the result out."""
     kinds = labs.filter(_.itemid == SPECIMEN_TYPE).mutate(kind=_.value.strip().re_replace(r"[ .]+$", "").upper())
-    kinds = kinds.group_by("specimen_id").agg(kind=_.kind.max(), n=_.kind.nunique())
-    results = results.left_join(kinds.filter(_.n == 1), "specimen_id")
+    kinds = kinds.group_by("subject_id", "specimen_id").agg(kind=_.kind.max(), n=_.kind.nunique())
+    results = results.left_join(kinds.filter(_.n == 1), ["subject_id", "specimen_id"])
     results = results.mutate(kind=_.kind.coalesce("UNKNOWN"))
     allowed = allowed.select(of="channel", which="kind")
     results = results.left_join(allowed, [results.channel == allowed.of, results.kind == allowed.which])

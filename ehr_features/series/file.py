@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,9 +12,10 @@ import ibis.expr.types as ir
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from ibis import _
 
 from configs import UserError
-from ehr_features.config import FeaturesConfig
+from ehr_features.config import FeaturesConfig, megabytes
 from ehr_features.files import code_digest, digest, new_file, write_json
 from ehr_features.raw.engine import batches
 from ehr_features.raw.remote import fingerprint
@@ -25,6 +26,7 @@ from ehr_features.series.mapped import CHUNK, Mapped, by_stays
 from ehr_features.typed import read_json, shapes
 
 BINS = ("stay_id", "channel", "bin", "v", "mark", "n", "unstored")
+EVENTS_A_MB = 6_000  # events of the variables that are binned at a time, for each MB of the limit of memory
 
 
 def cached(
@@ -51,22 +53,54 @@ def cached(
     facts = path.with_suffix(".json")
     if not (path.is_file() and facts.is_file()):
         lengths = preset.lengths(frame["los_hours"].to_numpy(), config.step_hours)
-        filtered, stages = list(config.cache_folder.glob("*events-*.parquet")), events.Stages(3)
+        stay_ids, tables = frame["stay_id"].to_numpy(), (found["chartevents"][0], found["labevents"][0])
+        num = 1 if preset is medfuse else shares(source, tables, megabytes(config.memory))
+        parts = list(_of_stays(*tables, stays, stay_ids, num)) if num > 1 else [(*tables, stays)]
+        filtered, stages = list(config.cache_folder.glob("*events-*.parquet")), events.Stages(3 * len(parts))
         with events.progress(source.con, "binning the series", stages):
-            stages.begin(0, events.reading(*filtered))  # the events are read to count their fates, then to bin them
-            binned, counts = preset.extract(
-                source, found["chartevents"][0], found["labevents"][0], stays, declared, config.step_hours
-            )
-            stages.begin(1, events.reading(*filtered))
-            ordered = batches(source.con, binned.select(*BINS).order_by("stay_id"))
-            stay_ids, layout = frame["stay_id"].to_numpy(), preset.layout(declared)
-            standing = write(path, ordered, stay_ids, lengths, layout, told=lambda part: stages.begin(2, lambda: part))
+            counted: list[pd.DataFrame] = []
+
+            def ordered() -> Iterator[pa.RecordBatch]:
+                for k, part in enumerate(parts):
+                    stages.begin(3 * k, events.reading(*filtered))  # read to count fates, then to bin them
+                    binned, counts = preset.extract(source, *part, declared, config.step_hours)
+                    counted.append(counts)
+                    stages.begin(3 * k + 1, events.reading(*filtered))
+                    yield from batches(source.con, binned.select(*BINS).order_by("stay_id"))
+
+            def told(percent: float) -> None:
+                k = len(counted) - 1
+                stages.begin(3 * k + 2, lambda: min(max(percent * len(parts) - 100 * k, 0), 100))
+
+            standing = write(path, ordered(), stay_ids, lengths, preset.layout(declared), told=told)
+            counts = pd.concat(counted).groupby(["channel", "fate"], as_index=False).sum()
         lost = coverage.without_stay(source, found["chartevents"][0], stays, declared, config.preset)
         counts = pd.concat([fates(counts, standing, exact=preset is bins), lost], ignore_index=True)
         names = [p.name for p in medfuse.published(declared)] if preset is medfuse else [c.name for c in declared]
         counts["channel"] = [names[i] for i in counts["channel"]]
         write_json(facts, counts.sort_values(["channel", "fate"]).to_dict("records"))
     return path, read_json(facts, list[shapes.Fate])
+
+
+def shares(source: Source, tables: Sequence[ir.Table], memory: float) -> int:
+    """In how many shares of the stays the events are binned; joins and groups of all at once exceed small limits (MB).
+
+    The events of a stay depend on no other stay, but for preset `medfuse`.
+    """
+    if source.con.name != "duckdb":
+        return 1
+    return 1 + sum(int(table.count().execute()) for table in tables) // round(EVENTS_A_MB * memory)
+
+
+def _of_stays(
+    chart: ir.Table, labs: ir.Table, stays: ir.Table, stay_ids: np.ndarray, num: int
+) -> Iterator[tuple[ir.Table, ir.Table, ir.Table]]:
+    """The events of the stays, share by share in order of stay_id, with all laboratory rows of their subjects."""
+    for ids in np.array_split(stay_ids, min(num, len(stay_ids))):
+        low, high = int(ids[0]), int(ids[-1])
+        mine, charted = (table.filter(_.stay_id.between(low, high)) for table in (stays, chart))
+        subjects = mine.select("subject_id").union(charted.select("subject_id")).distinct()
+        yield charted, labs.semi_join(subjects, "subject_id"), mine
 
 
 def write(

@@ -23,7 +23,7 @@ from ehr_features.config import FeaturesConfig
 from ehr_features.demo import generate as demo
 from ehr_features.files import PARTIAL, read_table, tidy
 from ehr_features.raw.source import open_source
-from ehr_features.series import bins, events
+from ehr_features.series import bins, events, file
 from ehr_features.series.channels import SHIPPED
 
 ALL = ("mortality", "phenotypes", "phenotypes_early", "decompensation", "length_of_stay")
@@ -338,6 +338,16 @@ def test_sixty_hours_of_series_hold_nothing_from_later(tmp_path, frames, write, 
     assert late.any() and later.any()
     for stay in one:
         np.testing.assert_array_equal(one[stay], two[stay])
+
+
+def test_events_binned_in_shares_give_the_same_series(mimic, config, monkeypatch):
+    whole, shares, extract = build.build(config()), [], bins.extract
+    monkeypatch.setattr(file, "EVENTS_A_MB", 0.01)
+    monkeypatch.setattr(bins, "extract", lambda *given: shares.append(given) or extract(*given))
+    parts = build.build(config(out=whole.with_name("parts"), cache=whole.with_name("parts.cache")))
+    assert len(shares) > 3
+    for name in ("series.safetensors", "series.json", "attrition.json"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
 
 def test_a_truncated_event_table_leaves_no_features(mimic, config):

@@ -329,8 +329,9 @@ def kill(command: Command, number: signal.Signals, seconds: float, log: Path, tu
         return [f"{whom}: still there 120 s after {number.name}"]
     running = [pid for process in started for pid in left(process.pid)]
     faults = [f"{whom}: {len(running)} processes left"] if running else []
-    # with several processes the others end because of the killed one, with a line: 1; 2: process 0 never answered
-    allowed = {0} if ended else {0, CODES[number]} if command.world == 1 else {0, CODES[number], 1, 2}
+    # with several processes the others end because of the killed one, with a line: 1; 75: it had not begun within the
+    # time limit; 2: process 0 never answered
+    allowed = {0} if ended else {0, CODES[number]} if command.world == 1 else {0, CODES[number], 1, 2, STOPPED}
     if not set(codes) <= allowed:
         faults.append(f"{whom}: exit code {codes}")
     with log.open("rb") as file:
