@@ -12,7 +12,8 @@ def test_results_of_the_extraction_are_rows_with_a_ratio():
 
 
 def test_results_of_linking_are_rows_with_a_ratio():
-    results = {"link": {"seconds": {"linking": 4.0, "record": 6.0}}, "pandas_link": {"seconds": {"linking": 5.0}}}
+    ours = {"linking": 0.5, "whole": 4.0, "record": 6.0}
+    results = {"link": {"seconds": ours}, "pandas_link": {"seconds": {"linking": 0.6}}}
     all_, some = (run.rows("\n".join(linking.table(results, n)), "x") for n in (377_110, 1_000))
     assert [row.split(" | ")[3] for row in all_] == ["1.2x", "75.0x"]
     assert [row.split(" | ")[3] for row in some] == ["1.2x"]
