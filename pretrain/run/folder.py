@@ -30,7 +30,7 @@ from configs.cli import typed
 from ehr_features.files import check_ours, file_digest, lock, new_file, provenance, tidy, write_json, write_seal
 from ehr_features.typed import read_json, read_yaml
 from ehr_features.typed.shapes import Provenance
-from pretrain.run.processes import agreed, on_main
+from pretrain.run.processes import agreed, on_main, watch
 
 FIRST = ("config.yaml", "provenance.json", "budget.json", "log.txt", "checkpoints", "seen_subjects.parquet", "trackers")
 OURS = (*FIRST, "metrics.jsonl", "encoder")
@@ -71,6 +71,12 @@ def open_run(
 
     on_main(open_it)
     return folder
+
+
+def needs(features: str | Path | None, store: str | Path | None) -> None:
+    """Training reads these folders throughout: a run under which one is moved or deleted saves and ends."""
+    files = [Path(features) / "provenance.json"] if features else []
+    watch(files + ([Path(store) / "index.parquet", *sorted(Path(store).glob("shard-*.arrow"))] if store else []))
 
 
 def _begun(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -206,10 +206,8 @@ def on_main(action: Callable[[], T]) -> T | None:
     return None
 
 
-def needs(features: str | Path | None, store: str | Path | None) -> None:
-    """Training reads these folders throughout: a run under which one is moved or deleted saves and ends."""
-    files = [Path(features) / "provenance.json"] if features else []
-    files += [Path(store) / "index.parquet", *sorted(Path(store).glob("shard-*.arrow"))] if store else []
+def watch(files: Iterable[Path]) -> None:
+    """A run under which one of these files is moved or deleted saves and ends."""
     _needed[:] = [path.absolute() for path in files if path.is_file()]
 
 
