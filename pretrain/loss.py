@@ -82,11 +82,14 @@ def sinkhorn(probs: Tensor, iterations: int = 3) -> Tensor:
     """
     if iterations <= 0:
         return probs
-    tiny = torch.finfo(probs.dtype).tiny  # a prototype far from all targets stays at 0 instead of 0 / 0
+
+    def over(totals: Tensor) -> Tensor:
+        return totals + (totals == 0)  # a prototype far from all targets stays at 0 instead of 0 / 0
+
     balanced = probs / _sum_over_processes(probs.sum())
     for _ in range(iterations):
-        balanced = balanced / _sum_over_processes(balanced.sum(dim=0)).clamp_min(tiny) / probs.shape[1]
-        balanced = balanced / balanced.sum(dim=1, keepdim=True).clamp_min(tiny) / len(probs)
+        balanced = balanced / over(_sum_over_processes(balanced.sum(dim=0))) / probs.shape[1]
+        balanced = balanced / over(balanced.sum(dim=1, keepdim=True)) / len(probs)
     return balanced * len(probs)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from lightly.loss import MSNLoss, PMSNLoss
 
@@ -43,6 +43,10 @@ def test_equals_lightly_in_value_and_gradients(prior, reference, iterations, sha
     views=st.integers(1, 5), films=st.integers(1, 9), width=st.integers(2, 20), prototypes=st.integers(2, 40),
     temperature=st.floats(0.05, 1), sharpen=st.floats(0.1, 1), iterations=st.integers(0, 6), seed=st.integers(0, 999),
     weight=st.floats(0, 3), prior=st.sampled_from(["uniform", "power_law"]),
+)  # fmt: skip
+@example(  # a prototype whose targets' probabilities sum to less than the smallest normal number
+    views=1, films=8, width=2, prototypes=12, temperature=0.05078125, sharpen=0.1015625, iterations=1, seed=15,
+    weight=0.0, prior="uniform",
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 @pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
