@@ -48,7 +48,8 @@ def of_each(processes: int) -> dict[str, str]:
     chosen = os.environ.get(MARK)
     given = {name: value for name in (FIRST, *OTHERS) if (value := os.environ.get(name)) not in (None, chosen)}
     number = given.get(FIRST, str(max(1, cores() // processes)))
-    return {MARK: number, **dict.fromkeys((FIRST, *OTHERS), number), **given}
+    mark = {} if FIRST in given else {MARK: number}
+    return mark | dict.fromkeys((FIRST, *OTHERS), number) | given
 
 
 def choose() -> None:

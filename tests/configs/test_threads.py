@@ -43,6 +43,9 @@ def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {threads.of_each(2)[name] for name in (threads.FIRST, *threads.OTHERS)} == {"3"}
     monkeypatch.setenv("MKL_NUM_THREADS", "5")
     assert threads.of_each(2)["MKL_NUM_THREADS"] == "5"
+    for _generation in range(3):  # a command, its child and the child's child, as in a grid
+        threads.choose()
+        assert [os.environ[name] for name in (threads.FIRST, *threads.OTHERS)] == ["3", "3", "5"]
 
 
 def test_a_command_chooses_before_numpy_is_imported() -> None:
