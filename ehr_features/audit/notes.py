@@ -3,11 +3,14 @@
 Input: a folder of notes and their features. Output: verdicts, and a table: for each finding the AUROC of a bag of words
 on the test split, before and after the leak filter, with the words of largest weight. Words such as complaints or home
 drugs that predict a finding are no leak; a word that names the finding is one.
+
+Texts are read a batch at a time: all are checked, and at most FILMS of them are held, for the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +18,21 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from configs import UserError
 from ehr_features.audit.verdict import Verdict, cannot, decide
 from ehr_features.config import EVALUATION
-from ehr_features.files import read_table
+from ehr_features.files import AGAIN, check_table, read_table
 from ehr_features.labels import findings
 from ehr_features.notes import leak_filter
 from ehr_features.schema import FINDINGS
 from ehr_features.typed import read_json
+from ehr_features.typed.read import undamaged
 from ehr_features.typed.shapes import Provenance
 
+BATCH = 8192  # texts in memory at once
+FILMS = 50_000  # drawn for the table where there are more
 SAMPLES = 300  # resamples of the test subjects
 WORDS = 5  # words listed per finding
 TOKEN = r"(?u)\b[^\W\d_][\w'\-]*\b"  # words; bare numbers are excluded
@@ -64,23 +71,28 @@ def audit_notes(folder: Path, features: Path) -> tuple[list[Verdict], list[str]]
     """
     config = read_json(folder / "provenance.json", Provenance).get("config") or {}
     keys = ["dicom_id", "subject_id", "split"]
-    notes = read_table(folder, "notes", [*keys, "note", "available_at"], values=False)
+    notes = read_table(folder, "notes", [*keys, "available_at"], values=False)
     images = read_table(features, "images", [*keys, "taken_at", *FINDINGS], values=False)
     mode = str(config.get("filter", "none"))
-    verdicts = [check_times(folder, notes, images), check_names(folder, notes["note"])]
-    before: pd.DataFrame | None = notes
+    verdicts = [check_times(folder, notes, images), check_names(folder)]
+    before = "notes" if mode == "none" else "unfiltered"
+    there = (folder / f"{before}.parquet").is_file()
     if mode != "none":
-        before = (
-            read_table(folder, "unfiltered", ["dicom_id", "note"], values=False)
-            if (folder / "unfiltered.parquet").is_file()
-            else None
-        )
-        verdicts.append(check_filter(folder, notes, before, mode))
-    if before is None:
+        claim = f"{folder}: the leak filter depends on each note alone"
+        verdicts.append(check_filter(claim, folder, mode) if there else cannot(claim, "unfiltered.parquet is missing"))
+    if not there:
         return verdicts, []
-    after = notes if mode != "none" else _filtered(notes, "standard")
     labelled = notes[["dicom_id"]].drop_duplicates().merge(images, on="dicom_id", validate="1:1")
-    return verdicts, table(labelled, before, after, mode, int(config.get("seed", 0)))
+    return verdicts, table(labelled, folder, before, mode, int(config.get("seed", 0)))
+
+
+def batches(folder: Path, name: str) -> Iterator[pa.RecordBatch]:
+    """The texts of notes.parquet or unfiltered.parquet: dicom_id, note (empty where it is null)."""
+    path = check_table(folder, name)
+    with undamaged(path, AGAIN), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH, columns=["dicom_id", "note"]):
+            texts = pc.fill_null(batch["note"].cast(pa.string()), "")
+            yield pa.RecordBatch.from_arrays([batch["dicom_id"], texts], ["dicom_id", "note"])
 
 
 def check_times(folder: Path, notes: pd.DataFrame, images: pd.DataFrame) -> Verdict:
@@ -100,47 +112,52 @@ def check_times(folder: Path, notes: pd.DataFrame, images: pd.DataFrame) -> Verd
     return decide(f"{folder}: every note belongs to its film and has no later fact", bad, f"{len(notes)} notes")
 
 
-def check_names(folder: Path, notes: pd.Series) -> Verdict:
+def check_names(folder: Path) -> Verdict:
     """No note contains a term of a finding or of imaging."""
-    _, counts = leak_filter.apply(pa.array(notes, pa.string()), "standard")
-    found = {group: pc.sum(n).as_py() or 0 for group, n in counts.items()}
-    bad = {f"terms of {group}": n for group, n in found.items() if n}
-    return decide(f"{folder}: no note names a finding", bad, f"{len(notes)} notes, the terms of `standard`")
+    bad, rows = Counter[str](), 0
+    for batch in batches(folder, "notes"):
+        rows += len(batch)
+        _, counts = leak_filter.apply(batch["note"], "standard")
+        bad.update({f"terms of {group}": pc.sum(n).as_py() or 0 for group, n in counts.items()})
+    return decide(f"{folder}: no note names a finding", +bad, f"{rows} notes, the terms of `standard`")
 
 
-def check_filter(folder: Path, notes: pd.DataFrame, before: pd.DataFrame | None, mode: str) -> Verdict:
+def check_filter(claim: str, folder: Path, mode: str) -> Verdict:
     """The filter depends on each note alone: filtering the unfiltered notes again gives the same bytes."""
-    claim = f"{folder}: the leak filter depends on each note alone"
-    if before is None:
-        return cannot(claim, "unfiltered.parquet is missing")
-    again = _filtered(before, mode)
-    both = notes[["dicom_id", "note"]].merge(again, "outer", "dicom_id", suffixes=("", "_again"))
-    different = int((both["note"].fillna("") != both["note_again"].fillna("")).sum())
-    return decide(claim, {"notes that change when they are filtered again": different}, f"{len(before)} notes, {mode}")
+    both = pd.concat([_digests(folder, "notes"), _digests(folder, "unfiltered", mode)], axis=1)
+    different = int((both.iloc[:, 0] != both.iloc[:, 1]).sum())
+    return decide(claim, {"notes that change when they are filtered again": different}, f"{len(both)} notes, {mode}")
 
 
-def _filtered(notes: pd.DataFrame, mode: str) -> pd.DataFrame:
-    texts, _ = leak_filter.apply(pa.array(notes["note"], pa.string()), mode)
-    return pd.DataFrame({"dicom_id": notes["dicom_id"], "note": texts.to_pylist()})
+def _digests(folder: Path, name: str, mode: str = "none") -> pd.Series:
+    """dicom_id -> a hash of its note after the filter. The first note of a film, where it has two."""
+    parts = []
+    for batch in batches(folder, name):
+        texts, _ = leak_filter.apply(batch["note"], mode)
+        hashes = pd.util.hash_array(texts.to_numpy(zero_copy_only=False), categorize=False)
+        parts.append(pd.Series(hashes, index=batch["dicom_id"].to_pandas()))
+    every = pd.concat(parts) if parts else pd.Series(dtype="uint64")
+    return every[~every.index.duplicated()]
 
 
-def table(films: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, mode: str, seed: int) -> list[str]:
+def table(films: pd.DataFrame, folder: Path, before: str, mode: str, seed: int) -> list[str]:
     """A line for each finding.
 
     Args:
-        films: dicom_id, subject_id, split and the 14 findings. before, after: dicom_id, note.
+        films: dicom_id, subject_id, split and the 14 findings. before: the table of the texts before the filter.
     """
+    every, films = len(films), films.sample(min(FILMS, len(films)), random_state=seed).sort_index()
     labels = findings(films, EVALUATION)
-    texts = {
-        name: films["dicom_id"].map(notes.drop_duplicates("dicom_id").set_index("dicom_id")["note"]).fillna("")
-        for name, notes in (("before", before), ("after", after))
-    }
+    told_before = _texts(folder, before, films["dicom_id"])
+    again = leak_filter.apply(pa.array(told_before, pa.string()), "standard")[0].to_pandas() if mode == "none" else None
+    texts = {"before": told_before, "after": _texts(folder, "notes", films["dicom_id"]) if again is None else again}
     train, test = (films["split"] == "train").to_numpy(), (films["split"] == "test").to_numpy()
     told = {name: predictions(text, labels, films["subject_id"], train, test, seed) for name, text in texts.items()}
     named = "standard, not applied to these notes" if mode == "none" else mode
+    drawn = f"; {len(films):,} films drawn from {every:,}" * (len(films) < every)
     lines = [  # a line for each finding follows
         "findings predicted from notes alone",
-        "  a bag of words, fitted on train films; AUROC on test films, 95% interval over subjects",
+        f"  a bag of words, fitted on train films; AUROC on test films, 95% interval over subjects{drawn}",
         f"  before and after the leak filter ({named}); * names a finding or imaging",
         f"{'finding':<28}{'films':>7}{'with':>7}  {'before':<22}{'after':<22}words",
     ]
@@ -151,6 +168,14 @@ def table(films: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, mode: 
         row += "".join(f"{_interval(p):<22}" for p in shown)
         lines.append(row + " | ".join(_words(p) for p in shown if not isinstance(p, str)))
     return lines
+
+
+def _texts(folder: Path, name: str, films: pd.Series) -> pd.Series:
+    """The note of each film, empty where it has none."""
+    wanted = pa.array(films, pa.string())
+    parts = [batch.filter(pc.is_in(batch["dicom_id"].cast(pa.string()), wanted)) for batch in batches(folder, name)]
+    found = pd.concat([part.to_pandas() for part in parts]).drop_duplicates("dicom_id").set_index("dicom_id")["note"]
+    return films.map(found).fillna("")
 
 
 def _interval(p: Predicted | str) -> str:

@@ -84,6 +84,23 @@ def test_the_command_prints_verdicts_and_the_table(world: Path, capsys: pytest.C
     assert code == 2 and "refuted" in said and "no subject is in two splits" in said
 
 
+def test_small_batches_say_the_same_and_the_table_takes_a_draw_of_many_films(
+    world: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = audit_notes(notes, world / "features")
+    table = pd.read_parquet(notes / "notes.parquet")
+    table.sample(frac=1, random_state=0).to_parquet(notes / "notes.parquet")  # in another order than unfiltered.parquet
+    monkeypatch.setattr(notes_audit, "BATCH", 50)
+    assert audit_notes(notes, world / "features")[1] == whole[1]
+    assert {v.outcome for v in audit_notes(notes, world / "features")[0]} == {PROVED}
+    changed = table.assign(note=table["note"].where(table.index != len(table) - 1, "cough"))  # in the last batch
+    changed.to_parquet(notes / "notes.parquet")
+    assert outcomes(notes, world)["the leak filter depends on each note alone"] == REFUTED
+    monkeypatch.setattr(notes_audit, "FILMS", 100)
+    lines = audit_notes(notes, world / "features")[1]
+    assert "100 films drawn from" in lines[1] and lines[4:] != whole[1][4:]
+
+
 def test_what_does_not_belong_is_refuted(world: Path, notes: Path) -> None:
     def change(**columns: object) -> dict[str, str]:
         table = pd.read_parquet(world / "standard/notes.parquet")
