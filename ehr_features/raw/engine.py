@@ -40,7 +40,7 @@ def connect(
 ) -> Any:
     """An ibis backend with a memory limit; it spills to `spill`. `settings` are Spark's."""
     size = megabytes(memory)
-    share = int(max(size * 0.55, size - 1500))  # the rest: Python, CSV buffers, mapped files
+    share = int(max(size * 0.6 - 50, size - 1500))  # the rest: Python, CSV buffers, mapped files
     if engine == "pyspark":
         return spark.connect(share, threads, spill, settings)
     con = ibis.duckdb.connect()
