@@ -1,11 +1,16 @@
-"""A search for the demo's recipe: pretrainings with settings drawn at random, each with the same processor time.
+"""A search for a small recipe: pretrainings with settings drawn at random, each with the same processor time.
 
-    ./launch.sh python -m benchmarks.recipes OUT [--hospitals 1 2] [--tries 0 40] [--seconds 150]
+    ./launch.sh python -m benchmarks.recipes OUT --films DIR/films.csv [--tries 0 16] [--seconds 150] [--best 4]
 
-writes synthetic hospitals, scores raw pixels on each, then pretrains and probes try after try. Each try adds a row to
-OUT/recipes.csv: the keys that it set, and the macro AUROC of its frozen encoder on the test split with all train
-subjects and with a tenth of them. `--name NAME --keys ...` is one try by hand. Rows that are there are skipped, so the
-same command resumes. The hospitals serve to choose; report on others. benchmarks/recipes.csv has every try made so far.
+Draws of one hospital, the best of them on a second hospital and on real films (the patients of three of the five folds
+of benchmarks.real_films, scored on one). Each try adds a row for each of these data sets to OUT/recipes.csv: the keys
+that it set, and the macro AUROC of its frozen encoder on the test split with all train subjects and with a tenth of
+them, beside raw pixels. `--name NAME --keys ...` is one try by hand.
+
+    ./launch.sh python -m benchmarks.recipes OUT --films DIR/films.csv --report try_3 [try_5 ...]
+
+trains these tries again on hospitals 10 to 14 and scores them on the real patients of the two folds that chose nothing.
+Rows that are there are skipped, so the same command resumes. benchmarks/recipes.csv has every try made so far.
 """
 
 from __future__ import annotations
@@ -13,26 +18,37 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from benchmarks import real_films
 from benchmarks.encoders import hospital
-from configs import cli
+from configs import UserError, cli
 from ehr_features.typed import read_json
 from finetune.demo import CONFIGS, auroc_rows
 
-COLUMNS = ["try", "hospital", "keys", "seconds", "steps", "auroc", "auroc_tenth", "pixels", "pixels_tenth"]
-RESNET, DENSE = "{layers: [1, 1, 1, 1], channels: [%d, %d, %d, %d], stem_type: deep, stem_width: %d}", "densenet121"
+COLUMNS = ["try", "data", "keys", "seconds", "steps", "auroc", "auroc_tenth", "pixels", "pixels_tenth"]
+CHOOSE, REPORT = ["1", "2", "real 0"], [*map(str, range(10, 15)), "real 3", "real 4"]  # hospitals; folds of patients
+SHARES, LINEAR = (1.0, 0.1), ["method=logistic"]
+KEPT = [3, 4]  # folds of real patients that choose nothing
+RESNET = "{layers: [1, 1, 1, 1], channels: [%d, %d, %d, %d], stem_type: deep, stem_width: %d}"
+DENSE = "{growth_rate: %d, block_config: [2, 3, 4, 3], stem_type: %s}"
 NETWORKS = {
     "resnet": ["encoder.arch=resnet18", "encoder.model_args=" + RESNET % (24, 48, 96, 192, 12)],
     "wide resnet": ["encoder.arch=resnet18", "encoder.model_args=" + RESNET % (32, 64, 128, 256, 16)],
-    "densenet": ["encoder.arch=densenet121", "encoder.model_args={growth_rate: 12, block_config: [2, 3, 4, 3]}"],
-    "vit": ["encoder.model_args={patch_size: 8, embed_dim: 96, depth: 4, num_heads: 3}"],
+    "densenet": ["encoder.arch=densenet121", "encoder.model_args=" + DENSE % (12, "''")],
+    "densenet, deep stem": ["encoder.arch=densenet121", "encoder.model_args=" + DENSE % (24, "deep")],
+    "vit, convolutional stem": [
+        "encoder.arch=visformer_tiny",
+        "encoder.model_args={init_channels: 16, embed_dim: 96, depth: [2, 2, 2], num_heads: 3}",
+    ],
 }
 COMMON = ["views.ratio=[1,1]", "optim.lr_start=0", "optim.warmup_steps=30", "optim.betas=[0.9,0.98]"]
 COMMON += ["optim.optimizer=adamw", "optim.weight_decay=0.04", "optim.weight_decay_end=0.04", "optim.lr_end=0.01"]
@@ -44,7 +60,7 @@ def draw(number: int) -> list[str]:
     pick = random.Random(number).choice
     method, size = pick(["msn", "msn", "simclr", "vicreg"]), pick([48, 64])
     low, focal = pick([0.1, 0.2, 0.3, 0.5]), pick([0, 0, 2, 4])
-    keys = [f"method={method}", *NETWORKS[pick([name for name in NETWORKS if name != "vit"])]]
+    keys = [f"method={method}", *NETWORKS[pick(list(NETWORKS))]]
     keys += [
         f"encoder.image_size={size}",
         f"views.target_scale=[{pick([low, 0.5])},1]",
@@ -58,7 +74,8 @@ def draw(number: int) -> list[str]:
     ]
     keys += [f"views.brightness={pick([0.1, 0.2, 0.4])}", f"views.normalise={pick(['crop', 'film'])}"]
     keys += [f"optim.batch_size={pick([32, 64, 128])}", f"optim.lr={pick([0.0005, 0.001, 0.002, 0.004])}"]
-    keys += [f"films.positives={pick(['film', 'film', 'study'])}"]
+    keys += [f"films.positives={pick(['film', 'film', 'study'])}", f"films.views={pick(['frontal', 'frontal', 'all'])}"]
+    keys += [f"films.per_subject_cap={pick(['null', 'null', 1])}"]  # 1: fewer films, each another patient's
     if method == "msn":
         start = pick([0.0, 0.9, 0.95, 0.99])
         keys += [f"optim.ema={start}", f"optim.ema_end={pick([start, 1.0]) if start else start}", "head.out=64"]
@@ -71,54 +88,110 @@ def draw(number: int) -> list[str]:
     return keys
 
 
-def attempt(out: Path, name: str, seed: int, inputs: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Data:
+    """Films to pretrain on, and how an encoder is scored on them."""
+
+    pretraining: list[str]  # keys
+    score: Callable[[str, Path], dict[float, float]]  # an encoder, a folder -> share of subjects: macro AUROC, test
+
+
+def data(name: str, out: Path, subjects: int, films: Path | None) -> Data:
+    """A hospital by its seed, or real films with a fold of their patients as test split: `real 0`."""
+    if name.startswith("real"):
+        if films is None:
+            raise UserError(f"{name} needs --films")
+        return _real(films, int(name.split()[1]), out)
+    keys = hospital(out / f"hospital_{name}", subjects, int(name))
+
+    def score(encoder: str, folder: Path) -> dict[float, float]:
+        _call("probe", "demo/probe_linear", *keys, f"encoder={encoder}", *LINEAR, "fraction=[0.1,1]", f"out={folder}")
+        rows = {share: auroc_rows(folder, "all", share) for share in SHARES}
+        return {share: next(r["value"] for r in rows[share] if r["label"] == "macro") for share in SHARES}
+
+    return Data(keys, score)
+
+
+def _real(films: Path, fold: int, out: Path) -> Data:
+    known = real_films.read_films(films)
+    if fold not in KEPT:
+        known = known[~known["fold"].isin(KEPT)]
+    store = out / "real_store"
+    if not (store / "store.json").is_file():
+        _call("images", "own_films/images", f"films={films}", f"out={store}", "size=96")
+    keys, probing = real_films.tables_of_a_fold(known, fold, 0, out / f"real_{fold}", films.parent)
+
+    def score(encoder: str, folder: Path) -> dict[float, float]:
+        found = {}
+        for share in SHARES:
+            given = [*probing, f"store={store}", f"encoder={encoder}", *LINEAR, f"fraction={share}"]
+            _call("probe", "own_films/probe", *given, f"out={folder / str(share)}")
+            found[share] = real_films.scores(known, folder / str(share))["findings"]
+        return found
+
+    own = [f"store={store}", "films.positives=film", "films.views=all", "films.per_subject_cap=null"]
+    return Data([*keys, *own], score)
+
+
+def attempt(out: Path, name: str, where: str, given: Data, keys: Sequence[str]) -> dict[str, Any]:
     """Pretrain and probe. Returns: the row of the table, without its baseline."""
-    run = out / f"{name}_hospital_{seed}"
-    _call("pretrain", "pretrain_vit_tiny", *inputs, *COMMON, *keys, "ehr.groups=[]", "seed=0", f"out={run / 'msn'}")
-    about = read_json(run / "msn" / "encoder" / "encoder.json")
-    full, tenth = score(run / "probe", str(run / "msn"), inputs)
-    row = {"try": name, "hospital": seed, "keys": " ".join(keys), "steps": about["step"]}
-    return row | {"seconds": round(about["processor_seconds"]), "auroc": full, "auroc_tenth": tenth}
+    run = out / f"{name}_{where.replace(' ', '_')}"
+    own = [*COMMON, *keys, *given.pretraining]
+    _call("pretrain", "demo/pretrain_vit_tiny", *own, "ehr.groups=[]", "seed=0", f"out={run / 'encoder'}")
+    about = read_json(run / "encoder" / "encoder" / "encoder.json")
+    row = {"try": name, "data": where, "keys": shlex.join(keys), "steps": about["step"]}
+    row |= {"seconds": round(about["processor_seconds"])}
+    return row | scored(given, str(run / "encoder"), run / "probe", "auroc")
 
 
-def score(out: Path, encoder: str, inputs: Sequence[str]) -> tuple[float, float]:
-    """Macro AUROC of a frozen encoder on the test split, from all train subjects and from a tenth."""
-    _call("probe", "probe_linear", *inputs, f"encoder={encoder}", "method=logistic", "fraction=[0.1,1]", f"out={out}")
-    full, tenth = (
-        next(r["value"] for r in auroc_rows(out, "all", share) if r["label"] == "macro") for share in (1.0, 0.1)
-    )
-    return round(full, 4), round(tenth, 4)
+def scored(given: Data, encoder: str, folder: Path, name: str) -> dict[str, float]:
+    """The columns of a frozen encoder: its macro AUROC, and with a tenth of the train subjects."""
+    found = given.score(encoder, folder)
+    return {name: round(found[1.0], 4), f"{name}_tenth": round(found[0.1], 4)}
 
 
 def _call(command: str, config: str, *keys: str) -> None:
-    words = [sys.executable, "-P", "-m", "configs", command, str(CONFIGS / f"{config}.yaml"), *keys]
+    words = [sys.executable, "-P", "-m", "configs", command, str(CONFIGS.parent / f"{config}.yaml"), *keys]
     subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+
+def best(rows: Sequence[dict[Any, Any]], where: str, count: int) -> list[str]:
+    """The tries of largest AUROC on a data set."""
+    mine = sorted((r for r in rows if r["data"] == where), key=lambda r: -r["auroc"])
+    return [row["try"] for row in mine[:count]]
 
 
 def main() -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--hospitals", type=int, nargs="+", default=[1, 2], help="seeds of the data (default 1 2)")
+    parser.add_argument("--films", type=Path, metavar="CSV", help="of real films, as in benchmarks.real_films")
+    parser.add_argument("--data", nargs="+", default=CHOOSE, help="(default: hospitals 1 and 2, and `real 0`)")
     parser.add_argument("--subjects", type=int, default=2400)
-    parser.add_argument("--tries", type=int, nargs=2, default=[0, 20], metavar=("FIRST", "END"), help="(default 0 20)")
+    parser.add_argument("--tries", type=int, nargs=2, default=[0, 16], metavar=("FIRST", "END"), help="(default 0 16)")
     parser.add_argument("--seconds", type=float, default=150, help="of processor time for each try (default 150)")
+    parser.add_argument("--best", type=int, default=4, help="tries that go on after the first data set (default 4)")
     parser.add_argument("--name", help="of one try by hand, with --keys")
     parser.add_argument("--keys", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--report", nargs="+", metavar="TRY", help="tries to report on other hospitals and patients")
     args = parser.parse_args()
     budget = [f"optim.processor_seconds={args.seconds}", "optim.steps=null"]
     tries = {f"try_{i}": [*budget, *draw(i)] for i in range(*args.tries)}
-    if args.name:
-        tries = {args.name: args.keys}
     path = args.out / "recipes.csv"
-    rows: list[dict[Any, Any]] = pd.read_csv(path).to_dict("records") if path.is_file() else []
-    for seed in args.hospitals:
-        inputs = hospital(args.out / f"hospital_{seed}", args.subjects, seed)
-        pixels, tenth = score(args.out / f"pixels_{seed}", "pixels", inputs)
-        for name, keys in tries.items():
-            if any((row["try"], row["hospital"]) == (name, seed) for row in rows):
+    rows: list[dict[Any, Any]] = pd.read_csv(path, dtype={"data": str}).to_dict("records") if path.is_file() else []
+    if args.name:
+        tries = {args.name: [*budget, *args.keys]}
+    if args.report:
+        tries = {row["try"]: shlex.split(row["keys"]) for row in rows if row["try"] in args.report}
+    for number, where in enumerate(REPORT if args.report else args.data):
+        given = data(where, args.out, args.subjects, args.films)
+        pixels = scored(given, "pixels", args.out / f"pixels_{where.replace(' ', '_')}", "pixels")
+        going = best(rows, args.data[0], args.best) if number and not (args.name or args.report) else tries
+        for name in going:
+            if any((row["try"], row["data"]) == (name, where) for row in rows):
                 continue
-            rows.append(attempt(args.out, name, seed, inputs, keys) | {"pixels": pixels, "pixels_tenth": tenth})
+            keys = tries.get(name) or next(shlex.split(row["keys"]) for row in rows if row["try"] == name)
+            rows.append(attempt(args.out, name, where, given, keys) | pixels)
             pd.DataFrame(rows)[COLUMNS].to_csv(path, index=False)
     print(pd.DataFrame(rows).sort_values("auroc", ascending=False).drop(columns="keys").to_string(index=False))
 
