@@ -60,7 +60,9 @@ def draw(number: int) -> list[str]:
     pick = random.Random(number).choice
     method, size = pick(["msn", "msn", "simclr", "vicreg"]), pick([48, 64])
     low, focal = pick([0.1, 0.2, 0.3, 0.5]), pick([0, 0, 2, 4])
-    keys = [f"method={method}", *NETWORKS[pick(list(NETWORKS))]]
+    network = pick(list(NETWORKS))
+    focal = 0 if network.startswith("vit") else focal  # it takes views of one size
+    keys = [f"method={method}", *NETWORKS[network]]
     keys += [
         f"encoder.image_size={size}",
         f"views.target_scale=[{pick([low, 0.5])},1]",

@@ -201,7 +201,10 @@ def steps(config: PretrainConfig, films: Films, store: Store, method: Method, ac
 def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world: int) -> None:
     """Refuse combinations that would fail, or be meaningless, during a step."""
     size, patch = config.encoder.image_size, encoder.patch
-    for name, side in (("encoder.image_size", size), ("views.focal_size", config.views.focal_size)):
+    sides = {"encoder.image_size": size}
+    if config.views.num_focal:
+        sides["views.focal_size"] = config.views.focal_size
+    for name, side in sides.items():
         if encoder.is_vit and side % patch:
             raise UserError(f"{name} {side} is not whole patches of {patch} px; e.g. {round(side / patch) * patch}")
         masked = config.mask.ratio and (name == "encoder.image_size" or config.mask.focal)

@@ -224,6 +224,20 @@ def test_views_too_small_for_a_convolutional_net_are_named(data, tmp_path, arch,
         train.train(made.model_copy(update={"encoder": net}))
 
 
+def test_the_size_of_focal_views_does_not_matter_where_there_are_none(data, tmp_path):
+    none = ["views.num_focal=0", "optim.steps=1"]
+    train.train(config(data, tmp_path / "x", "views.focal_size=20", *none))
+    made = config(data, tmp_path / "y", *none)  # a transformer with a convolutional stem takes one size
+    net = {
+        "arch": "visformer_tiny",
+        "model_args": {"init_channels": 8, "embed_dim": 24, "depth": [0, 1, 1], "num_heads": 1},
+    }
+    train.train(made.model_copy(update={"encoder": made.encoder.model_copy(update=net | {"pool": None})}))
+    with pytest.raises(UserError, match=r"views.focal_size 16.*set views.num_focal=0"):
+        made = config(data, tmp_path / "z", "optim.steps=1")
+        train.train(made.model_copy(update={"encoder": made.encoder.model_copy(update=net | {"pool": None})}))
+
+
 @pytest.mark.parametrize("ratio, named", [(0.2, "masks none; 0.25 masks one"), (0.25, None), (0.0, None)])
 def test_a_ratio_of_less_than_one_patch_is_told(data, tmp_path, ratio, named):
     train.train(config(data, tmp_path / "x", f"mask.ratio={ratio}", "encoder.image_size=32", "optim.steps=1"))
