@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import os
@@ -30,7 +31,10 @@ def start() -> NoReturn:
     if name in ("help", "-h", "--help"):
         for word in words[:1]:
             _check(word, [*COMMANDS, *OF_LAUNCH_SH, "--completion"])
-        print(usage())
+        with contextlib.suppress(BrokenPipeError):  # `... | head`
+            print(usage(), flush=True)
+            sys.exit()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit()
     if name == "--completion":
         sys.exit(_completion("".join(words)))

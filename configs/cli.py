@@ -142,6 +142,7 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
         listen()
     try:
         message, code = "", run() or 0
+        sys.stdout.flush()  # a closed pipe is noticed here, not when Python ends
     except UserError as error:
         message, code = str(error), 2
     except Stopped as stopped:

@@ -84,6 +84,27 @@ def test_a_flag_that_does_not_exist_is_named_alone_with_what_was_meant(words: li
     assert done.returncode == 2 and says in done.stderr
 
 
+PRINTED = [
+    "help",
+    "pretrain --keys",
+    "fuse --keys",
+    "probe --help",
+    "probe demo/probe_linear --print-config",
+    "config",
+    "--completion bash",
+]
+
+
+@pytest.mark.parametrize("words", [line.split() for line in PRINTED], ids=PRINTED)
+def test_a_reader_that_takes_a_line_and_leaves_sees_no_traceback(words: list[str]) -> None:
+    command = [sys.executable, "-m", "configs", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()  # as `| head -0`: before anything is printed
+        said = child.stderr.read()
+    assert said == "" and child.returncode == 0
+
+
 def test_a_name_that_is_too_long_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guard(lambda: (tmp_path / ("y" * 300)).mkdir()) == 2
     assert capsys.readouterr().err.strip().endswith("the name is too long: choose a shorter one")

@@ -33,7 +33,8 @@ class Config(Settings):
 def work(args):
     run.accelerator(args, cpu=True, limit=args.limit)
     folder = run.open_run(args.out, Config(out=args.out, seed=args.seed))
-    run.needs("source", None)
+    if args.seen_by is None or args.seen_by == dist.get_rank():
+        run.needs("source", None)
     if run.complete(folder):
         return 0
     log, state = run.Log(folder), run.load_checkpoint(folder) or {"step": 0, "total": 0}
@@ -53,7 +54,7 @@ def work(args):
 
 top, commands = cli.parser("loop", "")
 train = commands.add_parser("train")
-for flag in ("--processes", "--machines", "--seed", "--steps"):
+for flag in ("--processes", "--machines", "--seed", "--steps", "--seen-by"):
     train.add_argument(flag, type=int)
 train.add_argument("--out")
 train.add_argument("--wait", type=float, default=0.0)
@@ -120,9 +121,12 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(runs: Runs) -
 
 
 @pytest.mark.slow
-def test_a_source_moved_under_a_run_ends_it_with_a_sentence_and_put_back_it_goes_on(runs: Runs) -> None:
+@pytest.mark.parametrize("seen", [[], ["--seen-by", "1"]], ids=["all see it", "process 1 alone sees it"])
+def test_a_source_moved_under_a_run_ends_it_with_a_sentence_and_put_back_it_goes_on(
+    runs: Runs, seen: list[str]
+) -> None:
     write_json(runs.folder / "source/provenance.json", {})
-    first = runs.start("--processes", "2", "--steps", "900", "--wait", "0.02")
+    first = runs.start("--processes", "2", "--steps", "900", "--wait", "0.02", *seen)
     runs.wait_for(3)
     (runs.folder / "source").rename(runs.folder / "elsewhere")
     _, err = ended(first, 75)
