@@ -32,7 +32,7 @@ from finetune.config.shapes import ROW_IDS, GridJson
 from finetune.metrics import by_count, check, distribution, macro, thirds
 from finetune.names import named, unit, without_seed
 from finetune.resample import DIFFERENCE, Floats, degrees, smaller_class, spread
-from finetune.results import check_table, each_training, read_predictions, read_results, write_table
+from finetune.results import check_table, decimals, each_training, read_predictions, read_results, write_table
 from finetune.run_folders import Run, read_run
 
 Resampled = tuple[dict[str, Floats], dict[str, Floats]]  # what `metrics.distribution` returns
@@ -313,7 +313,7 @@ def show(
         print(f"  not the encoder alone: {difference}")
     carried = [f"{key}_{side}" for key in CARRIED for side in "ab"]
     shown = table.drop(columns=["metric", "runs_a", "runs_b", "claim", *carried])
-    print(shown.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
+    print(shown.to_string(index=False, float_format=decimals, na_rep="-"))
     print(_bounds(table.iloc[0], pairs(*([about["seed"] for about in of] for of in every))))
     if out is not None:
         print(f"wrote {out}")

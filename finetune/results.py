@@ -317,7 +317,12 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
 def _cell(value: Any) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return decimals(value) if isinstance(value, float) else str(value)
+
+
+def decimals(value: float) -> str:
+    """Four decimals; a value that they would show as zero in powers of ten: 7.8e-07."""
+    return f"{value:.1e}" if 0 < abs(value) < 5e-5 else f"{value:.4f}"
 
 
 def _plain(value: Any) -> Any:

@@ -163,3 +163,13 @@ def test_tables_escape_what_their_language_would_read(tmp_path: Path) -> None:
     for suffix, wanted in ((".md", "| 50% \\| _x_ | 0.1235 |  |"), (".tex", "50\\% | \\_x\\_ & 0.1235 &  \\\\")):
         write_table(tmp_path / f"t{suffix}", table)
         assert wanted in (tmp_path / f"t{suffix}").read_text()
+
+
+def test_a_small_p_is_not_shown_as_zero(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.md", pd.DataFrame({"p": [7.853e-07, 0.0, 5.1e-5, -1e-6]}))
+    assert [line.strip("| ") for line in (tmp_path / "t.md").read_text().splitlines()[2:]] == [
+        "7.9e-07",
+        "0.0000",
+        "0.0001",
+        "-1.0e-06",
+    ]
