@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from configs import UserError
 from ehr_features.files import check_new_file, new_file, write_json
 from ehr_features.typed import read_json, read_parquet, undamaged
-from finetune.config.shapes import PREDICTED, PREDICTION, ROW_IDS, ComparedBy, Shift
+from finetune.config.shapes import PREDICTED, PREDICTION, ROW_IDS, ComparedBy, Guard, Shift
 
 COLUMNS = ["split", "label", "subset", "fraction", "metric", "value", "low", "high", "n", "positives", "reason"]
 
@@ -81,6 +81,9 @@ class Run(BaseModel):
     gaps: list[Gap] = []
     shift: Shift | None = None
     compared_by: ComparedBy = ComparedBy()
+    guard: Guard | None = None
+    prevalence: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
+    fractions: list[dict[str, Any]] | None = None
 
 
 class Row(BaseModel):

@@ -108,6 +108,14 @@ class ComparedBy(Shape):
     record_use: str | None = None
 
 
+class Guard(Shape):
+    """Numbers of subjects by which the guard against leaks judged an encoder."""
+
+    held_out: Count
+    seen: Count
+    both: Count
+
+
 class Shift(Shape):
     """A probe that was trained on some groups and tested on others."""
 

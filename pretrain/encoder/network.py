@@ -42,7 +42,7 @@ def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any
             raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {first_line(error)}") from None
         near = difflib.get_close_matches(arch, timm.list_models(), n=5) or ["vit_tiny_patch16_224", "densenet121"]
         raise UserError(f"encoder.arch: timm has no `{arch}`. Similar names: {', '.join(near)}") from None
-    except (TypeError, AssertionError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except Exception as error:  # a network that is built from arguments of any kind raises almost anything
         raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {first_line(error)}") from None
 
 

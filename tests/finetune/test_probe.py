@@ -362,6 +362,16 @@ def test_a_damaged_results_file_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", {"run": {}, "rows": []})
     with pytest.raises(UserError, match=r"results.json: `run.task` is missing"):
         read_results(tmp_path)
+    guard = {"held_out": 3, "seen": 9, "both": 0}
+    for key, value, says in (
+        ("guard", {"seen": 9, "both": 0}, "`run.guard.held_out` is missing"),
+        ("guard", guard | {"seen": "9 of 12"}, "`run.guard.seen`"),
+        ("prevalence", {"Edema": 1.5}, "`run.prevalence.Edema`"),
+        ("fractions", [3], "`run.fractions.0`"),
+    ):
+        write_json(tmp_path / "results.json", {"run": {"task": "findings", "guard": guard, key: value}, "rows": []})
+        with pytest.raises(UserError, match=f"results.json: {says}"):
+            read_results(tmp_path)
 
 
 def test_results_are_of_the_shipped_schema_and_a_null_has_its_reason(make_world: World) -> None:
