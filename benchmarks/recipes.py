@@ -138,8 +138,8 @@ def _real(films: Path, fold: int, out: Path) -> Data:
 def attempt(out: Path, name: str, where: str, given: Data, keys: Sequence[str]) -> dict[str, Any]:
     """Pretrain and probe. Returns: the row of the table, without its baseline."""
     run = out / f"{name}_{where.replace(' ', '_')}"
-    own = [*COMMON, *keys, *given.pretraining]
-    _call("pretrain", "demo/pretrain_vit_tiny", *own, "ehr.groups=[]", "seed=0", f"out={run / 'encoder'}")
+    own = [*COMMON, "seed=0", *keys, *given.pretraining]
+    _call("pretrain", "demo/pretrain_vit_tiny", *own, "ehr.groups=[]", f"out={run / 'encoder'}")
     about = read_json(run / "encoder" / "encoder" / "encoder.json")
     row = {"try": name, "data": where, "keys": shlex.join(keys), "steps": about["step"]}
     row |= {"seconds": round(about["processor_seconds"])}
