@@ -174,6 +174,8 @@ def _texts(folder: Path, name: str, films: pd.Series) -> pd.Series:
     """The note of each film, empty where it has none."""
     wanted = pa.array(films, pa.string())
     parts = [batch.filter(pc.is_in(batch["dicom_id"].cast(pa.string()), wanted)) for batch in batches(folder, name)]
+    if not parts:  # no note at all
+        return pd.Series("", index=films.index)
     found = pd.concat([part.to_pandas() for part in parts]).drop_duplicates("dicom_id").set_index("dicom_id")["note"]
     return films.map(found).fillna("")
 

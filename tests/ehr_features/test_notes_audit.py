@@ -96,6 +96,9 @@ def test_small_batches_say_the_same_and_the_table_takes_a_draw_of_many_films(
     changed = table.assign(note=table["note"].where(table.index != len(table) - 1, "cough"))  # in the last batch
     changed.to_parquet(notes / "notes.parquet")
     assert outcomes(notes, world)["the leak filter depends on each note alone"] == REFUTED
+    table[:0].to_parquet(notes / "notes.parquet")
+    assert all("too few words" in line for line in audit_notes(notes, world / "features")[1][4:])
+    table.to_parquet(notes / "notes.parquet")
     monkeypatch.setattr(notes_audit, "FILMS", 100)
     lines = audit_notes(notes, world / "features")[1]
     assert "100 films drawn from" in lines[1] and lines[4:] != whole[1][4:]
