@@ -1,6 +1,6 @@
 """Evidence on real films: what pretraining adds to random weights, raw pixels and training from scratch.
 
-    ./launch.sh python -m benchmarks.real_films OUT --films DIR/films.csv [--tables networks films time record]
+    ./launch.sh python -m benchmarks.real_films OUT --films DIR/films.csv [--tables networks films time record methods]
 
 `--films`: a table with path, source, patient, sex, view and findings (words separated by |), beside its films. The NIH
 films' patients are split into five folds. A run pretrains on all films but those of the patients of one fold, probes on
@@ -8,9 +8,9 @@ the NIH films of the others (all, and a tenth of the patients), and is scored on
 films, among AP films and among PA films, averaged; sex; view. So all five runs of a setting have their own test
 patients, training and heads, and Student's t over them gives the intervals.
 
-Training from scratch (all weights, from the labels) is run once per network and fold. Each run adds its rows to
-benchmarks/real_films.csv (`--rows`), which ships; runs with rows there are skipped, so the same command resumes, on any
-machine. It ends with the tables of all rows so far.
+What it is compared with (random weights, raw pixels, training of all weights from the labels) is run once per network
+and fold, beside the first setting. Each run adds its rows to benchmarks/real_films.csv (`--rows`), which ships; runs
+with rows there are skipped, so the same command resumes, on any machine. It ends with the tables of all rows so far.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -37,7 +38,7 @@ from finetune.results import read_predictions
 FOLDS, LEAST = 5, 30  # LEAST: films with a finding
 SHARES = (1.0, 0.1)
 ROWS = Path(__file__).with_name("real_films.csv")
-SETTING = ["network", "record", "films", "steps"]
+SETTING = ["method", "network", "record", "films", "steps"]
 SCORES = ["findings", "sex", "view"]
 COLUMNS = [*SETTING, "fold", "source", "share", *SCORES, "seconds"]
 NETWORKS = {  # the demo's recipe with each network, at 64 px
@@ -48,18 +49,29 @@ NETWORKS = {  # the demo's recipe with each network, at 64 px
     ],
     "densenet": ["encoder.arch=densenet121", "encoder.model_args={growth_rate: 12, block_config: [2, 3, 4, 3]}"],
 }
+METHODS: dict[str, list[str]] = {
+    name: (given or {}).get("pretrain", [])
+    for name, given in yaml.safe_load((CONFIGS / "grid_methods.yaml").read_text())["axes"]["method"].items()
+}
 RECORDS = {
     "off": ["ehr.groups=[]"],
     "condition": ["ehr.groups=[sex,age]", "ehr.use=condition"],
     "predict": ["ehr.groups=[sex,age]", "ehr.use=predict", "ehr.predict_weight=5"],
     "permuted": ["ehr.groups=[sex,age]", "ehr.use=predict", "ehr.predict_weight=5", "ehr.permuted=true"],
 }
-BASE: dict[str, Any] = {"network": "resnet", "record": "off", "films": 0, "steps": 1000}  # films 0: all
+BASE: dict[str, Any] = {
+    "method": "simclr",
+    "network": "resnet",
+    "record": "off",
+    "films": 0,
+    "steps": 1000,
+}  # films 0: all
 TABLES: dict[str, list[dict[str, Any]]] = {
     "networks": [{"network": name} for name in NETWORKS],
     "films": [{"films": n} for n in (500, 1000, 2000, 0)],
     "time": [{"steps": n} for n in (1000, 4000, 15000)],  # about 2, 8 and 30 minutes of one core
     "record": [{"record": name} for name in RECORDS],
+    "methods": [{"method": name, "record": use} for name in METHODS for use in RECORDS],
 }
 OURS, RIVALS = "pretrained", ("random weights", "raw pixels", "from scratch")
 
@@ -140,13 +152,11 @@ def run(out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fol
     folder = out / ("-".join(str(setting[k]) for k in SETTING) + f"-fold{fold}")
     pretraining, probing = tables_of_a_fold(films, fold, setting["films"], folder, root)
     keys = [
+        *METHODS[setting["method"]],
         *NETWORKS[setting["network"]],
         *RECORDS[setting["record"]],
         "encoder.image_size=64",
         "readability=false",
-        "precision=no",
-    ]
-    keys += [
         "films.positives=film",
         f"optim.steps={setting['steps']}",
         f"seed={fold}",
@@ -154,9 +164,9 @@ def run(out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fol
     encoder = folder / "pretrained"
     _call("pretrain", "demo/pretrain_resnet", *pretraining, f"store={out / 'store'}", *keys, f"out={encoder}")
     about, made = read_json(encoder / "encoder" / "encoder.json"), []
-    sources = {OURS: str(encoder), RIVALS[0]: f"random:{encoder}", RIVALS[1]: "pixels"}
+    sources = {OURS: str(encoder)}
     if setting == BASE | {"network": setting["network"]}:
-        sources[RIVALS[2]] = f"random:{encoder}"
+        sources |= dict(zip(RIVALS, (f"random:{encoder}", "pixels", f"random:{encoder}"), strict=True))
     for source, spec in sources.items():
         for share in SHARES:
             probe = folder / f"{source.replace(' ', '_')}_{share:g}"
@@ -185,22 +195,29 @@ def table(rows: pd.DataFrame, settings: Sequence[dict[str, Any]], share: float) 
     lines = ["| pretraining | folds | " + " | ".join((OURS, *(f"minus {r}" for r in RIVALS), "sex", "view")) + " |"]
     lines.append("|---" * (4 + len(RIVALS) + 1) + "|")
     for setting in settings:
-        among = rows[(rows[SETTING] == pd.Series(BASE | setting)[SETTING]).all(axis=1) & (rows["share"] == share)]
-        by = {name: among.pivot(index="fold", columns="source", values=name) for name in SCORES}
-        if not len(among):
+        network = {"network": setting.get("network", BASE["network"])}
+        mine, rivals = of(rows, BASE | setting, share), of(rows, BASE | network, share)
+        if not len(mine):
             continue
+        among = pd.concat([mine[mine["source"] == OURS], rivals[rivals["source"] != OURS]])
+        by = {name: among.pivot(index="fold", columns="source", values=name) for name in SCORES}
         says = ", ".join(f"{k} {v or 'all'}" for k, v in setting.items())
-        ours = by["findings"][OURS]
-        cells = [f"{ours.mean():.3f}", *(gap(ours - by["findings"][r]) if r in by["findings"] else "" for r in RIVALS)]
+        ours = by["findings"][OURS].dropna()
+        cells = [f"{ours.mean():.3f}", *(gap((ours - by["findings"].get(r, np.nan)).dropna()) for r in RIVALS)]
         cells += [f"{by[name][OURS].mean():.3f}" for name in ("sex", "view")]
-        lines.append(f"| {says} | {len(by['sex'])} | " + " | ".join(cells) + " |")
+        lines.append(f"| {says} | {len(ours)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def of(rows: pd.DataFrame, setting: dict[str, Any], share: float) -> pd.DataFrame:
+    """The rows of one setting and share."""
+    return rows[(rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["share"] == share)]
 
 
 def gap(differences: pd.Series) -> str:
     """The mean with its 95% interval."""
     if len(differences) < 2:
-        return f"{differences.mean():+.3f}"
+        return "".join(f"{d:+.3f}" for d in differences)
     between = stats.ttest_1samp(differences, 0).confidence_interval()
     return f"{differences.mean():+.3f} ({between.low:+.3f} to {between.high:+.3f})"
 

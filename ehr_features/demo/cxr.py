@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from configs import UserError
+from configs.launch import end_with_me
+from configs.threads import cores
 from ehr_features.demo.people import People
 from ehr_features.demo.plan import Plan
 from ehr_features.demo.record_link import COMBINATIONS, LINKED, posterior
@@ -27,6 +35,7 @@ DRAWN = {
 }  # fmt: skip
 NOT_DRAWN = {"Fracture": 0.04, "Pleural Other": 0.03}  # not drawn into any film: best possible AUROC .5
 CALLED, UNSEEN = 0.65, 0.03  # P(pneumonia | consolidation), P(pneumonia | none)
+MANY = 1000  # films that are worth a process of their own
 HAZY = 0.4  # P(lung opacity | atelectasis alone)
 METADATA = columns(
     "dicom_id subject_id study_id PerformedProcedureStepDescription ViewPosition Rows Columns StudyDate StudyTime "
@@ -37,7 +46,7 @@ PRESENT, ABSENT = (0.90, 0.05, 0.01), (0.01, 0.02, 0.22)
 
 
 def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd.DataFrame, dict[str, Array]]:
-    """Write everything.
+    """Write the tables; `drawing` adds the films.
 
     Returns: row counts, the films table (with what was drawn), and P(finding), (studies, 14), as computed from all
         latents (`true`), from the film, from film and note (`film_text`), and a score of the note alone (`text`); with
@@ -62,13 +71,57 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
         ),
         "cxr/chexpert": write_csv(chexpert, out / "mimic-cxr-2.0.0-chexpert.csv.gz"),
     }
+    films["subject"] = pd.factorize(films["subject_id"])[0]
+    counts["cxr/films"] = len(films)
+    readers = {"true": true, "film": (present(shown, abs(frail)) + present(shown, -abs(frail))) / 2}
+    told = studies["told"].to_numpy()
+    readers["film_text"] = np.where(told[:, None], true, readers["film"])
+    if people.planted is not None:
+        for name, values in (("record", True), ("person", False)):
+            readers[name] = expected(*posterior(plan, studies, people.planted, values=values))
+    readers["text"] = np.tile((plan.text_signal * studies["frail"] * told).to_numpy()[:, None], len(FINDINGS))
+    return counts, films, readers
+
+
+@contextmanager
+def drawing(films: pd.DataFrame, plan: Plan, out: Path) -> Iterator[None]:
+    """Draw the films of `write_cxr`: many of them in a second process, beside what is done within; few at its end.
+
+    Raises: what stopped the drawing, when the block ends.
+    """
+    if len(films) < MANY or cores() == 1:
+        yield
+        draw_films(films, plan, out)
+        return
+    words, tied = [sys.executable, "-m", __name__], end_with_me(os.getpid())
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it
+        tied()
+
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=prepare) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            with process.stdin, suppress(BrokenPipeError):  # it says why below
+                pickle.dump((films, plan, out), process.stdin)
+            yield
+            error = process.stdout.read()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        ended = f"the process that draws the films ended with code {process.returncode}; killed for lack of memory?"
+        raise pickle.loads(error) if error else UserError(ended)
+
+
+def draw_films(films: pd.DataFrame, plan: Plan, out: Path) -> None:
+    """Draw and write each film as JPEG."""
     paths = [
         f"p{str(s)[:2]}/p{s}/s{t}/{d}.jpg"
         for s, t, d in zip(films["subject_id"], films["study_id"], films["dicom_id"], strict=True)
     ]
     for folder in {Path(path).parent for path in paths}:
         (out / "files" / folder).mkdir(parents=True, exist_ok=True)
-    films["subject"] = pd.factorize(films["subject_id"])[0]
     looks = films[["subject", "male", "age", "view", "wide", "recumbent", *NAMES]]
     views, white = films["view"].to_numpy(), _white(films, plan)
     batches = draw(looks, plan.film_size, np.random.default_rng([plan.seed, 6]))
@@ -80,15 +133,6 @@ def write_cxr(people: People, plan: Plan, out: Path) -> tuple[dict[str, int], pd
                     boxes(film, white[row], plan.film_size)
                 Image.fromarray(film).save(out / "files" / paths[row], quality=90)
             bar.advance(task, len(rows))
-    counts["cxr/films"] = len(films)
-    readers = {"true": true, "film": (present(shown, abs(frail)) + present(shown, -abs(frail))) / 2}
-    told = studies["told"].to_numpy()
-    readers["film_text"] = np.where(told[:, None], true, readers["film"])
-    if people.planted is not None:
-        for name, values in (("record", True), ("person", False)):
-            readers[name] = expected(*posterior(plan, studies, people.planted, values=values))
-    readers["text"] = np.tile((plan.text_signal * studies["frail"] * told).to_numpy()[:, None], len(FINDINGS))
-    return counts, films, readers
 
 
 def present(shown: Array, frail: Array) -> Array:
@@ -273,3 +317,11 @@ def _mark(film: Array, rng: np.random.Generator) -> None:
     left = int(width * (rng.uniform(0.86, 0.92) if letter == "L" else rng.uniform(0.04, 0.09)))
     patch = film[top : top + glyph.shape[0], left : left + glyph.shape[1]]
     patch[glyph[: patch.shape[0], : patch.shape[1]]] = 245
+
+
+if __name__ == "__main__":
+    try:
+        draw_films(*pickle.load(sys.stdin.buffer))
+    except Exception as error:
+        pickle.dump(error, sys.stdout.buffer)
+        sys.exit(1)

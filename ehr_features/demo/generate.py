@@ -17,7 +17,7 @@ import pandas as pd
 
 from configs import UserError
 from configs.commands import command_line
-from ehr_features.demo.cxr import best_auroc, write_cxr
+from ehr_features.demo.cxr import best_auroc, drawing, write_cxr
 from ehr_features.demo.events import write_events
 from ehr_features.demo.people import People, people
 from ehr_features.demo.plan import Plan, age_and_sex, hours_between
@@ -76,12 +76,13 @@ def generate(out: Path, *, subjects: int = 800, seed: int = 0, shuffled: bool = 
     with alone(out), new_folder(out) as part:
         outcomes = Outcomes(plan.risk, plan.text_signal)
         everyone = people(plan, outcomes)
-        counts = write_hosp(everyone, plan, part / "mimic-iv/hosp")
-        counts |= write_icu(everyone, plan, part / "mimic-iv/icu")
-        counts |= write_events(everyone, plan, part / "mimic-iv/hosp", part / "mimic-iv/icu")
-        counts |= write_ed(everyone, plan, part / "mimic-iv-ed/ed")
         cxr, films, readers = write_cxr(everyone, plan, part / "mimic-cxr")
-        stays = _stays_truth(everyone, films, outcomes)
+        with drawing(films, plan, part / "mimic-cxr"):
+            counts = write_hosp(everyone, plan, part / "mimic-iv/hosp")
+            counts |= write_icu(everyone, plan, part / "mimic-iv/icu")
+            counts |= write_events(everyone, plan, part / "mimic-iv/hosp", part / "mimic-iv/icu")
+            counts |= write_ed(everyone, plan, part / "mimic-iv-ed/ed")
+            stays = _stays_truth(everyone, films, outcomes)
         stays.to_parquet(part / "truth.parquet", index=False)
         drawn = films[["dicom_id", "study_id", "subject_id", "stay_id", "view", *NAMES]]
         if everyone.planted is not None:

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 from configs import UserError
+from ehr_features.demo import cxr
 from ehr_features.demo import generate as demo
 from ehr_features.demo.people import people
 from ehr_features.demo.plan import Plan, add_arguments, age_and_sex
@@ -94,13 +96,17 @@ def test_every_table_has_the_published_columns_in_order(made: Path) -> None:
         assert header == (columns if "," in columns else columns.replace(" ", ",")), name
 
 
-def test_equal_arguments_give_equal_bytes_and_another_seed_others(made: Path, tmp_path: Path) -> None:
+def test_equal_arguments_give_equal_bytes_and_another_seed_others(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def digests(folder: Path) -> dict[str, str]:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    demo.generate(tmp_path / "again", seed=1, **SMALL)
     demo.generate(tmp_path / "other", seed=2, **SMALL)
+    for name, value in (("MANY", 0), ("cores", lambda: 2)):  # films are drawn by a second process
+        monkeypatch.setattr(cxr, name, value)
+    demo.generate(tmp_path / "again", seed=1, **SMALL)
     assert digests(made) == digests(tmp_path / "again")
     first, other = digests(made), digests(tmp_path / "other")
     assert all(
@@ -108,6 +114,30 @@ def test_equal_arguments_give_equal_bytes_and_another_seed_others(made: Path, tm
         for name in COLUMNS
         if "d_items" not in name and "d_lab" not in name
     )
+
+
+def test_what_stops_the_second_process_is_raised_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MANY", 0), ("cores", lambda: 2)):
+        monkeypatch.setattr(cxr, name, value)
+    write = cxr.write_cxr
+
+    def write_and_block(*given: Any) -> Any:
+        written = write(*given)
+        (given[2] / "files").write_text("a file where the folder of the films should be")
+        return written
+
+    monkeypatch.setattr(demo, "write_cxr", write_and_block)
+    with pytest.raises(NotADirectoryError):
+        demo.generate(tmp_path / "out", seed=1, **SMALL)
+    assert not (tmp_path / "out").exists()
+
+    monkeypatch.setattr(demo, "write_cxr", write)
+    monkeypatch.setattr(demo, "write_hosp", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # and ends the second process
+        demo.generate(tmp_path / "out", seed=1, **SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_film_can_be_read_and_has_the_size_that_metadata_says(made: Path) -> None:
