@@ -45,9 +45,12 @@ NETWORKS = {  # the demo's recipe with each network, at 64 px
     "resnet": [],
     "vit": [
         "encoder.arch=vit_small_patch16_224",
-        "encoder.model_args={patch_size: 8, embed_dim: 192, depth: 6, num_heads: 3}",
+        "encoder.model_args={patch_size: 8, embed_dim: 96, depth: 4, num_heads: 3}",
     ],
-    "densenet": ["encoder.arch=densenet121", "encoder.model_args={growth_rate: 12, block_config: [2, 3, 4, 3]}"],
+    "densenet": [
+        "encoder.arch=densenet121",
+        "encoder.model_args={growth_rate: 24, block_config: [2, 3, 4, 3], stem_type: deep}",
+    ],
 }
 METHODS: dict[str, list[str]] = {
     name: (given or {}).get("pretrain", [])
