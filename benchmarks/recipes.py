@@ -2,24 +2,24 @@
 
     ./launch.sh python -m benchmarks.recipes OUT --films DIR/films.csv [--tries 0 16] [--seconds 150] [--best 4]
 
-Draws of one hospital, the best of them on a second hospital and on real films (the patients of three of the five folds
-of benchmarks.real_films, scored on one). Each try adds a row for each of these data sets to OUT/recipes.csv: the keys
-that it set, and the macro AUROC of its frozen encoder on the test split with all train subjects and with a tenth of
-them, beside raw pixels. `--name NAME --keys ...` is one try by hand.
+Each draw is trained on hospital 1; the best go on to hospital 2 and to real films (the patients of three of the five
+folds of benchmarks.real_films, scored on one). Each training adds a row to OUT/recipes.csv: the keys that it set, and
+the macro AUROC of its frozen encoder on the test split with all train subjects and with a tenth of them, beside raw
+pixels. `--name NAME --keys ...` is one try by hand.
 
     ./launch.sh python -m benchmarks.recipes OUT --films DIR/films.csv --report try_3 [try_5 ...]
 
-trains these tries again on hospitals 10 to 14 and scores them on the real patients of the two folds that chose nothing.
-Rows that are there are skipped, so the same command resumes. benchmarks/recipes.csv has every try made so far.
+trains these tries again on hospitals 10 to 14 and on real films, scored on the patients of the two folds that chose
+nothing. Rows that are there are skipped, so the same command resumes. benchmarks/recipes.csv has every try so far, and
+is where `--report` finds a try that OUT does not have.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
+import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,14 +30,15 @@ import pandas as pd
 
 from benchmarks import real_films
 from benchmarks.encoders import hospital
+from benchmarks.real_films import SHARES, append, call, pack
 from configs import UserError, cli
 from ehr_features.typed import read_json
-from finetune.demo import CONFIGS, auroc_rows
+from finetune.demo import auroc_rows
 
 COLUMNS = ["try", "data", "keys", "seconds", "steps", "auroc", "auroc_tenth", "pixels", "pixels_tenth"]
-CHOOSE, REPORT = ["1", "2", "real 0"], [*map(str, range(10, 15)), "real 3", "real 4"]  # hospitals; folds of patients
-SHARES, LINEAR = (1.0, 0.1), ["method=logistic"]
-KEPT = [3, 4]  # folds of real patients that choose nothing
+KEPT = (3, 4)  # folds of real patients that choose nothing
+CHOOSE, REPORT = ["1", "2", "real 0"], [*map(str, range(10, 15)), *(f"real {fold}" for fold in KEPT)]
+SHIPPED = Path(__file__).with_name("recipes.csv")
 RESNET = "{layers: [1, 1, 1, 1], channels: [%d, %d, %d, %d], stem_type: deep, stem_width: %d}"
 DENSE = "{growth_rate: %d, block_config: [2, 3, 4, 3], stem_type: %s}"
 NETWORKS = {
@@ -52,7 +53,7 @@ NETWORKS = {
 }
 COMMON = ["views.ratio=[1,1]", "optim.lr_start=0", "optim.warmup_steps=30", "optim.betas=[0.9,0.98]"]
 COMMON += ["optim.optimizer=adamw", "optim.weight_decay=0.04", "optim.weight_decay_end=0.04", "optim.lr_end=0.01"]
-COMMON += ["optim.lr_batch=null", "optim.stretch=1", "optim.clip=3", "head.hidden=256", "log_every=50"]
+COMMON += ["optim.lr_batch=null", "optim.stretch=1", "optim.clip=3", "head.hidden=256", "log_every=50", "ehr.groups=[]"]
 
 
 def draw(number: int) -> list[str]:
@@ -94,7 +95,8 @@ def draw(number: int) -> list[str]:
 class Data:
     """Films to pretrain on, and how an encoder is scored on them."""
 
-    pretraining: list[str]  # keys
+    pretraining: list[str]  # keys that name them
+    own: list[str]  # keys that these films ask for, whatever a try says
     score: Callable[[str, Path], dict[float, float]]  # an encoder, a folder -> share of subjects: macro AUROC, test
 
 
@@ -104,14 +106,15 @@ def data(name: str, out: Path, subjects: int, films: Path | None) -> Data:
         if films is None:
             raise UserError(f"{name} needs --films")
         return _real(films, int(name.split()[1]), out)
-    keys = hospital(out / f"hospital_{name}", subjects, int(name))
+    keys = hospital(out / f"hospital_{name}_{subjects}", subjects, int(name))
 
     def score(encoder: str, folder: Path) -> dict[float, float]:
-        _call("probe", "demo/probe_linear", *keys, f"encoder={encoder}", *LINEAR, "fraction=[0.1,1]", f"out={folder}")
+        given = [f"encoder={encoder}", "method=logistic", "fraction=[0.1,1]", f"out={folder}"]
+        call("probe", "demo/probe_linear", *keys, *given)
         rows = {share: auroc_rows(folder, "all", share) for share in SHARES}
         return {share: next(r["value"] for r in rows[share] if r["label"] == "macro") for share in SHARES}
 
-    return Data(keys, score)
+    return Data(keys, [], score)
 
 
 def _real(films: Path, fold: int, out: Path) -> Data:
@@ -119,27 +122,25 @@ def _real(films: Path, fold: int, out: Path) -> Data:
     if fold not in KEPT:
         known = known[~known["fold"].isin(KEPT)]
     store = out / "real_store"
-    if not (store / "store.json").is_file():
-        _call("images", "own_films/images", f"films={films}", f"out={store}", "size=96")
+    pack(films, store)
     keys, probing = real_films.tables_of_a_fold(known, fold, 0, out / f"real_{fold}", films.parent)
 
     def score(encoder: str, folder: Path) -> dict[float, float]:
         found = {}
         for share in SHARES:
-            given = [*probing, f"store={store}", f"encoder={encoder}", *LINEAR, f"fraction={share}"]
-            _call("probe", "own_films/probe", *given, f"out={folder / str(share)}")
+            given = [*probing, f"store={store}", f"encoder={encoder}", "method=logistic", f"fraction={share}"]
+            call("probe", "own_films/probe", *given, f"out={folder / str(share)}")
             found[share] = real_films.scores(known, folder / str(share))["findings"]
         return found
 
-    own = [f"store={store}", "films.positives=film", "films.views=all", "films.per_subject_cap=null"]
-    return Data([*keys, *own], score)
+    # Their table has no studies, and no view of the children's films.
+    return Data([*keys, f"store={store}"], ["films.positives=film", "films.views=all"], score)
 
 
 def attempt(out: Path, name: str, where: str, given: Data, keys: Sequence[str]) -> dict[str, Any]:
     """Pretrain and probe. Returns: the row of the table, without its baseline."""
     run = out / f"{name}_{where.replace(' ', '_')}"
-    own = [*COMMON, "seed=0", *keys, *given.pretraining]
-    _call("pretrain", "demo/pretrain_vit_tiny", *own, "ehr.groups=[]", f"out={run / 'encoder'}")
+    call("pretrain", "demo/pretrain_vit_tiny", *COMMON, "seed=0", *keys, *given.pretraining, f"out={run / 'encoder'}")
     about = read_json(run / "encoder" / "encoder" / "encoder.json")
     row = {"try": name, "data": where, "keys": shlex.join(keys), "steps": about["step"]}
     row |= {"seconds": round(about["processor_seconds"])}
@@ -150,11 +151,6 @@ def scored(given: Data, encoder: str, folder: Path, name: str) -> dict[str, floa
     """The columns of a frozen encoder: its macro AUROC, and with a tenth of the train subjects."""
     found = given.score(encoder, folder)
     return {name: round(found[1.0], 4), f"{name}_tenth": round(found[0.1], 4)}
-
-
-def _call(command: str, config: str, *keys: str) -> None:
-    words = [sys.executable, "-P", "-m", "configs", command, str(CONFIGS.parent / f"{config}.yaml"), *keys]
-    subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
 def best(rows: Sequence[dict[Any, Any]], where: str, count: int) -> list[str]:
@@ -177,25 +173,56 @@ def main() -> None:
     parser.add_argument("--keys", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--report", nargs="+", metavar="TRY", help="tries to report on other hospitals and patients")
     args = parser.parse_args()
-    budget = [f"optim.processor_seconds={args.seconds}", "optim.steps=null"]
-    tries = {f"try_{i}": [*budget, *draw(i)] for i in range(*args.tries)}
+    if bool(args.name) != bool(args.keys):
+        parser.error("--name and --keys are one try by hand, and go together")
+    where = REPORT if args.report else args.data
+    if not args.report and (kept := sorted({*where} & {*REPORT})):
+        parser.error(f"--data {' '.join(kept)}: kept for --report, chooses nothing")
+    if wrong := [name for name in where if not re.fullmatch(r"\d+|real \d", name)]:
+        parser.error(f"--data {wrong[0]}: a hospital by its seed, or a fold of real patients as 'real 0'")
+    if args.films is None and (real := [name for name in where if name.startswith("real")]):
+        parser.error(f"{real[0]} needs --films")
     path = args.out / "recipes.csv"
-    rows: list[dict[Any, Any]] = pd.read_csv(path, dtype={"data": str}).to_dict("records") if path.is_file() else []
-    if args.name:
-        tries = {args.name: [*budget, *args.keys]}
+    go_on(path, asked(args, read(path)), where, args)
+    print(pd.DataFrame(read(path)).sort_values("auroc", ascending=False).drop(columns="keys").to_string(index=False))
+
+
+def asked(args: argparse.Namespace, rows: Sequence[dict[Any, Any]]) -> dict[str, list[str]]:
+    """The keys of each try that was asked for.
+
+    Raises: UserError: no such try; one that the table has with other keys.
+    """
     if args.report:
-        tries = {row["try"]: shlex.split(row["keys"]) for row in rows if row["try"] in args.report}
-    for number, where in enumerate(REPORT if args.report else args.data):
-        given = data(where, args.out, args.subjects, args.films)
-        pixels = scored(given, "pixels", args.out / f"pixels_{where.replace(' ', '_')}", "pixels")
-        going = best(rows, args.data[0], args.best) if number and not (args.name or args.report) else tries
-        for name in going:
-            if any((row["try"], row["data"]) == (name, where) for row in rows):
-                continue
-            keys = tries.get(name) or next(shlex.split(row["keys"]) for row in rows if row["try"] == name)
-            rows.append(attempt(args.out, name, where, given, keys) | pixels)
-            pd.DataFrame(rows)[COLUMNS].to_csv(path, index=False)
-    print(pd.DataFrame(rows).sort_values("auroc", ascending=False).drop(columns="keys").to_string(index=False))
+        first_last = reversed([*rows, *read(SHIPPED)])  # a later row may have keys of its data set as well
+        known = {row["try"]: shlex.split(row["keys"]) for row in first_last}
+        if absent := [name for name in args.report if name not in known]:
+            raise UserError(f"--report {' '.join(absent)}: no such try in {args.out} or {SHIPPED.name}")
+        return {name: known[name] for name in args.report}
+    budget = [f"optim.processor_seconds={args.seconds}", "optim.steps=null"]
+    tries = {args.name: args.keys} if args.name else {f"try_{i}": draw(i) for i in range(*args.tries)}
+    given = {name: [*budget, *keys] for name, keys in tries.items()}
+    for row in rows:
+        if row["try"] in given and shlex.split(row["keys"])[: len(given[row["try"]])] != given[row["try"]]:
+            raise UserError(f"{args.out}: has {row['try']} with other keys; choose another folder, or another --name")
+    return given
+
+
+def read(path: Path) -> list[dict[Any, Any]]:
+    """The rows so far."""
+    return pd.read_csv(path, dtype={"data": str}).to_dict("records") if path.is_file() else []
+
+
+def go_on(path: Path, tries: dict[str, list[str]], where: Sequence[str], args: argparse.Namespace) -> None:
+    """Run what the table does not have, on one data set after the other."""
+    for number, name in enumerate(where):
+        given = data(name, args.out, args.subjects, args.films)
+        pixels = scored(given, "pixels", args.out / f"pixels_{name.replace(' ', '_')}_{args.subjects}", "pixels")
+        drawn = [row for row in read(path) if row["try"] in tries]
+        going = list(tries) if args.report or args.name or not number else best(drawn, where[0], args.best)
+        for each in going:
+            if not any((row["try"], row["data"]) == (each, name) for row in read(path)):
+                keys = [*tries[each], *given.own]
+                append(path, [attempt(args.out, each, name, given, keys) | pixels], COLUMNS)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
         listen()
     try:
         message, code = "", run() or 0
-        sys.stdout.flush()  # a closed pipe is noticed here, not when Python ends
+        _flush()
     except UserError as error:
         message, code = str(error), 2
     except Stopped as stopped:
@@ -152,7 +152,7 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
         message, code = "interrupted; nothing half-written is left looking complete", INTERRUPTED
     except BrokenPipeError:
         message, code = "", 0  # `... | head` closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _no_output()
     except RuntimeError as error:
         if not launch.between_processes(error):
             raise
@@ -164,6 +164,18 @@ def guard(run: Callable[[], int | None], *, signals: bool = False) -> int:
     if signals:
         ignore()
     return _say(message, code) if message else code
+
+
+def _flush() -> None:
+    """Notice here, not when Python ends, that a reader has left; what the command found out stays its exit code."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _no_output()
+
+
+def _no_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _free(error: OSError) -> str:

@@ -245,7 +245,7 @@ def world(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "./launch.sh notes configs/demo/notes.yaml",
         "./launch.sh images configs/demo/images.yaml",
         "./launch.sh pretrain configs/demo/pretrain_vit_tiny.yaml",
-        "./launch.sh probe configs/demo/probe_linear.yaml",
+        "./launch.sh probe configs/demo/probe_linear.yaml out=demo/runs/probe_ehr",
         "./launch.sh fuse configs/demo/fuse_mortality.yaml",
     ]
     execute(world, "\n".join(lines), address)

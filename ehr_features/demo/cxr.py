@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -102,7 +103,7 @@ def drawing(films: pd.DataFrame, plan: Plan, out: Path) -> Iterator[None]:
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=prepare) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            with process.stdin, suppress(BrokenPipeError):  # it says why below
+            with suppress(BrokenPipeError), process.stdin:  # it has ended: said below
                 pickle.dump((films, plan, out), process.stdin)
             yield
             error = process.stdout.read()
@@ -323,5 +324,7 @@ if __name__ == "__main__":
     try:
         draw_films(*pickle.load(sys.stdin.buffer))
     except Exception as error:
+        if not isinstance(error, OSError):  # a bug: its place is known here alone
+            traceback.print_exc()
         pickle.dump(error, sys.stdout.buffer)
         sys.exit(1)

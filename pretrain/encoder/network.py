@@ -37,12 +37,10 @@ def make(arch: str, in_chans: int, image_size: int, args: dict[str, Any]) -> Any
             return _made(arch, in_chans, args, _sizes(arch, image_size, args))
     except UserError:
         raise
-    except (KeyError, RuntimeError) as error:
-        if not isinstance(error, KeyError) and "Unknown model" not in str(error):
-            raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {first_line(error)}") from None
-        near = difflib.get_close_matches(arch, timm.list_models(), n=5) or ["vit_tiny_patch16_224", "densenet121"]
-        raise UserError(f"encoder.arch: timm has no `{arch}`. Similar names: {', '.join(near)}") from None
     except Exception as error:  # a network that is built from arguments of any kind raises almost anything
+        if not timm.is_model(arch):
+            near = difflib.get_close_matches(arch, timm.list_models(), n=5) or ["vit_tiny_patch16_224", "densenet121"]
+            raise UserError(f"encoder.arch: timm has no `{arch}`. Similar names: {', '.join(near)}") from None
         raise UserError(f"encoder.arch: timm cannot make `{arch}` with {args}: {first_line(error)}") from None
 
 

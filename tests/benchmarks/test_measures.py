@@ -1,27 +1,15 @@
 """Parts of the benchmarks: folds of whole subjects, operations compared with hand counts, printed intervals."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
-from benchmarks import real_films
+from benchmarks import real_films, recipes
 from benchmarks.pretrain import count
-
-
-@pytest.fixture
-def films(tmp_path):
-    rng = np.random.default_rng(0)
-    count = 400
-    patients = rng.integers(0, 120, count)
-    table = pd.DataFrame({"path": [f"a/{i}.png" for i in range(count)], "source": ["nih"] * 300 + ["other"] * 100})
-    table["patient"] = [f"{s}{p}" for s, p in zip(table["source"], patients, strict=True)]
-    table["sex"], table["age_years"], table["view"] = rng.choice(["M", "F"], count), 50, rng.choice(["AP", "PA"], count)
-    table["findings"] = rng.choice(["Edema", "Edema|Mass", "No Finding", "Rare"], count, p=[0.3, 0.2, 0.45, 0.05])
-    table["pixels"] = 128
-    table.to_csv(tmp_path / "films.csv", index=False)
-    return real_films.read_films(tmp_path / "films.csv")
 
 
 def test_folds_are_whole_patients_and_each_film_is_tested_once(films):
@@ -38,7 +26,9 @@ def test_no_film_of_the_test_patients_is_pretrained_on(films, tmp_path, count):
     pretrained, probed = pd.read_csv(tmp_path / "pretrain.csv"), pd.read_csv(tmp_path / "probe.csv")
     tested = set(films.loc[films["fold"] == 2, "patient"])
     train = pretrained[pretrained["split"] == "train"]
-    assert not set(train["patient"]) & tested and len(train) == (count or (pretrained["split"] == "train").sum())
+    others = len(films) - (pretrained["split"] != "train").sum()
+    assert not set(train["patient"]) & tested and len(train) == (count or others)
+    assert (pretrained["split"] == "test").sum() == (films["fold"] == 2).sum()
     assert set(probed.loc[probed["split"] == "test", "patient"]) == tested and set(probed["patient"].str[:3]) == {"nih"}
     assert "Edema" in probed and "Edema" not in pretrained  # pretraining reads no label
 
@@ -52,10 +42,33 @@ def test_the_table_has_students_interval_over_the_folds():
             if source == real_films.OURS:  # has no rivals of its own: they do not depend on the steps
                 rows.append(real_films.BASE | row | {"steps": 4000, "findings": 0.75 + gain})
     text = real_films.table(pd.DataFrame(rows), [{"network": "resnet"}, {"network": "vit"}, {"steps": 4000}], 1.0)
-    half = stats.t.ppf(0.975, 4) * np.std(gains, ddof=1) / 5**0.5
+    # the corrected variance of Nadeau and Bengio: 1/folds, and test films to train films 1 to 4
+    half = stats.t.ppf(0.975, 4) * np.std(gains, ddof=1) * (1 / 5 + 1 / 4) ** 0.5
     assert f"{np.mean(gains):+.3f} ({np.mean(gains) - half:+.3f} to {np.mean(gains) + half:+.3f})" in text
     assert "| network resnet | 5 | 0.730 |" in text and "vit" not in text
     assert f"| steps 4000 | 5 | 0.780 | +0.180 ({0.18 - half:+.3f} to {0.18 + half:+.3f}) | +0.080 (" in text
+
+
+def test_a_difference_of_fewer_folds_says_so_and_one_of_none_is_empty():
+    assert real_films.gap(pd.Series([0.1, 0.1]), 5) == "+0.100 (+0.100 to +0.100), 2 folds"
+    assert real_films.gap(pd.Series([0.1]), 1) == "+0.100" and real_films.gap(pd.Series(dtype=float), 5) == ""
+
+
+def test_a_finding_of_few_films_does_not_count(films, tmp_path, monkeypatch):
+    few = films.index[(films["fold"] == 0) & (films["ap"] == 1)]
+    films.loc[few, "Mass"] = [1] * 4 + [0] * (len(few) - 4)  # of a perfect score, and too few
+    test = films[films["fold"] == 0]
+    ids = pd.DataFrame({"dicom_id": test["path"].map(lambda p: Path(p).stem)})
+    logits = test[["Edema", "Mass", "male", "ap"]].astype(float).reset_index(drop=True)
+    logits.loc[logits.index[(test["ap"] == 0)], "Mass"] = 0.0
+    logits["Edema"] = 0.0
+    monkeypatch.setattr(real_films, "read_predictions", lambda *_: (ids, None, logits))
+    assert real_films.scores(films, tmp_path) == {"findings": 0.5, "sex": 1.0, "view": 1.0}
+
+
+def test_shipped_rows_have_the_columns_of_this_release():
+    assert list(pd.read_csv(real_films.ROWS)) == real_films.COLUMNS
+    assert list(pd.read_csv(recipes.SHIPPED)) == recipes.COLUMNS
 
 
 def test_operations_of_a_step_are_counted_as_by_hand():

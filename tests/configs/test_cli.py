@@ -105,6 +105,17 @@ def test_a_reader_that_takes_a_line_and_leaves_sees_no_traceback(words: list[str
     assert said == "" and child.returncode == 0
 
 
+def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
+    script = "import sys; from configs import cli; sys.exit(cli.guard(lambda: print('refuted') or 2))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=buffered) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 2
+
+
 def test_a_name_that_is_too_long_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guard(lambda: (tmp_path / ("y" * 300)).mkdir()) == 2
     assert capsys.readouterr().err.strip().endswith("the name is too long: choose a shorter one")

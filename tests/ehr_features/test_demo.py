@@ -6,7 +6,11 @@ import argparse
 import gzip
 import hashlib
 import json
+import shutil
+import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,6 +93,20 @@ def _stays(outcomes: Outcomes, plan: Plan) -> pd.DataFrame:
     return table
 
 
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Films are drawn by a second process, however few. Returns: the processes that will be started."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*args: Any, **more: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(*args, **more))
+        return started[-1]
+
+    monkeypatch.setattr(cxr, "MANY", 0)
+    monkeypatch.setattr(cxr, "cores", lambda: 2)
+    monkeypatch.setattr(cxr, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+    return started
+
+
 def test_every_table_has_the_published_columns_in_order(made: Path) -> None:
     for name, columns in COLUMNS.items():
         with gzip.open(made / f"{name}.csv.gz", "rt") as file:
@@ -104,9 +122,9 @@ def test_equal_arguments_give_equal_bytes_and_another_seed_others(
         return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     demo.generate(tmp_path / "other", seed=2, **SMALL)
-    for name, value in (("MANY", 0), ("cores", lambda: 2)):  # films are drawn by a second process
-        monkeypatch.setattr(cxr, name, value)
+    started = two_processes(monkeypatch)
     demo.generate(tmp_path / "again", seed=1, **SMALL)
+    assert [process.returncode for process in started] == [0]
     assert digests(made) == digests(tmp_path / "again")
     first, other = digests(made), digests(tmp_path / "other")
     assert all(
@@ -119,8 +137,7 @@ def test_equal_arguments_give_equal_bytes_and_another_seed_others(
 def test_what_stops_the_second_process_is_raised_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("MANY", 0), ("cores", lambda: 2)):
-        monkeypatch.setattr(cxr, name, value)
+    started = two_processes(monkeypatch)
     write = cxr.write_cxr
 
     def write_and_block(*given: Any) -> Any:
@@ -135,9 +152,16 @@ def test_what_stops_the_second_process_is_raised_and_leaves_nothing(
 
     monkeypatch.setattr(demo, "write_cxr", write)
     monkeypatch.setattr(demo, "write_hosp", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # and ends the second process
+    with pytest.raises(ZeroDivisionError):
         demo.generate(tmp_path / "out", seed=1, **SMALL)
     assert not (tmp_path / "out").exists()
+    assert [process.returncode for process in started] == [1, -signal.SIGKILL]
+
+    monkeypatch.undo()
+    two_processes(monkeypatch)
+    monkeypatch.setattr(cxr.sys, "executable", shutil.which("false"))  # ends before it reads
+    with pytest.raises(UserError, match="the process that draws the films ended with code 1"):
+        demo.generate(tmp_path / "out", seed=1, **SMALL)
 
 
 def test_every_film_can_be_read_and_has_the_size_that_metadata_says(made: Path) -> None:
