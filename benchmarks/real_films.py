@@ -78,7 +78,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
 OURS, RIVALS = "pretrained", ("random weights", "raw pixels", "from scratch")
 
 
-def read_films(path: Path) -> pd.DataFrame:
+def read_films(path: Path, partition: int = 0) -> pd.DataFrame:
     """The table with 0/1 columns (findings of at least LEAST NIH films, `male`, `ap`) and `fold` (-1: not NIH)."""
     films = pd.read_csv(path, dtype={"patient": str})
     nih = films["source"] == "nih"
@@ -88,13 +88,13 @@ def read_films(path: Path) -> pd.DataFrame:
     films["male"], films["ap"] = (
         (films[c] == yes).where(nih).astype("Int8") for c, yes in (("sex", "M"), ("view", "AP"))
     )
-    films["fold"] = films["patient"].where(nih).map(folds(films[nih])).fillna(-1).astype(int)
+    films["fold"] = films["patient"].where(nih).map(folds(films[nih], partition)).fillna(-1).astype(int)
     return films
 
 
-def folds(films: pd.DataFrame) -> pd.Series:
+def folds(films: pd.DataFrame, partition: int) -> pd.Series:
     """Patient -> fold, of about equally many films."""
-    sizes = films.groupby("patient").size().sample(frac=1, random_state=0)
+    sizes = films.groupby("patient").size().sample(frac=1, random_state=partition)
     return ((sizes.cumsum() - 1) * FOLDS // len(films)).astype(int)
 
 
@@ -159,7 +159,7 @@ def scores(films: pd.DataFrame, run: Path) -> dict[str, float]:
 def run(out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fold: int) -> list[dict[str, Any]]:
     """Pretrain and probe once. Returns: the rows, one for each source and share of labelled patients."""
     folder = out / ("-".join(str(setting[k]) for k in SETTING) + f"-fold{fold}")
-    pretraining, probing = tables_of_a_fold(films, fold, setting["films"], folder, root)
+    pretraining, probing = tables_of_a_fold(films, fold % FOLDS, setting["films"], folder, root)
     keys = [
         *method_keys(setting["method"]),
         *NETWORKS[setting["network"]],
@@ -212,9 +212,10 @@ def append(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -
 
 
 def table(rows: pd.DataFrame, settings: Sequence[dict[str, Any]], share: float) -> str:
-    """Findings within view of each setting, ours minus each rival over the folds, and sex and view."""
-    lines = ["| pretraining | folds | " + " | ".join((OURS, *(f"minus {r}" for r in RIVALS), "sex", "view")) + " |"]
-    lines.append("|---" * (4 + len(RIVALS) + 1) + "|")
+    """Findings within view of each setting, ours minus each rival and minus the first setting over the folds; sex and
+    view."""
+    columns = ["pretraining", "folds", OURS, *(f"minus {rival}" for rival in RIVALS), "minus the first", "sex", "view"]
+    lines, first = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"], None
     for setting in settings:
         network = {"network": setting.get("network", BASE["network"])}
         mine, rivals = of(rows, BASE | setting, share), of(rows, BASE | network, share)
@@ -222,14 +223,15 @@ def table(rows: pd.DataFrame, settings: Sequence[dict[str, Any]], share: float) 
             continue
         among = pd.concat([mine[mine["source"] == OURS], rivals[rivals["source"] != OURS]])
         by = {name: among.pivot(index="fold", columns="source", values=name) for name in SCORES}
-        says = ", ".join(f"{k} {v or 'all'}" for k, v in setting.items())
         ours = by["findings"][OURS].dropna()
-        cells = [
-            f"{ours.mean():.3f}",
-            *(gap((ours - by["findings"].get(r, np.nan)).dropna(), len(ours)) for r in RIVALS),
+        others = [by["findings"].get(rival, ours * np.nan) for rival in RIVALS]
+        gaps = [
+            gap((ours - other).dropna(), len(ours)) for other in (*others, ours * np.nan if first is None else first)
         ]
-        cells += [f"{by[name][OURS].mean():.3f}" for name in ("sex", "view")]
-        lines.append(f"| {says} | {len(ours)} | " + " | ".join(cells) + " |")
+        says = ", ".join(f"{k} {v or 'all'}" for k, v in setting.items())
+        cells = [says, f"{len(ours)}", f"{ours.mean():.3f}", *gaps, *(f"{by[n][OURS].mean():.3f}" for n in SCORES[1:])]
+        lines.append("| " + " | ".join(cells) + " |")
+        first = ours if first is None else first
     return "\n".join(lines)
 
 
@@ -261,17 +263,23 @@ def main() -> None:
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--films", type=Path, required=True, metavar="CSV")
     parser.add_argument("--tables", nargs="*", choices=list(TABLES), default=list(TABLES), help="(default: all)")
-    parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)), help="(default: all five)")
+    parser.add_argument(
+        "--folds",
+        type=int,
+        nargs="+",
+        default=list(range(FOLDS)),
+        help="(default: 0 to 4; 5 to 9 are another partition)",
+    )
     parser.add_argument("--rows", type=Path, default=ROWS, metavar="CSV", help="(default: benchmarks/real_films.csv)")
     args = parser.parse_args()
-    films = read_films(args.films)
+    films = {partition: read_films(args.films, partition) for partition in {fold // FOLDS for fold in args.folds}}
     pack(args.films, args.out / "store")
     rows = pd.read_csv(args.rows) if args.rows.is_file() else pd.DataFrame(columns=COLUMNS)
     settings = [BASE | each for name in args.tables for each in TABLES[name]]
     for setting, fold in itertools.product(settings, args.folds):
         if ((rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["fold"] == fold)).any():
             continue
-        append(args.rows, run(args.out, films, args.films.parent, setting, fold), COLUMNS)
+        append(args.rows, run(args.out, films[fold // FOLDS], args.films.parent, setting, fold), COLUMNS)
         rows = pd.read_csv(args.rows)
     for name in TABLES:
         for share in SHARES:

@@ -135,10 +135,11 @@ def share_of_batch(count: Tensor) -> Tensor:
     """What to divide a sum over this process's films by, for its mean over processes to be that of the whole batch.
 
     Args:
-        count: how many entries of this process are summed; 0 everywhere gives a number near 0 to divide a 0 by.
+        count: how many entries of this process are summed. 0 everywhere counts as 1: a 0 is divided, and so is its
+            gradient, which a number near 0 would make infinite.
     """
     whole = _sum_over_processes(count.detach().clone().float())
-    return (whole / _num_processes()).clamp_min(torch.finfo(torch.float32).tiny)
+    return whole.clamp_min(1) / _num_processes()
 
 
 def _check(anchors: Tensor, targets: Tensor, prototypes: Tensor, temperature: float, target_temperature: float) -> None:

@@ -47,6 +47,9 @@ def test_the_table_has_students_interval_over_the_folds():
     assert f"{np.mean(gains):+.3f} ({np.mean(gains) - half:+.3f} to {np.mean(gains) + half:+.3f})" in text
     assert "| network resnet | 5 | 0.730 |" in text and "vit" not in text
     assert f"| steps 4000 | 5 | 0.780 | +0.180 ({0.18 - half:+.3f} to {0.18 + half:+.3f}) | +0.080 (" in text
+    assert text.endswith(
+        "|  | +0.050 (+0.050 to +0.050) | 0.600 | 0.900 |"
+    )  # never trained from scratch; minus the first
 
 
 def test_a_difference_of_fewer_folds_says_so_and_one_of_none_is_empty():

@@ -259,6 +259,16 @@ def test_the_contrast_knows_subjects_and_empty_records():
     assert contrast(films, records, torch.zeros(4, dtype=torch.bool), subjects, temperature=0.5).item() == 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0, 65536.0])  # ehr.predict_weight, or fp16's factor
+def test_a_batch_without_a_known_value_has_a_gradient_of_zero(scale):
+    guess, film, read = (torch.randn(2, 4, 5).requires_grad_() for _ in range(3))
+    nothing = torch.zeros(4, 5, dtype=torch.bool)
+    predicted = prediction_error(guess, torch.ones(4, 5), nothing, torch.tensor([True] * 2 + [False] * 3))
+    contrasted = contrast(film, read[0], nothing.any(1), torch.arange(4), temperature=0.1)
+    (scale * (predicted + contrasted)).backward()
+    assert all((x.grad == 0).all() for x in (guess, film, read))
+
+
 # ---- Configs, schedules, plug-ins.
 
 
