@@ -52,7 +52,11 @@ def measured(out: Path, seeds: list[int]) -> dict[str, Any]:
         }
         for says, of in found.items()
     ]
-    commands = ["benchmarks.real_films OUT --films FILMS", f"benchmarks.demo OUT --seeds {' '.join(map(str, seeds))}"]
+    folds = " ".join(map(str, sorted(by.index)))
+    commands = [
+        f"benchmarks.real_films OUT --films FILMS --folds {folds}",
+        f"benchmarks.demo OUT --seeds {' '.join(map(str, seeds))}",
+    ]
     on = f"Real films: {len(by)} folds of patients. The others: {len(seeds)} synthetic hospitals."
     return {"commands": [f"./launch.sh python -m {words}" for words in commands], "on": on, "rows": rows}
 

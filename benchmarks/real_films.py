@@ -12,7 +12,7 @@ Student's t over the folds with the variance that Nadeau and Bengio (2003) corre
 What it is compared with (random weights, raw pixels, training of all weights from the labels) is run once per network
 and fold, beside the first setting. Each run adds its rows to benchmarks/real_films.csv (`--rows`), which ships; runs
 with rows there are skipped, so the same command resumes, on any machine. It ends with the tables of all rows so far.
-A setting takes one core 15 to 40 minutes, but `time` five hours and `methods` (16 settings) six.
+A setting takes one core 15 to 40 minutes; `time` and `methods` (16 settings) about five hours each.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ BASE: dict[str, Any] = {
     "method": "simclr",
     "network": "resnet",
     "record": "off",
-    "films": 0,
+    "films": 0,  # all
     "steps": 1000,
-}  # films 0: all
+}
 TABLES: dict[str, list[dict[str, Any]]] = {
     "networks": [{"network": name} for name in NETWORKS],
     "films": [{"films": n} for n in (500, 1000, 2000, 0)],
