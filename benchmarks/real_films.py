@@ -9,10 +9,11 @@ films, among AP films and among PA films where five of them have it and five do 
 runs of a setting have their own test patients, training and heads, but they share train films: the intervals are
 Student's t over the folds with the variance that Nadeau and Bengio (2003) correct for that.
 
-What it is compared with (random weights, raw pixels, training of all weights from the labels) is run once per network
-and fold, beside the first setting. Each run adds its rows to benchmarks/real_films.csv (`--rows`), which ships; runs
-with rows there are skipped, so the same command resumes, on any machine. It ends with the tables of all rows so far.
-A setting takes one core 15 to 40 minutes; `time` and `methods` (16 settings) about five hours each.
+What it is compared with is run once per network and fold, beside the first setting: random weights, raw pixels, and
+training of all weights from the labels, in as many steps as pretraining, kept at the best of validation. Each run adds
+its rows to benchmarks/real_films.csv (`--rows`), which ships; what has rows there is skipped, so the same command
+resumes, on any machine. It ends with the tables of all rows so far. A setting takes one core 15 to 40 minutes where it
+has bf16, two to three times as long elsewhere; `time` and `methods` (16 settings) about five hours each.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SHARES = (1.0, 0.1)
 ROWS = Path(__file__).with_name("real_films.csv")
 SETTING = ["method", "network", "record", "films", "steps"]
 SCORES = ["findings", "sex", "view"]
-COLUMNS = [*SETTING, "fold", "source", "share", *SCORES, "seconds"]
+COLUMNS = [*SETTING, "fold", "source", "share", *SCORES, "seconds", "precision"]
 NETWORKS = {  # the demo's recipe with each network, at 64 px
     "resnet": [],
     "vit": [
@@ -76,6 +77,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "methods": [{"method": name, "record": use} for name in METHODS for use in RECORDS],
 }
 OURS, RIVALS = "pretrained", ("random weights", "raw pixels", "from scratch")
+SCRATCH_STEPS, BATCH = 1000, 64  # of training all weights from the labels: as many as of pretraining
 
 
 def read_films(path: Path, partition: int = 0) -> pd.DataFrame:
@@ -156,8 +158,16 @@ def scores(films: pd.DataFrame, run: Path) -> dict[str, float]:
     return {kind: round(float(np.mean(values)), 4) for kind, values in found.items()}
 
 
-def run(out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fold: int) -> list[dict[str, Any]]:
-    """Pretrain and probe once. Returns: the rows, one for each source and share of labelled patients."""
+def sources(setting: dict[str, Any]) -> tuple[str, ...]:
+    """What is probed of a setting."""
+    return (OURS, *RIVALS) if setting == BASE | {"network": setting["network"]} else (OURS,)
+
+
+def run(
+    out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fold: int, wanted: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Probe `wanted` of a setting's sources on a fold, pretraining before. Returns: a row for each share of labelled
+    patients."""
     folder = out / ("-".join(str(setting[k]) for k in SETTING) + f"-fold{fold}")
     pretraining, probing = tables_of_a_fold(films, fold % FOLDS, setting["films"], folder, root)
     keys = [
@@ -170,16 +180,20 @@ def run(out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fol
         f"optim.steps={setting['steps']}",
         f"seed={fold}",
     ]
-    encoder = folder / "pretrained"
+    encoder, made = folder / "pretrained", []
+    if OURS not in wanted:  # the network alone: rivals see nothing of its training
+        encoder, keys = folder / "network", [*keys, "optim.steps=1", "optim.warmup_steps=0"]
     call("pretrain", "demo/pretrain_resnet", *pretraining, f"store={out / 'store'}", *keys, f"out={encoder}")
-    about, made = read_json(encoder / "encoder" / "encoder.json"), []
-    sources = {OURS: str(encoder)}
-    if setting == BASE | {"network": setting["network"]}:
-        sources |= dict(zip(RIVALS, (f"random:{encoder}", "pixels", f"random:{encoder}"), strict=True))
-    for source, spec in sources.items():
+    about = read_json(encoder / "encoder" / "encoder.json")
+    specs = dict(zip((OURS, *RIVALS), (encoder, f"random:{encoder}", "pixels", f"random:{encoder}"), strict=True))
+    for source, spec in ((source, specs[source]) for source in wanted):
         for share in SHARES:
             probe = folder / f"{source.replace(' ', '_')}_{share:g}"
-            method = ["method=finetune", "tune.epochs=15"] if source == RIVALS[2] else ["method=logistic"]
+            method = ["method=logistic"]
+            if source == RIVALS[2]:
+                train = (pd.read_csv(folder / "probe.csv")["split"] == "train").sum()
+                epochs = -(-SCRATCH_STEPS // max(1, int(share * train) // BATCH))
+                method = ["method=finetune", f"tune.epochs={epochs}", f"tune.patience={epochs // 4}"]
             given = [
                 *probing,
                 f"store={out / 'store'}",
@@ -190,7 +204,7 @@ def run(out: Path, films: pd.DataFrame, root: Path, setting: dict[str, Any], fol
             ]
             call("probe", "own_films/probe", *given, f"out={probe}")
             row = {**setting, "fold": fold, "source": source, "share": share, **scores(films, probe)}
-            made.append(row | {"seconds": round(about["processor_seconds"])})
+            made.append(row | {"seconds": round(about["processor_seconds"]), "precision": about["precision"]})
     return made
 
 
@@ -277,10 +291,11 @@ def main() -> None:
     rows = pd.read_csv(args.rows) if args.rows.is_file() else pd.DataFrame(columns=COLUMNS)
     settings = [BASE | each for name in args.tables for each in TABLES[name]]
     for setting, fold in itertools.product(settings, args.folds):
-        if ((rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["fold"] == fold)).any():
-            continue
-        append(args.rows, run(args.out, films[fold // FOLDS], args.films.parent, setting, fold), COLUMNS)
-        rows = pd.read_csv(args.rows)
+        there = rows[(rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["fold"] == fold)]
+        if wanted := [source for source in sources(setting) if source not in set(there["source"])]:
+            made = run(args.out, films[fold // FOLDS], args.films.parent, setting, fold, wanted)
+            append(args.rows, made, COLUMNS)
+            rows = pd.read_csv(args.rows)
     for name in TABLES:
         for share in SHARES:
             print(f"\n{name}, {share:.0%} of patients labelled\n\n{table(rows, TABLES[name], share)}")

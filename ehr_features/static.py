@@ -147,7 +147,7 @@ def known(array: np.ndarray, columns: Sequence[str], groups: Sequence[str]) -> n
     A column of a variable with a mask (`..._missing`, which follows its columns) is known where the mask is 0; columns
     after a group's last mask share it. Masks, and the hours since a value, say nothing of the patient, and are never
     known. A group without masks
-    (preset `msn`, `text`) is known where any of its columns is not 0.
+    (preset `msn`, `text`) is known where any of its columns is not 0; one of a user's file everywhere, as it says.
 
     Args:
         array: (N, S) that `encode` gave; `columns`, `groups`: S names, and the group of each.
@@ -159,7 +159,7 @@ def known(array: np.ndarray, columns: Sequence[str], groups: Sequence[str]) -> n
         masks = [i for i in places if columns[i].endswith("_missing")]
         for i in places:
             if not masks:
-                out[:, i] = (array[:, places] != 0).any(axis=1)
+                out[:, i] = is_file(group) or (array[:, places] != 0).any(axis=1)
             elif i not in masks and not (group in RECORD_GROUPS and columns[i].endswith("_hours")):
                 out[:, i] = array[:, next((mask for mask in masks if mask > i), masks[-1])] == 0
     return out

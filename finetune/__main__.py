@@ -158,7 +158,7 @@ def _films(commands: Any) -> None:
     )
     embed.add_argument("films", metavar="FILMS", help="a folder, a list (.txt, .csv with a column path), or one film")
     embed.add_argument("out", metavar="OUT.parquet")
-    embed.add_argument("--pool", choices=("cls", "avg", "map", "max"), help="default: the encoder's own")
+    embed.add_argument("--pool", choices=("cls", "avg", "map", "max", "stages"), help="default: the encoder's own")
     embed.set_defaults(run=_embed)
     nearest = cli.command(commands, "nearest")
     nearest.add_argument("embeddings", metavar="EMBEDDINGS.parquet", help="what `embed` wrote")

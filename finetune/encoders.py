@@ -29,7 +29,7 @@ from finetune.config import WEIGHTS
 from pretrain import encoder as encoders
 from pretrain.encoder.embed import check_finite
 from pretrain.encoder.hub import card_note
-from pretrain.encoder.model import encoder_folder
+from pretrain.encoder.model import STAGES, encoder_folder
 from pretrain.encoder.preprocess import NO_STORE, Preprocess
 from pretrain.encoder.sources import Source, find
 from pretrain.encoder.transformers_config import IMAGENET
@@ -52,6 +52,7 @@ class Frozen:
         name: for tables: the folder, `pixels`, `random:...`.
         key: changes with anything that the features depend on.
         encode: uint8 (B, S, S) -> {pool: (B, D)}.
+        pools: what `encode` computes if it is not every pool of the encoder but `stages`.
         encoder: None for `pixels`.
         folder: encoder/ or the weights file that the leak check examines; None without pretraining.
         about: parameters, input size, films seen: columns of every row of a comparison.
@@ -67,6 +68,7 @@ class Frozen:
     about: Mapping[str, Any] = field(default_factory=dict)
     said: str = ""
     card: str = ""
+    pools: tuple[str, ...] = ()
 
 
 def open_encoder(
@@ -76,6 +78,7 @@ def open_encoder(
     pixels: int = 16,
     device: str | torch.device = "cpu",
     weights: WeightsConfig | None = None,
+    pools: Sequence[str | None] = (),
 ) -> Frozen:
     """The encoder that a config names, in eval mode.
 
@@ -85,10 +88,11 @@ def open_encoder(
         seed: of random weights.
         pixels: side of the raw-pixel baseline.
         weights: what a bare weights file, or `random:ARCH`, is; of a published encoder, another size or statistics.
+        pools: wanted of its features; `stages` is computed only where it is among them.
     Raises: UserError: no such encoder.
     """
     if spec == "pixels":
-        return _pixels(pixels)
+        return _pixels(pixels, pools)
     rest, said, card, folder = spec.removeprefix("random:"), "", "", None
     if rest != spec:
         encoder = _random(rest, seed, weights)
@@ -115,23 +119,29 @@ def open_encoder(
 
     @torch.inference_mode()
     def encode(films: NDArray[np.uint8]) -> Features:
-        features = encoder.features(encoder.preprocess(films).to(device))
-        return {pool: encoder.pool(features, pool).float().cpu().numpy() for pool in encoder.pools if pool != "max"}
+        x = encoder.preprocess(films).to(device)
+        found = {STAGES: encoder.stages(x)} if stages else {}
+        if not only:
+            features = encoder.features(x)
+            found |= {pool: encoder.pool(features, pool) for pool in encoder.pools if pool != "max"}
+        return {pool: value.float().cpu().numpy() for pool, value in found.items()}
 
-    about = _describe(encoder, spec, folder)
-    return Frozen(spec, str(about["hash"]), encode, encoder, folder, about, said, card)
+    stages, only = STAGES in pools, set(pools) == {STAGES}
+    about, computed = _describe(encoder, spec, folder), (STAGES, *(() if only else encoder.pools)) if stages else ()
+    return Frozen(spec, str(about["hash"]), encode, encoder, folder, about, said, card, computed)
 
 
-def _pixels(side: int) -> Frozen:
-    """The baseline without an encoder: the film as `side` x `side` means."""
+def _pixels(side: int, pools: Sequence[str | None] = ()) -> Frozen:
+    """The baseline without an encoder: the film as `side` x `side` means, the same whichever pool is asked for."""
+    name = "avg" if set(pools) != {STAGES} else STAGES
 
     def shrink(films: NDArray[np.uint8]) -> Features:
         small = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(films)[:, None].float() / 255, side)
-        return {"avg": small.flatten(1).numpy()}
+        return {name: small.flatten(1).numpy()}
 
     key = f"pixels{side}"
     about = {"hash": key, "parameters": 0, "image_size": side, "films_seen": 0, "weights": "none"}
-    return Frozen(f"pixels {side}x{side}", key, shrink, about=about)
+    return Frozen(f"pixels {side}x{side}", key, shrink, about=about, pools=() if name == "avg" else (name,))
 
 
 def _random(rest: str, seed: int, weights: WeightsConfig | None) -> Encoder:
@@ -208,6 +218,7 @@ def _describe(encoder: Encoder, spec: str, folder: Path | None) -> dict[str, Any
         "method": None if folder is None else encoder.meta.get("method"),
         "record": [] if folder is None else sorted(encoder.meta.get("ehr_groups") or {}),
         "record_use": None if folder is None else (encoder.meta.get("ehr") or {}).get("use"),
+        "permuted": None if folder is None else (encoder.meta.get("ehr") or {}).get("permuted"),
     }
 
 
@@ -278,7 +289,7 @@ def film_features(
         with new_file(path) as file:
             save_file(found, file, metadata=header(part))
 
-    start = f"films_{digest([frozen.key, store.hash])}"
+    start = f"films_{digest([frozen.key, store.hash, *frozen.pools])}"
     return _gathered(films, complete(cache, start, wanted, PART, make, what, "films", _finite), load_file)
 
 
@@ -328,7 +339,10 @@ def _finite(path: Path) -> bool:
 
 def pooled(encoder: Encoder, films: Tensor | NDArray[np.uint8], pool: str | None) -> Tensor:
     """Films uint8 (P, S, S) -> features (P, D), or (P, 2 D) for pool `both`."""
-    features = encoder.features(encoder.preprocess(films).to(next(encoder.parameters()).device))
+    x = encoder.preprocess(films).to(next(encoder.parameters()).device)
+    if pool == STAGES:
+        return encoder.stages(x)
+    features = encoder.features(x)
     if pool == "both":
         return torch.cat([encoder.pool(features, name) for name in sorted(encoder.pools) if name != "max"], dim=1)
     return encoder.pool(features, pool or ("cls" if "cls" in encoder.pools else "avg"))

@@ -92,7 +92,8 @@ def encoder_name(run: Run) -> str:
     if given.startswith("metadata"):
         return "Metadata without the film"
     if meta or (about.get("method") and about.get("arch")):
-        known = {"ehr_groups": about.get("record"), "ehr": {"use": about.get("record_use")}}
+        use = {"use": about.get("record_use"), "permuted": about.get("permuted")}
+        known = {"ehr_groups": about.get("record"), "ehr": use}
         return pretrained_name({**known, **about, **meta} if about else meta)
     file = Path(given.removesuffix("/").removesuffix("/encoder")).name
     return f"Weights of {file}" if file else ""

@@ -70,6 +70,7 @@ def method(config: PretrainConfig, films: Films | None = None, log: run.Log | No
         if log is not None:
             log.say(f"starting from {said}")
     encoder.checkpointing = config.checkpointing
+    _rest(encoder)
     wanted = find(config.method)
     _suits(config, wanted, encoder)
     setup = Setup(
@@ -80,10 +81,22 @@ def method(config: PretrainConfig, films: Films | None = None, log: run.Log | No
         options=_options(config, wanted),
         num_random=v.num_random,
         steps_per_epoch=1.0 if films is None else max(1, len(films) // config.optim.batch_size),
+        parts=config.optim.accumulate if config.optim.accumulate_mode == "approximate" else 1,
     )
     keys = f"head.hidden={setup.hidden}, head.out={setup.out}, and the options of method {config.method}"
     with weights_fit(keys, TRAINED, encoder):
         return wanted(encoder, setup)
+
+
+def _rest(encoder: encoders.Encoder) -> None:
+    """Parameters that the chosen pool does not use are not trained: without a gradient several processes would fail."""
+    if encoder.meta["pool"] == encoder.pools[0]:
+        return
+    trained, side = list(encoder.parameters()), encoder.meta["image_size"]
+    out = encoder.eval()(torch.zeros(1, encoder.meta["in_chans"], side, side))
+    for parameter, used in zip(trained, torch.autograd.grad(out.sum(), trained, allow_unused=True), strict=True):
+        parameter.requires_grad_(used is not None)
+    encoder.train()
 
 
 def _record(config: PretrainConfig, wanted: type[Method], films: Films | None) -> Record:
@@ -142,8 +155,27 @@ def _suits(config: PretrainConfig, wanted: type[Method], encoder: encoders.Encod
         raise UserError(f"method {name} compares no two films; set films.positives=film")
     if wanted.masked != ("random",) and config.mask.focal:
         raise UserError(f"method {name} masks no focal views; set mask.focal=false")
+    if config.mask.ratio and not encoder.is_vit and wanted.has_target and not wanted.masks_input:
+        raise UserError(
+            f"mask.ratio: a convolutional network's views are masked in their input, which method {name}'s "
+            "teacher would see too; set mask.ratio=0, or method=msn"
+        )
+    if config.mask.ratio and not wanted.masks_input and not encoder.is_vit and _has_batch_norm(encoder):
+        raise UserError(
+            f"mask.ratio: method {name} exports one batch norm for masked and unmasked views; set mask.ratio=0, or "
+            "method=msn, which keeps them apart"
+        )
     if "target" in wanted.masked and not config.mask.ratio:
         raise UserError(f"method {name} learns from masked patches; set mask.ratio, e.g. 0.75")
+    patches = (config.encoder.image_size // encoder.patch) ** 2
+    if "target" in wanted.masked and int(patches * config.mask.ratio) == 0:
+        raise UserError(
+            f"method {name} learns from masked patches: mask.ratio {config.mask.ratio} of {patches} patches masks none"
+        )
+    if wanted.masked == ("target",) and encoder.pools == ("map",):
+        raise UserError(
+            f"method {name} trains no pooling, and {config.encoder.arch} learns its own; take another encoder.arch"
+        )
     if config.optim.batch_size < wanted.least_films:
         raise UserError(
             f"method {name} compares the films of a batch: optim.batch_size {config.optim.batch_size}, "
@@ -156,8 +188,8 @@ def _suits(config: PretrainConfig, wanted: type[Method], encoder: encoders.Encod
 def optimizer(optim: OptimConfig, method: Method) -> torch.optim.Optimizer:
     """AdamW, or LARS with momentum .9; learning rates and decays are set at every step."""
     groups = method.groups(optim.decay_all)
-    if optim.optimizer == "lars":
-        return Lars(groups, lr=1.0, momentum=0.9)
+    if optim.optimizer == "lars":  # matrices are adapted at a decay of 0 too, biases and norms never
+        return Lars([group | {"always_adapt": group["decays"]} for group in groups], lr=1.0, momentum=0.9)
     return torch.optim.AdamW(groups, lr=1.0, betas=optim.betas, fused=True)
 
 
@@ -237,10 +269,20 @@ def _fit(config: PretrainConfig, store: Store, encoder: encoders.Encoder, world:
             f"compile, exact accumulation and {', '.join(drawn)}: a compiled network may draw other random numbers "
             "in the second pass; set compile=false, or optim.accumulate_mode=approximate"
         )
-    if batch // parts < 2 and any(isinstance(m, _BatchNorm) for m in encoder.modules()):
+    exact = config.optim.accumulate > 1 and config.optim.accumulate_mode == "exact"
+    if exact and _has_batch_norm(encoder):
+        raise UserError(
+            f"optim.accumulate > 1 with batch norm in {encoder.meta['arch']}, which couples films: exact needs a "
+            "network without it; or say optim.accumulate_mode: approximate"
+        )
+    if batch // parts < 2 and _has_batch_norm(encoder):
         raise UserError("batch norm of a convolutional net needs two films or more at a time: raise optim.batch_size")
     if batch // parts < 2 and config.head.norm == "batch":
         raise UserError("batch norm needs two films or more at a time: raise optim.batch_size, or set head.norm: layer")
+
+
+def _has_batch_norm(encoder: encoders.Encoder) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in encoder.modules())
 
 
 def _passes(encoder: encoders.Encoder, side: int, name: str) -> None:

@@ -317,14 +317,12 @@ class PretrainConfig(Settings):
         if not isinstance(given, dict):
             return given
         method, paper = given.get("method", "msn"), given.get("preset") == "paper"
-        preset = "paper" if paper else method
-        if preset == "msn" or (not paper and method not in METHODS):
-            return given
         filled = dict(given)
-        for section, values in fragment(preset).items():
-            own = given.get(section)
-            if own is None or isinstance(own, dict):
-                filled[section] = {**values, **(own or {})}
+        for preset in (["paper"] if paper else []) + ([method] if method in METHODS and method != "msn" else []):
+            for section, values in fragment(preset).items():
+                own = filled.get(section)
+                if own is None or isinstance(own, dict):
+                    filled[section] = {**values, **(own or {})}
         return filled
 
     @property
@@ -367,7 +365,7 @@ class PretrainConfig(Settings):
                 f"method_args is for a method of your own; {self.method} has "
                 + (f"the section `{own}`" if own else "none")
             )
-        coupled = self.head.norm == "batch" or not self.encoder.arch.startswith(("vit", "deit"))
+        coupled = self.head.norm == "batch" or not self.encoder.arch.startswith(("vit", "deit", "eva"))
         if self.optim.accumulate > 1 and self.optim.accumulate_mode == "exact" and coupled:
             raise ValueError(
                 "optim.accumulate > 1 with batch norm, which couples films: exact needs head.norm: layer and a ViT; "

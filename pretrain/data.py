@@ -75,9 +75,17 @@ class Films:
         return len(self.table)
 
     def permute_record(self, seed: int) -> None:
-        """Give each film the record of another film: a control in which record and film are unrelated."""
-        others = np.argsort(uniforms(self.keys, 1, seed, 0, "permuted record")[:, 0], kind="stable")
+        """Give each film the record of another subject's film: a control in which record and film are unrelated."""
         assert self.known is not None
+        order = np.argsort(uniforms(self.keys, 1, seed, 0, "permuted record")[:, 0], kind="stable")
+        others, who = np.empty_like(order), self.subjects
+        others[order] = np.roll(order, 1)
+        for place in np.flatnonzero(who[others[order]] == who[order]):  # exchange with the next where it helps both
+            row = order[place]
+            for other in np.roll(order, -place - 1)[:-1]:
+                if who[others[other]] != who[row] and who[others[row]] != who[other]:
+                    others[[row, other]] = others[[other, row]]
+                    break
         self.static, self.known = self.static[others], self.known[others]
 
     @property
@@ -273,7 +281,7 @@ class Cutter:
                 keep = None
             anchors.append(views)
             keeps.append(keep)
-        told = {name: raw.get(name) for name in ("static", "known", "subjects")}
+        told = {name: raw.get(name) for name in ("static", "known", "subjects", "target_static", "target_known")}
         return Batch(target, anchors, keeps, target_keep=plans.get("target keep"), **told)
 
     def _filler(self, views: Tensor, noise: Tensor | None, number: int) -> Tensor:
@@ -332,15 +340,16 @@ class Steps(Dataset[Any]):
         epoch, rows = step // self.steps_per_epoch, self.rows(step)
         keys = self.films.keys[rows]
         raw: dict[str, Any] = {"films": self._read(rows), "keys": keys, "epoch": epoch}
+        partners = rows
         if self.partners is not None:
-            u = uniforms(keys, 1, self.cutter.seed, epoch, "partner")[:, 0]
-            raw["target films"] = self._read(self.partners(rows, u))
+            partners = self.partners(rows, uniforms(keys, 1, self.cutter.seed, epoch, "partner")[:, 0])
+            raw["target films"] = self._read(partners)
         raw["plans"] = self.cutter.plan(keys, raw["films"].shape[-1], epoch)
         if self.films.static.shape[1]:
-            static, known = self._record(rows, keys, epoch)
-            subjects = self.films.subjects[rows]
-            raw |= {"static": torch.from_numpy(static), "known": torch.from_numpy(known)}
-            raw["subjects"] = torch.from_numpy(subjects)
+            for name, of in (("", rows), ("target_", partners))[: 1 if partners is rows else 2]:
+                static, known = self._record(of, keys, epoch)
+                raw |= {f"{name}static": torch.from_numpy(static), f"{name}known": torch.from_numpy(known)}
+            raw["subjects"] = torch.from_numpy(self.films.subjects[rows])
         return self.cutter.cut(raw) if self.cut_here else raw
 
     def _read(self, rows: np.ndarray) -> Tensor:

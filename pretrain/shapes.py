@@ -169,6 +169,7 @@ class EncoderJson(Shape):
     num_subjects: Count | None = None
     films_trained: Count | None = None
     processor_seconds: Annotated[float, Field(ge=0)] | None = None
+    precision: Literal["no", "bf16", "fp16"] | None = None
     datasets: list[str] | None = None
     config_hash: str | None = None
     features_hash: str | None = None

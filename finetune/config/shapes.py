@@ -106,6 +106,7 @@ class ComparedBy(Shape):
     method: str | None = None
     record: list[str] | None = None
     record_use: str | None = None
+    permuted: bool | None = None
 
 
 class Guard(Shape):

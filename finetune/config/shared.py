@@ -17,7 +17,11 @@ WEIGHTS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".tar")  # endings of
 
 
 Pool = Annotated[
-    Literal["cls", "avg", "both"], Field(description="Pooling of tokens: class token, mean of patches, or both.")
+    Literal["cls", "avg", "both", "stages"],
+    Field(
+        description="Pooling: class token, mean of patches (of the map), or both; stages: the means of the last four "
+        "stages (blocks of a ViT) together."
+    ),
 ]
 AllowLeak = Annotated[
     bool, Field(description="Go on with an encoder that saw a val or test subject; the report shows it on top.")
@@ -61,8 +65,11 @@ class TuneConfig(Settings):
         le=1e3,
         description="Learning rate of the head; with finetune, block i of n has lr x layer_decay ^ (n - i).",
     )
-    layer_decay: float = Field(
-        default=0.75, gt=0, le=1, description="Factor of the learning rate from a block to the one below."
+    layer_decay: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from a block to the one below; null: 0.75, and 1 for random weights.",
     )
     weight_decay: NotNegative = Field(default=0.05, description="Weight decay of AdamW.")
     warmup_epochs: NotNegative = Field(default=1, le=1e6, description="Epochs of linear warm-up.")

@@ -88,7 +88,9 @@ def _films(run: Path, config: FuseConfig) -> tuple[pd.DataFrame, pd.DataFrame, N
 def _less(ours: tuple[Any, ...], theirs: tuple[Any, ...], config: FuseConfig) -> pd.DataFrame:
     """Rows of results.json: our AUROC minus theirs, for each label and `macro`."""
     (ids, labels, a), (other, _, b) = ours, theirs
-    assert ids["sample_id"].tolist() == other["sample_id"].tolist(), "both were predicted on the same samples"
+    same = np.isin(ids["sample_id"], other["sample_id"])  # a control has no film where no other subject has one
+    there = np.isin(other["sample_id"], ids["sample_id"])
+    ids, labels, a, b = ids[same], labels[same], a[:, same], b[:, there]
     found = paired(
         labels.to_numpy(float),
         a,

@@ -28,6 +28,7 @@ from finetune.fusion.net import FilmBranch
 from finetune.fusion.own_samples import check_model, load_table, read_only
 from finetune.fusion.samples import Samples, another_film, load
 from finetune.labelled import evaluation_labels, read_films, training_labels
+from pretrain.encoder.model import STAGES
 from pretrain.store import Store
 from pretrain.text.notes import Notes, note_tokens, note_vectors, read_notes
 
@@ -66,7 +67,9 @@ def prepare(config: FuseConfig, accelerator: Accelerator) -> tuple[Samples, Film
     if not sees_films:
         return samples, None, about | {"encoder": None}
     assert store is not None and config.encoder is not None, "checked by read_by_model"
-    frozen = open_encoder(config.encoder, seed=config.seed, device=accelerator.device, weights=config.weights)
+    pools = [] if tokens or config.pool is None else [config.pool]
+    where = {"device": accelerator.device, "weights": config.weights}
+    frozen = open_encoder(config.encoder, seed=config.seed, pools=pools, **where)
     if frozen.folder is not None:
         subjects = samples.table[["subject_id", "split"]].drop_duplicates()
         seen = guard.check_encoder(
@@ -148,12 +151,12 @@ def _cache(config: FuseConfig) -> Path:
 
 
 def pool(pools: Features, name: str | None) -> NDArray[np.float32]:
-    """One pool of the features; `both` concatenates all; None is the class token's (else the mean).
+    """One pool of the features; `both` is class token and mean; None is the class token's (else the mean).
 
     Raises: UserError: no such pool.
     """
     if name == "both":
-        return np.concatenate([pools[key] for key in sorted(pools)], axis=1)
+        return np.concatenate([pools[key] for key in sorted(pools) if key != STAGES], axis=1)
     if name is not None and name not in pools:
         raise UserError(f"pool={name}: this encoder has {', '.join(pools)}")
     return pools[name or max(pools)]

@@ -1,7 +1,7 @@
 """Fit a grid of linear heads on frozen features at once.
 
 Input: `Data` of train and val. Output: logits of any rows by the head chosen on validation, and its settings.
-A head is one of (pool, ...); pool `cls` and `avg` are blocks of the features' columns, `both` is all of them.
+A head is one of (pool, ...); pool `cls`, `avg`, `stages` are blocks of the features' columns, `both` is cls and avg.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ehr_features.progress import Bar
 from ehr_features.static import fit_scale
 from finetune.encoders import Features
 from finetune.metrics import macro_auroc
+from pretrain.encoder.model import STAGES
 
 Head = Callable[[Features], NDArray[np.float64]]  # features of any films -> logits (N, L)
 Say = Callable[[int, float], None]  # epoch, best validation AUROC so far
@@ -41,8 +42,8 @@ def blocks(features: Features, pools: Sequence[str]) -> dict[str, list[str]]:
     """pool -> its feature blocks, for the pools of this encoder. Raises: UserError: it has none of them."""
     have = list(features)
     found = {pool: [pool] for pool in pools if pool in have}
-    if "both" in pools and len(have) > 1:
-        found["both"] = have
+    if "both" in pools and len(tokens := [pool for pool in have if pool != STAGES]) > 1:
+        found["both"] = tokens
     if not found:
         raise UserError(f"pools: this encoder has {', '.join(have)}, none of {', '.join(pools)}")
     return found

@@ -127,7 +127,9 @@ def _through(config: ProbeConfig, films: Films, store: Any, device: str, tuned: 
         about = {"hash": None, "parameters": 0, "image_size": 0, "films_seen": 0, "weights": "none"}
         return None, Through(f"metadata ({', '.join(config.groups)})", about, NOTHING)
     weights, seen = config.weights, NOTHING
-    frozen = open_encoder(config.encoder, seed=config.seed, pixels=config.pixels, device=device, weights=weights)
+    pools = config.pools if config.head is None else transfer.load(config.head)[0].names
+    given: dict[str, Any] = {"pixels": config.pixels, "device": device, "weights": weights, "pools": pools}
+    frozen = open_encoder(config.encoder, seed=config.seed, **given)
     if frozen.folder is not None:
         subjects = (films.table if films.own is None else films.own.films)[["subject_id", "split"]]
         if config.features:

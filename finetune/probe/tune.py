@@ -152,6 +152,7 @@ class _Fit:
         x = self._input(augment(films.to(accelerator.device), tune, generator))
         target = torch.from_numpy(self.labels[rows]).to(accelerator.device)
         known = ~target.isnan() * torch.from_numpy(self.weights[rows]).to(accelerator.device)
+        count = accelerator.reduce(known.sum(), "mean").clamp(min=1 / accelerator.num_processes)
         warmup = round(tune.warmup_epochs * per_epoch)
         start = tune.lr / (warmup + 1)
         rate = warmup_cosine(step, tune.epochs * per_epoch, warmup=warmup, start=start, peak=tune.lr, end=0)
@@ -161,7 +162,7 @@ class _Fit:
         with accelerator.autocast():
             logits = wrapped(x)
         each = F.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none")
-        loss = (each * known).sum() / known.sum().clamp(min=1)
+        loss = (each * known).sum() / count  # its mean over the processes is that of the whole batch
         if not loss.isfinite():
             self._refuse(x, rows, f"the loss is not finite at step {step}")
         optimizer.zero_grad()
@@ -207,6 +208,9 @@ class _Fit:
 
 
 # ---- The trained network: a head on an encoder, its parameter groups, the augmentation.
+
+
+LAYER_DECAY = 0.75  # of pretrained weights; low layers of random ones have as much to learn as the others
 
 
 class Tuned(nn.Module):
@@ -260,7 +264,8 @@ def groups(net: Tuned, config: TuneConfig) -> list[dict[str, Any]]:
     own = [(n, p) for n, p in net.named_parameters() if not n.startswith("encoder.")]
     found: list[dict[str, Any]] = []
     if not net.attentive:
-        found = param_groups_layer_decay(net.encoder.net, config.weight_decay, layer_decay=config.layer_decay)
+        decay = config.layer_decay or (1.0 if net.scratch else LAYER_DECAY)
+        found = param_groups_layer_decay(net.encoder.net, config.weight_decay, layer_decay=decay)
     found.append({"params": [p for n, p in own if p.ndim > 1], "weight_decay": config.weight_decay, "lr_scale": 1.0})
     found.append({"params": [p for n, p in own if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": 1.0})
     return found

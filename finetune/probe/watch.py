@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
     print(f"watching {run}: each new encoder is probed on train and val; Ctrl-C ends the watching, not the run")
     while True:
         ended = _ended(run)  # asked before polling, so that the last encoder is not missed
-        frozen = _open(run) if _step(run) not in {None, *done} else None
+        frozen = _open(run, config.pools) if _step(run) not in {None, *done} else None
         if frozen is not None:
             step = int(frozen.about["step"])
             values = probed(config, films, frozen, store)
@@ -95,10 +96,10 @@ def probed(config: ProbeConfig, films: Films, frozen: Frozen, store: Any) -> dic
     return found
 
 
-def _open(run: Path) -> Frozen | None:
+def _open(run: Path, pools: Sequence[str]) -> Frozen | None:
     """The current encoder; None while it is being replaced."""
     try:
-        return open_encoder(str(run))
+        return open_encoder(str(run), pools=pools)
     except UserError:
         if (run / "encoder" / "encoder.json").is_file() and (run / "encoder" / "encoder.safetensors").is_file():
             raise

@@ -6,6 +6,7 @@ interval decides the verb: `beats`, `is level with` (it holds 0), `stays behind`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -45,14 +46,19 @@ Between = Callable[..., Gap | None]
 
 def lead(task: str, runs: Sequence[Run]) -> Lead | None:
     """The trained model of a task, the best on validation if there are several, and its baselines."""
-    able = [run for run in runs if run.headline() is not None]
+    able = [run for run in runs if run.headline() is not None and not _control(run)]
     if task.startswith("findings"):
         pretrained = [run for run in able if _about(run, "weights").startswith("step")]
         plain = [run for run in pretrained if not _about(run, "record")]
         found = best_on_validation([run for run in pretrained if run not in plain] or plain)
-        others = [*(run for run in plain if run is not found)][:1]
-        baselines = [*others, *filter(None, (_first(able, "random:"), _first(able, "pixels")))]
-        return Lead(found, baselines) if found else None
+        if found is None:
+            return None
+        alike = [run for run in able if run.result.get("model") == found.result.get("model")]  # heads of one kind
+        network = [run for run in alike if _about(run, "arch") == _about(found, "arch")]
+        others = [
+            r for r in network if r in plain and r is not found and _about(r, "method") == _about(found, "method")
+        ]
+        return Lead(found, [*others[:1], *filter(None, (_first(network, "random:"), _first(alike, "pixels")))])
     record, film = (
         best_on_validation([run for run in able if str(run.result.get("model")).startswith(kind)])
         for kind in ("record", "film")
@@ -91,7 +97,7 @@ def verdicts(runs: Sequence[Run], truth: Mapping[str, Any] | None = None, drawn:
         if task == "findings":
             films += _films(able, dict(truth or {}), between)
         else:
-            fused += _fusion(task, able, between)
+            fused += _fusion(task, able, dict(truth or {}), between)
     return fused + films
 
 
@@ -101,37 +107,45 @@ def _films(runs: Sequence[Run], truth: dict[str, Any], between: Between) -> list
     if found is None:
         return []
     main = found.run
-    others = {"random weights": _first(runs, "random:"), "raw 16x16 pixels": _first(runs, "pixels")}
+    plain = [run for run in found.baselines if _about(run, "weights").startswith("step")]
+    tuned = main.result.get("model") == "finetune"
+    others = {
+        "training from scratch" if tuned else "random weights": _first(found.baselines, "random:"),
+        "raw 16x16 pixels": _first(found.baselines, "pixels"),
+    }
     best = possible(truth, "findings", main.main, main)
     said = []
     for share in shares(main):
         gaps = [(name, d) for name, run in others.items() if run and (d := between([main], [run], share=share))]
         reached = main.rows[(main.rows["fraction"] == share) & (main.rows["label"] == main.main)]
         reached = reached[(reached["split"] == "test") & (reached["metric"] == "auroc") & (reached["subset"] == "all")]
-        few = "" if share == max(shares(main)) else f" with {share:.0%} of the labelled subjects"
+        few = "" if share == 1 else f" with {share:.0%} of the labelled subjects"
         limit = f", possible {best:.3f}" if best and not few else ""
         if gaps:
             reads = f"AUROC {reached['value'].iloc[0]:.3f}{limit}; {gaps[0][1].n:,} {unit(main)}"
             said.append(f"Pretraining{few} {_against(gaps)} ({reads}).")
-    plain = [run for run in found.baselines if _about(run, "weights").startswith("step")]
-    if plain and (d := between([main], plain[:1])):
+    if plain and (d := between([main], plain, share=max(shares(main)))):
         said.append(_adds("The record", "pretraining on films alone", d, unit(main)))
     return said
 
 
-def _fusion(task: str, runs: Sequence[Run], between: Between) -> list[str]:
-    """The fused model against the record alone and the film alone, on test rows with a film."""
+def _fusion(task: str, runs: Sequence[Run], truth: dict[str, Any], between: Between) -> list[str]:
+    """The fused model against the record alone and the film alone, on test rows with a film if there are enough."""
     found = lead(task, runs)
     if found is None:
         return []
+    main, outcome = found.run, OUTCOMES.get(task, task.replace("_", " "))
     kinds = {str(run.result.get("model")).partition("_")[0]: run for run in found.baselines}
     record, film = kinds.get("record"), kinds.get("film")
-    said, outcome = [], OUTCOMES.get(task, task.replace("_", " "))
-    if record and (d := between([found.run], [record], [film] if film else [])):
-        rows = _rows(found.run, [record, *([film] if film else [])])
-        said.append(_adds("The film", f"the record for {outcome}", d, rows))
-    if film and (d := between([found.run], [film])):
-        said.append(_adds("The record", f"the film for {outcome}", d, _rows(found.run, [film])))
+    head, best = main.headline(subset=found.subset), possible(truth, task, main.main, main, found.subset)
+    reached = f"AUROC {head['value']:.3f}" + (f", possible {best:.3f}" if best else "") if head else "AUROC"
+    said = []
+    for what, base, other in (("The film", "the record", record), ("The record", "the film", film)):
+        also = [film] if film and other is record and found.subset == "paired" else []
+        if other and (d := between([main], [other], also)):
+            whole = head is not None and head["n"] == d.n  # the AUROC is that of the rows compared
+            rows = _rows(main, [other, *also])
+            said.append(_adds(what, f"{base} for {outcome}", d, rows, reached if whole else "AUROC"))
     return said
 
 
@@ -162,8 +176,8 @@ def difference(
         share: of the train subjects: then each draw of these subjects counts as a training; None: all.
     Returns: None where there are too few rows in common, or no predictions of this share.
     """
-    if share is not None and share != max(shares(a[0])):
-        a, b = ([draw for run in side for draw in _draws(run, share)] for side in (a, b))
+    if share is not None:
+        a, b = ([fit for run in side for fit in _fits(run, share)] for side in (a, b))
     table = compare(a, b, drawn=drawn, also=also) if a and b else None
     if table is None:
         return None
@@ -171,10 +185,12 @@ def difference(
     return Gap(float(row["difference"]), float(row["low"]), float(row["high"]), int(row["n"]))
 
 
-def _draws(run: Run, share: float) -> list[Run]:
-    """The run's fits on each draw of a share of the train subjects."""
+def _fits(run: Run, share: float) -> list[Run]:
+    """The run's fits on a share of the train subjects, one a draw; none if it has no such fit."""
     folders = sorted((run.folder / f"fraction_{share:g}").glob("draw_*"))
-    return [replace(run, folder=folder, result={**run.result, "seed": i}) for i, folder in enumerate(folders)]
+    if folders:
+        return [replace(run, folder=folder, result={**run.result, "seed": i}) for i, folder in enumerate(folders)]
+    return [run] if share == max(shares(run), default=None) else []
 
 
 def _against(found: Sequence[tuple[str, Gap]]) -> str:
@@ -185,18 +201,28 @@ def _against(found: Sequence[tuple[str, Gap]]) -> str:
         ends = sorted((abs(low), abs(high)))
         by = f"{name} by {abs(value):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
         by = f"{name} ({value:+.3f}, {low:+.3f} to {high:+.3f})" if verb == "is level with" else by
+        if math.isnan(low):
+            verb, by = "has too few test subjects to be compared with", f"{name} ({value:+.3f})"
         verbs.setdefault(verb, []).append(by)
     return " and ".join(f"{verb} {' and '.join(names)}" for verb, names in verbs.items())
 
 
-def _adds(what: str, base: str, gap: Gap, rows: str) -> str:
-    """What a part adds to the rest, or that no gain shows, or that it takes away."""
+def _adds(what: str, base: str, gap: Gap, rows: str, reached: str = "AUROC") -> str:
+    """What a part adds to the rest, or that no gain shows, or that it takes away. `reached`: the AUROC of both."""
     value, low, high, n = gap
-    on = f"AUROC, {n:,} {rows}"
+    on = f"{reached}{';' if ' ' in reached else ','} {n:,} {rows}"
+    if math.isnan(low):
+        return f"{what} and {base}: {value:+.3f}, with too few test subjects for an interval ({on})."
     if low > 0:
         return f"{what} adds {value:.3f} ({low:.3f} to {high:.3f}) to {base} ({on})."
     verb = "takes away from" if high < 0 else "adds nothing that shows here to"
     return f"{what} {verb} {base}: {value:+.3f}, {low:+.3f} to {high:+.3f} ({on})."
+
+
+def _control(run: Run) -> bool:
+    """Whether it is a control: another film's record in pretraining; no pixels, or another's film, in a fusion."""
+    about = run.result.get("compared_by") or {}
+    return bool(about.get("permuted")) or run.result.get("control") not in (None, "none")
 
 
 def _first(runs: Sequence[Run], encoder: str) -> Run | None:

@@ -51,7 +51,7 @@ def embed(
     elif given.ndim == 2:
         given = given[None]
     names = names or [f"number {i}" for i in range(len(given))]
-    parts = [torch.empty(0, encoder.width)]
+    parts: list[Tensor] = []
     for start in range(0, len(given), batch_size):
         part = given[start : start + batch_size]
         if isinstance(part, list):
@@ -60,7 +60,7 @@ def embed(
         x = torch.cat([encoder.preprocess(f) for f in part]) if isinstance(part, list) else encoder.preprocess(part)
         parts.append(encoder(x.to(device), pool).float().cpu())
         check_finite(parts[-1], encoder.name, names[start : start + batch_size])
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty(0, encoder.width)
 
 
 def _film(preprocess: Preprocess, film: str | Path | np.ndarray | Tensor) -> np.ndarray:

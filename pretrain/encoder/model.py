@@ -30,6 +30,8 @@ from pretrain.encoder.network import drops_tokens, layout, make, sincos, through
 from pretrain.encoder.preprocess import Preprocess
 from pretrain.shapes import EncoderJson
 
+STAGES = "stages"  # a pool of the means of the last stages' maps
+LAST = 4  # of them, as DINO evaluates the last four blocks
 HUB_WEIGHTS = "model.safetensors"  # the weights' name on hubs; an export has both
 
 
@@ -119,17 +121,33 @@ class Encoder(nn.Module):
         Args:
             x: normalised by `preprocess`.
             pool: `cls` or `avg` (mean of patch tokens) of a ViT, `map` of one that learned to pool; `avg` or `max` of a
-                map; None: encoder.json's.
+                map; `stages`; None: encoder.json's.
             keep: (B, n) indices of the patches to compute; a ViT only.
             hide: (B, N) true for patches in whose place a token (D,) stands, and that token; a ViT only.
             tokens: give what `features` does.
         """
+        if pool == STAGES and not tokens:
+            return self.stages(x)
         if tokens or hide is not None:
             features = self._tokens(x, keep, hide=hide) if self.is_vit else self.features(x, keep)
             return features if tokens else self.pool(features, pool)
         if self.is_vit and (pool or self.meta["pool"]) == "cls" and not self._as_timm(x, keep):
             return self.pool(self._tokens(x, keep, first_only=True), pool)
         return self.pool(self.features(x, keep), pool)
+
+    def stages(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, sum of D): the means of the maps of the last four stages, of a ViT of its last blocks.
+
+        Early stages keep what is small and local, which the last one may have given up for what its method asks for.
+        """
+        count = len(self.net.blocks) if self.is_vit else len(getattr(self.net, "feature_info", ()))
+        try:
+            maps = self.net.forward_intermediates(
+                x, indices=min(LAST, count), norm=self.is_vit, output_fmt="NCHW", intermediates_only=True
+            )
+        except (AttributeError, AssertionError, TypeError):
+            raise UserError(f"pool `{STAGES}`: timm gives no stages of {self.meta['arch']}") from None
+        return torch.cat([one.mean(dim=(2, 3)) for one in maps], dim=1)
 
     def pool(self, features: Tensor, pool: str | None = None) -> Tensor:
         """Tokens or map -> (B, D)."""

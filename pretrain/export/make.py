@@ -26,7 +26,7 @@ from pretrain.export import card
 from pretrain.export.card import NO_RESULTS, READABLE, model_card
 from pretrain.export.formats import WRITERS, opened
 from pretrain.methods import Method
-from pretrain.run import load_checkpoint
+from pretrain.run import load_checkpoint, precision_here
 from pretrain.seen import ancestry
 from pretrain.store import Store
 
@@ -57,6 +57,7 @@ def write(
         "num_films": len(films),
         "films_trained": step * config.optim.batch_size,
         "processor_seconds": seconds,
+        "precision": precision_here(config.precision, next(encoder.parameters()).device.type == "cpu"),
         "datasets": card.datasets(config.features, config.films.layout),
         "num_subjects": int(films.table["subject_id"].nunique()),
         "config_hash": digest(config.model_dump(mode="json")),
@@ -79,7 +80,8 @@ def write(
 
 
 def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict[str, dict[str, Any]]:
-    """Predict each EHR column linearly from frozen features: ridge on half the subjects, scored on the rest.
+    """Predict each EHR column linearly from frozen features: ridge on half the subjects, scored on the rest; both on
+    the films whose record has it.
 
     A low value is possible for columns given to the anchor: the target need not learn what the record provides.
     Returns: column -> metric (auroc of a yes / no column, else r2), value, chance; the columns of a text's vector have
@@ -95,20 +97,24 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
         return {}
     from sklearn.metrics import roc_auc_score
 
-    guess = _ridge(x[first], y[first], x[~first])
+    assert films.known is not None
+    known = torch.from_numpy(films.known[chosen])
+    known |= ~known.any(dim=0)  # a mask, or hours since a value: never a target, but each film has it
     out: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(films.columns):
-        wanted, fitted = y[~first, i], y[first, i]
+        on, off = first & known[:, i], ~first & known[:, i]
+        wanted, fitted = y[off, i], y[on, i]
         if len(wanted.unique()) < 2 or len(fitted.unique()) < 2:
             continue
-        if len(y[:, i].unique()) == 2:
+        guess = _ridge(x[on], y[on, i : i + 1], x[off])[:, 0]
+        if len(y[known[:, i], i].unique()) == 2:
             out[name] = {
                 "metric": "auroc",
-                "value": float(roc_auc_score(wanted > wanted.min(), guess[:, i])),
+                "value": float(roc_auc_score(wanted > wanted.min(), guess)),
                 "chance": 0.5,
             }
         elif spread := (wanted - fitted.mean()).square().mean().item():
-            r2 = 1 - (wanted - guess[:, i]).square().mean().item() / spread
+            r2 = 1 - (wanted - guess).square().mean().item() / spread
             out[name] = {"metric": "r2", "value": r2, "chance": 0.0}
     groups = dict(zip(films.columns, films.column_groups, strict=True))
     vector = [name for name in out if groups[name] == TEXT_GROUP and out[name]["metric"] == "r2"]

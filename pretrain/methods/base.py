@@ -35,6 +35,7 @@ class Batch:
         known: (B, S), whether the film's record has this column; None: all of them.
         subjects: (B,), equal numbers mark one subject; None: all differ.
         target_keep: as `keep`, for `target`.
+        target_static, target_known: the record of the target view where that is of another film; None: `static`.
     """
 
     target: Tensor
@@ -44,6 +45,27 @@ class Batch:
     known: Tensor | None = None
     subjects: Tensor | None = None
     target_keep: Tensor | None = None
+    target_static: Tensor | None = None
+    target_known: Tensor | None = None
+
+    def record(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The records (V, B, S) of the last `rows` = V * B views, and whether each value is known; V is 1 where all
+        views have the same."""
+        assert self.static is not None
+        films, views = len(self.target), 1 + sum(len(group) for group in self.anchors) // len(self.target)
+        known = torch.ones_like(self.static, dtype=torch.bool) if self.known is None else self.known.bool()
+        if self.target_static is None or rows < views * films:
+            return self.static[None], known[None]
+        own = torch.ones_like(known) if self.target_known is None else self.target_known.bool()
+        static = [self.target_static, *[self.static] * (views - 1)]
+        return torch.stack(static), torch.stack([own, *[known] * (views - 1)])
+
+    def told(self, rows: int) -> Tensor | None:
+        """The records (V * B, S) of the last V * B views; None without a record."""
+        if self.static is None:
+            return None
+        record = self.record(rows)[0]
+        return record.expand(rows // len(self.target), -1, -1).flatten(0, 1)
 
     @property
     def views(self) -> list[Tensor]:
@@ -78,6 +100,7 @@ class Setup:
         options: the method's own section of the config.
         num_random: random views per film.
         steps_per_epoch: for schedules of the method itself.
+        parts: of a batch that are scored one after the other, each by its own loss (approximate accumulation).
     """
 
     hidden: int
@@ -87,6 +110,7 @@ class Setup:
     options: Any = None
     num_random: int = 1
     steps_per_epoch: float = 1.0
+    parts: int = 1
 
 
 class Method(nn.Module):
@@ -96,6 +120,7 @@ class Method(nn.Module):
     is_told: ClassVar[bool] = True  # the record can condition its embeddings
     needs_vit: ClassVar[bool] = False  # tokens are dropped, replaced or reconstructed
     masked: ClassVar[tuple[str, ...]] = ("random",)  # the kinds of view to which mask.ratio applies
+    masks_input: ClassVar[bool] = False  # what it exports never sees a masked input of a convolutional network
     least_films: ClassVar[int] = 1  # smallest batch, over all processes
     least_anchors: ClassVar[int] = 1  # smallest number of views of a film besides the target view
     num_prototypes: int = 0  # length of `hits`; 0: no prototypes
@@ -172,8 +197,9 @@ class Method(nn.Module):
     def embed_all(self, batch: Batch) -> dict[str, Tensor]:
         """The results of `embed`, and the inputs of the record's loss."""
         embedded = self.embed(batch)
-        if self.record.compares and batch.static is not None:
-            embedded |= self.record.embed(embedded["views"], batch.static)
+        if self.setup.record.compared and batch.static is not None:
+            views = embedded["views"]
+            embedded |= self.record.embed(views, batch.record(len(views) * len(batch.target))[0])
         embedded.pop("views", None)
         return embedded
 
@@ -215,7 +241,10 @@ class Method(nn.Module):
 
     def tell(self, parts: list[Tensor], batch: Batch) -> list[Tensor]:
         """Condition features on the record, if it enters before the head."""
-        return [self.record.condition(part, batch.static) for part in parts]
+        if (record := batch.told(sum(len(part) for part in parts))) is None:
+            return parts
+        of_parts = record.split([len(part) for part in parts])
+        return [self.record.condition(part, own) for part, own in zip(parts, of_parts, strict=True)]
 
     def project(self, parts: list[Tensor], batch: Batch, told: bool = True) -> Tensor:
         """Features of some views -> (V, B, out). `told`: condition the head's output on the record, if so configured.
@@ -225,7 +254,7 @@ class Method(nn.Module):
         groups = [torch.cat(parts)] if self.anchor.is_vit else parts
         projected = torch.cat([self.anchor_head(group) for group in groups])
         if told:
-            projected = self.record.predictor(projected, batch.static)
+            projected = self.record.predictor(projected, batch.told(len(projected)))
         return projected.unflatten(0, (-1, len(batch.target)))
 
     def groups(self, decay_all: bool = False) -> list[dict[str, Any]]:

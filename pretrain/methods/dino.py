@@ -33,7 +33,7 @@ class DINO(Method):
         self.teacher_temperature = o.teacher_temperature
         self.class_loss = DINOLoss(
             setup.out, teacher_temp=o.teacher_temperature, student_temp=o.student_temperature,
-            center_momentum=o.center_momentum, warmup_teacher_temp_epochs=1,
+            center_momentum=centre_momentum(setup), warmup_teacher_temp_epochs=1,
         )  # fmt: skip
 
     def before_step(self, step: int) -> None:
@@ -65,3 +65,9 @@ class DINO(Method):
             sure = centred.softmax(dim=2).amax(dim=2).mean()
         loss = self.class_loss(list(teacher), list(student), teacher_temp=self.teacher_temperature)
         return {"loss": loss, "teacher_max": sure}
+
+
+def centre_momentum(setup: Setup) -> float:
+    """Of each update of a centre: a batch in parts updates it as often as it has parts."""
+    momentum: float = setup.options.center_momentum ** (1 / setup.parts)
+    return momentum

@@ -11,7 +11,7 @@ from lightly.loss import IBOTPatchLoss
 from torch import Tensor, nn
 
 from pretrain.methods.base import Batch, Setup, by_view
-from pretrain.methods.dino import DINO
+from pretrain.methods.dino import DINO, centre_momentum
 
 
 class IBOT(DINO):
@@ -26,7 +26,7 @@ class IBOT(DINO):
         self.mask_token = nn.Parameter(torch.zeros(self.anchor.width))
         self.patch_loss = IBOTPatchLoss(
             setup.out, teacher_temp=o.teacher_temperature, student_temp=o.student_temperature,
-            center_momentum=o.center_momentum,
+            center_momentum=centre_momentum(setup),
         )  # fmt: skip
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ class MAE(Method):
     def begin(self, setup: Setup) -> None:
         o, encoder = setup.options, self.anchor
         patch, size = encoder.patch, encoder.meta["image_size"]
+        if not setup.record.compared:  # the loss sees tokens: a norm of pooled ones has no gradient
+            encoder.net.fc_norm.requires_grad_(False)
         self.num_prefix = int(encoder.net.num_prefix_tokens)
         self.decoder = MaskedVisionTransformerDecoderTIMM(
             num_patches=(size // patch) ** 2, embed_dim=o.decoder_width, depth=o.decoder_depth,

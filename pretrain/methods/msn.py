@@ -29,6 +29,8 @@ class MSN(Method):
                 nn.init.zeros_(layer.bias)
         return head
 
+    masks_input = True  # the target sees the film unmasked, and its batch norm is exported
+
     def begin(self, setup: Setup) -> None:
         self.num_prototypes, out = setup.options.prototypes, setup.out
         self.loss_options = setup.options.model_dump(exclude={"prototypes"})

@@ -44,6 +44,11 @@ class Record:
     weight: float = 1.0
     temperature: float = 0.1
 
+    @property
+    def compared(self) -> bool:
+        """Whether it has a loss of its own."""
+        return self.width > 0 and self.use != "condition"
+
 
 NO_RECORD = Record()
 
@@ -71,43 +76,39 @@ class RecordUse(nn.Module):
             hidden = 2 * record.hidden
             self.reader = nn.Sequential(nn.Linear(record.width, hidden), nn.GELU(), nn.Linear(hidden, record.hidden))
 
-    @property
-    def compares(self) -> bool:
-        """Whether the record has a loss of its own."""
-        return self.guess is not None or self.film is not None
-
     def condition(self, features: Tensor, static: Tensor | None) -> Tensor:
-        """(V*B, D) -> (V*B, D), before the head."""
+        """(V*B, D) and the views' records (V*B, S) -> (V*B, D), before the head."""
         if self.before_head is None or static is None:
             return features
-        made: Tensor = self.before_head(features, _in_each_view(static, features))
+        made: Tensor = self.before_head(features, static)
         return made
 
     def predictor(self, projected: Tensor, static: Tensor | None) -> Tensor:
-        """(V*B, out) -> (V*B, out), after the head."""
+        """(V*B, out) and the views' records (V*B, S) -> (V*B, out), after the head."""
         if self.after_head is None or static is None:
             return projected
-        made: Tensor = self.after_head(projected, _in_each_view(static, projected))
+        made: Tensor = self.after_head(projected, static)
         return made
 
     def embed(self, views: Tensor, static: Tensor) -> dict[str, Tensor]:
-        """Features of views (V, B, D) and records (B, S) -> the inputs of `losses`."""
+        """Features of views (V, B, D) and their records (V or 1, B, S) -> the inputs of `losses`."""
         if self.guess is not None:
             return {"record_guess": self.guess(views)}
         assert self.film is not None and self.reader is not None
-        return {"record_film": self.film(views), "record_read": self.reader(static)[None]}
+        return {"record_film": self.film(views), "record_read": self.reader(static)}
 
     def losses(self, seen: dict[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, float]]:
         """Name -> value and weight."""
-        if not self.compares or batch.static is None:
+        if not self.about.compared or batch.static is None:
             return {}
-        known = torch.ones_like(batch.static, dtype=torch.bool) if batch.known is None else batch.known.bool()
+        views = seen["record_guess" if self.guess is not None else "record_film"]
+        static, known = batch.record(len(views) * len(batch.target))
         if self.guess is not None:
-            error = prediction_error(seen["record_guess"], batch.static.float(), known, self.binary)
+            error = prediction_error(views, static.float(), known, self.binary)
             return {"record_error": (error, self.about.weight)}
-        subjects = torch.arange(len(known), device=known.device) + dist.rank() * len(known)
+        subjects = torch.arange(len(batch.target), device=known.device) + dist.rank() * len(batch.target)
         subjects = subjects if batch.subjects is None else batch.subjects
-        pairs = (seen["record_film"], seen["record_read"][0], known.any(dim=1), subjects)
+        pairs = (views, seen["record_read"], known.any(dim=2), subjects)
         return {"record_contrast": (contrast(*pairs, temperature=self.about.temperature), self.about.weight)}
 
 
@@ -116,37 +117,38 @@ def prediction_error(guess: Tensor, static: Tensor, known: Tensor, binary: Tenso
 
     Args:
         guess: (V, B, S), logits where `binary` (S,).
-        static, known: (B, S).
+        static, known: (V or 1, B, S).
     """
     wanted = static.expand_as(guess)
     yes = F.binary_cross_entropy_with_logits(guess, wanted.clamp(0, 1), reduction="none")
     error = torch.where(binary, yes, (guess - wanted).square())
-    return (error.mean(dim=0) * known).sum() / share_of_batch(known.sum())
+    known = known.expand_as(guess)
+    return (error * known).sum() / share_of_batch(known.sum())
 
 
 def contrast(films: Tensor, records: Tensor, usable: Tensor, subjects: Tensor, *, temperature: float) -> Tensor:
     """InfoNCE in both directions between the views of films and their records, over the films of all processes.
 
     Args:
-        films: (V, B, E); records: (B, E).
-        usable: (B,): records with information; the others are neither pairs nor negatives.
+        films: (V, B, E); records: (V or 1, B, E).
+        usable: (V or 1, B): records with information; the others are neither pairs nor negatives.
         subjects: (B,): film and record of one subject are not negatives of each other.
     """
     films, records = F.normalize(films, dim=-1), F.normalize(records, dim=-1)
-    all_films, all_records, all_usable, all_subjects, start = films, records, usable, subjects, 0
+    everyone, start, size = [films, records, usable[..., None], subjects[None, :, None]], 0, len(subjects)
     if dist.world_size() > 1:
-        all_films = torch.cat(dist.gather(films.transpose(0, 1).contiguous())).transpose(0, 1)
-        all_records = torch.cat(dist.gather(records))
-        all_usable, all_subjects = (torch.cat(dist.gather(x.long())) for x in (usable, subjects))
-        all_usable, start = all_usable.bool(), dist.rank() * len(usable)
-    wanted = torch.arange(len(usable), device=usable.device) + start
-    hidden = (subjects[:, None] == all_subjects[None]) | ~all_usable[None]  # (B, all B)
-    hidden = hidden.scatter(1, wanted[:, None], False)
-    total = films.new_zeros(())
+        kept = [x if x.is_floating_point() else x.long() for x in everyone]
+        everyone = [torch.cat(dist.gather(x.transpose(0, 1).contiguous())).transpose(0, 1) for x in kept]
+        start = dist.rank() * size
+    all_films, all_records, all_usable, all_subjects = everyone
+    wanted = torch.arange(size, device=usable.device) + start
+    hidden = (subjects[:, None] == all_subjects[0, :, 0]) | ~all_usable[:, None, :, 0].bool()  # (V or 1, B, all B)
+    hidden = hidden.scatter(2, wanted.expand(len(hidden), -1)[..., None], False)
+    total, usable = films.new_zeros(()), usable.expand(films.shape[:2])
     for mine, others in ((films, all_records.expand_as(all_films)), (records.expand_as(films), all_films)):
         logits = (mine @ others.transpose(1, 2) / temperature).masked_fill(hidden, -math.inf)  # (V, B, all B)
         picked = logits.log_softmax(dim=2).gather(2, wanted.expand(len(logits), -1)[..., None])[..., 0]
-        total = total - 0.5 * (picked.mean(dim=0) * usable).sum()
+        total = total - 0.5 * (picked * usable).sum()
     return total / share_of_batch(usable.sum())
 
 
@@ -186,7 +188,3 @@ class Predictor(nn.Module):
 
     def forward(self, projected: Tensor, static: Tensor) -> Tensor:
         return projected + self.last(F.gelu(self.first(torch.cat([projected, static], dim=1))))
-
-
-def _in_each_view(static: Tensor, features: Tensor) -> Tensor:
-    return static.repeat(len(features) // len(static), 1)

@@ -56,7 +56,7 @@ def accelerator(args: argparse.Namespace | None = None, *, limit: float = LIMIT_
     precision = options.pop("mixed_precision", None) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     refuse_unused("accelerate: ")
     check_precision(precision, cpu)
-    precision = ("bf16" if has_bf16(cpu) else "no") if precision == "auto" else precision
+    precision = precision_here(precision, cpu)
     world = check_world(args)
     if world > 1 and not _heartbeats:
         atexit.register(_leave)
@@ -91,6 +91,11 @@ def check_precision(precision: str, cpu: bool) -> None:
     """Raises: UserError: fp16 on a CPU, whose kernels overflow or do not exist."""
     if precision == "fp16" and cpu:
         raise UserError("precision: fp16 needs a GPU; choose bf16 or no on a CPU")
+
+
+def precision_here(precision: str, cpu: bool) -> str:
+    """A config's `precision`, with what `auto` is on this machine."""
+    return ("bf16" if has_bf16(cpu) else "no") if precision == "auto" else precision
 
 
 def has_bf16(cpu: bool) -> bool:

@@ -248,7 +248,7 @@ def test_the_contrast_knows_subjects_and_empty_records():
     random = torch.Generator().manual_seed(0)
     films, records = torch.randn(1, 4, 5, generator=random), torch.randn(4, 5, generator=random)
     usable, subjects = torch.tensor([True, True, True, False]), torch.tensor([0, 0, 1, 2])
-    found = contrast(films, records, usable, subjects, temperature=0.5)
+    found = contrast(films, records[None], usable[None], subjects, temperature=0.5)
     unit = nn.functional.normalize
     cosine = (unit(films[0], dim=1) @ unit(records, dim=1).T / 0.5).double()
     negatives = {0: [2], 1: [2], 2: [0, 1]}
@@ -256,7 +256,7 @@ def test_the_contrast_knows_subjects_and_empty_records():
         torch.logsumexp(m[i, [i, *others]], 0) - m[i, i] for m in (cosine, cosine.T) for i, others in negatives.items()
     ]
     assert found.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
-    assert contrast(films, records, torch.zeros(4, dtype=torch.bool), subjects, temperature=0.5).item() == 0
+    assert contrast(films, records[None], torch.zeros(1, 4, dtype=torch.bool), subjects, temperature=0.5).item() == 0
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 65536.0])  # ehr.predict_weight, or fp16's factor
@@ -264,7 +264,7 @@ def test_a_batch_without_a_known_value_has_a_gradient_of_zero(scale):
     guess, film, read = (torch.randn(2, 4, 5).requires_grad_() for _ in range(3))
     nothing = torch.zeros(4, 5, dtype=torch.bool)
     predicted = prediction_error(guess, torch.ones(4, 5), nothing, torch.tensor([True] * 2 + [False] * 3))
-    contrasted = contrast(film, read[0], nothing.any(1), torch.arange(4), temperature=0.1)
+    contrasted = contrast(film, read, nothing.any(1)[None], torch.arange(4), temperature=0.1)
     (scale * (predicted + contrasted)).backward()
     assert all((x.grad == 0).all() for x in (guess, film, read))
 

@@ -95,6 +95,7 @@ def test_auto_takes_bf16_where_the_processor_has_it(data, tmp_path, monkeypatch,
     monkeypatch.setattr(processes, "PROCESSOR", tmp_path / "cpuinfo")
     folder = train.train(config(data, tmp_path / "x", "optim.steps=2", "precision=auto"))
     assert f"precision {taken};" in (folder / "log.txt").read_text()
+    assert enc.read_meta(folder / "encoder")["precision"] == taken
     assert np.isfinite(losses(folder)).all()
 
 
