@@ -353,6 +353,18 @@ def lock(folder: Path, name: str = ".lock") -> None:
     _hold(folder.resolve() / name, folder)
 
 
+def locked(folder: Path, name: str = ".lock") -> bool:
+    """Whether another process holds the folder's lock."""
+    try:
+        with (folder / name).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock there, or a file system without locks
+        return False
+    return False
+
+
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a lock beside a folder that is written aside and renamed when it is complete.

@@ -24,7 +24,7 @@ from pretrain.store import Store
 
 FIRST, MEASURED = 4, 16  # warm-up steps, and measured steps
 MOST_SECONDS = 10.0  # for the steps of an estimate, by one process
-FEW = 8  # films of a step on a CPU, where the cost of a film does not depend on their number
+FEW, PIXELS = 8, 1_500_000  # on a CPU: films of a step at least, and pixels of their views if they are small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,10 @@ class Cost:
     steps: int = MEASURED
 
 
-def processor_seconds() -> float:
-    """Processor time of this process and its ended children."""
+def processor_seconds(device: torch.device) -> float:
+    """Processor time of this process and its ended children; with a GPU the seconds for which it is held."""
+    if device.type == "cuda":
+        return time.monotonic()
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(of.ru_utime + of.ru_stime for of in used)
 
@@ -56,14 +58,17 @@ def step_cost(config: PretrainConfig, steps: Steps, accelerator: Any, most_secon
         if not method.anchor.is_vit:
             method.to(memory_format=torch.channels_last)
         optimizer, began = build.optimizer(optim, method), (0.0, 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
         for i, batch in enumerate(batches(steps, 0, FIRST + MEASURED, 0, device)):
             late = time.monotonic() - start > most_seconds / 4
             if i == first or (0 < i < first and late):
                 _wait(device)
-                first, began = i, (time.monotonic(), processor_seconds())
+                first, began = i, (time.monotonic(), processor_seconds(device))
             method.before_step(i)
             with accelerator.autocast():
                 out = backward(method, method, batch, accelerator, optim.accumulate, optim.accumulate_mode == "exact")
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             method.after_step(0.99)
             del out
@@ -71,7 +76,7 @@ def step_cost(config: PretrainConfig, steps: Steps, accelerator: Any, most_secon
             if done > 0 and time.monotonic() - start > most_seconds:
                 break
         _wait(device)
-    spent = torch.tensor([time.monotonic() - began[0], processor_seconds() - began[1]], device=device)
+    spent = torch.tensor([time.monotonic() - began[0], processor_seconds(device) - began[1]], device=device)
     every = accelerator.gather(spent[None])  # (processes, 2)
     return Cost(float(every[:, 0].max()) / done, float(every[:, 1].sum()) / done, done)
 
@@ -112,8 +117,10 @@ def estimate(config: PretrainConfig, args: argparse.Namespace | None = None) -> 
 
 
 def _shortened(config: PretrainConfig, accelerator: Any) -> PretrainConfig:
-    """On a CPU the config with FEW films a process and step: little memory, and the same cost of a film."""
-    few = FEW * accelerator.num_processes
+    """On a CPU the config with as few films a process and step as take little memory and give the cost of a film."""
+    v = config.views
+    pixels = config.encoder.image_size**2 * (1 + v.num_random) + v.focal_size**2 * v.num_focal
+    few = max(FEW, PIXELS // pixels) * accelerator.num_processes
     if accelerator.device.type != "cpu" or config.optim.batch_size <= few:
         return config
     return config.model_copy(update={"optim": config.optim.model_copy(update={"batch_size": few, "accumulate": 1})})

@@ -136,8 +136,9 @@ class OptimConfig(Settings):
         default=None,
         gt=0,
         le=1e10,
-        description="Processor seconds of all processes in place of epochs and steps: the first steps are timed, and "
-        "the number of steps is kept in the run's budget.json; null: epochs or steps count.",
+        description="Processor seconds of all processes (of GPUs: seconds of them all) in place of epochs and steps: "
+        "the first steps are timed, and the number of steps is kept in the run's budget.json; null: epochs or steps "
+        "count.",
     )
     lr: float = Field(
         default=1e-3, gt=0, le=1e3, description="Peak learning rate at lr_batch films a step; scaled with batch_size."

@@ -94,7 +94,7 @@ def _loop(
     optim = config.optim
     optimizer = build.optimizer(optim, method)
     watch = Watch(config, steps, log, accelerator, method.num_prototypes)
-    state, start, spent, began = run.load_checkpoint(folder), 0, 0.0, processor_seconds()
+    state, start, spent, began = run.load_checkpoint(folder), 0, 0.0, processor_seconds(accelerator.device)
     if state is not None:
         start, spent = state["step"], state.get("processor_seconds", 0.0)
         _restore(method, state["model"], folder)
@@ -104,7 +104,7 @@ def _loop(
     log.cut(start)
 
     def seconds() -> float:
-        now = torch.tensor(processor_seconds() - began, device=accelerator.device)
+        now = torch.tensor(processor_seconds(accelerator.device) - began, device=accelerator.device)
         return spent + float(accelerator.reduce(now, "sum"))
 
     def save(step: int) -> None:

@@ -1,7 +1,8 @@
 """`probe --watch RUN`: probe every encoder that a running pretraining exports, on train and val labels only.
 
 Input: a pretraining run (it rewrites encoder/ every export_every_epochs) and a probe's config. Output: a line of
-RUN/probe.jsonl for each step: {"step", "linear/auroc", "knn/auroc", ...}. Ends with the pretraining. An encoder that is
+RUN/probe.jsonl for each step: {"step", "linear/auroc", "knn/auroc", ...}. Ends with the pretraining, or when it was
+stopped; the same command goes on with it. An encoder that is
 replaced before the previous one has been probed is skipped.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from configs import UserError
-from ehr_features.files import read_table
+from ehr_features.files import locked, read_table
 from ehr_features.typed import read_json, read_lines
 from ehr_features.typed.shapes import Provenance
 from finetune.config import ProbeConfig
@@ -28,6 +29,8 @@ from finetune.layouts import open_films
 from finetune.probe.methods import on_features
 from finetune.run_folders import report_line
 from pretrain.shapes import EncoderJson
+
+QUIET = 60.0  # seconds
 
 
 def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> Path:
@@ -50,7 +53,7 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
     done = _steps(out)
     print(f"watching {run}: each new encoder is probed on train and val; Ctrl-C ends the watching, not the run")
     while True:
-        ended = _ended(run)  # asked before polling, so that the last encoder is not missed
+        ended = _ended(run) or _left(run)  # asked before polling, so that the last encoder is not missed
         frozen = _open(run, config.pools) if _step(run) not in {None, *done} else None
         if frozen is not None:
             step = int(frozen.about["step"])
@@ -61,7 +64,8 @@ def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> P
             print(f"step {step}: linear {values['linear/auroc']:.4f}, kNN {values['knn/auroc']:.4f}", flush=True)
             continue
         if ended:
-            print(f"{run} has ended; {out} holds {len(done)} encoders\nnext: {report_line(run)}")
+            how = "has ended" if _ended(run) else "stopped before its end (its log.txt says why)"
+            print(f"{run} {how}; {out} holds {len(done)} encoders\nnext: {report_line(run)}")
             return out
         time.sleep(seconds)
 
@@ -117,6 +121,13 @@ def _step(run: Path) -> int | None:
 def _ended(run: Path) -> bool:
     path = run / "provenance.json"
     return path.is_file() and bool(read_json(path, Provenance).get("finished_at"))
+
+
+def _left(run: Path) -> bool:
+    """Whether no process trains in the folder: none holds its lock, and nothing was written for a while (a lock may be
+    unseen from another machine)."""
+    written = max(path.stat().st_mtime for path in run.iterdir() if path.name != "probe.jsonl")
+    return time.time() - written > QUIET and not locked(run)
 
 
 def _steps(path: Path) -> set[int]:

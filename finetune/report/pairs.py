@@ -128,17 +128,16 @@ def compare(
     samples: int = 1000,
     drawn: Drawn | None = None,
     *,
-    also: Sequence[Run] = (),
     within: pd.Index | None = None,
 ) -> pd.DataFrame | None:
-    """Paired differences of each label on the test rows that all these runs, and `also`, have; None: too few rows.
+    """Paired differences of each label on the test rows that all these runs have; None: too few rows.
 
     Args:
         within: rows that further runs have in common, which limit the comparison.
     """
     a, b = ([own for run in side for own in trainings_of(run)] for side in (a, b))
     read = [run.by_row for run in (*a, *b) if run.by_row is not None]
-    common = common_rows([*a, *b, *also])
+    common = common_rows([*a, *b])
     if common is None:
         return None
     common = common if within is None else common.intersection(within)

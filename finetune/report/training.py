@@ -116,15 +116,24 @@ def curves_section(runs: Sequence[Run]) -> Markup:
         "A healthy run loses loss early and keeps its effective rank and its prototypes; a rank that falls to a few "
         "dimensions is a collapse, which the mean entropy does not show. Lines are running medians."
     )
+    signs = [names for key, names, _ in PANELS if key in ("rank", "prototypes")]
+    silent = [run.called for run in chosen if not any(len(curve(run, names)[0]) for names in signs)]
     note = f"Signs of collapse. {verdict}." if verdict else "No sign of collapse in the last tenth of any run."
+    if silent:  # of these it cannot be said
+        note = f"{note} " * (len(silent) < len(chosen) or bool(verdict))
+        note += f"Rank and prototypes were not logged of {', '.join(silent)}: whether it collapsed is not known."
     if probed:
         caption = (
             "Quality: heads on train films, scored on validation films, of each encoder that the run exported; where "
             f"the loss falls and quality stays flat, it learned something else. {caption}"
         )
     else:
-        inputs = [f"{key}={value}" for key in ("features", "store") if (value := chosen[0].config.get(key))]
-        watch = command_line("probe", "probe_linear", *inputs, "--watch", chosen[0].folder.as_posix())
+        config = chosen[0].config
+        inputs = [f"{key}={value}" for key in ("features", "store") if (value := config.get(key))]
+        if own := part(config, "films").get("table"):
+            inputs.append(f"films.table={own}")
+        probe = "probe_linear" if config.get("features") else "own_films/probe"
+        watch = command_line("probe", probe, *inputs, "--watch", chosen[0].folder.as_posix())
         note += f" Quality over time was not probed; beside a training this does it: {watch}"
     drawing = join([key, panels(drawn)])
     heading = "Quality, loss and signs of collapse" if probed else "Loss and signs of collapse"

@@ -18,7 +18,7 @@ from finetune.compare import Drawn
 from finetune.names import unit
 from finetune.report.pairs import compare
 from finetune.report.results import by_task, possible
-from finetune.run_folders import Run, common_rows
+from finetune.run_folders import Run
 
 OUTCOMES = {"mortality": "death in hospital", "phenotypes": "phenotypes", "phenotypes_early": "phenotypes"}
 OUTCOMES |= {"decompensation": "death within 24 hours", "length_of_stay": "the remaining length of stay"}
@@ -139,21 +139,17 @@ def _fusion(task: str, runs: Sequence[Run], truth: dict[str, Any], between: Betw
     record, film = kinds.get("record"), kinds.get("film")
     head, best = main.headline(subset=found.subset), possible(truth, task, main.main, main, found.subset)
     reached = f"AUROC {head['value']:.3f}" + (f", possible {best:.3f}" if best else "") if head else "AUROC"
-    said = []
+    said, rows = [], unit(main)
+    within = None
+    if found.subset == "paired" and (table := main.by_row) is not None and "has_image" in table:
+        within, rows = table.index[table["has_image"].astype(bool)], f"{rows} with a film"
+    elif film and film.by_row is not None:
+        within = film.by_row.index
     for what, base, other in (("The film", "the record", record), ("The record", "the film", film)):
-        also = [film] if film and other is record and found.subset == "paired" else []
-        if other and (d := between([main], [other], also)):
+        if other and (d := between([main], [other], within=within)):
             whole = head is not None and head["n"] == d.n  # the AUROC is that of the rows compared
-            rows = _rows(main, [other, *also])
             said.append(_adds(what, f"{base} for {outcome}", d, rows, reached if whole else "AUROC"))
     return said
-
-
-def _rows(run: Run, others: Sequence[Run]) -> str:
-    """What the rows that all of these runs scored are."""
-    common, table = common_rows([run, *others]), run.by_row
-    films = common is not None and table is not None and "has_image" in table and table.loc[common, "has_image"].all()
-    return f"{unit(run)} with a film" if films else unit(run)
 
 
 def shares(run: Run) -> list[float]:
@@ -164,12 +160,12 @@ def shares(run: Run) -> list[float]:
 def difference(
     a: Sequence[Run],
     b: Sequence[Run],
-    also: Sequence[Run] = (),
     *,
     share: float | None = None,
+    within: pd.Index | None = None,
     drawn: Drawn | None = None,
 ) -> Gap | None:
-    """AUROC of `a` less that of `b` on the test rows that both, and `also`, scored.
+    """AUROC of `a` less that of `b` on the test rows that both scored, `within` these.
 
     Args:
         a, b: the trainings of a method each.
@@ -178,7 +174,7 @@ def difference(
     """
     if share is not None:
         a, b = ([fit for run in side for fit in _fits(run, share)] for side in (a, b))
-    table = compare(a, b, drawn=drawn, also=also) if a and b else None
+    table = compare(a, b, drawn=drawn, within=within) if a and b else None
     if table is None:
         return None
     row = table[table["main"]].iloc[0]

@@ -262,6 +262,13 @@ def test_hours_and_masks_are_inputs_and_no_targets() -> None:
     assert static.available_at(["labs", "vitals", "sex"]) == {"labs": "study", "vitals": "study", "sex": "study"}
 
 
+def test_a_users_group_without_masks_is_known_everywhere() -> None:
+    """A flag of 0 is a value: of a group whose columns are given for every film."""
+    flags, names = np.array([[1.0], [0.0], [1.0], [0.0]]), ["high"]
+    assert static.known(flags, names, ["my_group.py:Pressure"]).all()
+    assert static.known(flags, names, ["text"])[:, 0].tolist() == [True, False, True, False]
+
+
 @pytest.mark.parametrize("group", ["labs", "vitals"])
 def test_a_group_without_columns_or_values_is_a_sentence(group: str) -> None:
     table = images()

@@ -1,6 +1,8 @@
 """`embed`, `nearest`, `score`, `probe --watch`."""
 
+import fcntl
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -312,6 +314,35 @@ def test_the_predictions_of_a_run_are_scored_as_they_are(make_world: World) -> N
     rows = read_results(out)[1].query("split == 'test'").set_index(["label", "metric"])
     rows = rows.loc[mine.index]
     np.testing.assert_allclose(mine[["value", "low", "high"]].astype(float), rows[["value", "low", "high"]], atol=1e-9)
+
+
+def test_watching_ends_with_a_run_that_stopped(
+    make_world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused, killed or stopped: no process holds its lock, and it writes no more."""
+    folder = make_world()
+    run = folder / "pretrain"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 0\n")
+    write_json(run / "provenance.json", {})
+    for path in run.iterdir():
+        os.utime(path, (1e9, 1e9))
+    given = {"features": str(folder / "features"), "store": "memory", "encoder": str(run), "out": "unused"}
+    watch(ProbeConfig.model_validate(given), run)
+    assert "stopped before its end" in capsys.readouterr().out
+    looks: list[float] = []
+
+    def release(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            os.close(held)
+
+    held = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    os.utime(run / ".lock", (1e9, 1e9))
+    monkeypatch.setattr("finetune.probe.watch.time.sleep", release)
+    watch(ProbeConfig.model_validate(given), run)
+    assert len(looks) == 3
 
 
 def test_each_exported_encoder_is_probed_once_and_watching_ends_with_the_run(

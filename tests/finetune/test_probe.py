@@ -400,3 +400,28 @@ def test_the_shipped_configs_load() -> None:
     for name, method in (wanted | {"probe_chexpert": "transfer"}).items():
         assert load(ProbeConfig, root / f"{name}.yaml").method == method
         assert (root / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_a_pool_of_stages_is_computed_where_it_is_asked_for(make_world: World) -> None:
+    """Raw pixels have no stages: the same head on the same numbers."""
+    folder = make_world()
+    given = {"method": "logistic", "strengths": [0.1]}
+    plain = probe(config(folder, **given, out=str(folder / "runs/avg")))
+    staged = probe(config(folder, **given, pools=["stages"], out=str(folder / "runs/stages")))
+    assert macro(plain) == pytest.approx(macro(staged), abs=1e-9)
+    torch.manual_seed(0)
+    args = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+    made = encoders.create("resnet18", image_size=32, model_args=args)
+    encoder = str(encoders.save(folder / "pretrain/encoder", made, {"ehr_groups": {}}).parent)
+    films = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    widths = {
+        pools: {pool: value.shape[1] for pool, value in open_encoder(encoder, pools=pools).encode(films).items()}
+        for pools in ((), ("cls", "avg", "both"), ("avg", "stages"), ("stages",))
+    }
+    assert widths[()] == widths["cls", "avg", "both"] == {"avg": 16}
+    assert widths["avg", "stages"] == {"avg": 16, "stages": 48} and widths["stages",] == {"stages": 48}
+    run = probe(config(folder, **given, encoder=encoder, pools=["avg", "stages"], allow_leak=True))
+    head = json.loads((run / "head.json").read_text())
+    again = {"method": "transfer", "head": str(run), "encoder": encoder, "allow_leak": True}
+    moved = probe(config(folder, **again, out=str(folder / "runs/again")))
+    assert head["pools"][0] in ("avg", "stages") and macro(moved) == pytest.approx(macro(run), abs=1e-9)

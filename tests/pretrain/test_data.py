@@ -98,6 +98,31 @@ def test_the_permuted_record_is_somebody_elses(data, tmp_path, monkeypatch):
     assert sorted(seen[True][:, 0]) == sorted(seen[False][:, 0])
 
 
+def test_no_permuted_record_is_of_the_films_own_subject(data, tmp_path):
+    settings = config(data, tmp_path / "x").films
+    for seed in range(20):
+        films = bt.select_films(data / "features", Store(data / "store"), settings, ["age"], "default", seed)
+        films.static = films.subjects[:, None].astype(np.float32)
+        films.permute_record(seed)
+        assert (films.static[:, 0] != films.subjects).all()
+        assert sorted(films.static[:, 0]) == sorted(films.subjects)
+
+
+def test_the_target_view_of_another_film_brings_that_films_record(data, tmp_path):
+    settings = config(data, tmp_path / "x", "films.positives=patient", "ehr.groups=[age]", "ehr.use=predict")
+    store = Store(data / "store")
+    films = bt.select_films(data / "features", store, settings.films, ["age"], "default", 0)
+    films.static = np.arange(len(films), dtype=np.float32)[:, None]  # which film it is
+    accelerator = type("A", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
+    steps = build.steps(settings, films, store, build.method(settings, films), accelerator)
+    read, made = [], steps._read
+    steps._read = lambda rows: (read.append(rows), made(rows))[1]
+    batch = steps[0]
+    anchors, targets = read
+    assert batch.static[:, 0].tolist() == anchors.tolist() and batch.target_static[:, 0].tolist() == targets.tolist()
+    assert (films.subjects[anchors] == films.subjects[targets]).all() and (anchors != targets).any()
+
+
 def test_pairs_never_cross_splits_and_are_counted(data, tmp_path):
     table = pd.DataFrame({"split": ["train", "val", "train"], "study_id": 1, "subject_id": 1, "taken_at": "2150-01-01"})
     for by in ("study", "patient"):

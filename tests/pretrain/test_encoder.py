@@ -318,3 +318,27 @@ def test_a_full_disk_while_exporting_keeps_the_encoder_before(tmp_path):
         os._exit(guard(lambda: (enc.save(tmp_path / "encoder", tiny(), {"step": 2}), 0)[1]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     assert enc.load(tmp_path / "encoder").meta["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["encoder"]
+
+
+STAGED = [("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32]}, 80), ("vit_tiny_patch16_224", TINY, None)]
+
+
+@pytest.mark.parametrize(("arch", "args", "width"), STAGED, ids=[arch for arch, *_ in STAGED])
+def test_stages_are_the_means_of_the_last_four_maps(arch, args, width):
+    encoder, x = enc.create(arch, image_size=64, model_args=args).eval(), torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        stages = encoder(x, pool="stages")
+        torch.testing.assert_close(stages[:, -encoder.width :], encoder(x, pool="avg"))
+        if width is not None:
+            net = encoder.net
+            first = net.layer1(net.maxpool(net.act1(net.bn1(net.conv1(x)))))
+            torch.testing.assert_close(stages[:, :8], first.mean(dim=(2, 3)))
+    assert stages.shape == (2, width or encoder.width * min(4, len(encoder.net.blocks)))
+    assert encoder.pools[0] != "stages"  # never an encoder's own
+
+
+def test_a_network_without_stages_is_named():
+    encoder = tiny()
+    encoder.net.forward_intermediates = None
+    with pytest.raises(UserError, match=r"stages.*vit_tiny_patch16_224"):
+        encoder(torch.randn(1, 1, 64, 64), pool="stages")

@@ -1,5 +1,6 @@
 """Every method: its loss compared with lightly's, its gradients in parts and over two processes, its loop interface."""
 
+import dataclasses
 import os
 import socket
 from pathlib import Path
@@ -269,7 +270,42 @@ def test_a_batch_without_a_known_value_has_a_gradient_of_zero(scale):
     assert all((x.grad == 0).all() for x in (guess, film, read))
 
 
-# ---- Configs, schedules, plug-ins.
+@pytest.mark.parametrize("record", USES, ids=lambda r: "-".join(r.values()))
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "mae"])
+def test_the_target_view_of_another_film_has_that_films_record(name, record):
+    """MSN's anchors alone use the record; elsewhere the target view's record matters, and its own is used."""
+    views = batch(name, static=3)
+    theirs = dataclasses.replace(views, target_static=views.static + 1, target_known=views.known)
+    same = dataclasses.replace(views, target_static=views.static, target_known=views.known)
+
+    def loss(given):
+        m = method(name, width=3, **record)
+        for parameter in m.record.parameters():  # W = 0 at the start
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        return m(given)["loss"].item()
+
+    sees = name not in ("msn", "pmsn") and not ("inject" in record and name in ("simclr", "vicreg", "lejepa"))
+    assert loss(same) == pytest.approx(loss(views), rel=1e-5)
+    assert (loss(theirs) != pytest.approx(loss(views), rel=1e-4)) == sees
+
+
+def test_a_prediction_and_a_contrast_take_the_record_of_each_view():
+    random = torch.Generator().manual_seed(0)
+    films, records = torch.randn(2, 4, 5, generator=random), torch.randn(2, 4, 5, generator=random)
+    usable, subjects = torch.tensor([[True] * 4, [True, True, False, True]]), torch.arange(4)
+    found = contrast(films, records, usable, subjects, temperature=0.5).item()
+    each = [
+        contrast(f[None], r[None], u[None], subjects, temperature=0.5)
+        for f, r, u in zip(films, records, usable, strict=True)
+    ]
+    assert found == pytest.approx((4 * each[0].item() + 3 * each[1].item()) / 7, rel=1e-5)
+    known, binary = torch.rand(2, 4, 5, generator=random) < 0.7, torch.tensor([False] * 5)
+    error = ((films - records) ** 2)[known].mean().item()
+    assert prediction_error(films, records, known, binary).item() == pytest.approx(error, rel=1e-5)
+
+
+# ---- Two processes.
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "msn"])

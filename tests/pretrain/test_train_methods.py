@@ -132,6 +132,7 @@ def test_an_estimate_on_a_cpu_times_few_films_a_step_and_not_for_long(data, tmp_
 
     whole = estimate.step_cost
     monkeypatch.setattr(estimate, "FEW", 4)
+    monkeypatch.setattr(estimate, "PIXELS", 1)
     monkeypatch.setattr(estimate, "step_cost", cost)
     said = estimate.estimate(config(data, tmp_path / "x", "optim.steps=400", "optim.batch_size=12"))
     assert timed == [(4, estimate.MOST_SECONDS)] and "2 steps of 4 films" in said and "9 s a step of 12" in said
