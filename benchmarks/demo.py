@@ -35,13 +35,15 @@ FUSIONS = {
     "film only": ("mortality_film_only", "film"),
     "fused (MedFuse)": ("mortality_medfuse", "both"),
 }
-GAPS = {  # what it says: minuend, subtrahend, runs whose rows count, share of labels
-    "pretrained minus random weights": ("probe_ehr", "probe_random", (), None),
-    "pretrained minus raw pixels": ("probe_ehr", "probe_pixels", (), None),
-    "the same, 10% of subjects labelled": ("probe_ehr", "probe_pixels", (), FEW),
-    "with minus without the record": ("probe_ehr", "probe_films", (), None),
-    "death: fused minus record only": ("mortality_medfuse", "mortality_record_lstm", ("mortality_film_only",), None),
-    "death: fused minus film only": ("mortality_medfuse", "mortality_film_only", (), None),
+RECORD, FILM = "mortality_record_lstm", "mortality_film_only"
+GAPS: dict[str, tuple[str, tuple[str, ...], float]] = {  # minuend; subtrahend, the best of them; share of labels
+    "pretrained minus random weights": ("probe_ehr", ("probe_random",), 1.0),
+    "pretrained minus raw pixels": ("probe_ehr", ("probe_pixels",), 1.0),
+    "the same, 10% of subjects labelled": ("probe_ehr", ("probe_pixels",), FEW),
+    "with minus without the record": ("probe_ehr", ("probe_films",), 1.0),
+    "death: fused minus record only": ("mortality_medfuse", (RECORD,), 1.0),
+    "death: fused minus film only": ("mortality_medfuse", (FILM,), 1.0),
+    "death: fused minus the better of the two": ("mortality_medfuse", (RECORD, FILM), 1.0),
 }
 
 
@@ -79,14 +81,15 @@ class Between(NamedTuple):
 
 
 def between(says: str, folders: list[Path]) -> Between:
-    """One of GAPS on each hospital's test rows."""
-    a, b, also, share = GAPS[says]
+    """One of GAPS on each hospital's test rows; of deaths on those with a film."""
+    a, others, share = GAPS[says]
     each = []
     for folder in folders:
-        one, other, *rest = (read_run(folder / "runs" / name, name) for name in (a, b, *also))
-        gap = difference([one], [other], rest, share=share)
-        assert gap is not None, f"{folder}: {a} and {b} share no rows"
-        each.append(gap[0])
+        one, film, *rest = (read_run(folder / "runs" / name, name) for name in (a, FILM, *others))
+        within = film.by_row.index if others[0] in (RECORD, FILM) and film.by_row is not None else None
+        found = [difference([one], [other], share=share, within=within) for other in rest]
+        assert None not in found, f"{folder}: {a} and {', '.join(others)} share no rows"
+        each.append(min(gap[0] for gap in found if gap is not None))
     return over(each)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from configs import UserError, load
 from configs.signals import Stopped
 from finetune.config import FuseConfig
-from finetune.fusion import loop
+from finetune.fusion import film_gain, loop
 from finetune.fusion.cross_attention import KINDS
 from finetune.fusion.models import MODELS
 from finetune.fusion.train import fuse
@@ -343,6 +343,18 @@ def test_a_poorer_test_split_is_rated_beside_the_whole(make_icu: Make) -> None:
     }
     assert len(set(values.values())) == 4
     assert sorted(p.name for p in (run / "predictions").iterdir()) == ["test.parquet", "val.parquet"]
+
+
+def test_a_control_may_lack_a_film_that_no_other_subject_has() -> None:
+    ids = pd.DataFrame({"sample_id": range(30), "subject_id": range(30)})
+    labels = pd.DataFrame({"died": np.arange(30) % 2})
+    scores = np.random.default_rng(0).random((1, 30, 1))
+    kept = np.arange(30) != 7
+    theirs = (ids[kept], labels[kept], scores[:, kept] / 2)
+    asked = FuseConfig.model_construct(samples=20, seed=0)
+    found = film_gain._less((ids, labels, scores), theirs, asked).set_index("label")
+    wanted = film_gain._less((ids[kept], labels[kept], scores[:, kept]), theirs, asked).set_index("label")
+    assert found.loc["died", "n"] == 29 and found.loc["died", "value"] == wanted.loc["died", "value"] == 0
 
 
 def test_what_the_film_adds_is_told_against_record_view_and_anothers_film(make_icu: Make) -> None:

@@ -18,8 +18,11 @@ from configs import UserError, load
 from pretrain import build, run, train
 from pretrain import encoder as enc
 from pretrain.config import PretrainConfig
+from pretrain.data import select_films
+from pretrain.export import make
 from pretrain.methods.msn import MSN
 from pretrain.run import processes
+from pretrain.store import Store
 from tests.pretrain.small import SMALL, config, losses
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -280,6 +283,24 @@ def test_readability_is_told_of_conditioned_columns(data, tmp_path):
     readable = enc.read_meta(folder / "encoder")["readability"]
     assert readable["sex_m"]["metric"] == "auroc" and 0 <= readable["sex_m"]["value"] <= 1
     assert readable["age_years"]["metric"] == "r2" and readable["age_years"]["chance"] == 0.0
+
+
+def test_a_column_is_readable_or_not_on_the_films_that_have_it(data, tmp_path, monkeypatch):
+    """The features tell whether a film has the value, and nothing of the value."""
+    films = select_films(
+        data / "features", Store(data / "store"), config(data, tmp_path / "x").films, ["sex"], "default", 0
+    )
+    films.columns, films.column_groups = ["died", "died_missing"], ["mortality"] * 2
+    has = np.arange(len(films)) % 2 == 0
+    died = has & (np.arange(len(films)) % 4 == 0)
+    films.static = np.stack([died, ~has], axis=1).astype(np.float32)
+    films.known = np.stack([has, np.zeros(len(films), bool)], axis=1)
+    order = films.table["dicom_id"].tolist()
+    rows = []
+    monkeypatch.setattr(Store, "read", lambda self, ids: rows.extend(order.index(i) for i in ids))
+    monkeypatch.setattr(make.encoders, "embed", lambda *a, **k: torch.from_numpy(has[rows, None].astype(np.float32)))
+    found = make.readability(enc.create("vit_tiny_patch16_224", image_size=32), films, Store(data / "store"), 0)
+    assert found["died_missing"]["value"] == 1 and found["died"]["value"] == 0.5
 
 
 def test_encoder_is_exported_on_the_way(data, tmp_path, monkeypatch):

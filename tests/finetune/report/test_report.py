@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -94,6 +96,15 @@ def test_a_page_with_films_of_patients_says_that_it_must_stay(report_runs: list[
     for films in (True, False):
         html = report(report_runs[:1], tmp_path / "r.html", with_films=films, truth=real).read_text(encoding="utf-8")
         assert ("must not be passed on" in html[: html.index("<section")]) == films
+
+
+def test_without_rank_and_prototypes_a_collapse_is_not_known(report_runs: list[Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(report_runs[0], tmp_path / report_runs[0].name))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if "rank" not in k and "prototypes" not in k} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    html = report([folder], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "No sign of collapse" not in html and "whether it collapsed is not known" in html
 
 
 def test_a_healthy_run_has_no_warning_of_collapse(report_runs: list[Path], tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def test_each_sentence_has_the_difference_and_the_interval_of_compare(runs: dict
     assert table is not None
     within = table.index[table["has_image"]]
     wanted = difference([runs["medfuse"]], [runs["record_lstm"]], within=within)
-    assert wanted is not None and numbers(film)[:3] == pytest.approx(wanted[:3], abs=5e-4) and f"{wanted.n} stays" in film
+    assert (
+        wanted is not None and numbers(film)[:3] == pytest.approx(wanted[:3], abs=5e-4) and f"{wanted.n} stays" in film
+    )
     main = next(line for line in said if line.startswith("Pretraining "))
     for name, run in (("random weights", "random"), ("pixels", "pixels")):
         row = compare_runs([runs["probe_ehr"].folder], [runs[run].folder]).iloc[0]
