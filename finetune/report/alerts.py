@@ -17,7 +17,10 @@ from finetune.run_folders import Run, plain
 FEW = 20  # positives (or negatives) under which an AUROC says little
 FILMS = "shows films: under MIMIC's data use agreement it must not be passed on."
 NAMED = 6  # labels with few positives that a warning names
-CALM = "No warnings: no leak override, no encoder of unknown films, no sign of collapse, enough of both classes for every label."
+CALM = (
+    "No warnings: no leak override, no encoder of unknown films, no sign of collapse, enough of both classes for all "
+    "labels."
+)
 
 
 def alerts(runs: Sequence[Run], *, films: bool = False) -> Markup:
