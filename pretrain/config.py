@@ -201,7 +201,10 @@ class EhrConfig(Settings):
         description="Width of the record's embedding, with inject: concat or predictor, or use: contrast.",
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Probability that a group is blanked for a film in an epoch."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Probability that a group is blanked for a film in an epoch: zeros, its masks too, and no target.",
     )
     use: Literal["condition", "predict", "contrast"] = Field(
         default="condition",
@@ -357,6 +360,8 @@ class PretrainConfig(Settings):
             near = difflib.get_close_matches(self.method, METHODS, n=1)
             hint = f"did you mean `{near[0]}`? " if near else ""
             raise ValueError(f"method `{self.method}`: {hint}wanted {', '.join(METHODS)}, or FILE.py:Class")
+        if self.head.norm == "layer" and self.method in ("dino", "ibot"):
+            raise ValueError(f"head.norm: layer: the head of {self.method} has batch norm or none; set head.norm=none")
         if self.preset == "paper" and self.method not in ("msn", "pmsn"):
             raise ValueError(f"preset: paper is CXR-EHR-MSN, not method {self.method}; leave preset out")
         if self.method_args and self.method in METHODS:

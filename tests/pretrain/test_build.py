@@ -128,3 +128,9 @@ def test_preset_paper_keeps_the_prior_of_pmsn():
         ("pmsn", "default"): "power_law",
         ("pmsn", "paper"): "power_law",
     }
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_a_norm_that_the_head_does_not_have_is_refused(name):
+    with pytest.raises(UserError, match=r"head\.norm=none"):
+        load(PretrainConfig, {**WHERE, "method": name}, ["head.norm=layer"])
