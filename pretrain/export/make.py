@@ -26,7 +26,8 @@ from pretrain.export import card
 from pretrain.export.card import NO_RESULTS, READABLE, model_card
 from pretrain.export.formats import WRITERS, opened
 from pretrain.methods import Method
-from pretrain.run import load_checkpoint, precision_here
+from pretrain.run import load_checkpoint
+from pretrain.run.processes import precision_here
 from pretrain.seen import ancestry
 from pretrain.store import Store
 
