@@ -13,7 +13,7 @@ from pretrain import build, train
 from pretrain import data as bt
 from pretrain.run import load_checkpoint
 from pretrain.store import Store
-from tests.pretrain.small import config
+from tests.pretrain.small import NUM, config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -48,7 +48,8 @@ def test_a_note_conditions_as_a_group_with_zeros_and_a_mask_where_there_is_none(
 
 def test_columns_of_a_text_encoder_that_say_nothing_are_zero(data, tmp_path, write_notes, minilm):
     """Two columns of MiniLM's vectors are 0 up to 1e-33; dividing by such a deviation would give useless numbers."""
-    given = text(write_notes(TOLD), text_encoder=str(minilm))
+    told = {f"f{i:02d}": f"cough for {i} days" for i in range(NUM)} | TOLD
+    given = text(write_notes(told), text_encoder=str(minilm))
     folder = train.train(config(data, tmp_path / "a", "optim.steps=1", **given))
     readable = json.loads((folder / "encoder/encoder.json").read_text())["readability"]
     assert np.isfinite(readable["text (mean over its columns)"]["value"])
