@@ -146,8 +146,8 @@ def known(array: np.ndarray, columns: Sequence[str], groups: Sequence[str]) -> n
 
     A column of a variable with a mask (`..._missing`, which follows its columns) is known where the mask is 0; columns
     after a group's last mask share it. Masks, and the hours since a value, say nothing of the patient, and are never
-    known. A group without masks
-    (preset `msn`, `text`) is known where any of its columns is not 0; one of a user's file everywhere, as it says.
+    known. A group without masks (preset `msn`, `text`) is known where any of its columns is not 0, one of a user's file
+    everywhere.
 
     Args:
         array: (N, S) that `encode` gave; `columns`, `groups`: S names, and the group of each.

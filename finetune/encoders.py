@@ -52,12 +52,12 @@ class Frozen:
         name: for tables: the folder, `pixels`, `random:...`.
         key: changes with anything that the features depend on.
         encode: uint8 (B, S, S) -> {pool: (B, D)}.
-        pools: what `encode` computes if it is not every pool of the encoder but `stages`.
         encoder: None for `pixels`.
         folder: encoder/ or the weights file that the leak check examines; None without pretraining.
         about: parameters, input size, films seen: columns of every row of a comparison.
         said: for the log: how weights were converted, or what an older encoder.json lacks.
         card: what a model card lists of the training films, for the leak check.
+        pools: what `encode` computes; (): every pool of the encoder but `stages`.
     """
 
     name: str

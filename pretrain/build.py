@@ -70,7 +70,7 @@ def method(config: PretrainConfig, films: Films | None = None, log: run.Log | No
         if log is not None:
             log.say(f"starting from {said}")
     encoder.checkpointing = config.checkpointing
-    _rest(encoder)
+    _freeze_unused(encoder)
     wanted = find(config.method)
     _suits(config, wanted, encoder)
     setup = Setup(
@@ -88,7 +88,7 @@ def method(config: PretrainConfig, films: Films | None = None, log: run.Log | No
         return wanted(encoder, setup)
 
 
-def _rest(encoder: encoders.Encoder) -> None:
+def _freeze_unused(encoder: encoders.Encoder) -> None:
     """Parameters that the chosen pool does not use are not trained: without a gradient several processes would fail."""
     if encoder.meta["pool"] == encoder.pools[0]:
         return

@@ -78,14 +78,10 @@ class Films:
         """Give each film the record of another subject's film: a control in which record and film are unrelated."""
         assert self.known is not None
         order = np.argsort(uniforms(self.keys, 1, seed, 0, "permuted record")[:, 0], kind="stable")
-        others, who = np.empty_like(order), self.subjects
-        others[order] = np.roll(order, 1)
-        for place in np.flatnonzero(who[others[order]] == who[order]):  # exchange with the next where it helps both
-            row = order[place]
-            for other in np.roll(order, -place - 1)[:-1]:
-                if who[others[other]] != who[row] and who[others[row]] != who[other]:
-                    others[[row, other]] = others[[other, row]]
-                    break
+        others, who = np.roll(order, 1)[np.argsort(order)], self.subjects
+        for row in np.flatnonzero(who[others] == who):  # exchange with the first film where that helps both
+            helps = order[(who[others[order]] != who[row]) & (who[others[row]] != who[order])]
+            others[[row, *helps[:1]]] = others[[*helps[:1], row]]
         self.static, self.known = self.static[others], self.known[others]
 
     @property
@@ -340,15 +336,15 @@ class Steps(Dataset[Any]):
         epoch, rows = step // self.steps_per_epoch, self.rows(step)
         keys = self.films.keys[rows]
         raw: dict[str, Any] = {"films": self._read(rows), "keys": keys, "epoch": epoch}
-        partners = rows
+        whose = {"": rows}
         if self.partners is not None:
-            partners = self.partners(rows, uniforms(keys, 1, self.cutter.seed, epoch, "partner")[:, 0])
-            raw["target films"] = self._read(partners)
+            whose["target_"] = self.partners(rows, uniforms(keys, 1, self.cutter.seed, epoch, "partner")[:, 0])
+            raw["target films"] = self._read(whose["target_"])
         raw["plans"] = self.cutter.plan(keys, raw["films"].shape[-1], epoch)
         if self.films.static.shape[1]:
-            for name, of in (("", rows), ("target_", partners))[: 1 if partners is rows else 2]:
+            for view, of in whose.items():
                 static, known = self._record(of, keys, epoch)
-                raw |= {f"{name}static": torch.from_numpy(static), f"{name}known": torch.from_numpy(known)}
+                raw |= {f"{view}static": torch.from_numpy(static), f"{view}known": torch.from_numpy(known)}
             raw["subjects"] = torch.from_numpy(self.films.subjects[rows])
         return self.cutter.cut(raw) if self.cut_here else raw
 

@@ -2,8 +2,8 @@
 
 Input: a pretraining run (it rewrites encoder/ every export_every_epochs) and a probe's config. Output: a line of
 RUN/probe.jsonl for each step: {"step", "linear/auroc", "knn/auroc", ...}. Ends with the pretraining, or when it was
-stopped; the same command goes on with it. An encoder that is
-replaced before the previous one has been probed is skipped.
+stopped; the same command goes on with it. An encoder that is replaced before the previous one has been probed is
+skipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from finetune.probe.methods import on_features
 from finetune.run_folders import report_line
 from pretrain.shapes import EncoderJson
 
-QUIET = 60.0  # seconds
+QUIET = 60.0  # seconds without a line of a run that may have stopped
 
 
 def watch(config: ProbeConfig, folder: str | Path, *, seconds: float = 2.0) -> Path:
@@ -124,9 +124,10 @@ def _ended(run: Path) -> bool:
 
 
 def _left(run: Path) -> bool:
-    """Whether no process trains in the folder: none holds its lock, and nothing was written for a while (a lock may be
-    unseen from another machine)."""
-    written = max(path.stat().st_mtime for path in run.iterdir() if path.name != "probe.jsonl")
+    """Whether no process trains in the folder: nothing was logged for a while (another machine's lock may be unseen),
+    and none holds its lock."""
+    logs = [run / name for name in ("config.yaml", "log.txt", "metrics.jsonl")]
+    written = max(path.stat().st_mtime for path in logs if path.is_file())
     return time.time() - written > QUIET and not locked(run)
 
 

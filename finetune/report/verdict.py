@@ -140,11 +140,9 @@ def _fusion(task: str, runs: Sequence[Run], truth: dict[str, Any], between: Betw
     head, best = main.headline(subset=found.subset), possible(truth, task, main.main, main, found.subset)
     reached = f"AUROC {head['value']:.3f}" + (f", possible {best:.3f}" if best else "") if head else "AUROC"
     said, rows = [], unit(main)
-    within = None
-    if found.subset == "paired" and (table := main.by_row) is not None and "has_image" in table:
+    within, table = None, main.by_row
+    if found.subset == "paired" and table is not None and "has_image" in table:
         within, rows = table.index[table["has_image"].astype(bool)], f"{rows} with a film"
-    elif film and film.by_row is not None:
-        within = film.by_row.index
     for what, base, other in (("The film", "the record", record), ("The record", "the film", film)):
         if other and (d := between([main], [other], within=within)):
             whole = head is not None and head["n"] == d.n  # the AUROC is that of the rows compared

@@ -102,12 +102,20 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
     known = torch.from_numpy(films.known[chosen])
     known |= ~known.any(dim=0)  # a mask, or hours since a value: never a target, but each film has it
     out: dict[str, dict[str, Any]] = {}
+    fitted_on: dict[bytes, list[int]] = {}  # columns that the same films have are fitted together
+    for i in range(len(films.columns)):
+        fitted_on.setdefault(known[:, i].numpy().tobytes(), []).append(i)
+    guesses = {}
+    for same in fitted_on.values():
+        on, off = first & known[:, same[0]], ~first & known[:, same[0]]
+        if on.any() and off.any():
+            guesses |= dict(zip(same, _ridge(x[on], y[on][:, same], x[off]).unbind(1), strict=True))
     for i, name in enumerate(films.columns):
         on, off = first & known[:, i], ~first & known[:, i]
         wanted, fitted = y[off, i], y[on, i]
         if len(wanted.unique()) < 2 or len(fitted.unique()) < 2:
             continue
-        guess = _ridge(x[on], y[on, i : i + 1], x[off])[:, 0]
+        guess = guesses[i]
         if len(y[known[:, i], i].unique()) == 2:
             out[name] = {
                 "metric": "auroc",

@@ -316,15 +316,20 @@ def test_the_predictions_of_a_run_are_scored_as_they_are(make_world: World) -> N
     np.testing.assert_allclose(mine[["value", "low", "high"]].astype(float), rows[["value", "low", "high"]], atol=1e-9)
 
 
+def begun(run: Path) -> Path:
+    """The folder of a pretraining that has not ended."""
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 0\n")
+    write_json(run / "provenance.json", {})
+    return run
+
+
 def test_watching_ends_with_a_run_that_stopped(
     make_world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused, killed or stopped: no process holds its lock, and it writes no more."""
     folder = make_world()
-    run = folder / "pretrain"
-    run.mkdir()
-    (run / "config.yaml").write_text("seed: 0\n")
-    write_json(run / "provenance.json", {})
+    run = begun(folder / "pretrain")
     for path in run.iterdir():
         os.utime(path, (1e9, 1e9))
     given = {"features": str(folder / "features"), "store": "memory", "encoder": str(run), "out": "unused"}
@@ -349,10 +354,7 @@ def test_each_exported_encoder_is_probed_once_and_watching_ends_with_the_run(
     make_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_world()
-    run = folder / "pretrain"
-    run.mkdir()
-    (run / "config.yaml").write_text("seed: 0\n")
-    write_json(run / "provenance.json", {})
+    run = begun(folder / "pretrain")
     looks: list[int] = []
 
     def next_export(seconds: float) -> None:  # what the pretraining does while the watcher sleeps

@@ -122,6 +122,14 @@ def test_lower_layers_move_less_and_biases_do_not_decay() -> None:
     assert scale[id(net.encoder.net.blocks[0].mlp.fc1.bias)][1] == 0 and blocks[0][1] == 0.1
 
 
+def test_layers_of_random_weights_have_one_learning_rate() -> None:
+    for scratch, low in ((True, 1.0), (False, 0.75**2)):
+        made = encoders.create("vit_tiny_patch16_224", image_size=32, model_args=TINY)
+        net = tune_net.Tuned(made, 3, attentive=False, scratch=scratch)
+        scales = {group["lr_scale"] for group in tune_net.groups(net, TuneConfig())}
+        assert min(scales) == pytest.approx(low) and max(scales) == 1.0
+
+
 def test_augmentation_of_strength_zero_changes_nothing_and_never_flips() -> None:
     films = torch.randint(0, 256, (4, 16, 16), dtype=torch.uint8)
     still = TuneConfig.model_validate({"rotate": 0, "zoom": 0, "shift": 0, "contrast": 0})

@@ -110,6 +110,12 @@ def test_a_budget_of_processor_seconds_is_decided_once_and_kept(data, tmp_path, 
         config(data, tmp_path / "y", "optim.processor_seconds=3")
 
 
+def test_a_gpu_counts_the_seconds_for_which_it_is_held(monkeypatch):
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: 1234.5)
+    assert estimate.processor_seconds(torch.device("cuda")) == 1234.5
+    assert estimate.processor_seconds(torch.device("cpu")) < 1234.5
+
+
 def test_a_step_is_timed_without_changing_the_run(data, tmp_path):
     settings = config(data, tmp_path / "x")
     films = select_films(data / "features", Store(data / "store"), settings.films, [], "default", 0)
