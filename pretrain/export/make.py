@@ -105,7 +105,7 @@ def readability(encoder: Encoder, films: Films, store: Store, seed: int) -> dict
     fitted_on: dict[bytes, list[int]] = {}  # columns that the same films have are fitted together
     for i in range(len(films.columns)):
         fitted_on.setdefault(known[:, i].numpy().tobytes(), []).append(i)
-    guesses = {}
+    guesses: dict[int, Tensor] = {}
     for same in fitted_on.values():
         on, off = first & known[:, same[0]], ~first & known[:, same[0]]
         if on.any() and off.any():

@@ -12,6 +12,7 @@ from ehr_features.files import write_json
 from pretrain import encoder as enc
 from pretrain import run
 from pretrain.export import NO_RESULTS, READABLE, _ridge, export
+from tests import forked
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -86,7 +87,9 @@ def test_onnx_says_what_to_install(source, tmp_path, monkeypatch):
 def test_onnx_gives_the_same_features(source, tmp_path):
     import onnxruntime
 
-    out = export(source, tmp_path / "out", form="onnx")
+    out = tmp_path / "out"  # in its own process: the exporter's threads would keep later tests from forking
+    done = forked.run(["pretrain", "export", str(source), str(out), "--format", "onnx"])
+    assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(out / "encoder.onnx")
     x = torch.randn(3, 1, 32, 32)
     with torch.inference_mode():
