@@ -5,7 +5,7 @@
 Each draw is trained on hospital 1; the best go on to hospital 2 and to real films (the patients of three of the five
 folds of benchmarks.real_films, scored on one). Each training adds a row to OUT/recipes.csv: the keys that it set, and
 the macro AUROC of its frozen encoder on the test split with all train subjects and with a tenth of them, beside raw
-pixels. `--name NAME --keys ...` is one try by hand.
+pixels and the same network's random weights. `--name NAME --keys ...` is one try by hand.
 
     ./launch.sh python -m benchmarks.recipes OUT --films DIR/films.csv --report try_3 [try_5 ...]
 
@@ -36,6 +36,7 @@ from ehr_features.typed import read_json
 from finetune.demo import auroc_rows
 
 COLUMNS = ["try", "data", "keys", "seconds", "steps", "auroc", "auroc_tenth", "pixels", "pixels_tenth"]
+COLUMNS += ["random", "random_tenth"]
 KEPT = (3, 4)  # folds of real patients that choose nothing
 CHOOSE, REPORT = ["1", "2", "real 0"], [*map(str, range(10, 15)), *(f"real {fold}" for fold in KEPT)]
 SHIPPED = Path(__file__).with_name("recipes.csv")
@@ -138,13 +139,14 @@ def _real(films: Path, fold: int, out: Path) -> Data:
 
 
 def attempt(out: Path, name: str, where: str, given: Data, keys: Sequence[str]) -> dict[str, Any]:
-    """Pretrain and probe. Returns: the row of the table, without its baseline."""
+    """Pretrain and probe, the random weights too. Returns: the row of the table, without raw pixels."""
     run = out / f"{name}_{where.replace(' ', '_')}"
     call("pretrain", "demo/pretrain_vit_tiny", *COMMON, "seed=0", *keys, *given.pretraining, f"out={run / 'encoder'}")
     about = read_json(run / "encoder" / "encoder" / "encoder.json")
     row = {"try": name, "data": where, "keys": shlex.join(keys), "steps": about["step"]}
     row |= {"seconds": round(about["processor_seconds"])}
-    return row | scored(given, str(run / "encoder"), run / "probe", "auroc")
+    row |= scored(given, str(run / "encoder"), run / "probe", "auroc")
+    return row | scored(given, f"random:{run / 'encoder'}", run / "probe_random", "random")
 
 
 def scored(given: Data, encoder: str, folder: Path, name: str) -> dict[str, float]:

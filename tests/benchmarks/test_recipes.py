@@ -58,7 +58,7 @@ def test_a_try_is_itself_whatever_was_drawn_before_and_its_row_says_what_was_run
     def attempt(out, name, where, given, keys):
         done.append((name, where))
         row = {"try": name, "data": where, "keys": shlex.join(keys), "seconds": 9, "steps": 5}
-        return row | recipes.scored(given, "x", out, "auroc")
+        return row | recipes.scored(given, "x", out, "auroc") | recipes.scored(given, "random:x", out, "random")
 
     monkeypatch.setattr(recipes, "data", data)
     monkeypatch.setattr(recipes, "attempt", attempt)
@@ -74,6 +74,4 @@ def test_a_try_is_itself_whatever_was_drawn_before_and_its_row_says_what_was_run
     with pytest.raises(UserError, match="no such try"):
         recipes.asked(given(tmp_path, report=["try_1", "try_99"]), rows)
     assert recipes.asked(given(tmp_path, report=["try_1"]), rows)["try_1"] == shlex.split(rows[1]["keys"])
-    assert recipes.asked(given(tmp_path, report=["try_7"]), rows)["try_7"][2:] == recipes.draw(
-        7
-    )  # of the shipped table
+    assert recipes.asked(given(tmp_path, report=["try_7"]), rows)["try_7"][2:] == recipes.draw(7)  # shipped
