@@ -48,7 +48,7 @@ def measured(out: Path, seeds: list[int]) -> dict[str, Any]:
         {
             "says": says,
             **{key: round(value, 3) for key, value in (("value", of.mean), ("low", of.low), ("high", of.high))},
-            "each": [round(value, 3) for value in of.each],
+            "each": [round(value, 3) + 0.0 for value in of.each],  # no -0.0
         }
         for says, of in found.items()
     ]
