@@ -26,6 +26,7 @@ from pretrain.config import PretrainConfig
 from pretrain.train import train
 
 RANDOM, PIXELS = "random weights", "raw 16x16 pixels"
+LAST_LAYER = "pools=[cls,avg,both]"  # of the heads; those of the demo are on all stages
 Arms = Mapping[str, Sequence[str]]  # name -> config keys of its pretraining
 # A control for batch norm alone: random weights whose running statistics were computed on these films.
 STILL = ["optim.lr=1.0e-30", "optim.steps=60", "mask.ratio=0"]
@@ -74,7 +75,7 @@ def run(runs: Path, config: str, arms: Arms, inputs: Sequence[str], keys: Sequen
     encoders = {name: str(folder(runs, name, seed)) for name in arms}
     encoders |= {PIXELS: "pixels", RANDOM: f"random:{next(iter(encoders.values()))}"}
     for name, encoder in encoders.items():
-        given = [*inputs, f"encoder={encoder}", f"out={folder(runs, name, seed, 'probe')}", f"seed={seed}"]
+        given = [*inputs, LAST_LAYER, f"encoder={encoder}", f"out={folder(runs, name, seed, 'probe')}", f"seed={seed}"]
         probe(load(ProbeConfig, CONFIGS / "probe_linear.yaml", given))
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import real_films
-from benchmarks.encoders import hospital
+from benchmarks.encoders import LAST_LAYER, hospital
 from benchmarks.real_films import SHARES, append, call, pack
 from configs import UserError, cli
 from ehr_features.typed import read_json
@@ -110,7 +110,7 @@ def data(name: str, out: Path, subjects: int, films: Path | None) -> Data:
     keys = hospital(out / f"hospital_{name}_{subjects}", subjects, int(name))
 
     def score(encoder: str, folder: Path) -> dict[float, float]:
-        given = [f"encoder={encoder}", "method=logistic", "fraction=[0.1,1]", f"out={folder}"]
+        given = [f"encoder={encoder}", "method=logistic", "fraction=[0.1,1]", LAST_LAYER, f"out={folder}"]
         call("probe", "demo/probe_linear", *keys, *given)
         rows = {share: auroc_rows(folder, "all", share) for share in SHARES}
         return {share: next(r["value"] for r in rows[share] if r["label"] == "macro") for share in SHARES}
