@@ -75,3 +75,21 @@ def test_a_try_is_itself_whatever_was_drawn_before_and_its_row_says_what_was_run
         recipes.asked(given(tmp_path, report=["try_1", "try_99"]), rows)
     assert recipes.asked(given(tmp_path, report=["try_1"]), rows)["try_1"] == shlex.split(rows[1]["keys"])
     assert recipes.asked(given(tmp_path, report=["try_7"]), rows)["try_7"][2:] == recipes.draw(7)  # shipped
+
+
+def test_a_row_has_its_own_random_weights_and_heads_on_the_last_layer(tmp_path, monkeypatch):
+    """The shipped rows have such heads; the demo's own config reads all stages."""
+    asked = []
+    monkeypatch.setattr(recipes, "hospital", lambda *_: ["features=f", "store=s"])
+    monkeypatch.setattr(recipes, "call", lambda *words: asked.append(words))
+    monkeypatch.setattr(recipes, "read_json", lambda _: {"step": 3, "processor_seconds": 2.0})
+    of = {True: 0.6, False: 0.7}
+    monkeypatch.setattr(
+        recipes, "auroc_rows", lambda run, *_: [{"label": "macro", "value": of[run.name == "probe_random"]}]
+    )
+    row = recipes.attempt(tmp_path, "a", "1", recipes.data("1", tmp_path, 50, None), ["method=msn"])
+    assert (row["auroc"], row["random_tenth"], row["steps"]) == (0.7, 0.6, 3)
+    encoder = tmp_path / "a_1" / "encoder"
+    (pretrained, *_), *probes = asked
+    assert pretrained == "pretrain" and all("pools=[cls,avg,both]" in words for words in probes)
+    assert [words[4] for words in probes] == [f"encoder={encoder}", f"encoder=random:{encoder}"]
