@@ -54,7 +54,7 @@ def measured(out: Path, seeds: list[int]) -> dict[str, Any]:
     ]
     folds = " ".join(map(str, sorted(by.index)))
     commands = [
-        f"benchmarks.real_films OUT --films FILMS --folds {folds}",
+        f"benchmarks.real_films OUT --films FILMS --labelled nih --folds {folds}",
         f"benchmarks.demo OUT --seeds {' '.join(map(str, seeds))}",
     ]
     on = f"Real films: {len(by)} folds of patients. The others: {len(seeds)} synthetic hospitals."

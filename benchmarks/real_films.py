@@ -2,24 +2,28 @@
 
     ./launch.sh python -m benchmarks.real_films OUT --films DIR/films.csv [--tables networks films time record methods]
 
-`--films`: a table with path, source, patient, sex, view and findings (words separated by |), beside its films. The NIH
-films' patients are split into five folds. A run pretrains on all films but those of the patients of one fold, probes on
-the NIH films of the others (all, and a tenth of the patients), and is scored on the fold's: findings with at least 30
-films, among AP films and among PA films where five of them have it and five do not, averaged; sex; view. So all five
-runs of a setting have their own test patients, training and heads, but they share train films: the intervals are
-Student's t over the folds with the variance that Nadeau and Bengio (2003) correct for that.
+`--films`: a table with path, patient, view (AP, PA) and findings (words separated by |; empty: not labelled), where
+known sex (M, F) and age_years, beside its films; with `--labelled nih` only rows whose column source is `nih` count as
+labelled. The patients of labelled films are split into five folds. A run pretrains on all films but those of the
+patients of one fold, probes on the labelled films of the others (all, and a tenth of the patients), and is scored on
+the fold's: findings with at least 30 films, among AP films and among PA films where five of them have it and five do
+not, averaged; sex; view. So all five runs of a setting have their own test patients, training and heads, but they share
+train films: the intervals are Student's t over the folds with the variance that Nadeau and Bengio (2003) correct for
+that.
 
 What it is compared with is run once per network and fold, beside the first setting: random weights, raw pixels, and
 training of all weights from the labels, in as many steps as pretraining, kept at the best of validation. Each run adds
-its rows to benchmarks/real_films.csv (`--rows`), which ships; what has rows there is skipped, so the same command
-resumes, on any machine. It ends with the tables of all rows so far. A setting takes one core 15 to 40 minutes where it
-has bf16, two to three times as long elsewhere; `time` and `methods` (16 settings) about five hours each.
+its rows to `--rows` (OUT/rows.csv); what has rows there is skipped, so the same command resumes, on any machine. It
+ends with the tables of all rows so far. `--rows benchmarks/real_films.csv` are those of docs/evidence.md; rows of
+another films table are refused. A setting takes one core 15 to 40 minutes where it has bf16, two to three times as
+long elsewhere; `time` and `methods` (16 settings) about five hours each.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -33,7 +37,9 @@ import yaml
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from configs import cli
+from configs import UserError, cli
+from ehr_features.files import file_digest
+from ehr_features.own_films.ids import film_ids
 from ehr_features.typed import read_json
 from finetune.demo import CONFIGS
 from finetune.results import read_predictions
@@ -43,7 +49,7 @@ SHARES = (1.0, 0.1)
 ROWS = Path(__file__).with_name("real_films.csv")
 SETTING = ["method", "network", "record", "films", "steps"]
 SCORES = ["findings", "sex", "view"]
-COLUMNS = [*SETTING, "fold", "source", "share", *SCORES, "seconds", "precision"]
+COLUMNS = [*SETTING, "fold", "source", "share", *SCORES, "seconds", "precision", "table"]
 NETWORKS = {  # the demo's recipe with each network, at 64 px
     "resnet": [],
     "vit": [
@@ -80,17 +86,28 @@ OURS, RIVALS = "pretrained", ("random weights", "raw pixels", "from scratch")
 SCRATCH_STEPS, BATCH = 1000, 64  # of training all weights from the labels: as many as of pretraining
 
 
-def read_films(path: Path, partition: int = 0) -> pd.DataFrame:
-    """The table with 0/1 columns (findings of at least LEAST NIH films, `male`, `ap`) and `fold` (-1: not NIH)."""
-    films = pd.read_csv(path, dtype={"patient": str})
-    nih = films["source"] == "nih"
-    words = films["findings"].str.get_dummies("|")
-    names = [name for name in words if name != "No Finding" and words.loc[nih, name].sum() >= LEAST]
-    films[names] = words[names].where(nih)
-    films["male"], films["ap"] = (
-        (films[c] == yes).where(nih).astype("Int8") for c, yes in (("sex", "M"), ("view", "AP"))
-    )
-    films["fold"] = films["patient"].where(nih).map(folds(films[nih], partition)).fillna(-1).astype(int)
+def read_films(path: Path, partition: int = 0, labelled: str | None = None) -> pd.DataFrame:
+    """The table with `labelled`, 0/1 columns (findings of at least LEAST labelled films, `male`, `ap`) and `fold` (-1:
+    a patient without labelled films).
+
+    Raises: UserError: no such column; no patient, or no finding, to probe.
+    """
+    films = pd.read_csv(path, dtype={"patient": str, "source": str, "findings": str})
+    wanted = {"path", "patient", "view", "findings"} | ({"source"} if labelled else set())
+    if absent := sorted(wanted - {*films}):
+        raise UserError(f"{path}: no column {', '.join(absent)}; it has {', '.join(films)}")
+    has = films["findings"].notna() & films["patient"].notna()
+    films["labelled"] = has & (films["source"] == labelled) if labelled else has
+    words = films["findings"].str.get_dummies("|")[films["labelled"]]
+    names = [name for name in words if name != "No Finding" and words[name].sum() >= LEAST]
+    if not names:
+        of = f" of source {labelled}" if labelled else ""
+        raise UserError(f"{path}: of its {films['labelled'].sum()} labelled films{of}, no finding has {LEAST} or more")
+    known = {"male": films.get("sex", pd.Series(index=films.index, dtype=str)).map({"M": 1, "F": 0})}
+    known["ap"] = films["view"].map({"AP": 1, "PA": 0})
+    columns = words[names].reindex(films.index).assign(**known).where(films["labelled"]).astype("Int8")
+    films = films.assign(**columns.dropna(axis=1, how="all"))
+    films["fold"] = films["patient"].map(folds(films[films["labelled"]], partition)).fillna(-1).astype(int)
     return films
 
 
@@ -112,20 +129,19 @@ def tables_of_a_fold(
         .mask(films["patient"].isin(val), "val")
         .mask(films["fold"] == fold, "test")
     )
-    given = films[["path", "patient", "sex", "age_years", "view"]].assign(split=split)
+    given = films[films.columns.intersection(["path", "patient", "sex", "age_years", "view"])].assign(split=split)
     train = given.index[split == "train"]
     kept = train if not count else train.to_series().sample(count, random_state=fold)
     given.loc[(split != "train") | given.index.isin(kept)].to_csv(folder / "pretrain.csv", index=False)
     labels = label_columns(films)
-    films[["path", "patient", "view", *labels]].assign(split=split)[films["fold"] >= 0].to_csv(
-        folder / "probe.csv", index=False
-    )
+    probed = films[["path", "patient", "view", *labels]].assign(split=split)[films["labelled"]]
+    probed.to_csv(folder / "probe.csv", index=False)
     common = [f"films.images={root}", "films.path=path", "films.subject=patient", "features=null"]
     one = [*common, f"films.table={folder / 'pretrain.csv'}"]
     return one, [
         *common,
         f"films.table={folder / 'probe.csv'}",
-        f"films.columns=[{','.join(labels)}]",
+        f"films.columns={json.dumps(labels)}",
         "films.split=split",
     ]
 
@@ -138,24 +154,26 @@ def method_keys(name: str) -> list[str]:
 
 
 def label_columns(films: pd.DataFrame) -> list[str]:
-    """The findings, then male and ap."""
-    place = list(films).index("pixels") + 1
-    return [name for name in list(films)[place:] if name != "fold"]
+    """The findings, then male and ap, where known."""
+    return list(films)[list(films).index("labelled") + 1 : -1]
 
 
 def scores(films: pd.DataFrame, run: Path) -> dict[str, float]:
-    """AUROC on the test films: findings (macro within AP and within PA, averaged), sex, view."""
+    """AUROC on the test films: findings (macro within AP and within PA, averaged), sex, view. NaN: too few films."""
     ids, _, logits = read_predictions(run, "test")
-    films = films.set_index(films["path"].map(lambda p: Path(p).stem)).loc[ids["dicom_id"]].reset_index(drop=True)
+    films = films[films["labelled"]]
+    films = films.set_index(film_ids(films["path"])).loc[ids["dicom_id"]].reset_index(drop=True)
     found: dict[str, list[float]] = {name: [] for name in SCORES}
     for name in logits.columns[logits.notna().all()]:  # NaN: few patients, of whom none or all have it
         kind = {"male": "sex", "ap": "view"}.get(name, "findings")
-        for ap in (None,) if kind != "findings" else (0, 1):
-            among = np.ones(len(films), bool) if ap is None else (films["ap"] == ap).to_numpy(bool)
+        known = films[name].notna()
+        for among in (
+            (known,) if kind != "findings" else (known & films["ap"].eq(view).fillna(False) for view in (0, 1))
+        ):
             truth = films.loc[among, name].to_numpy(int)
             if min(truth.sum(), len(truth) - truth.sum()) >= LEAST_TESTED:
                 found[kind].append(float(roc_auc_score(truth, logits.loc[among, name])))
-    return {kind: round(float(np.mean(values)), 4) for kind, values in found.items()}
+    return {kind: round(float(np.mean(values)), 4) if values else np.nan for kind, values in found.items()}
 
 
 def sources(setting: dict[str, Any]) -> tuple[str, ...]:
@@ -193,7 +211,7 @@ def run(
             if source == RIVALS[2]:
                 train = (pd.read_csv(folder / "probe.csv")["split"] == "train").sum()
                 epochs = -(-SCRATCH_STEPS // max(1, int(share * train) // BATCH))
-                method = ["method=finetune", f"tune.epochs={epochs}", f"tune.patience={epochs // 4}"]
+                method = ["method=finetune", f"tune.epochs={epochs}", f"tune.patience={max(1, epochs // 4)}"]
             given = [
                 *probing,
                 f"store={out / 'store'}",
@@ -284,18 +302,24 @@ def main() -> None:
         default=list(range(FOLDS)),
         help="(default: 0 to 4; 5 to 9 are another partition)",
     )
-    parser.add_argument("--rows", type=Path, default=ROWS, metavar="CSV", help="(default: benchmarks/real_films.csv)")
+    parser.add_argument("--labelled", metavar="SOURCE", help="films of which source count as labelled (default: all)")
+    parser.add_argument("--rows", type=Path, metavar="CSV", help="(default: OUT/rows.csv)")
     args = parser.parse_args()
-    films = {partition: read_films(args.films, partition) for partition in {fold // FOLDS for fold in args.folds}}
+    path, mine = args.rows or args.out / "rows.csv", f"{file_digest(args.films)} {args.labelled or ''}".strip()
+    rows = pd.read_csv(path).reindex(columns=COLUMNS) if path.is_file() else pd.DataFrame(columns=COLUMNS)
+    if others := set(rows["table"].astype(str)) - {mine}:
+        raise UserError(
+            f"{path}: has rows of another films table ({', '.join(others)}, not {mine}); give another --rows"
+        )
+    films = {part: read_films(args.films, part, args.labelled) for part in {fold // FOLDS for fold in args.folds}}
     pack(args.films, args.out / "store")
-    rows = pd.read_csv(args.rows) if args.rows.is_file() else pd.DataFrame(columns=COLUMNS)
     settings = [BASE | each for name in args.tables for each in TABLES[name]]
     for setting, fold in itertools.product(settings, args.folds):
         there = rows[(rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["fold"] == fold)]
         if wanted := [source for source in sources(setting) if source not in set(there["source"])]:
             made = run(args.out, films[fold // FOLDS], args.films.parent, setting, fold, wanted)
-            append(args.rows, made, COLUMNS)
-            rows = pd.read_csv(args.rows)
+            append(path, [row | {"table": mine} for row in made], COLUMNS)
+            rows = pd.read_csv(path)
     for name in TABLES:
         for share in SHARES:
             print(f"\n{name}, {share:.0%} of patients labelled\n\n{table(rows, TABLES[name], share)}")

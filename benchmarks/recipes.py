@@ -101,12 +101,12 @@ class Data:
     score: Callable[[str, Path], dict[float, float]]  # an encoder, a folder -> share of subjects: macro AUROC, test
 
 
-def data(name: str, out: Path, subjects: int, films: Path | None) -> Data:
+def data(name: str, out: Path, subjects: int, films: Path | None, labelled: str | None = None) -> Data:
     """A hospital by its seed, or real films with a fold of their patients as test split: `real 0`."""
     if name.startswith("real"):
         if films is None:
             raise UserError(f"{name} needs --films")
-        return _real(films, int(name.split()[1]), out)
+        return _real(films, labelled, int(name.split()[1]), out)
     keys = hospital(out / f"hospital_{name}_{subjects}", subjects, int(name))
 
     def score(encoder: str, folder: Path) -> dict[float, float]:
@@ -118,8 +118,8 @@ def data(name: str, out: Path, subjects: int, films: Path | None) -> Data:
     return Data(keys, [], score)
 
 
-def _real(films: Path, fold: int, out: Path) -> Data:
-    known = real_films.read_films(films)
+def _real(films: Path, labelled: str | None, fold: int, out: Path) -> Data:
+    known = real_films.read_films(films, labelled=labelled)
     if fold not in KEPT:
         known = known[~known["fold"].isin(KEPT)]
     store = out / "real_store"
@@ -166,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--films", type=Path, metavar="CSV", help="of real films, as in benchmarks.real_films")
+    parser.add_argument("--labelled", metavar="SOURCE", help="of these, as in benchmarks.real_films")
     parser.add_argument("--data", nargs="+", default=CHOOSE, help="(default: hospitals 1 and 2, and `real 0`)")
     parser.add_argument("--subjects", type=int, default=2400)
     parser.add_argument("--tries", type=int, nargs=2, default=[0, 16], metavar=("FIRST", "END"), help="(default 0 16)")
@@ -217,7 +218,7 @@ def read(path: Path) -> list[dict[Any, Any]]:
 def go_on(path: Path, tries: dict[str, list[str]], where: Sequence[str], args: argparse.Namespace) -> None:
     """Run what the table does not have, on one data set after the other."""
     for number, name in enumerate(where):
-        given = data(name, args.out, args.subjects, args.films)
+        given = data(name, args.out, args.subjects, args.films, args.labelled)
         pixels = scored(given, "pixels", args.out / f"pixels_{name.replace(' ', '_')}_{args.subjects}", "pixels")
         drawn = [row for row in read(path) if row["try"] in tries]
         going = list(tries) if args.report or args.name or not number else best(drawn, where[0], args.best)

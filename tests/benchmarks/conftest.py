@@ -18,4 +18,4 @@ def films(tmp_path):
     table["findings"] = rng.choice(["Edema", "Edema|Mass", "No Finding", "Rare"], count, p=[0.3, 0.2, 0.45, 0.05])
     table["pixels"] = 128
     table.to_csv(tmp_path / "films.csv", index=False)
-    return real_films.read_films(tmp_path / "films.csv")
+    return real_films.read_films(tmp_path / "films.csv", labelled="nih")

@@ -10,6 +10,7 @@ from scipy import stats
 
 from benchmarks import real_films, recipes
 from benchmarks.pretrain import count
+from configs import UserError
 
 
 def test_folds_are_whole_patients_and_each_film_is_tested_once(films):
@@ -67,6 +68,80 @@ def test_a_finding_of_few_films_does_not_count(films, tmp_path, monkeypatch):
     logits["Edema"] = 0.0
     monkeypatch.setattr(real_films, "read_predictions", lambda *_: (ids, None, logits))
     assert real_films.scores(films, tmp_path) == {"findings": 0.5, "sex": 1.0, "view": 1.0}
+
+
+def own_table(folder, **columns):
+    """A table with what any hospital has: every third film without findings, every fifth of unknown view."""
+    count = 200
+    table = pd.DataFrame({"path": [f"{i % 2}/{i // 2}.png" for i in range(count)]})  # file names occur twice
+    table["patient"] = [f"p{i % 40}" for i in range(count)]
+    table["view"] = [None if i % 5 == 4 else ("AP", "PA")[i % 2] for i in range(count)]
+    table["findings"] = [None if i % 3 == 0 else ("Edema|Mass, left", "No Finding")[i // 40 % 2] for i in range(count)]
+    table.assign(**columns).to_csv(folder / "films.csv", index=False)
+    return real_films.read_films(folder / "films.csv")
+
+
+def test_any_table_of_films_will_do(tmp_path):
+    films = own_table(tmp_path)
+    assert real_films.label_columns(films) == ["Edema", "Mass, left", "ap"]  # no sex is known
+    assert films["labelled"].sum() == 133 and films["ap"].isna().sum() == 94
+    for fold in range(5):
+        _, probing = real_films.tables_of_a_fold(films, fold, 0, tmp_path / "fold", tmp_path)
+        pretrained, probed = (pd.read_csv(tmp_path / "fold" / f"{name}.csv") for name in ("pretrain", "probe"))
+        tested = set(probed.loc[probed["split"] == "test", "patient"])
+        mine = pretrained[pretrained["patient"].isin(tested)]
+        assert len(mine) > (probed["split"] == "test").sum() and set(mine["split"]) == {"test"}  # unlabelled ones too
+        assert 'films.columns=["Edema", "Mass, left", "ap"]' in probing
+
+
+def test_a_film_of_unknown_view_or_sex_is_scored_where_it_can_be(tmp_path, monkeypatch):
+    films = own_table(tmp_path, sex=["M", "F", None, "M"] * 50)
+    test = films[films["labelled"]].iloc[::-1]  # in another order
+    ids = pd.DataFrame({"dicom_id": test["path"].str.removesuffix(".png")})
+    logits = test[["Edema", "Mass, left", "male", "ap"]].astype(float).fillna(9).reset_index(drop=True)
+    logits["Mass, left"] = logits["Mass, left"].where(test["ap"].notna().to_numpy(), -9)  # wrong where no view is known
+    monkeypatch.setattr(real_films, "read_predictions", lambda *_: (ids, None, logits))
+    assert real_films.scores(films, tmp_path) == {"findings": 1.0, "sex": 1.0, "view": 1.0}
+    monkeypatch.setattr(real_films, "read_predictions", lambda *_: (ids, None, logits[["Edema", "ap"]]))
+    found = real_films.scores(films, tmp_path)
+    assert found["findings"] == found["view"] == 1 and np.isnan(found["sex"])
+
+
+def test_a_table_of_films_that_cannot_be_scored_is_refused(tmp_path):
+    own_table(tmp_path)
+    films = pd.read_csv(tmp_path / "films.csv")
+    for wrong, says in (
+        (films.drop(columns="view"), "no column view; it has path"),
+        (films.head(40), "no finding has 30"),
+    ):
+        wrong.to_csv(tmp_path / "wrong.csv", index=False)
+        with pytest.raises(UserError, match=says):
+            real_films.read_films(tmp_path / "wrong.csv")
+    with pytest.raises(UserError, match="no column source"):
+        real_films.read_films(tmp_path / "films.csv", labelled="nih")
+
+
+def test_rows_of_another_table_of_films_are_no_result_of_these(tmp_path, monkeypatch, capsys):
+    own_table(tmp_path)
+    (out := tmp_path / "out").mkdir()
+    given = ["--films", str(tmp_path / "films.csv"), "--tables", "time", "--folds", "0"]
+    shipped = ["--rows", str(real_films.ROWS)]
+    monkeypatch.setattr("sys.argv", ["real_films", str(out), *given, *shipped])
+    with pytest.raises(UserError, match="has rows of another films table"):
+        real_films.main()
+    monkeypatch.setattr(real_films, "pack", lambda *_: None)
+    row = {"findings": 0.7, "sex": 0.6, "view": 0.9, "seconds": 9, "precision": "no"}
+
+    def run(out, films, root, setting, fold, wanted):
+        return [setting | row | {"fold": fold, "source": source, "share": 1.0} for source in wanted]
+
+    monkeypatch.setattr(real_films, "run", run)
+    monkeypatch.setattr("sys.argv", ["real_films", str(out), *given])
+    real_films.main()
+    assert "| steps 15000 | 1 | 0.700 |" in capsys.readouterr().out
+    monkeypatch.setattr(real_films, "run", None)  # all rows are there
+    real_films.main()
+    assert len(pd.read_csv(out / "rows.csv")) == 4 + 1 + 1
 
 
 def test_shipped_rows_have_the_columns_of_this_release():

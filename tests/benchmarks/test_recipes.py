@@ -12,7 +12,8 @@ from configs import UserError
 
 def given(out, **more):
     return argparse.Namespace(
-        **{"out": out, "report": None, "name": None, "keys": [], "seconds": 9.0, "tries": [0, 2]} | more
+        **{"out": out, "report": None, "name": None, "labelled": None, "keys": [], "seconds": 9.0, "tries": [0, 2]}
+        | more
     )
 
 
@@ -20,10 +21,10 @@ def test_patients_who_report_are_in_no_table_that_chooses(films, tmp_path, monke
     monkeypatch.setattr(recipes, "pack", lambda *_: None)
     kept = set(films.loc[films["fold"].isin(recipes.KEPT), "patient"])
     for fold in (0, 1, 2):
-        recipes.data(f"real {fold}", tmp_path, 50, tmp_path / "films.csv")
+        recipes.data(f"real {fold}", tmp_path, 50, tmp_path / "films.csv", "nih")
         for name in ("pretrain", "probe"):
             assert not kept & set(pd.read_csv(tmp_path / f"real_{fold}" / f"{name}.csv")["patient"])
-    recipes.data("real 3", tmp_path, 50, tmp_path / "films.csv")
+    recipes.data("real 3", tmp_path, 50, tmp_path / "films.csv", "nih")
     probed = pd.read_csv(tmp_path / "real_3" / "probe.csv")
     assert set(probed.loc[probed["split"] == "test", "patient"]) == set(films.loc[films["fold"] == 3, "patient"])
 
