@@ -63,7 +63,8 @@ def draw(number: int) -> list[str]:
     method, size = pick(["msn", "msn", "simclr", "vicreg"]), pick([48, 64])
     low, focal = pick([0.1, 0.2, 0.3, 0.5]), pick([0, 0, 2, 4])
     network = pick(list(NETWORKS))
-    focal = 0 if network.startswith("vit") else focal  # it takes views of one size
+    if network.startswith("vit") or (network.startswith("densenet") and size == 48):
+        focal = 0  # the first takes views of one size, and of 24 px the others leave no map
     keys = [f"method={method}", *NETWORKS[network]]
     keys += [
         f"encoder.image_size={size}",

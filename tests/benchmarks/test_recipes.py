@@ -5,9 +5,14 @@ import shlex
 
 import pandas as pd
 import pytest
+import torch
 
 from benchmarks import recipes
-from configs import UserError
+from configs import UserError, load
+from finetune.demo import CONFIGS
+from pretrain import build
+from pretrain.config import PretrainConfig
+from pretrain.encoder.model import Encoder
 
 
 def given(out, **more):
@@ -76,6 +81,21 @@ def test_a_try_is_itself_whatever_was_drawn_before_and_its_row_says_what_was_run
         recipes.asked(given(tmp_path, report=["try_1", "try_99"]), rows)
     assert recipes.asked(given(tmp_path, report=["try_1"]), rows)["try_1"] == shlex.split(rows[1]["keys"])
     assert recipes.asked(given(tmp_path, report=["try_7"]), rows)["try_7"][2:] == recipes.draw(7)  # shipped
+
+
+def test_every_draw_can_be_trained():
+    """A draw that is refused ends the search: DenseNets of 48 px were drawn with focal views of 24, too small."""
+    seen = set()
+    for number in range(100):
+        config = load(PretrainConfig, CONFIGS / "pretrain_vit_tiny.yaml", [*recipes.COMMON, *recipes.draw(number)])
+        focal = [config.views.focal_size] if config.views.num_focal else []
+        sides = [config.encoder.image_size, *focal]
+        if (key := (config.method, config.encoder.arch, str(config.encoder.model_args), *sides)) not in seen:
+            seen.add(key)
+            encoder = next(m for m in build.method(config).modules() if isinstance(m, Encoder)).eval()
+            for side in sides:
+                assert encoder(torch.zeros(1, encoder.meta["in_chans"], side, side)) is not None
+    assert len(seen) > 30
 
 
 def test_a_row_has_its_own_random_weights_and_heads_on_the_last_layer(tmp_path, monkeypatch):
