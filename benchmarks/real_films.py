@@ -238,6 +238,16 @@ def call(command: str, config: str, *keys: str) -> None:
     subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
+def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows of a CSV so far. Raises: UserError: it has other columns, as that of another release."""
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns))
+    rows = pd.read_csv(path, dtype={"data": str})
+    if list(rows) != list(columns):
+        raise UserError(f"{path}: has columns {', '.join(rows)}; wanted {', '.join(columns)}: begin another file")
+    return rows
+
+
 def append(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Add rows to a CSV that other processes may add to as well."""
     pd.DataFrame(rows)[list(columns)].to_csv(path, mode="a", header=not path.is_file(), index=False)
@@ -306,8 +316,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, metavar="CSV", help="(default: OUT/rows.csv)")
     args = parser.parse_args()
     path, mine = args.rows or args.out / "rows.csv", f"{file_digest(args.films)} {args.labelled or ''}".strip()
-    rows = pd.read_csv(path).reindex(columns=COLUMNS) if path.is_file() else pd.DataFrame(columns=COLUMNS)
-    if others := set(rows["table"].astype(str)) - {mine}:
+    rows = read_rows(path, COLUMNS)
+    if others := set(rows["table"]) - {mine}:
         raise UserError(
             f"{path}: has rows of another films table ({', '.join(others)}, not {mine}); give another --rows"
         )
@@ -319,7 +329,7 @@ def main() -> None:
         if wanted := [source for source in sources(setting) if source not in set(there["source"])]:
             made = run(args.out, films[fold // FOLDS], args.films.parent, setting, fold, wanted)
             append(path, [row | {"table": mine} for row in made], COLUMNS)
-            rows = pd.read_csv(path)
+            rows = read_rows(path, COLUMNS)
     for name in TABLES:
         for share in SHARES:
             print(f"\n{name}, {share:.0%} of patients labelled\n\n{table(rows, TABLES[name], share)}")

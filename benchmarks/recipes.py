@@ -30,7 +30,7 @@ import pandas as pd
 
 from benchmarks import real_films
 from benchmarks.encoders import LAST_LAYER, hospital
-from benchmarks.real_films import SHARES, append, call, pack
+from benchmarks.real_films import SHARES, append, call, pack, read_rows
 from configs import UserError, cli
 from ehr_features.typed import read_json
 from finetune.demo import auroc_rows
@@ -213,7 +213,7 @@ def asked(args: argparse.Namespace, rows: Sequence[dict[Any, Any]]) -> dict[str,
 
 def read(path: Path) -> list[dict[Any, Any]]:
     """The rows so far."""
-    return pd.read_csv(path, dtype={"data": str}).to_dict("records") if path.is_file() else []
+    return read_rows(path, COLUMNS).to_dict("records")
 
 
 def go_on(path: Path, tries: dict[str, list[str]], where: Sequence[str], args: argparse.Namespace) -> None:

@@ -144,9 +144,12 @@ def test_rows_of_another_table_of_films_are_no_result_of_these(tmp_path, monkeyp
     assert len(pd.read_csv(out / "rows.csv")) == 4 + 1 + 1
 
 
-def test_shipped_rows_have_the_columns_of_this_release():
-    assert list(pd.read_csv(real_films.ROWS)) == real_films.COLUMNS
-    assert list(pd.read_csv(recipes.SHIPPED)) == recipes.COLUMNS
+def test_rows_have_the_columns_of_this_release(tmp_path):
+    assert len(real_films.read_rows(real_films.ROWS, real_films.COLUMNS)) and len(recipes.read(recipes.SHIPPED))
+    assert recipes.read(tmp_path / "none.csv") == []
+    pd.DataFrame(recipes.read(recipes.SHIPPED)).drop(columns="random").to_csv(tmp_path / "old.csv", index=False)
+    with pytest.raises(UserError, match="begin another file"):  # rows added to it would be shifted by a column
+        recipes.read(tmp_path / "old.csv")
 
 
 def test_operations_of_a_step_are_counted_as_by_hand():
