@@ -3,13 +3,12 @@
     ./launch.sh python -m benchmarks.real_films OUT --films DIR/films.csv [--tables networks films time record methods]
 
 `--films`: a table with path, patient, view (AP, PA) and findings (words separated by |; empty: not labelled), where
-known sex (M, F) and age_years, beside its films; with `--labelled nih` only rows whose column source is `nih` count as
-labelled. The patients of labelled films are split into five folds. A run pretrains on all films but those of the
-patients of one fold, probes on the labelled films of the others (all, and a tenth of the patients), and is scored on
-the fold's: findings with at least 30 films, among AP films and among PA films where five of them have it and five do
-not, averaged; sex; view. So all five runs of a setting have their own test patients, training and heads, but they share
-train films: the intervals are Student's t over the folds with the variance that Nadeau and Bengio (2003) correct for
-that.
+known sex (M, F) and age; with `--labelled nih` only rows whose column source is `nih` count as labelled. The patients
+of labelled films are split into five folds. A run pretrains on all films but those of the patients of one fold, probes
+on the labelled films of the others (all, and a tenth of the patients), and is scored on the fold's: findings with at
+least 30 films, among AP films and among PA films where five of them have it and five do not, averaged; sex; view. So
+all five runs of a setting have their own test patients, training and heads, but they share train films: the intervals
+are Student's t over the folds with the variance that Nadeau and Bengio (2003) correct for that.
 
 What it is compared with is run once per network and fold, beside the first setting: random weights, raw pixels, and
 training of all weights from the labels, in as many steps as pretraining, kept at the best of validation. Each run adds
@@ -90,7 +89,7 @@ def read_films(path: Path, partition: int = 0, labelled: str | None = None) -> p
     """The table with `labelled`, 0/1 columns (findings of at least LEAST labelled films, `male`, `ap`) and `fold` (-1:
     a patient without labelled films).
 
-    Raises: UserError: no such column; no patient, or no finding, to probe.
+    Raises: UserError: no such column; no finding to probe; one that is named as a column.
     """
     films = pd.read_csv(path, dtype={"patient": str, "source": str, "findings": str})
     wanted = {"path", "patient", "view", "findings"} | ({"source"} if labelled else set())
@@ -103,10 +102,12 @@ def read_films(path: Path, partition: int = 0, labelled: str | None = None) -> p
     if not names:
         of = f" of source {labelled}" if labelled else ""
         raise UserError(f"{path}: of its {films['labelled'].sum()} labelled films{of}, no finding has {LEAST} or more")
-    known = {"male": films.get("sex", pd.Series(index=films.index, dtype=str)).map({"M": 1, "F": 0})}
-    known["ap"] = films["view"].map({"AP": 1, "PA": 0})
-    columns = words[names].reindex(films.index).assign(**known).where(films["labelled"]).astype("Int8")
-    films = films.assign(**columns.dropna(axis=1, how="all"))
+    known = films.reindex(columns=["sex", "view"])
+    columns = words[names].reindex(films.index)
+    columns["male"], columns["ap"] = known["sex"].map({"M": 1, "F": 0}), known["view"].map({"AP": 1, "PA": 0})
+    if same := sorted({*names} & {*films, "male", "ap"}):
+        raise UserError(f"{path}: its findings {', '.join(same)} are names of columns too; rename them")
+    films = films.join(columns.where(films["labelled"]).astype("Int8").dropna(axis=1, how="all"))
     films["fold"] = films["patient"].map(folds(films[films["labelled"]], partition)).fillna(-1).astype(int)
     return films
 
@@ -129,7 +130,9 @@ def tables_of_a_fold(
         .mask(films["patient"].isin(val), "val")
         .mask(films["fold"] == fold, "test")
     )
-    given = films[films.columns.intersection(["path", "patient", "sex", "age_years", "view"])].assign(split=split)
+    given = films[films.columns.intersection(["path", "patient", "sex", "age", "age_years", "view"])].assign(
+        split=split
+    )
     train = given.index[split == "train"]
     kept = train if not count else train.to_series().sample(count, random_state=fold)
     given.loc[(split != "train") | given.index.isin(kept)].to_csv(folder / "pretrain.csv", index=False)
@@ -166,10 +169,8 @@ def scores(films: pd.DataFrame, run: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {name: [] for name in SCORES}
     for name in logits.columns[logits.notna().all()]:  # NaN: few patients, of whom none or all have it
         kind = {"male": "sex", "ap": "view"}.get(name, "findings")
-        known = films[name].notna()
-        for among in (
-            (known,) if kind != "findings" else (known & films["ap"].eq(view).fillna(False) for view in (0, 1))
-        ):
+        within = [films["ap"].eq(view).fillna(False) for view in (0, 1)]
+        for among in within if kind == "findings" else [films[name].notna()]:
             truth = films.loc[among, name].to_numpy(int)
             if min(truth.sum(), len(truth) - truth.sum()) >= LEAST_TESTED:
                 found[kind].append(float(roc_auc_score(truth, logits.loc[among, name])))
@@ -226,10 +227,10 @@ def run(
     return made
 
 
-def pack(films: Path, store: Path) -> None:
+def pack(films: Path, store: Path, root: Path) -> None:
     """Pack the films, once."""
     if not (store / "store.json").is_file():
-        call("images", "own_films/images", f"films={films}", f"out={store}", "size=96")
+        call("images", "own_films/images", f"films={films}", f"root={root}", f"out={store}", "size=96")
 
 
 def call(command: str, config: str, *keys: str) -> None:
@@ -304,6 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--films", type=Path, required=True, metavar="CSV")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="of its paths (default: the table's folder)")
     parser.add_argument("--tables", nargs="*", choices=list(TABLES), default=list(TABLES), help="(default: all)")
     parser.add_argument(
         "--folds",
@@ -322,12 +324,13 @@ def main() -> None:
             f"{path}: has rows of another films table ({', '.join(others)}, not {mine}); give another --rows"
         )
     films = {part: read_films(args.films, part, args.labelled) for part in {fold // FOLDS for fold in args.folds}}
-    pack(args.films, args.out / "store")
+    root = args.root or args.films.parent
+    pack(args.films, args.out / "store", root)
     settings = [BASE | each for name in args.tables for each in TABLES[name]]
     for setting, fold in itertools.product(settings, args.folds):
         there = rows[(rows[SETTING] == pd.Series(setting)[SETTING]).all(axis=1) & (rows["fold"] == fold)]
         if wanted := [source for source in sources(setting) if source not in set(there["source"])]:
-            made = run(args.out, films[fold // FOLDS], args.films.parent, setting, fold, wanted)
+            made = run(args.out, films[fold // FOLDS], root, setting, fold, wanted)
             append(path, [row | {"table": mine} for row in made], COLUMNS)
             rows = read_rows(path, COLUMNS)
     for name in TABLES:

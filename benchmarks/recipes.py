@@ -124,7 +124,7 @@ def _real(films: Path, labelled: str | None, fold: int, out: Path) -> Data:
     if fold not in KEPT:
         known = known[~known["fold"].isin(KEPT)]
     store = out / "real_store"
-    pack(films, store)
+    pack(films, store, films.parent)
     keys, probing = real_films.tables_of_a_fold(known, fold, 0, out / f"real_{fold}", films.parent)
 
     def score(encoder: str, folder: Path) -> dict[float, float]:

@@ -113,12 +113,30 @@ def test_a_table_of_films_that_cannot_be_scored_is_refused(tmp_path):
     for wrong, says in (
         (films.drop(columns="view"), "no column view; it has path"),
         (films.head(40), "no finding has 30"),
+        (films.replace({"findings": {"No Finding": "view"}}), "findings view are names of columns too"),
     ):
         wrong.to_csv(tmp_path / "wrong.csv", index=False)
         with pytest.raises(UserError, match=says):
             real_films.read_films(tmp_path / "wrong.csv")
     with pytest.raises(UserError, match="no column source"):
         real_films.read_films(tmp_path / "films.csv", labelled="nih")
+
+
+@pytest.mark.parametrize(("count", "epochs", "patience"), [(640, 100, 25), (100_000, 1, 1)])
+def test_training_from_scratch_takes_as_many_steps_as_pretraining(tmp_path, monkeypatch, count, epochs, patience):
+    def tables(films, fold, films_kept, folder, root):
+        folder.mkdir()
+        pd.DataFrame({"split": ["train"] * count}).to_csv(folder / "probe.csv")
+        return [], []
+
+    asked = []
+    monkeypatch.setattr(real_films, "tables_of_a_fold", tables)
+    monkeypatch.setattr(real_films, "call", lambda *words: asked.append(words))
+    monkeypatch.setattr(real_films, "scores", lambda *_: {})
+    monkeypatch.setattr(real_films, "read_json", lambda _: {"processor_seconds": 1.0, "precision": "no"})
+    real_films.run(tmp_path, None, tmp_path, real_films.BASE, 0, ["from scratch"])
+    assert [words[0] for words in asked] == ["pretrain", "probe", "probe"] and "optim.steps=1" in asked[0]
+    assert {f"tune.epochs={epochs}", f"tune.patience={patience}"} < {*asked[1]}  # of all labelled films
 
 
 def test_rows_of_another_table_of_films_are_no_result_of_these(tmp_path, monkeypatch, capsys):
